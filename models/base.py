@@ -1,0 +1,215 @@
+"""What every multimodal model is made of, and what a family must bring.
+
+``ptq``, ``runtime`` and ``convert`` know models through this module alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mquant_jax.nn.cache import KVCache
+from mquant_jax.nn.decoder import Decoder
+from mquant_jax.nn.stack import SCAN, Runner
+from mquant_jax.nn.vit import VisionInput
+from mquant_jax.recipe import Recipe
+
+# Token classes of the language model's input; -1 is padding.
+TOKEN_CLASSES = ("text", "visual")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["input_ids", "order", "positions", "token_class", "visual_index", "vision"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A batch of prompts, padded on the left to one length ``T``.
+
+    Attributes:
+        input_ids: int32 ``[B, T]``.
+        order: int32 ``[B, T]``, 0, 1, 2, ... for real tokens and -1 for padding.
+        positions: int32 ``[streams, B, T]``, rotary positions.
+        token_class: int32 ``[B, T]``: 0 text, 1 visual, -1 padding.
+        visual_index: int32 ``[B, T]``, the row of the (flattened) visual features that replaces a
+            visual token's embedding; 0 elsewhere.
+        vision: the pictures, or ``None`` for text alone.
+    """
+
+    input_ids: jax.Array
+    order: jax.Array
+    positions: jax.Array
+    token_class: jax.Array
+    visual_index: jax.Array
+    vision: VisionInput | None
+
+    @property
+    def next_position(self) -> jax.Array:
+        """int32 ``[B]``: the rotary position of the first generated token."""
+        return jnp.max(jnp.where(self.order >= 0, self.positions, -1), axis=(0, 2)) + 1
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 ``[B]``: real tokens per row."""
+        return jnp.max(self.order, axis=1) + 1
+
+
+class VLM(nnx.Module):
+    """A vision module in front of a decoder. Families subclass it and build the two parts.
+
+    ``vision(VisionInput, runner) -> [N, M, hidden]`` gives the visual tokens of each row.
+    """
+
+    vision: nnx.Module
+    language: Decoder
+
+    def embed(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
+        """Merged embeddings ``[B, T, hidden]``: visual tokens take the place of placeholders."""
+        x = self.language.embed(batch.input_ids)
+        if batch.vision is None:
+            return x
+        visual = self.vision(batch.vision, runner)
+        visual = visual.reshape(-1, visual.shape[-1])[batch.visual_index]
+        return jnp.where((batch.token_class == 1)[..., None], visual.astype(x.dtype), x)
+
+    def __call__(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
+        """Logits of every position, float32 ``[B, T, vocab]``; no cache."""
+        x = self.embed(batch, runner)
+        x = self.language(x, batch.positions, batch.order, batch.token_class, runner)
+        return self.language.logits(x)
+
+    def prefill(self, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Fill an empty cache with the prompts.
+
+        Returns:
+            Logits of the last position, float32 ``[B, vocab]``, and the cache.
+        """
+        x, cache = self.language.step(
+            self.embed(batch), batch.positions, batch.order, batch.token_class, cache, fresh=True
+        )
+        return self.language.logits(x[:, -1]), cache
+
+    def decode(
+        self, tokens: jax.Array, order: jax.Array, position: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """One more token per row; generated tokens are text, in class as in position.
+
+        Args:
+            tokens, order, position: int32 ``[B]``; all position streams agree on text.
+
+        Returns:
+            Logits float32 ``[B, vocab]``, and the cache.
+        """
+        streams = len(self.language.cfg.rope_sections)
+        x = self.language.embed(tokens[:, None])
+        positions = jnp.broadcast_to(position[None, :, None], (streams, tokens.shape[0], 1))
+        x, cache = self.language.step(
+            x, positions, order[:, None], jnp.zeros_like(tokens)[:, None], cache
+        )
+        return self.language.logits(x[:, 0]), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRule:
+    """One tensor of our model and where it comes from.
+
+    Attributes:
+        dst: our name, layers separate: ``language/layers/0/q_proj/kernel``.
+        src: name in the Hugging Face checkpoint.
+        shape: shape of our tensor.
+        rows: ``(i, n)``: take the i-th of n equal slices of the source's first axis.
+        src_shape: shape that the source must have.
+    """
+
+    dst: str
+    src: str
+    shape: tuple[int, ...]
+    src_shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+
+    def apply(self, source: np.ndarray) -> np.ndarray:
+        """The source's part of our tensor, in our shape."""
+        if self.rows is not None:
+            i, n = self.rows
+            size = source.shape[0] // n
+            source = source[i * size : (i + 1) * size]
+        return source.reshape(self.shape)
+
+    def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
+        """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
+        if self.rows is None:
+            source[...] = ours.reshape(source.shape)
+            return
+        i, n = self.rows
+        size = source.shape[0] // n
+        source[i * size : (i + 1) * size] = ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt made ready for a model: token ids with placeholders, and its pictures.
+
+    Attributes:
+        input_ids: token ids, visual placeholders already repeated once per visual token.
+        grids: ``(t, h, w)`` patches of each picture or clip, in order of appearance.
+        patches: float32 ``[sum(t*h*w), patch_dim]``.
+    """
+
+    input_ids: list[int]
+    grids: list[tuple[int, int, int]]
+    patches: np.ndarray
+
+
+class Processor(Protocol):
+    """From pictures and text to a :class:`Batch`, and from tokens back to text."""
+
+    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
+        """Apply the chat template and preprocess the pictures."""
+
+    def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
+        """Left-pad prompts and pack their pictures into one :class:`Batch`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens removed."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Everything a model family brings; one per ``model_type``.
+
+    Attributes:
+        name: our name of the family.
+        config_from_hf: Hugging Face config dictionary -> the family's config object, which has a
+            field ``language: DecoderConfig``.
+        build: ``(config, recipe, dtype, rngs) -> VLM``.
+        weight_rules: ``config -> rules``.
+        ignored: whether a checkpoint tensor of this name is known and not needed.
+        processor: ``(folder, config) -> Processor``.
+        reference_batch: ``(config, arrays of a golden's inputs) -> Batch``.
+    """
+
+    name: str
+    config_from_hf: Callable[[dict], Any]
+    build: Callable[[Any, Recipe, Any, nnx.Rngs], VLM]
+    weight_rules: Callable[[Any], list[WeightRule]]
+    ignored: Callable[[str], bool]
+    processor: Callable[[Any, Any], Processor]
+    reference_batch: Callable[[Any, dict[str, np.ndarray]], Batch]
+
+
+def bucket(n: int, multiple: int) -> int:
+    """The padded size for ``n``: at most an eighth more, so that few programs are compiled."""
+    step = max(multiple, 1 << max(0, n.bit_length() - 4))
+    return -(-n // step) * step

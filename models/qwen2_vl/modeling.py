@@ -1,0 +1,70 @@
+"""Qwen2-VL: a rotary vision tower, a 2x2 patch merger and the generic decoder."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.base import TOKEN_CLASSES, VLM
+from models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.nn.act_quant import ActQuant, Tap
+from mquant_jax.nn.decoder import Decoder, Placement
+from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.norm import LayerNorm
+from mquant_jax.nn.stack import SCAN, Runner
+from mquant_jax.nn.vit import ViT, VisionInput, gelu
+from mquant_jax.recipe import Recipe
+
+
+class PatchMerger(nnx.Module):
+    """LayerNorm per patch, then a two-layer MLP over each 2x2 block of patches."""
+
+    def __init__(self, config: Qwen2VLConfig, place: Placement, *, rngs: nnx.Rngs):
+        width, out = config.vision.hidden_size, config.language.hidden_size
+        self.block = config.merge_size**2
+        merged = width * self.block
+        section, dtype = place.section, place.dtype
+        self.norm = LayerNorm(width, config.vision.norm_eps, dtype)
+        self.merger_in = ActQuant("merger_in", section)
+        self.fc1 = Dense(merged, merged, section=section, dtype=dtype, rngs=rngs)
+        self.merger_hidden = ActQuant("merger_hidden", section)
+        self.fc2 = Dense(merged, out, section=section, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        """Features ``[N, P, width]`` in merge-block order -> tokens ``[N, P/4, hidden]``."""
+        n, p, width = x.shape
+        x = self.norm(x).reshape(n, p // self.block, width * self.block)
+        x = gelu(self.fc1(self.merger_in(x, None, tap)))
+        return self.fc2(self.merger_hidden(x, None, tap))
+
+
+class Qwen2VLVision(nnx.Module):
+    """Vision tower and merger."""
+
+    def __init__(self, config: Qwen2VLConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
+        self.tower = ViT(config.vision, Placement(recipe.vision, dtype=dtype), rngs=rngs)
+        self.merger = PatchMerger(config, Placement(recipe.connector, dtype=dtype), rngs=rngs)
+
+    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+        x = self.tower(vision, runner)
+        classes = vision.token_class[:, :: self.merger.block]
+        return runner.module("vision/merger", self.merger, x, classes)
+
+
+class Qwen2VL(VLM):
+    """Qwen2-VL of any size, float or quantised as ``recipe`` says."""
+
+    def __init__(
+        self,
+        config: Qwen2VLConfig,
+        recipe: Recipe | None = None,
+        dtype=jnp.float32,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        recipe = recipe or Recipe()
+        classes = len(TOKEN_CLASSES) if recipe.modality_scales else 1
+        self.vision = Qwen2VLVision(config, recipe, dtype, rngs=rngs)
+        place = Placement(recipe.language, classes, dtype)
+        self.language = Decoder(config.language, place, recipe.head, rngs=rngs)

@@ -1,0 +1,161 @@
+"""Qwen2-VL: pictures to patches, chat messages to token ids, tokens to M-RoPE positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from models.base import Batch, Prompt, bucket
+from models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.nn.vit import VisionInput
+
+Grid = tuple[int, int, int]
+
+
+def patch_coords(h: int, w: int, merge: int) -> np.ndarray:
+    """Row and column of each patch of an ``h x w`` grid in merge-block order, int32 ``[h*w, 2]``."""
+    rows, cols = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+    grid = np.stack([rows, cols], axis=-1)
+    blocks = grid.reshape(h // merge, merge, w // merge, merge, 2)
+    return blocks.swapaxes(1, 2).reshape(h * w, 2).astype(np.int32)
+
+
+def pack_vision(patches: np.ndarray, grids: Sequence[Grid], merge: int) -> VisionInput:
+    """One row per image or temporal slice, padded to a common bucket of patches.
+
+    Args:
+        patches: float32 ``[sum(t*h*w), patch_dim]`` in the order of ``grids``.
+        grids: patches per axis, before merging.
+    """
+    frames = [(h, w) for t, h, w in grids for _ in range(t)]
+    width = bucket(max(h * w for h, w in frames), multiple=merge * merge)
+    rows = bucket(len(frames), multiple=1)
+    out = np.zeros((rows, width, patches.shape[-1]), np.float32)
+    coords = np.zeros((rows, width, 2), np.int32)
+    valid = np.zeros((rows, width), bool)
+    start = 0
+    for i, (h, w) in enumerate(frames):
+        n = h * w
+        out[i, :n] = patches[start : start + n]
+        coords[i, :n] = patch_coords(h, w, merge)
+        valid[i, :n] = True
+        start += n
+    return VisionInput(out, coords, valid)
+
+
+def visual_rows(grids: Sequence[Grid], merge: int, row_tokens: int) -> list[np.ndarray]:
+    """For each grid, the rows of the flattened visual features that hold its tokens."""
+    out, row = [], 0
+    for t, h, w in grids:
+        n = h * w // merge**2
+        slices = [np.arange(n) + (row + k) * row_tokens for k in range(t)]
+        out.append(np.concatenate(slices).astype(np.int32))
+        row += t
+    return out
+
+
+def mrope_positions(
+    ids: Sequence[int], grids: Sequence[Grid], config: Qwen2VLConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rotary positions of one unpadded row, and which visual grid each token belongs to.
+
+    After a clip, text goes on at one past the largest position used (as the models were trained).
+
+    Returns:
+        int32 ``[3, n]``, and int32 ``[n]``: index into ``grids``, -1 for text.
+
+    Raises:
+        ValueError: placeholders and grids do not match.
+    """
+    visual = np.isin(ids, (config.image_token_id, config.video_token_id))
+    positions = np.zeros((3, len(ids)), np.int32)
+    owner = np.full(len(ids), -1, np.int32)
+    at = i = used = 0
+    while i < len(ids):
+        if not visual[i]:
+            positions[:, i] = at
+            at, i = at + 1, i + 1
+            continue
+        if used == len(grids):
+            raise ValueError(f"placeholder {i} has no picture: {len(grids)} given")
+        t, h, w = grids[used]
+        mh, mw = h // config.merge_size, w // config.merge_size
+        n = t * mh * mw
+        if not visual[i : i + n].all() or i + n > len(ids):
+            raise ValueError(f"picture {used} needs {n} placeholders in a row from token {i}")
+        positions[:, i : i + n] = at + np.indices((t, mh, mw)).reshape(3, n)
+        owner[i : i + n] = used
+        at, i, used = at + max(t, mh, mw), i + n, used + 1
+    if used < len(grids):
+        raise ValueError(f"{len(grids)} pictures given, placeholders for {used}")
+    return positions, owner
+
+
+def collate(
+    prompts: Sequence[Prompt], config: Qwen2VLConfig, pad_id: int, pad_to: int | None = None
+) -> Batch:
+    """Left-pad prompts to one length and pack all their pictures."""
+    lengths = [len(p.input_ids) for p in prompts]
+    b, t = len(prompts), max(pad_to or 0, *lengths)
+    ids = np.full((b, t), pad_id, np.int32)
+    order = np.full((b, t), -1, np.int32)
+    positions = np.zeros((3, b, t), np.int32)
+    token_class = np.full((b, t), -1, np.int32)
+    visual_index = np.zeros((b, t), np.int32)
+    grids = [g for p in prompts for g in p.grids]
+    vision = None
+    if grids:
+        vision = pack_vision(np.concatenate([p.patches for p in prompts]), grids, config.merge_size)
+        row_tokens = vision.patches.shape[1] // config.merge_size**2
+        rows = visual_rows(grids, config.merge_size, row_tokens)
+    first = 0
+    for i, p in enumerate(prompts):
+        n = lengths[i]
+        real = slice(t - n, t)
+        ids[i, real], order[i, real] = p.input_ids, np.arange(n)
+        positions[:, i, real], owner = mrope_positions(p.input_ids, p.grids, config)
+        token_class[i, real] = owner >= 0
+        if p.grids:
+            mine = np.concatenate(rows[first : first + len(p.grids)])
+            visual_index[i, real][owner >= 0] = mine
+            first += len(p.grids)
+    return Batch(ids, order, positions, token_class, visual_index, vision)
+
+
+def reference_prompts(inputs: dict[str, Any], config: Qwen2VLConfig) -> Iterator[Prompt]:
+    """The rows of a golden's inputs (transformers' own argument names) as prompts."""
+    kinds = {
+        config.image_token_id: ("pixel_values", "image_grid_thw"),
+        config.video_token_id: ("pixel_values_videos", "video_grid_thw"),
+    }
+    queues = {}
+    for token, (pixels, grid) in kinds.items():
+        if pixels in inputs:
+            sizes = np.prod(inputs[grid], axis=1)
+            parts = np.split(inputs[pixels], np.cumsum(sizes)[:-1])
+            grids = [tuple(map(int, g)) for g in inputs[grid]]
+            queues[token] = iter(list(zip(grids, parts, strict=True)))
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        ids = ids[mask == 1].tolist()
+        pictures = []
+        i = 0
+        while i < len(ids):
+            if ids[i] in queues:
+                grid, part = next(queues[ids[i]])
+                pictures.append((grid, part))
+                i += int(np.prod(grid)) // config.merge_size**2
+            else:
+                i += 1
+        patches = [part for _, part in pictures]
+        empty = np.zeros((0, config.vision.patch_dim), np.float32)
+        yield Prompt(
+            ids, [g for g, _ in pictures], np.concatenate(patches) if patches else empty
+        )
+
+
+def reference_batch(config: Qwen2VLConfig, inputs: dict[str, np.ndarray]) -> Batch:
+    """A golden's inputs as one batch of the same padded length."""
+    prompts = list(reference_prompts(inputs, config))
+    return collate(prompts, config, pad_id=0, pad_to=inputs["input_ids"].shape[1])

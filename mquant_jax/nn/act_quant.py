@@ -1,0 +1,49 @@
+"""ActQuant: the points at which an activation becomes int8 on its way into dense layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
+from mquant_jax.recipe import Section
+
+TEXT, VISUAL = 0, 1
+Tap = Callable[[str, jax.Array], None]
+
+
+class ActQuant(nnx.Module):
+    """One quantisation point, shared by every Dense behind it.
+
+    ``none`` is the identity. ``static`` looks the scale up in ``act_scale[n_classes]`` by token
+    class (modality-specific scales, paper section 3.1), or uses its only entry. ``dynamic`` finds
+    one scale per token. Calibration listens here: a ``tap(name, x)`` sees the float input.
+    """
+
+    def __init__(self, name: str, section: Section, n_classes: int = 1):
+        self.name = name
+        self.mode = section.activations
+        self.n_classes = n_classes
+        if self.mode == "static":
+            self.act_scale = nnx.Param(jnp.ones((n_classes,), jnp.float32))
+
+    def __call__(
+        self, x: jax.Array, token_class: jax.Array | None = None, tap: Tap | None = None
+    ) -> jax.Array | QTensor:
+        """float ``[..., T, K]`` and int32 classes ``[..., T]`` -> the input of the Dense layers.
+
+        Padding carries class -1 and may get any scale: nothing real ever reads it.
+        """
+        if tap is not None:
+            tap(self.name, x)
+        if self.mode == "none":
+            return x
+        if self.mode == "dynamic":
+            return quantize_dynamic(x)
+        table = self.act_scale.get_value()
+        if self.n_classes == 1 or token_class is None:
+            return quantize_static(x, table[TEXT])
+        return quantize_static(x, table[token_class][..., None])

@@ -1,0 +1,57 @@
+"""The key/value cache: one pytree, written in place slot by slot."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+NEVER = jnp.iinfo(jnp.int32).max
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v", "order", "cursor"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer.
+
+    Attributes:
+        k, v: ``[layers, B, kv_heads, slots, head_dim]``.
+        order: int32 ``[B, slots]``, the place of each slot's token in its sequence; unused and
+            padding slots hold ``NEVER``. A query sees a slot iff ``order[slot] <= order[query]``,
+            which is causality, padding and any reordering of tokens (AIFS) in one rule.
+        cursor: int32 scalar, the next free slot (the same for every row: prompts are padded on
+            the left).
+    """
+
+    k: jax.Array
+    v: jax.Array
+    order: jax.Array
+    cursor: jax.Array
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[-2]
+
+
+def empty_cache(
+    layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype
+) -> KVCache:
+    """A cache with no token in it."""
+    shape = (layers, batch, kv_heads, slots, head_dim)
+    return KVCache(
+        jnp.zeros(shape, dtype),
+        jnp.zeros(shape, dtype),
+        jnp.full((batch, slots), NEVER, jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def key_order(order: jax.Array) -> jax.Array:
+    """Order of keys from the order of tokens: padding (-1) can never be seen."""
+    return jnp.where(order < 0, NEVER, order)

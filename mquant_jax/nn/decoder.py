@@ -1,0 +1,222 @@
+"""The language model: one pre-norm decoder with grouped-query attention, configured per family."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mquant_jax.nn.act_quant import ActQuant, Tap
+from mquant_jax.nn.cache import KVCache, empty_cache, key_order
+from mquant_jax.nn.dense import FLOAT, Dense
+from mquant_jax.nn.norm import RMSNorm
+from mquant_jax.nn.rope import apply_rope, multi_axis_angles
+from mquant_jax.nn.stack import SCAN, Runner, num_layers, stack_layers
+from mquant_jax.ops.attention import attend
+from mquant_jax.recipe import Section
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a language model.
+
+    ``rope_sections`` are the rotary slots that follow each position stream; they add up to
+    ``head_dim / 2`` and a single entry is ordinary rope.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_sections: tuple[int, ...]
+    max_positions: int
+    qkv_bias: bool
+    tied_head: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How one part of a model is quantised and computed.
+
+    Attributes:
+        section: bits and activation mode.
+        n_classes: entries in each static scale table.
+        dtype: float type of everything that is not integer.
+    """
+
+    section: Section = FLOAT
+    n_classes: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["angles", "mask", "token_class"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class DecoderContext:
+    """What every block needs beside the residual stream.
+
+    Attributes:
+        angles: rotary angles float32 ``[B, T, head_dim/2]``.
+        mask: bool ``[B, T, S]``, which keys a query may see.
+        token_class: int32 ``[B, T]``.
+    """
+
+    angles: jax.Array
+    mask: jax.Array
+    token_class: jax.Array
+
+
+class DecoderBlock(nnx.Module):
+    """``x += o_proj(attention(norm(x)))``, then ``x += down(silu(gate(norm(x))) * up(norm(x)))``."""
+
+    def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
+        point = partial(ActQuant, section=place.section, n_classes=place.n_classes)
+        d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        self.attn_norm = RMSNorm(d, cfg.norm_eps, place.dtype)
+        self.attn_in = point("attn_in")
+        self.q_proj = dense(d, q, bias=cfg.qkv_bias)
+        self.k_proj = dense(d, kv, bias=cfg.qkv_bias)
+        self.v_proj = dense(d, kv, bias=cfg.qkv_bias)
+        self.attn_out = point("attn_out")
+        self.o_proj = dense(q, d, bias=False)
+        self.mlp_norm = RMSNorm(d, cfg.norm_eps, place.dtype)
+        self.mlp_in = point("mlp_in")
+        self.gate_proj = dense(d, cfg.intermediate_size, bias=False)
+        self.up_proj = dense(d, cfg.intermediate_size, bias=False)
+        self.mlp_hidden = point("mlp_hidden")
+        self.down_proj = dense(cfg.intermediate_size, d, bias=False)
+
+    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):
+        """Normed, projected and rotated ``q [B, heads, T, d]``, ``k`` and ``v [B, kv, T, d]``."""
+        h = self.attn_in(self.attn_norm(x), ctx.token_class, tap)
+        q, k, v = (
+            jnp.swapaxes(y.reshape(*y.shape[:-1], -1, self.cfg.head_dim), 1, 2)
+            for y in (self.q_proj(h), self.k_proj(h), self.v_proj(h))
+        )
+        return apply_rope(q, ctx.angles), apply_rope(k, ctx.angles), v
+
+    def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):
+        """Output projection and MLP, each added to the residual stream ``x``."""
+        cls = ctx.token_class
+        x = x + self.o_proj(self.attn_out(attended, cls, tap))
+        h = self.mlp_in(self.mlp_norm(x), cls, tap)
+        h = jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)
+        return x + self.down_proj(self.mlp_hidden(h, cls, tap))
+
+    def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
+        """Without a cache: queries see the keys of the same call only."""
+        q, k, v = self.qkv(x, ctx, tap)
+        return self.rest(x, attend(q, k, v, ctx.mask), ctx, tap)
+
+    def cached(self, x, ctx: DecoderContext, k_all, v_all, layer, cursor, fresh: bool):
+        """With a cache: writes this call's keys and values at ``cursor`` of ``layer``.
+
+        Args:
+            fresh: the cache was empty; attend to this call's keys alone (``ctx.mask`` is square).
+
+        Returns:
+            The residual stream and the updated ``k_all``, ``v_all``.
+        """
+        q, k, v = self.qkv(x, ctx, None)
+        at = (layer, 0, 0, cursor, 0)
+        k_all = jax.lax.dynamic_update_slice(k_all, k[None].astype(k_all.dtype), at)
+        v_all = jax.lax.dynamic_update_slice(v_all, v[None].astype(v_all.dtype), at)
+        if not fresh:
+            k = jax.lax.dynamic_index_in_dim(k_all, layer, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(v_all, layer, keepdims=False)
+        return self.rest(x, attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
+
+
+class Decoder(nnx.Module):
+    """Token embedding, a stack of blocks, final norm and head (own or tied)."""
+
+    def __init__(
+        self, cfg: DecoderConfig, place: Placement, head: Section = FLOAT, *, rngs: nnx.Rngs
+    ):
+        self.cfg, self.dtype = cfg, place.dtype
+        table = jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.hidden_size)) * 0.02
+        self.embedding = nnx.Param(table.astype(place.dtype))
+        self.layers = stack_layers(
+            lambda r: DecoderBlock(cfg, place, rngs=r), cfg.num_layers, rngs
+        )
+        self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
+        if not cfg.tied_head:
+            self.head_in = ActQuant("head_in", head)
+            self.head = Dense(
+                cfg.hidden_size, cfg.vocab_size, bias=False, section=head, dtype=place.dtype,
+                rngs=rngs,
+            )  # fmt: skip
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """int32 ``[B, T]`` -> ``[B, T, hidden]``."""
+        return self.embedding.get_value()[ids]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``."""
+        h = self.norm(x)
+        if not self.cfg.tied_head:
+            return self.head(self.head_in(h)).astype(jnp.float32)
+        return jax.lax.dot_general(
+            h, self.embedding.get_value(), (((h.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    def context(self, positions, order, token_class, keys=None) -> DecoderContext:
+        """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
+
+        ``keys``: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
+        """
+        cfg = self.cfg
+        angles = multi_axis_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections)
+        keys = key_order(order) if keys is None else keys
+        return DecoderContext(angles, keys[:, None, :] <= order[:, :, None], token_class)
+
+    def __call__(self, x, positions, order, token_class, runner: Runner = SCAN) -> jax.Array:
+        """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache."""
+        return runner.layers("language/layers", self.layers, x,
+                             self.context(positions, order, token_class))  # fmt: skip
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        cfg = self.cfg
+        return empty_cache(
+            num_layers(self.layers), batch, cfg.num_kv_heads, slots, cfg.head_dim, self.dtype
+        )
+
+    def step(self, x, positions, order, token_class, cache: KVCache, *, fresh: bool = False):
+        """Run ``T`` new tokens against the cache.
+
+        Args:
+            x: ``[B, T, hidden]``.
+            fresh: the cache holds nothing yet (a first prefill).
+
+        Returns:
+            Residual stream before the final norm, and the cache with the tokens in it.
+        """
+        at = (0, cache.cursor)
+        slots = jax.lax.dynamic_update_slice(cache.order, key_order(order), at)
+        ctx = self.context(positions, order, token_class, None if fresh else slots)
+        graphdef, state = nnx.split(self.layers)
+
+        # The cache is part of the carry and written one slot at a time, so XLA updates it in
+        # place; as a scanned input and output it would be copied whole at every step.
+        def body(carry, layer):
+            x, k, v, i = carry
+            block = nnx.merge(graphdef, layer)
+            x, k, v = block.cached(x, ctx, k, v, i, cache.cursor, fresh)
+            return (x, k, v, i + 1), None
+
+        (x, k, v, _), _ = jax.lax.scan(body, (x, cache.k, cache.v, jnp.int32(0)), state)
+        return x, KVCache(k, v, slots, cache.cursor + x.shape[1])

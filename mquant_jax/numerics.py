@@ -1,0 +1,200 @@
+"""Symmetric integer formats: int8 activations, int4/int8 weights, and how they are packed.
+
+Everything here is a plain function on arrays or a small frozen pytree; nothing knows about models.
+
+Conventions
+    * A weight is stored ``[out_features, in_features]`` (contraction on the last axis), any leading
+      axes (a layer stack) in front.
+    * Symmetric grid: ``q = clip(round(x / scale), -qmax - 1, qmax)``, ``qmax = 2**(bits-1) - 1``,
+      ``x ~ q * scale``. Rounding is half to even. A zero channel gets scale 1 and quantises to 0.
+    * int4 is packed two values per byte *by halves*: byte ``j`` of a row holds column ``j`` in its
+      low nibble and column ``j + ceil(K/2)`` in its high nibble, so that unpacking is one
+      concatenation and no interleave. An odd K is padded by one zero column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Storage = Literal["packed", "int8"]
+INT_MAX = {4: 7, 8: 127}
+_TINY = 1e-30  # below this a scale would overflow 1/scale in float32
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantised activation.
+
+    Attributes:
+        values: int8 ``[..., K]``.
+        scale: float32, broadcastable to ``[..., 1]``: one number (static, one class), or one per
+            token (static by token class, or dynamic).
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    def dequantize(self) -> jax.Array:
+        """float32 ``[..., K]``."""
+        return self.values.astype(jnp.float32) * self.scale
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scale"],
+    meta_fields=["in_features", "bits", "storage"],
+)
+@dataclasses.dataclass(frozen=True)
+class QWeight:
+    """A quantised weight matrix ``[..., out, in]``.
+
+    Attributes:
+        values: ``storage == "packed"``: uint8 ``[..., out, ceil(in/2)]`` (4 bits only);
+            ``storage == "int8"``: int8 ``[..., out, in]``, whatever ``bits`` says of the range.
+        scale: float32 ``[..., out, groups]``; group ``g`` covers columns
+            ``[g * in/groups, (g+1) * in/groups)``. One group means per-channel scales.
+        in_features: the true contraction length.
+        bits: 4 or 8.
+        storage: how ``values`` is held in memory.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    in_features: int
+    bits: int
+    storage: Storage
+
+    @property
+    def out_features(self) -> int:
+        return self.values.shape[-2]
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[-1]
+
+    def unpacked(self) -> QWeight:
+        """The same weight with one int8 per value (a no-op when it already is)."""
+        if self.storage == "int8":
+            return self
+        values = unpack_int4(self.values, self.in_features)
+        return dataclasses.replace(self, values=values, storage="int8")
+
+    def packed(self) -> QWeight:
+        """The same weight with two values per byte; 8-bit weights are returned unchanged."""
+        if self.storage == "packed" or self.bits == 8:
+            return self
+        return dataclasses.replace(self, values=pack_int4(self.values), storage="packed")
+
+    def dequantize(self) -> jax.Array:
+        """float32 ``[..., out, in]``."""
+        values = self.unpacked().values.astype(jnp.float32)
+        return values * expand_groups(self.scale, self.in_features)
+
+
+def expand_groups(scale: jax.Array, in_features: int) -> jax.Array:
+    """``[..., groups]`` -> ``[..., in_features]`` (or ``[..., 1]`` left alone when one group)."""
+    groups = scale.shape[-1]
+    if groups == 1:
+        return scale
+    return jnp.repeat(scale, in_features // groups, axis=-1)
+
+
+def pack_int4(values):
+    """int8 in [-8, 7], ``[..., K]`` -> uint8 ``[..., ceil(K/2)]``. NumPy in, NumPy out."""
+    xp = np if isinstance(values, np.ndarray) else jnp
+    k = values.shape[-1]
+    half = (k + 1) // 2
+    low, high = values[..., :half], values[..., half:]
+    if k % 2:
+        high = xp.concatenate([high, xp.zeros((*high.shape[:-1], 1), high.dtype)], axis=-1)
+    low = low.astype(xp.uint8) & 0xF
+    high = high.astype(xp.uint8) & 0xF
+    return low | (high << 4)
+
+
+def unpack_int4(packed, in_features: int):
+    """uint8 ``[..., ceil(K/2)]`` -> int8 ``[..., K]``. NumPy in, NumPy out."""
+    xp = np if isinstance(packed, np.ndarray) else jnp
+    # Sign extension of a nibble: shift it to the top of a signed byte and back.
+    low = (packed << 4).astype(xp.int8) >> 4
+    high = packed.astype(xp.int8) >> 4
+    return xp.concatenate([low, high], axis=-1)[..., :in_features]
+
+
+def safe_scale(amax: jax.Array, bits: int) -> jax.Array:
+    """Scale of a symmetric grid that reaches ``amax`` (float32); 1 where ``amax`` is zero."""
+    amax = amax.astype(jnp.float32)
+    scale = amax / INT_MAX[bits]
+    return jnp.where(scale > _TINY, scale, 1.0)
+
+
+def round_to_grid(x: jax.Array, scale: jax.Array, bits: int = 8) -> jax.Array:
+    """``clip(round(x / scale))`` as int8, saturating at the ends of the ``bits``-wide range."""
+    qmax = INT_MAX[bits]
+    q = jnp.round(x.astype(jnp.float32) / scale)
+    return jnp.clip(q, -qmax - 1, qmax).astype(jnp.int8)
+
+
+def quantize_static(x: jax.Array, scale: jax.Array) -> QTensor:
+    """int8 with a scale known beforehand (paper section 3.1): no pass over ``x`` to find it.
+
+    Args:
+        x: float ``[..., K]``.
+        scale: float32, broadcastable to ``[..., 1]``.
+    """
+    # Multiplying by the reciprocal keeps the division out of the hot elementwise loop.
+    q = jnp.clip(jnp.round(x.astype(jnp.float32) * (1.0 / scale)), -128, 127)
+    return QTensor(q.astype(jnp.int8), scale)
+
+
+def quantize_dynamic(x: jax.Array) -> QTensor:
+    """int8 with one scale per token, found from the token itself (the baseline, not the paper)."""
+    amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = safe_scale(amax, 8)
+    return QTensor(round_to_grid(x, scale, 8), scale)
+
+
+def grouped(weight: jax.Array, group_size: int | None) -> jax.Array:
+    """``[..., out, in]`` -> ``[..., out, groups, in/groups]``.
+
+    Raises:
+        ValueError: the group size does not divide the contraction length.
+    """
+    k = weight.shape[-1]
+    size = group_size or k
+    if k % size:
+        raise ValueError(
+            f"group_size {size} does not divide in_features {k}; "
+            "choose a divisor, or null for per-channel scales"
+        )
+    return weight.reshape(*weight.shape[:-1], k // size, size)
+
+
+def quantize_weight(
+    weight: jax.Array, bits: int, group_size: int | None = None, scale: jax.Array | None = None
+) -> QWeight:
+    """Round a float matrix ``[..., out, in]`` to the nearest point of its symmetric grid.
+
+    Args:
+        weight: float ``[..., out, in]``.
+        bits: 4 or 8.
+        group_size: columns that share a scale; ``None`` is one scale per output channel.
+        scale: float32 ``[..., out, groups]``; by default the grid reaches the largest magnitude.
+
+    Returns:
+        A :class:`QWeight` with ``storage="int8"``.
+    """
+    blocks = grouped(weight, group_size)
+    if scale is None:
+        scale = safe_scale(jnp.max(jnp.abs(blocks), axis=-1), bits)
+    values = round_to_grid(blocks, scale[..., None], bits).reshape(weight.shape)
+    return QWeight(values, scale.astype(jnp.float32), weight.shape[-1], bits, "int8")

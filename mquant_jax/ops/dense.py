@@ -1,0 +1,73 @@
+"""The one door to quantised matrix products: which form runs is chosen here, by platform and rows.
+
+:func:`select_path` names the choice, so that ``inspect`` and ``bench`` can report what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+from mquant_jax.numerics import QTensor, QWeight
+from mquant_jax.ops import xla
+
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+_FORMS = {
+    "int_dot": xla.int_dot,
+    "upcast_dot": xla.upcast_dot,
+    "weight_only": xla.weight_only_dot,
+}
+
+
+def platform() -> str:
+    """The platform that programs are being traced for: ``cpu``, ``gpu`` or ``tpu``."""
+    return _PLATFORM.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def target_platform(name: str) -> Iterator[None]:
+    """Trace for another platform than the default one (ahead-of-time compiles)."""
+    token = _PLATFORM.set(name)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def select_path(quantised_input: bool, rows: int, weight: QWeight) -> str:
+    """Name of the form that :func:`quantized_dot` runs for these operands."""
+    if not quantised_input:
+        return "weight_only"
+    if rows == 1 and platform() == "cpu" and weight.groups == 1:
+        return "upcast_dot"
+    return "int_dot"
+
+
+def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
+    """``x @ w.T`` with the scales applied.
+
+    Args:
+        x: a :class:`QTensor` ``[..., in]``, or float ``[..., in]`` for weight-only layers.
+        w: one layer's weight, ``[out, in]``.
+
+    Returns:
+        float32 ``[..., out]``.
+
+    Raises:
+        ValueError: contraction lengths differ.
+    """
+    values = x.values if isinstance(x, QTensor) else x
+    lead, k = values.shape[:-1], values.shape[-1]
+    if k != w.in_features:
+        raise ValueError(f"input has {k} features, weight expects {w.in_features}")
+    flat = values.reshape(-1, k)
+    rows = flat.shape[0]
+    if isinstance(x, QTensor):
+        scale = x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1)
+        flat = QTensor(flat, scale)
+    form = _FORMS[select_path(isinstance(x, QTensor), rows, w)]
+    return form(flat, w).reshape(*lead, w.out_features)

@@ -1,0 +1,58 @@
+"""Quantised matrix products in plain XLA: the reference that every other kernel is held against.
+
+All take ``x`` with any leading axes flattened to rows by the caller, and weights
+``[out, in]``: contraction on the last axis of both is the layout in which XLA's CPU backend uses
+the byte dot-product instructions.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mquant_jax.numerics import QTensor, QWeight
+
+_LAST_ON_LAST = (((1,), (1,)), ((), ()))
+
+
+def int_dot(x: QTensor, w: QWeight) -> jax.Array:
+    """s8 x s8 with s32 accumulation: int8 ``[rows, in]`` by int8 ``[out, in]`` -> float32.
+
+    Per-channel scales cost one multiply per output. Group scales run one integer product per
+    group and add the scaled partial sums in float32.
+    """
+    w = w.unpacked()
+    if w.groups == 1:
+        acc = jax.lax.dot_general(
+            x.values, w.values, _LAST_ON_LAST, preferred_element_type=jnp.int32
+        )
+        return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
+    rows, size = x.values.shape[0], w.in_features // w.groups
+    xg = x.values.reshape(rows, w.groups, size)
+    wg = w.values.reshape(w.out_features, w.groups, size)
+    acc = jax.lax.dot_general(
+        xg, wg, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.int32
+    )  # [groups, rows, out]
+    return jnp.einsum("gro,og->ro", acc.astype(jnp.float32), w.scale) * x.scale
+
+
+def upcast_dot(x: QTensor, w: QWeight) -> jax.Array:
+    """The same product for one row on CPU, where XLA's byte dot is slow at a single row.
+
+    The conversions fuse into a float32 matrix-vector product that streams the int8 weights once.
+    Integers are exact in float32 while ``in * 127 * 8 < 2**24`` (in <= 16512 for int4 weights);
+    beyond that, and for int8 weights, the error is float32 rounding of the sum.
+    """
+    w = w.unpacked()
+    if w.groups > 1:
+        return int_dot(x, w)
+    acc = jax.lax.dot_general(
+        x.values.astype(jnp.float32), w.values.astype(jnp.float32), _LAST_ON_LAST
+    )
+    return acc * (x.scale * w.scale[:, 0])
+
+
+def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
+    """Float activations by quantised weights (W4A16): float ``[rows, in]`` -> float32."""
+    dense = w.dequantize().astype(x.dtype)
+    return jax.lax.dot_general(x, dense, _LAST_ON_LAST, preferred_element_type=jnp.float32)
