@@ -39,15 +39,16 @@ class PatchMerger(nnx.Module):
         return self.fc2(self.merger_hidden(x, None, tap))
 
 
-class Qwen2VLVision(nnx.Module):
+class Qwen2VLVision(ViT):
     """Vision tower and merger."""
 
     def __init__(self, config: Qwen2VLConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
-        self.tower = ViT(config.vision, Placement(recipe.vision, dtype=dtype), rngs=rngs)
+        super().__init__(config.vision, Placement(recipe.vision, dtype=dtype), rngs=rngs)
         self.merger = PatchMerger(config, Placement(recipe.connector, dtype=dtype), rngs=rngs)
 
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
-        x = self.tower(vision, runner)
+        """Patches -> visual tokens ``[N, P/4, hidden]`` of the decoder."""
+        x = self.features(vision, runner)
         classes = vision.token_class[:, :: self.merger.block]
         return runner.module("vision/merger", self.merger, x, classes)
 
@@ -64,6 +65,7 @@ class Qwen2VL(VLM):
         rngs: nnx.Rngs,
     ):
         recipe = recipe or Recipe()
+        self.config = config
         classes = len(TOKEN_CLASSES) if recipe.modality_scales else 1
         self.vision = Qwen2VLVision(config, recipe, dtype, rngs=rngs)
         place = Placement(recipe.language, classes, dtype)

@@ -36,13 +36,13 @@ def _vision(config: Qwen2VLConfig) -> Iterator[WeightRule]:
     d = v.hidden_size
     kernel = (d, 3, config.temporal_patch_size, config.patch_size, config.patch_size)
     yield WeightRule(
-        "vision/tower/patch_embed/proj/kernel",
+        "vision/patch_embed/proj/kernel",
         "visual.patch_embed.proj.weight",
         (d, v.patch_dim),
         kernel,
     )
     for i in range(v.num_layers):
-        dst, src = f"vision/tower/layers/{i}", f"visual.blocks.{i}"
+        dst, src = f"vision/layers/{i}", f"visual.blocks.{i}"
         for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
             for leaf, hf, tail in (("kernel", "weight", (d,)), ("bias", "bias", ())):
                 yield WeightRule(

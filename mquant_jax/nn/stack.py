@@ -2,7 +2,8 @@
 
 :class:`Runner` says how a model's parts are run. The default runs a stack by ``lax.scan``, so
 program size does not grow with depth. Calibration and verification pass runners of their own
-(layer by layer, listening at every quantisation point); no model needs to know.
+(layer by layer, listening at every quantisation point); no model needs to know. The names that a
+model gives to its parts are the paths of their parameters.
 """
 
 from __future__ import annotations

@@ -141,14 +141,16 @@ class ViTBlock(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Patch embedding and blocks; the connector is the family's."""
+    """Patch embedding and blocks. A family's vision module extends it with its connector, and
+    stands as ``vision`` in the model: the names given to the runner are those of the parameters.
+    """
 
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.patch_embed = PatchEmbed(cfg, place, rngs=rngs)
         self.layers = stack_layers(lambda r: ViTBlock(cfg, place, rngs=r), cfg.num_layers, rngs)
 
-    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+    def features(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """Patches -> features ``[N, P, hidden]``."""
         angles = grid_angles(vision.coords, self.cfg.head_dim, self.cfg.rope_theta)
         ctx = VisionContext(angles, vision.token_class)
