@@ -84,7 +84,7 @@ class VLM(nnx.Module):
         """Logits of every position, float32 ``[B, T, vocab]``; no cache."""
         x = self.embed(batch, runner)
         x = self.language(x, batch.positions, batch.order, batch.token_class, runner)
-        return self.language.logits(x)
+        return self.language.logits(x, batch.token_class, runner)
 
     def prefill(self, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Fill an empty cache with the prompts.
@@ -177,6 +177,9 @@ class Processor(Protocol):
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, no special tokens added."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated tokens, special tokens removed."""
 
@@ -198,6 +201,10 @@ class Family:
         ignored: whether a checkpoint tensor of this name is known and not needed.
         processor: ``(folder, config) -> Processor``.
         reference_batch: ``(config, arrays of a golden's inputs) -> Batch``.
+        example_prompt: ``(config, text tokens, picture side in pixels) -> Prompt``: arbitrary
+            content of the asked size, for measurements; side 0 leaves the picture out.
+        collate: ``(config, prompts) -> Batch`` without a tokenizer.
+        canonical_name: a name in a checkpoint -> the name that the rules use (str -> str).
     """
 
     name: str
@@ -207,6 +214,9 @@ class Family:
     ignored: Callable[[str], bool]
     processor: Callable[[Any, Any], Processor]
     reference_batch: Callable[[Any, dict[str, np.ndarray]], Batch]
+    example_prompt: Callable[[Any, int, int], Prompt]
+    collate: Callable[[Any, Sequence[Prompt]], Batch]
+    canonical_name: Callable[[str], str] = str
 
 
 def bucket(n: int, multiple: int) -> int:

@@ -1,0 +1,33 @@
+"""mquant_jax: multimodal language models in JAX with 4-bit weights and static 8-bit activations.
+
+``import mquant_jax as mq; model = mq.load("DST"); model.generate(images=[...], prompt="...")``
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Model", "PRESETS", "Recipe", "Sampling", "UserError", "load"]
+
+_HOMES = {
+    "Model": "mquant_jax.api",
+    "load": "mquant_jax.api",
+    "PRESETS": "mquant_jax.recipe",
+    "Recipe": "mquant_jax.recipe",
+    "Sampling": "mquant_jax.runtime.sampling",
+    "UserError": "mquant_jax.errors",
+}
+
+if TYPE_CHECKING:
+    from mquant_jax.api import Model, load
+    from mquant_jax.errors import UserError
+    from mquant_jax.recipe import PRESETS, Recipe
+    from mquant_jax.runtime.sampling import Sampling
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: ``import mquant_jax`` alone stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mquant_jax' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -13,7 +13,7 @@ from mquant_jax.nn.decoder import Decoder, Placement
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.stack import SCAN, Runner
-from mquant_jax.nn.vit import ViT, VisionInput, gelu
+from mquant_jax.nn.vit import VisionInput, ViT, gelu
 from mquant_jax.recipe import Recipe
 
 

@@ -15,7 +15,7 @@ Grid = tuple[int, int, int]
 
 
 def patch_coords(h: int, w: int, merge: int) -> np.ndarray:
-    """Row and column of each patch of an ``h x w`` grid in merge-block order, int32 ``[h*w, 2]``."""
+    """Row and column of each patch of an ``h x w`` grid in merge-block order: ``[h*w, 2]``."""
     rows, cols = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
     grid = np.stack([rows, cols], axis=-1)
     blocks = grid.reshape(h // merge, merge, w // merge, merge, 2)
@@ -159,3 +159,18 @@ def reference_batch(config: Qwen2VLConfig, inputs: dict[str, np.ndarray]) -> Bat
     """A golden's inputs as one batch of the same padded length."""
     prompts = list(reference_prompts(inputs, config))
     return collate(prompts, config, pad_id=0, pad_to=inputs["input_ids"].shape[1])
+
+
+def example_prompt(config: Qwen2VLConfig, text_tokens: int, side: int) -> Prompt:
+    """Arbitrary tokens and one noise picture of ``side`` pixels (0: none), for measurements."""
+    rng = np.random.default_rng(0)
+    special = min(config.image_token_id, config.video_token_id, config.vision_start_token_id)
+    text = rng.integers(0, special, text_tokens).tolist()
+    if side == 0:
+        return Prompt(text, [], np.zeros((0, config.vision.patch_dim), np.float32))
+    unit = config.patch_size * config.merge_size
+    edge = max(1, round(side / unit)) * config.merge_size
+    patches = rng.standard_normal((edge * edge, config.vision.patch_dim), np.float32)
+    visual = [config.image_token_id] * (edge // config.merge_size) ** 2
+    half = text_tokens // 2
+    return Prompt([*text[:half], *visual, *text[half:]], [(1, edge, edge)], patches)

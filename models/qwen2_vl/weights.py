@@ -16,6 +16,19 @@ def weight_rules(config: Qwen2VLConfig) -> list[WeightRule]:
     return [*_vision(config), *_language(config)]
 
 
+def canonical_name(name: str) -> str:
+    """The hub's name of a tensor saved under the in-memory name of transformers 5."""
+    for prefix, hub in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(prefix):
+            return hub + name.removeprefix(prefix)
+    return name
+
+
+def ignored(name: str) -> bool:
+    """Tables that older checkpoints store and that are computed here."""
+    return name.endswith("rotary_emb.inv_freq") or name.endswith("rotary_pos_emb.inv_freq")
+
+
 def _rule(dst: str, src: str, *shape: int) -> WeightRule:
     return WeightRule(dst, src, shape, shape)
 

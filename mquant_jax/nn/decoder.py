@@ -78,7 +78,7 @@ class DecoderContext:
 
 
 class DecoderBlock(nnx.Module):
-    """``x += o_proj(attention(norm(x)))``, then ``x += down(silu(gate(norm(x))) * up(norm(x)))``."""
+    """Pre-norm attention, then a gated MLP, each added to the residual stream."""
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -140,6 +140,19 @@ class DecoderBlock(nnx.Module):
         return self.rest(x, attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
 
 
+class Head(Dense):
+    """The output projection with its quantisation point (one scale: only text is predicted)."""
+
+    def __init__(self, cfg: DecoderConfig, section: Section, dtype, *, rngs: nnx.Rngs):
+        super().__init__(
+            cfg.hidden_size, cfg.vocab_size, bias=False, section=section, dtype=dtype, rngs=rngs
+        )
+        self.head_in = ActQuant("head_in", section)
+
+    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        return super().__call__(self.head_in(x, None, tap))
+
+
 class Decoder(nnx.Module):
     """Token embedding, a stack of blocks, final norm and head (own or tied)."""
 
@@ -154,21 +167,17 @@ class Decoder(nnx.Module):
         )
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
         if not cfg.tied_head:
-            self.head_in = ActQuant("head_in", head)
-            self.head = Dense(
-                cfg.hidden_size, cfg.vocab_size, bias=False, section=head, dtype=place.dtype,
-                rngs=rngs,
-            )  # fmt: skip
+            self.head = Head(cfg, head, place.dtype, rngs=rngs)
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """int32 ``[B, T]`` -> ``[B, T, hidden]``."""
         return self.embedding.get_value()[ids]
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array, classes=None, runner: Runner = SCAN) -> jax.Array:
         """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``."""
         h = self.norm(x)
         if not self.cfg.tied_head:
-            return self.head(self.head_in(h)).astype(jnp.float32)
+            return runner.module("language/head", self.head, h, classes).astype(jnp.float32)
         return jax.lax.dot_general(
             h, self.embedding.get_value(), (((h.ndim - 1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,

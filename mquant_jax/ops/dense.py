@@ -18,7 +18,7 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 _FORMS = {
     "int_dot": xla.int_dot,
-    "upcast_dot": xla.upcast_dot,
+    "padded_int_dot": xla.padded_int_dot,
     "weight_only": xla.weight_only_dot,
 }
 
@@ -38,12 +38,12 @@ def target_platform(name: str) -> Iterator[None]:
         _PLATFORM.reset(token)
 
 
-def select_path(quantised_input: bool, rows: int, weight: QWeight) -> str:
+def select_path(quantised_input: bool, rows: int) -> str:
     """Name of the form that :func:`quantized_dot` runs for these operands."""
     if not quantised_input:
         return "weight_only"
-    if rows == 1 and platform() == "cpu" and weight.groups == 1:
-        return "upcast_dot"
+    if rows == 1 and platform() == "cpu":
+        return "padded_int_dot"
     return "int_dot"
 
 
@@ -69,5 +69,5 @@ def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
     if isinstance(x, QTensor):
         scale = x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1)
         flat = QTensor(flat, scale)
-    form = _FORMS[select_path(isinstance(x, QTensor), rows, w)]
+    form = _FORMS[select_path(isinstance(x, QTensor), rows)]
     return form(flat, w).reshape(*lead, w.out_features)

@@ -36,20 +36,16 @@ def int_dot(x: QTensor, w: QWeight) -> jax.Array:
     return jnp.einsum("gro,og->ro", acc.astype(jnp.float32), w.scale) * x.scale
 
 
-def upcast_dot(x: QTensor, w: QWeight) -> jax.Array:
-    """The same product for one row on CPU, where XLA's byte dot is slow at a single row.
+def padded_int_dot(x: QTensor, w: QWeight) -> jax.Array:
+    """:func:`int_dot` for one row on CPU, by way of two.
 
-    The conversions fuse into a float32 matrix-vector product that streams the int8 weights once.
-    Integers are exact in float32 while ``in * 127 * 8 < 2**24`` (in <= 16512 for int4 weights);
-    beyond that, and for int8 weights, the error is float32 rounding of the sum.
+    XLA's CPU backend hands integer products of two rows or more to its tuned kernels, and a single
+    row to a naive loop that is tens of times slower; the second row costs next to nothing because
+    reading the weights is what takes the time.
     """
-    w = w.unpacked()
-    if w.groups > 1:
-        return int_dot(x, w)
-    acc = jax.lax.dot_general(
-        x.values.astype(jnp.float32), w.values.astype(jnp.float32), _LAST_ON_LAST
-    )
-    return acc * (x.scale * w.scale[:, 0])
+    values = jnp.pad(x.values, ((0, 1), (0, 0)))
+    scale = x.scale if x.scale.ndim == 0 else jnp.pad(x.scale, ((0, 1), (0, 0)))
+    return int_dot(QTensor(values, scale), w)[:1]
 
 
 def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:

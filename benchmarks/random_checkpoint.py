@@ -1,0 +1,95 @@
+"""Write a random Hugging Face folder of Qwen2-VL-2B's shape, cut to a few layers.
+
+    python -m benchmarks.random_checkpoint OUT [--layers 4] [--vocab 151936]
+
+For speed measurements without a download: the layer shapes are those of the published 2B model,
+the weights are noise. Tokenizer and preprocessor files are those of the bundled demo model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from models.qwen2_vl.config import Qwen2VLConfig
+from models.qwen2_vl.weights import weight_rules
+from mquant_jax.cli_support import OK, Parser, progress, run_cli
+from mquant_jax.errors import UserError
+from mquant_jax.samples import DEMO_ASSETS
+
+
+def config_2b(layers: int, vocab: int) -> dict:
+    """Qwen2-VL-2B's published config, both towers cut to ``layers``."""
+    demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text())
+    ids = {k: v for k, v in demo.items() if k.endswith("token_id")}
+    return ids | {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": True,
+        "vocab_size": vocab,
+        "vision_config": {
+            "depth": layers,
+            "embed_dim": 1280,
+            "hidden_size": 1536,
+            "mlp_ratio": 4,
+            "num_heads": 16,
+            "in_chans": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
+def random_tensors(config: Qwen2VLConfig, seed: int) -> dict[str, np.ndarray]:
+    """bf16 noise of every published shape, scaled so that activations stay near one."""
+    rng = np.random.default_rng(seed)
+    shapes = {r.src: r.src_shape for r in weight_rules(config)}
+    out = {}
+    for name, shape in progress(list(shapes.items()), "random weights"):
+        x = rng.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 1:
+            x = 0.1 * x + ("norm" in name or "ln_q" in name) * (not name.endswith("bias"))
+        else:
+            x *= 0.02 if "embed_tokens" in name else np.prod(shape[1:]) ** -0.5
+        out[name] = x.astype(ml_dtypes.bfloat16)
+    return out
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("python -m benchmarks.random_checkpoint", __doc__)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--layers", type=int, default=4, help="layers of each tower (default 4)")
+    parser.add_argument("--vocab", type=int, default=151936, help="default 151936")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        raise UserError(f"{args.out} exists; choose another folder")
+    hf = config_2b(args.layers, args.vocab)
+    tensors = random_tensors(Qwen2VLConfig.from_hf(hf), args.seed)
+    args.out.mkdir(parents=True)
+    for file in (DEMO_ASSETS / "model").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, args.out)
+    save_file(tensors, args.out / "model.safetensors")
+    (args.out / "config.json").write_text(json.dumps(hf, indent=2))
+    print(f"wrote {args.out} ({sum(t.nbytes for t in tensors.values()) / 1e6:.0f} MB)")
+    return OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

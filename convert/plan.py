@@ -1,0 +1,139 @@
+"""The plan of a conversion: every tensor of ours has a source, every source has a use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from convert.reader import FLOAT_DTYPES, Reader
+from models.base import Family, WeightRule
+from mquant_jax.errors import UserError
+
+_HEAD = "language/head/"
+_SHOWN = 10
+Progress = Callable[..., Iterable[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to read and where it goes.
+
+    Attributes:
+        config: the family's config, its ``language.tied_head`` as the checkpoint has it.
+        rules: every tensor of our model.
+        names: the rules' source name -> name in the checkpoint.
+    """
+
+    config: Any
+    rules: list[WeightRule]
+    names: dict[str, str]
+
+    @property
+    def tied_head(self) -> bool:
+        return self.config.language.tied_head
+
+    def read(self, reader: Reader, progress: Progress | None = None) -> dict[str, np.ndarray]:
+        """All our tensors, in the dtype in which they are stored.
+
+        Raises:
+            UserError: a tensor holds NaN or Inf.
+        """
+        by_source: dict[str, list[WeightRule]] = {}
+        for rule in self.rules:
+            by_source.setdefault(rule.src, []).append(rule)
+        items: Iterable[Any] = list(by_source.items())
+        out: dict[str, np.ndarray] = {}
+        for src, rules in progress(items, "read weights") if progress else items:
+            source = read_finite(reader, self.names[src])
+            for rule in rules:
+                out[rule.dst] = rule.apply(source)
+        return out
+
+
+def read_finite(reader: Reader, name: str) -> np.ndarray:
+    """One tensor, checked.
+
+    Raises:
+        UserError: it holds NaN or Inf.
+    """
+    values = reader.read(name)
+    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
+    if bad:
+        raise UserError(
+            f"{reader.tensors[name].file}: tensor {name} holds {bad} NaN or Inf of "
+            f"{values.size} values; the checkpoint is damaged"
+        )
+    return values
+
+
+def plan(family: Family, config: Any, reader: Reader) -> Plan:
+    """Match the family's rules with the tensors of a folder; nothing but headers is read.
+
+    A checkpoint without a head of its own has it tied to the embedding, whatever config.json says.
+
+    Raises:
+        UserError: tensors are missing, unplaced, of the wrong shape or not float; all are listed.
+    """
+    names = _canonical(family, reader)
+    config = _with_head(config, tied=False)
+    rules = family.weight_rules(config)
+    head = [r.src for r in rules if r.dst.startswith(_HEAD)]
+    if not any(src in names for src in head):
+        config = _with_head(config, tied=True)
+        rules = family.weight_rules(config)
+    shapes = {r.src: r.src_shape for r in rules}
+    missing = sorted(set(shapes) - set(names))
+    unplaced = sorted(
+        n for src, n in names.items() if src not in shapes and not family.ignored(src)
+    )
+    wrong = [
+        text
+        for src, shape in shapes.items()
+        if src in names and (text := _mismatch(reader, names[src], shape))
+    ]
+    if missing or unplaced or wrong:
+        parts = (
+            _listing("missing", missing),
+            _listing("unexpected", unplaced),
+            _listing("wrong", wrong),
+        )
+        raise UserError(
+            f"{reader.folder}: the tensors do not fit config.json ({family.name}): "
+            + "; ".join(p for p in parts if p)
+        )
+    return Plan(config, rules, names)
+
+
+def _with_head(config: Any, tied: bool) -> Any:
+    language = dataclasses.replace(config.language, tied_head=tied)
+    return dataclasses.replace(config, language=language)
+
+
+def _canonical(family: Family, reader: Reader) -> dict[str, str]:
+    """The rules' names -> the checkpoint's names."""
+    out: dict[str, str] = {}
+    for name in reader.tensors:
+        src = family.canonical_name(name)
+        if src in out:
+            raise UserError(f"{reader.folder}: {out[src]} and {name} are the same tensor ({src})")
+        out[src] = name
+    return out
+
+
+def _mismatch(reader: Reader, name: str, shape: tuple[int, ...]) -> str | None:
+    info = reader.tensors[name]
+    if info.shape != tuple(shape):
+        return f"{name} (expected shape {list(shape)}, found {list(info.shape)})"
+    if info.dtype not in FLOAT_DTYPES:
+        return f"{name} (expected one of {'/'.join(FLOAT_DTYPES)}, found {info.dtype})"
+    return None
+
+
+def _listing(title: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return f"{len(items)} {title}: {', '.join(items[:_SHOWN])}{more}"

@@ -1,0 +1,1 @@
+"""Runnable examples: the demonstration tasks, their tokenizer and the training script."""

@@ -1,0 +1,323 @@
+"""Train a small Qwen2-VL from scratch on the demonstration tasks, and export it.
+
+The result is an ordinary Hugging Face checkpoint folder of a few megabytes: real enough to see,
+small enough to train on two CPU cores. Run it from the repository root:
+
+    python -m examples.train_demo --out /tmp/demo --minutes 90 --export demo_checkpoint
+
+It can be stopped at any time; the same command with --resume goes on from the last checkpoint.
+Progress appears on stderr and, one JSON object a line, in OUT/log.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from examples import demo_tasks
+from examples.demo_model import Collator, Pair, export, hf_config
+from models.base import Batch
+from models.qwen2_vl.config import Qwen2VLConfig
+from models.qwen2_vl.modeling import Qwen2VL
+from mquant_jax.nn.stack import Runner
+
+WEIGHT_DECAY = 0.05
+
+
+class Prefetch:
+    """Draws training batches in a background thread; ``difficulty`` may change meanwhile."""
+
+    def __init__(self, collate: Collator, batch_size: int, seed: tuple[int, ...]) -> None:
+        self.difficulty = 0.0
+        self._queue: queue.Queue = queue.Queue(maxsize=4)
+        self._args = (collate, batch_size, np.random.default_rng(seed))
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        collate, size, rng = self._args
+        while True:
+            try:
+                item = collate(demo_tasks.batch(rng, size, "train", self.difficulty))
+            except Exception as error:  # hand it to the training loop
+                self._queue.put(error)
+                return
+            self._queue.put(item)
+
+    def next(self) -> Pair:
+        """Next batch and its targets."""
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+def optimizer() -> optax.GradientTransformation:
+    """AdamW without its learning rate, which the training loop applies itself."""
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-8),
+        optax.add_decayed_weights(WEIGHT_DECAY, mask=matrices),
+    )
+
+
+class Listener(Runner):
+    """Runs the model as usual and keeps its visual tokens."""
+
+    visual: jax.Array
+
+    def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
+        y = super().module(name, module, x, classes)
+        if name == "vision/merger":
+            self.visual = y
+        return y
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy in nats for each label, without reduction."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+
+
+def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Array], hint: float):
+    """Mean cross-entropy over the answer tokens, plus ``hint`` times that of the cell labels.
+
+    A linear head, used in training only, tells from each visual token what its cell shows.
+    Without this help the vision tower finds out far more slowly what matters in a picture.
+
+    Returns:
+        The sum, and its two parts.
+    """
+    listener = Listener()
+    logits = nnx.merge(graphdef, params["model"])(batch, listener)
+    weight = targets["answer"] >= 0
+    loss = cross_entropy(logits, jnp.maximum(targets["answer"], 0))
+    loss = (loss * weight).sum() / weight.sum()
+    scores = listener.visual @ params["cells"]["kernel"] + params["cells"]["bias"]
+    cells, start = 0.0, 0
+    for i, classes in enumerate(demo_tasks.CELL_CLASSES):
+        part = scores[..., start : start + classes]
+        cells += cross_entropy(part, targets["cells"][..., i]).sum()
+        start += classes
+    cells /= (targets["cells"] > 0).sum()
+    return loss + hint * cells, (loss, cells)
+
+
+def training_init(params: Any, config: dict[str, Any]) -> Any:
+    """Rescale fresh weights so that training from scratch starts well.
+
+    Weights that write into a residual stream shrink by ``1/sqrt(2 * layers)``. Token embeddings
+    grow to the size of the visual ones, or the first layers would drown them; a smaller final
+    norm keeps the tied head's logits as they were.
+    """
+    depths = {"vision": config["vision_config"]["depth"], "language": config["num_hidden_layers"]}
+
+    def scale(path: Any, p: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "embedding" in name:
+            return p * 10.0
+        if "language" in name and "norm" in name and p.ndim == 1:
+            return p * 0.1
+        if "merger" in name and "fc2" in name:
+            return p * 0.4
+        writes = p.ndim == 3 and any(part in name for part in ("o_proj", "fc2", "down_proj"))
+        depth = depths["vision" if "vision" in name else "language"]
+        return p * (2 * depth) ** -0.5 if writes else p
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def make_steps(graphdef: Any) -> tuple[Any, Any]:
+    """Jitted ``train_step`` and ``exact`` (greedy answer right, one bool a row)."""
+    tx = optimizer()
+
+    def train_step(params, opt_state, batch, targets, lr, hint):
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+        grads, losses = grad_fn(params, graphdef, batch, targets, hint)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
+        return params, opt_state, losses
+
+    def exact(params, batch, targets):
+        # With a causal model, greedy decoding gives exactly the target if and only if each
+        # target token is the argmax after the true tokens before it.
+        best, answer = nnx.merge(graphdef, params["model"])(batch).argmax(-1), targets["answer"]
+        return ((best == answer) | (answer < 0)).all(-1)
+
+    return jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(exact)
+
+
+def evaluate(
+    exact: Any, params: Any, collate: Collator, samples: list[demo_tasks.Sample], size: int = 50
+) -> dict[str, float]:
+    """Exact match of greedy answers: ``all`` and by task."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, len(samples) - size + 1, size):
+        part = samples[start : start + size]
+        for s, ok in zip(part, np.asarray(exact(params, *collate(part))), strict=True):
+            right["all"].append(bool(ok))
+            right[s.task].append(bool(ok))
+    return {task: round(float(np.mean(oks)), 4) for task, oks in sorted(right.items())}
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield jax.tree_util.keystr(path), leaf
+
+
+def save_checkpoint(path: Path, tree: Any, meta: dict[str, float]) -> None:
+    """Write all leaves and numbers to one npz file, atomically."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, meta=json.dumps(meta), **{n: np.asarray(v) for n, v in _named(tree)})
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, tree: Any) -> tuple[Any, dict[str, float]]:
+    """Read a checkpoint into the structure of ``tree``."""
+    with np.load(path, allow_pickle=False) as data:
+        leaves = []
+        for name, old in _named(tree):
+            if name not in data or data[name].shape != old.shape:
+                raise ValueError(
+                    f"{path} does not hold {name} with shape {old.shape}; the "
+                    "checkpoint is of another model, start without --resume"
+                )
+            leaves.append(jnp.asarray(data[name], old.dtype))
+        meta = json.loads(str(data["meta"]))
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves), meta
+
+
+def rate(progress: float, step: int, peak: float, warmup: int) -> float:
+    """Linear warm-up by steps, then a cosine in ``progress`` down to one per cent."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * cosine)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run the training loop; see ``--help`` for the options."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / "checkpoint.npz"
+    config = hf_config()
+    model = Qwen2VL(Qwen2VLConfig.from_hf(config), rngs=nnx.Rngs(args.seed))
+    graphdef, params = nnx.split(model)
+    outputs = sum(demo_tasks.CELL_CLASSES)
+    head = {"kernel": jnp.zeros((config["hidden_size"], outputs)), "bias": jnp.zeros(outputs)}
+    params = {"model": training_init(params, config), "cells": head}
+    opt_state = optimizer().init(params)
+    train_step, exact = make_steps(graphdef)
+    step, before = 0, 0.0
+    if args.resume and checkpoint.exists():
+        (params, opt_state), meta = load_checkpoint(checkpoint, (params, opt_state))
+        step, before = int(meta["step"]), meta["seconds"]
+    count = sum(p.size for p in jax.tree.leaves(params["model"]))
+    print(f"{count / 1e6:.2f}M parameters, from step {step}", file=sys.stderr)
+
+    collate = Collator()
+    data = Prefetch(collate, args.batch_size, (args.seed, 0x7121, step))
+    held_out = demo_tasks.eval_set(args.eval_samples, seed=1)
+    began = mark = time.monotonic()
+    mark_step, losses = step, []
+    log = open(args.out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    while True:
+        seconds = before + time.monotonic() - began
+        progress = max(
+            step / args.steps if args.steps else 0.0,
+            seconds / (60 * args.minutes) if args.minutes else 0.0,
+        )
+        done = progress >= 1
+        data.difficulty = min(1.0, 0.1 + progress / args.ramp) if args.ramp else 1.0
+        lr = rate(progress, step, args.lr, args.warmup)
+        if losses and (done or step % args.log_every == 0):
+            mean_loss, mean_cells = np.mean(losses, axis=0)  # waits for the device
+            speed = (step - mark_step) * args.batch_size / (time.monotonic() - mark)
+            row: dict[str, Any] = {
+                "step": step,
+                "seconds": round(seconds),
+                "progress": round(progress, 4),
+                "difficulty": round(data.difficulty, 3),
+                "loss": round(float(mean_loss), 4),
+                "cells_loss": round(float(mean_cells), 4),
+                "lr": float(f"{lr:.3g}"),
+                "samples_per_s": round(speed, 1),
+            }
+            if done or step % args.eval_every == 0:
+                row["exact"] = evaluate(exact, params, collate, held_out)
+                save_checkpoint(checkpoint, (params, opt_state), {"step": step, "seconds": seconds})
+            print(json.dumps(row), file=log, flush=True)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            losses, mark, mark_step = [], time.monotonic(), step
+        if done:
+            break
+        batch, targets = data.next()
+        params, opt_state, loss = train_step(params, opt_state, batch, targets, lr, args.hint)
+        losses.append(loss)
+        step += 1
+    log.close()
+    if args.export:
+        export(nnx.merge(graphdef, params["model"]), args.export)
+        print(f"exported to {args.export}", file=sys.stderr)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.train_demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for checkpoint.npz and log.jsonl")
+    add("--steps", type=int, help="end after this many steps in all")
+    add(
+        "--minutes",
+        type=float,
+        help="end after this much training time, resumed runs included; "
+        "with --steps too, whichever comes first. The learning rate reaches its end there",
+    )
+    add("--batch-size", type=int, default=64, help="samples a step (default 64)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    add("--warmup", type=int, default=300, help="steps of linear warm-up (default 300)")
+    add(
+        "--ramp",
+        type=float,
+        default=0.2,
+        help="share of the run over which tasks grow to full difficulty; 0: at once (default 0.2)",
+    )
+    add("--hint", type=float, default=0.5, help="weight of the cell-label loss (default 0.5)")
+    add("--seed", type=int, default=0, help="seed of the weights and of the data (default 0)")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.npz where there is one")
+    add("--export", type=Path, metavar="DIR", help="write the Hugging Face folder here at the end")
+    add("--eval-every", type=int, default=500, help="steps between evaluations (default 500)")
+    add("--eval-samples", type=int, default=250, help="held-out samples each (default 250)")
+    add("--log-every", type=int, default=50, help="steps between log lines (default 50)")
+    args = parser.parse_args()
+    if not args.steps and not args.minutes:
+        parser.error("say how long to train: --steps N, --minutes M or both")
+    if args.eval_every % args.log_every:
+        parser.error("--eval-every must be a multiple of --log-every")
+    train(args)
+
+
+if __name__ == "__main__":
+    main()

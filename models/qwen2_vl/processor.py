@@ -1,0 +1,335 @@
+"""Qwen2-VL: files, chat messages and pictures in; token ids and patches out.
+
+Only the image processor (PIL backend) and the tokenizer of transformers are used: its combined
+processor wants torch. Nothing here touches the network or runs code from the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from models.base import Batch, Prompt
+from models.qwen2_vl.config import Qwen2VLConfig
+from models.qwen2_vl.processing import Grid, collate
+from mquant_jax.errors import UserError
+
+START, END = "<|vision_start|>", "<|vision_end|>"
+PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+# A placeholder in a text, bare or already between its markers.
+_PLACED = re.compile(rf"(?:{re.escape(START)})?<\|(image|video)_pad\|>(?:{re.escape(END)})?")
+_SYSTEM = "You are a helpful assistant."
+Message = Mapping[str, Any]
+Picture = tuple[Grid, np.ndarray]
+
+
+class Qwen2VLProcessor:
+    """From pictures and text to a ``Batch``, and from tokens back to text.
+
+    Args:
+        folder: holds tokenizer.json and preprocessor_config.json, and as published
+            tokenizer_config.json, generation_config.json and the chat template.
+        config: the model's config.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+    """
+
+    def __init__(self, folder: str | Path, config: Qwen2VLConfig):
+        self.folder, self.config = Path(folder), config
+        for name in ("tokenizer.json", "preprocessor_config.json"):
+            if not (self.folder / name).is_file():
+                raise UserError(f"{self.folder / name}: no such file (the processor needs it)")
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The folder's tokenizer, its placeholder ids checked against the config's."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as e:  # the tokenizers library raises bare Exception
+            raise UserError(f"{self.folder / 'tokenizer.json'}: cannot be loaded: {e}") from e
+        expected = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        for kind, token in PLACEHOLDERS.items():
+            found = tokenizer.convert_tokens_to_ids(token)
+            if found != expected[kind]:
+                raise UserError(
+                    f"{self.folder / 'tokenizer.json'}: {token} is token {found}, "
+                    f"config.json says {expected[kind]}"
+                )
+        return tokenizer
+
+    @functools.cached_property
+    def image_processor(self):
+        """The folder's image processor, checked against the config's patch sizes."""
+        from transformers import Qwen2VLImageProcessorPil
+
+        path = self.folder / "preprocessor_config.json"
+        try:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(self.folder, local_files_only=True)
+        except (OSError, ValueError, TypeError) as e:
+            raise UserError(f"{path}: cannot be loaded: {e}") from e
+        for key in ("patch_size", "temporal_patch_size", "merge_size"):
+            if getattr(processor, key) != getattr(self.config, key):
+                raise UserError(
+                    f"{path}: {key} is {getattr(processor, key)}, "
+                    f"the model's config says {getattr(self.config, key)}"
+                )
+        return processor
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The folder's Jinja template; ``None`` when it has none."""
+        if self.tokenizer.chat_template:
+            return self.tokenizer.chat_template
+        template = _read_json(self.folder / "chat_template.json").get("chat_template")
+        return template if isinstance(template, str) else None
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: generation_config.json, config.json, then the tokenizer."""
+        for name in ("generation_config.json", "config.json"):
+            data = _read_json(self.folder / name)
+            eos = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
+            if eos is not None:
+                return (eos,) if isinstance(eos, int) else tuple(eos)
+        eos = self.tokenizer.eos_token_id
+        return () if eos is None else (eos,)
+
+    @property
+    def pad_id(self) -> int:
+        """The tokenizer's padding token (any id does: padding is masked)."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else pad
+
+    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
+        """One user turn in the chat template.
+
+        Args:
+            text: pictures stand in front of it, or where it says ``<|image_pad|>`` or
+                ``<|video_pad|>`` (with or without the markers around).
+            images: PIL images, uint8 ``[H, W, 3]`` arrays or paths.
+            videos: sequences of frames, each like an image.
+
+        Raises:
+            UserError: as :meth:`messages`.
+        """
+        placed = [m[1] for m in _PLACED.finditer(text)]
+        content = [
+            {"type": kind}
+            for kind, pictures in (("image", images), ("video", videos))
+            if kind not in placed
+            for _ in pictures
+        ]
+        content.append({"type": "text", "text": text})
+        return self.messages([{"role": "user", "content": content}], images, videos)
+
+    def messages(
+        self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Prompt:
+        """A whole conversation, answered next by the assistant.
+
+        Args:
+            messages: ``{"role": ..., "content": text or parts}``; a part is ``{"type": "text",
+                "text": ...}``, ``{"type": "image"}`` or ``{"type": "video"}``.
+            images, videos: in the order of their parts and placeholders.
+
+        Raises:
+            UserError: pictures and places differ in number (both are named); a picture that
+                cannot be read; a malformed message.
+        """
+        chat = [_normalised(message, i) for i, message in enumerate(messages)]
+        kinds = [p["type"] for m in chat for p in m["content"] if p["type"] != "text"]
+        given = {"image": images, "video": videos}
+        for kind, pictures in given.items():
+            _check_count(f"the prompt has {kinds.count(kind)}", kind, kinds.count(kind), pictures)
+        ids = self.encode(self._render(chat))
+        pictures = {
+            self.config.image_token_id: [self._image(x, i) for i, x in enumerate(images)],
+            self.config.video_token_id: [self._video(x, i) for i, x in enumerate(videos)],
+        }
+        for (kind, raw), token in zip(given.items(), pictures, strict=True):
+            found = ids.count(token)
+            _check_count(f"{self.folder}: the chat template made {found}", kind, found, raw)
+        return self._expand(ids, {token: iter(x) for token, x in pictures.items()})
+
+    def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
+        """Left-pad prompts and pack their pictures into one :class:`Batch`."""
+        return collate(prompts, self.config, self.pad_id, pad_to)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, no special tokens added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens removed."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _render(self, chat: list[dict[str, Any]]) -> str:
+        if self.chat_template is None:
+            return render_published(chat)
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat,
+                chat_template=self.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except TemplateError as e:
+            raise UserError(f"{self.folder}: the chat template fails: {e}") from e
+
+    def _expand(self, ids: Sequence[int], pictures: Mapping[int, Iterator[Picture]]) -> Prompt:
+        """Repeat each placeholder once per visual token of its picture."""
+        out: list[int] = []
+        used: list[Picture] = []
+        for token in ids:
+            repeats = 1
+            if token in pictures:
+                used.append(next(pictures[token]))
+                repeats = int(np.prod(used[-1][0])) // self.config.merge_size**2
+            out.extend([token] * repeats)
+        patches = [np.zeros((0, self.config.vision.patch_dim), np.float32)]
+        patches.extend(part for _, part in used)
+        return Prompt(out, [grid for grid, _ in used], np.concatenate(patches))
+
+    def _frames(self, frames: list[Image.Image], name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Patches of pictures, each as a still: float32 ``[sum(h*w), patch_dim]``, and grids."""
+        try:
+            out = self.image_processor(images=frames, return_tensors="np")
+        except ValueError as e:
+            raise UserError(f"{name}: {e}") from e
+        return np.asarray(out["pixel_values"], np.float32), np.asarray(out["image_grid_thw"])
+
+    def _image(self, image: Any, index: int) -> Picture:
+        patches, grids = self._frames([load_image(image, f"image {index}")], f"image {index}")
+        return _grid(grids[0]), patches
+
+    def _video(self, video: Sequence[Any], index: int) -> Picture:
+        """A clip: the last frame is repeated until temporal patches are full."""
+        name = f"video {index}"
+        if isinstance(video, str | Path) or len(video) == 0:
+            raise UserError(f"{name}: expected a sequence of frames, one at least")
+        frames = [load_image(f, f"{name}, frame {i}") for i, f in enumerate(video)]
+        sizes = {f.size for f in frames}
+        if len(sizes) > 1:
+            raise UserError(f"{name}: frames differ in size: {sorted(sizes)}")
+        slots = self.config.temporal_patch_size
+        stills, grids = self._frames(frames, name)
+        _, h, w = _grid(grids[0])
+        size = self.config.patch_size
+        # A still fills every temporal slot with the same picture: take one slot of each frame.
+        stills = stills.reshape(len(frames), h * w, 3, slots, size, size)[:, :, :, 0]
+        padding = np.repeat(stills[-1:], -len(frames) % slots, axis=0)
+        clip = np.concatenate([stills, padding])
+        clip = clip.reshape(-1, slots, *clip.shape[1:]).transpose(0, 2, 3, 1, 4, 5)
+        return (len(clip), h, w), np.ascontiguousarray(clip).reshape(-1, 3 * slots * size**2)
+
+
+def load_image(image: Any, name: str) -> Image.Image:
+    """An RGB picture from a PIL image, a uint8 ``[H, W, 3]`` array or a path.
+
+    Raises:
+        UserError: no such file, not an image, or an array of another form; the message names it.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, str | Path):
+        if not Path(image).is_file():
+            raise UserError(f"{image}: no such file ({name})")
+        try:
+            with Image.open(image) as opened:
+                return ImageOps.exif_transpose(opened).convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+            raise UserError(f"{image}: not a readable image ({name}): {e}") from e
+    dtype, shape = getattr(image, "dtype", None), getattr(image, "shape", ())
+    if dtype != np.uint8 or len(shape) != 3 or shape[-1] != 3 or 0 in shape:
+        found = f"{dtype} {list(shape)}" if dtype is not None else type(image).__name__
+        raise UserError(
+            f"{name}: expected a PIL image, a path or a uint8 [H, W, 3] array, found {found}"
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+def render_published(chat: Sequence[Message]) -> str:
+    """The template that Qwen2-VL was released with, for folders that carry none.
+
+    Args:
+        chat: messages whose content is a list of parts.
+    """
+    if chat and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}, *chat]
+    turns = []
+    for message in chat:
+        parts = [
+            part["text"] if part["type"] == "text" else START + PLACEHOLDERS[part["type"]] + END
+            for part in message["content"]
+        ]
+        turns.append(f"<|im_start|>{message['role']}\n{''.join(parts)}<|im_end|>\n")
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def _normalised(message: Any, index: int) -> dict[str, Any]:
+    """The message with its content as parts, placeholders in texts turned into parts."""
+    where = f"message {index}"
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise UserError(f'{where}: expected an object with "role" and "content"')
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in PLACEHOLDERS:
+            parts.append({"type": kind})
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parts.extend(_split(part["text"]))
+        else:
+            raise UserError(f"{where}: a part must be text, image or video, found {part!r}")
+    return {"role": message["role"], "content": parts}
+
+
+def _split(text: str) -> Iterator[dict[str, Any]]:
+    """A text as parts: what stands between placeholders, and the placeholders."""
+    at = 0
+    for match in _PLACED.finditer(text):
+        if match.start() > at:
+            yield {"type": "text", "text": text[at : match.start()]}
+        yield {"type": match[1]}
+        at = match.end()
+    if at < len(text):
+        yield {"type": "text", "text": text[at:]}
+
+
+def _check_count(who: str, kind: str, places: int, pictures: Sequence[Any]) -> None:
+    if places != len(pictures):
+        raise UserError(f"{who} {kind} placeholders, but {len(pictures)} {kind}s were given")
+
+
+def _grid(row: np.ndarray) -> Grid:
+    t, h, w = (int(n) for n in row)
+    return t, h, w
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The file's object; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid JSON: {e}") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return data

@@ -1,0 +1,416 @@
+"""Checkpoint folders: written whole or not at all, and checked when read.
+
+    DST/config.json     the Hugging Face config, as it was
+    DST/mquant.json     manifest: format version, family, recipe, one entry per tensor with its hash
+    DST/params/         Orbax checkpoint; layers separate, int4 two values per byte
+    DST/*.json          tokenizer, preprocessor and generation files, as they were
+
+A save goes to ``.DST.partial-<pid>`` beside DST and is renamed at the end. What a killed process
+left is removed by the next save to the same DST.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
+import numpy as np
+
+from mquant_jax import __version__
+from mquant_jax.errors import UserError
+from mquant_jax.nn.params import Params, parameter_bytes
+from mquant_jax.numerics import QWeight
+from mquant_jax.recipe import Recipe
+
+FORMAT_VERSION = 1
+MANIFEST, CONFIG, PARAMS, REPORT = "mquant.json", "config.json", "params", "report.json"
+_CONVERT_AGAIN = "convert the model again"
+
+
+def check_destination(dst: str | Path, overwrite: bool = False) -> None:
+    """Fail early where :func:`save` would fail; nothing is written.
+
+    Raises:
+        UserError: DST exists (without ``overwrite``), is not a checkpoint, or has no parent folder
+            that can be written.
+    """
+    dst = Path(dst)
+    parent = dst.absolute().parent
+    if not parent.is_dir():
+        raise UserError(f"{parent}: no such folder; create it before converting into it")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{parent}: cannot be written; choose another DST")
+    if not os.path.lexists(dst):
+        return
+    if not overwrite:
+        raise UserError(f"{dst}: exists already; choose another DST or pass --overwrite")
+    if not (dst / MANIFEST).is_file():
+        raise UserError(f"{dst}: is no checkpoint of ours and is not overwritten; remove it first")
+
+
+def save(
+    dst: str | Path,
+    params: Params,
+    *,
+    family: str,
+    hf_config: dict[str, Any],
+    recipe: Recipe,
+    tied_head: bool,
+    files: Sequence[Path] = (),
+    report: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a checkpoint folder and return its manifest; after a failure DST is as before.
+
+    Args:
+        params: name -> array or :class:`QWeight` (stored packed when 4-bit), layers separate.
+        files: copied into DST under their names.
+        report: the quantisation report, stored as report.json.
+
+    Raises:
+        UserError: see :func:`check_destination`; not enough space.
+    """
+    dst = Path(dst).absolute()
+    _remove_stale(dst)
+    check_destination(dst, overwrite)
+    params = {name: _storable(value) for name, value in params.items()}
+    head = {"format_version": FORMAT_VERSION, "mquant_jax": __version__, "family": family}
+    manifest = {**head, "tied_head": tied_head, "recipe": recipe.to_json(), **_tables(params)}
+    partial = _sibling(dst, "partial", os.getpid())
+    with _cleaned_up(partial, dst, parameter_bytes(params)):
+        partial.mkdir()
+        _write_json(partial / CONFIG, hf_config)
+        for file in files:
+            shutil.copyfile(file, partial / file.name)
+        if report is not None:
+            _write_json(partial / REPORT, report)
+        _fill(partial, params, manifest)
+        _sync(partial)
+        _swap_in(partial, dst)
+    return manifest
+
+
+def _fill(folder: Path, params: Params, manifest: dict[str, Any]) -> None:
+    """Write the tensors, then the manifest with the table of their files."""
+    _orbax().save(folder / PARAMS, _to_tree(params))
+    manifest["files"] = _file_table(folder / PARAMS)
+    _write_json(folder / MANIFEST, manifest)
+
+
+def load_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        UserError: no folder, no manifest, damaged, or of another format version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a converted checkpoint")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: holds no {MANIFEST}; expected a checkpoint that "
+            "`python -m convert.hf_to_flax` wrote"
+        )
+    manifest = load_json(path)
+    found = manifest.get("format_version")
+    if found != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {found!r}, this program reads {FORMAT_VERSION}; "
+            + _CONVERT_AGAIN
+        )
+    expected = {"family": str, "tied_head": bool, "recipe": dict, "tensors": dict, "files": dict}
+    for key, kind in expected.items():
+        if not isinstance(manifest.get(key), kind):
+            raise UserError(f"{path}: {key!r} is missing or damaged; {_CONVERT_AGAIN}")
+    return manifest
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint folder.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such file; {_CONVERT_AGAIN}") from e
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON: {e}; {_CONVERT_AGAIN}") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object; {_CONVERT_AGAIN}")
+    return data
+
+
+def load_params(
+    folder: str | Path, verify_hashes: bool = False
+) -> tuple[Params, dict[str, Any]]:
+    """All tensors by name (NumPy; ``QWeight`` as stored), and the manifest.
+
+    Args:
+        verify_hashes: compare every file and tensor with the hash taken when it was saved; file
+            sizes are always compared.
+
+    Raises:
+        UserError: see :func:`load_manifest`; a tensor is missing, damaged or not as recorded.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    _check_files(folder / PARAMS, manifest["files"], verify_hashes)
+    try:
+        tree = _orbax().restore((folder / PARAMS).absolute())
+    except Exception as e:  # Orbax and TensorStore raise many types for damaged files
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(f"{folder / PARAMS}: damaged ({reason}); {_CONVERT_AGAIN}") from e
+    params = {
+        name: _from_tree(tree, name, entry, folder)
+        for name, entry in manifest["tensors"].items()
+    }
+    if verify_hashes:
+        for name, found in _hashes(params).items():
+            if found != manifest["tensors"][name].get("sha256"):
+                raise UserError(
+                    f"{folder}: tensor {name} differs from its hash in {MANIFEST}; "
+                    + _CONVERT_AGAIN
+                )
+    return params, manifest
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+def _storable(value: Any) -> Any:
+    value = value.packed() if isinstance(value, QWeight) else value
+    return jax.tree.map(np.asarray, value)
+
+
+def _entry(value: Any) -> dict[str, Any]:
+    """A tensor's line in the manifest; ``shape`` is that of the weight, not of its packing."""
+    if not isinstance(value, QWeight):
+        return {
+            "shape": list(value.shape), "dtype": value.dtype.name, "bytes": value.nbytes
+        }  # fmt: skip
+    return {
+        "shape": [*value.values.shape[:-1], value.in_features],
+        "dtype": f"int{value.bits}",
+        "bytes": value.values.nbytes + value.scale.nbytes,
+        "in_features": value.in_features,
+        "bits": value.bits,
+        "groups": value.groups,
+    }
+
+
+def _tables(params: Params) -> dict[str, Any]:
+    hashes = _hashes(params)
+    tensors = {n: {**_entry(v), "sha256": hashes[n]} for n, v in sorted(params.items())}
+    counts: Counter[str] = Counter()
+    for entry in tensors.values():
+        counts[entry["dtype"]] += int(np.prod(entry["shape"]))
+    return {
+        "total_bytes": sum(e["bytes"] for e in tensors.values()),
+        "dtype_counts": dict(counts),
+        "tensors": tensors,
+    }
+
+
+def _hashes(params: Params) -> dict[str, str]:
+    """Name -> sha256 over the tensor's bytes (values, then scales)."""
+
+    def one(value: Any) -> str:
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(value):
+            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
+        return dict(zip(params, pool.map(one, params.values()), strict=True))
+
+
+def _to_tree(params: Params) -> dict[str, Any]:
+    """Nested dictionaries by the parts of the names."""
+    root: dict[str, Any] = {}
+    for name, value in params.items():
+        *folders, leaf = name.split("/")
+        node = root
+        for part in folders:
+            node = node.setdefault(part, {})
+        if isinstance(value, QWeight):
+            value = {"values": value.values, "scale": value.scale}
+        node[leaf] = value
+    return root
+
+
+def _from_tree(tree: Any, name: str, entry: dict[str, Any], folder: Path) -> Any:
+    """One tensor, compared with its manifest entry."""
+    try:
+        for part in name.split("/"):
+            tree = tree[part]
+        if "bits" in entry:
+            storage = "packed" if entry["bits"] == 4 else "int8"
+            tree = QWeight(
+                tree["values"], tree["scale"], entry["in_features"], entry["bits"], storage
+            )
+        found = _entry(tree)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{folder}: tensor {name} is missing; {_CONVERT_AGAIN}") from e
+    for key, value in found.items():
+        if entry.get(key) != value:
+            raise UserError(
+                f"{folder}: tensor {name}: {MANIFEST} says {key} {entry.get(key)!r}, "
+                f"found {value!r}; {_CONVERT_AGAIN}"
+            )
+    return tree
+
+
+def _orbax():
+    """Orbax, told to be quiet; imported late because it takes a second."""
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return ocp.PyTreeCheckpointer()
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _sibling(dst: Path, kind: str, pid: int) -> Path:
+    return dst.parent / f".{dst.name}.{kind}-{pid}"
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _file_table(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> size and sha256 of every file below ``folder``."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(_file_hash, paths))
+    return {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": h}
+        for p, h in zip(paths, hashes, strict=True)
+    }
+
+
+def _check_files(folder: Path, files: dict[str, Any], hashes: bool) -> None:
+    """Find damage before Orbax does: it tells less, and leaves threads complaining on stderr."""
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; {_CONVERT_AGAIN}")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise UserError(
+                f"{path}: damaged: expected {entry['bytes']} bytes, found {size}; {_CONVERT_AGAIN}"
+            )
+        if hashes and _file_hash(path) != entry["sha256"]:
+            raise UserError(
+                f"{path}: damaged: differs from its hash in {MANIFEST}; {_CONVERT_AGAIN}"
+            )
+
+
+def _remove_stale(dst: Path) -> None:
+    """Remove what dead processes left of saves to ``dst``; put back a DST they had moved away."""
+    for kind in ("old", "partial"):
+        for path in dst.parent.glob(f".{_glob_escape(dst.name)}.{kind}-*"):
+            pid = path.name.rpartition("-")[2]
+            if not pid.isdigit() or (int(pid) != os.getpid() and _alive(int(pid))):
+                continue
+            if kind == "old" and not dst.exists():
+                path.rename(dst)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _glob_escape(name: str) -> str:
+    """``name`` with the glob characters taken literally."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # alive, of another user
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _cleaned_up(partial: Path, dst: Path, needed: int) -> Iterator[None]:
+    """Check the space, and remove ``partial`` whatever stops the block."""
+    free = shutil.disk_usage(dst.parent).free
+    if free < needed:
+        raise UserError(f"{dst}: needs {needed} bytes, the disk has {free} free; free some space")
+    try:
+        yield
+    except BaseException as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():  # Orbax's threads were still writing
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(e, Exception) and _disk_full(e):
+            raise UserError(
+                f"{dst}: the disk is full; the checkpoint needs {needed} bytes"
+            ) from e
+        raise
+
+
+def _disk_full(e: BaseException | None) -> bool:
+    while e is not None:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(e):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
+def _sync(folder: Path) -> None:
+    """Flush files and folders to the disk, so that the rename is never ahead of its content."""
+    for root, _, names in os.walk(folder):
+        for path in (*(os.path.join(root, n) for n in names), root):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _swap_in(partial: Path, dst: Path) -> None:
+    """Rename ``partial`` to ``dst``; an older DST is removed only after that."""
+    old = None
+    if dst.exists():
+        old = _sibling(dst, "old", os.getpid())
+        dst.rename(old)
+    try:
+        partial.rename(dst)
+    except BaseException:
+        if old is not None and not dst.exists():
+            old.rename(dst)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+    fd = os.open(dst.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

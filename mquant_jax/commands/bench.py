@@ -1,0 +1,84 @@
+"""``mquant_jax bench``: prefill and decode speed against float32 and bfloat16 of the same model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from mquant_jax.cli_support import OK, Parser, progress
+from mquant_jax.errors import UserError
+from mquant_jax.eval.speed import float_model, measure, summary
+from mquant_jax.loading import load_model
+
+EPILOG = """\
+The float baselines are the checkpoint's own weights put back into float, in the same program
+structure. Variants take turns in every repeat; a ratio is the median over repeats of
+(baseline time / this checkpoint's time), so more than 1 means that the checkpoint is faster.
+"""
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Print a table and the ratios; with ``--json`` one object."""
+    parser = Parser("python -m mquant_jax bench", __doc__, EPILOG)
+    add = parser.add_argument
+    add("checkpoint", help="folder written by convert.hf_to_flax")
+    add("--text-tokens", type=int, default=256, metavar="N", help="text of a prompt (default 256)")
+    add("--image-side", type=int, default=448, metavar="PX", help="picture, 0 for none (448)")
+    add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
+    add("--new-tokens", type=int, default=16, metavar="N", help="decode steps (default 16)")
+    add("--repeats", type=int, default=5, metavar="N", help="rounds counted (default 5)")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args(argv)
+    for name in ("text_tokens", "batch", "new_tokens", "repeats"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
+    loaded = load_model(Path(args.checkpoint), None)
+    family, config, recipe = loaded.family, loaded.config, loaded.manifest["recipe"]["name"]
+    prompt = family.example_prompt(config, args.text_tokens, args.image_side)
+    tokens = len(prompt.input_ids)
+    if tokens + args.new_tokens > config.language.max_positions:
+        raise UserError(
+            f"{tokens} prompt tokens do not fit the context of {config.language.max_positions}: "
+            "lower --text-tokens or --image-side"
+        )
+    batch = family.collate(config, [prompt] * args.batch)
+    variants = {
+        "float32": float_model(family, config, loaded.model, jnp.float32),
+        "bfloat16": float_model(family, config, loaded.model, jnp.bfloat16),
+        recipe: loaded.model,
+    }
+    timings = measure(variants, batch, args.new_tokens, args.repeats, progress)
+    table, ratios = summary(timings, args.batch, tokens, args.new_tokens, recipe)
+    setup = {"prompt_tokens": tokens, "batch": args.batch, "new_tokens": args.new_tokens}
+    if args.json:
+        print(json.dumps({"machine": machine(), **setup, "rows": table, "ratios": ratios}))
+        return OK
+    print(f"prompt {tokens} tokens (with the picture's), batch {args.batch}, {machine()['device']}")
+    titles = ("prefill tok/s", "spread", "decode tok/s", "spread")
+    print(f"\n{'variant':<12} {titles[0]:>14} {titles[1]:>7} {titles[2]:>13} {titles[3]:>7}")
+    for r in table:
+        print(f"{r['variant']:<12} {r['prefill_tokens_per_second']:>14.1f} "
+              f"{r['prefill_spread']:>7.0%} {r['decode_tokens_per_second']:>13.2f} "
+              f"{r['decode_spread']:>7.0%}")  # fmt: skip
+    print()
+    for name, value in ratios.items():
+        print(f"{name:<24} {value:6.2f} x")
+    return OK

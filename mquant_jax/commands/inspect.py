@@ -1,0 +1,58 @@
+"""``mquant_jax inspect``: what a checkpoint holds and which kernel each layer runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mquant_jax.cli_support import OK, Parser
+from mquant_jax.loading import load_model
+from mquant_jax.nn.params import abstract_params
+from mquant_jax.numerics import QWeight
+from mquant_jax.ops.dense import platform, select_path
+from mquant_jax.ptq.pipeline import section_of
+from mquant_jax.recipe import Recipe
+
+
+def layer_paths(model, recipe: Recipe) -> list[dict]:
+    """One row per kind of dense layer: bits, activation mode and the form that runs."""
+    rows: dict[tuple, dict] = {}
+    for name, value in abstract_params(model).items():
+        if not name.endswith("/kernel"):
+            continue
+        kind = "/".join("*" if part.isdigit() else part for part in name.split("/")[:-1])
+        section = section_of(name, recipe)
+        row = {"layer": kind, "count": 0, "weights": "float", "activations": "float"}
+        if isinstance(value, QWeight):
+            int8 = section.activations != "none"
+            row |= {
+                "weights": f"int{value.bits}",
+                "group_size": section.group_size,
+                "activations": f"int8 {section.activations}" if int8 else "float",
+                "one_row": select_path(int8, 1),
+                "many_rows": select_path(int8, 64),
+            }
+        key = (kind, row["weights"])
+        rows.setdefault(key, row)["count"] += 1
+    return list(rows.values())
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan, the sizes and the path that each layer executes on this platform."""
+    parser = Parser("python -m mquant_jax inspect", __doc__)
+    parser.add_argument("checkpoint", help="folder written by convert.hf_to_flax")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args(argv)
+    loaded = load_model(Path(args.checkpoint), None)
+    recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
+    rows = layer_paths(loaded.model, recipe)
+    if args.json:
+        print(json.dumps({"platform": platform(), "recipe": recipe.to_json(), "layers": rows}))
+        return OK
+    print(f"family {loaded.manifest['family']}, recipe {recipe.name}, platform {platform()}\n")
+    print(recipe.table() + "\n")
+    print(f"{'layer':<32} {'count':>5}  {'weights':<8} {'activations':<13} one row / many rows")
+    for r in rows:
+        forms = f"{r['one_row']} / {r['many_rows']}" if "one_row" in r else "float dot"
+        print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
+    return OK

@@ -1,0 +1,132 @@
+"""Prefill and decode speed of variants of one model, interleaved in one run.
+
+Machines are noisy: read the ratios, not the times. Each repeat runs every variant once, so that a
+slow spell hits all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.base import VLM, Batch, Family, bucket
+from mquant_jax.nn.params import Params, get_params, set_params
+from mquant_jax.numerics import QWeight
+from mquant_jax.ptq.pipeline import abstract_model
+from mquant_jax.recipe import Recipe
+from mquant_jax.runtime.generate import Generator
+from mquant_jax.runtime.sampling import Sampling
+
+NEVER_STOP = (-1,)
+
+
+def float_model(family: Family, config: Any, module: VLM, dtype) -> VLM:
+    """The same model with every weight back in float: the baseline of its own quantisation."""
+    params: Params = {
+        name: np.asarray((v.dequantize() if isinstance(v, QWeight) else v).astype(dtype))
+        for name, v in get_params(module).items()
+        if not name.endswith("/act_scale")
+    }
+    model = abstract_model(family, config, Recipe(), dtype)
+    set_params(model, params)
+    return model
+
+
+@dataclasses.dataclass
+class Timings:
+    """Seconds of every repeat: one prefill, one decode of ``new_tokens`` steps."""
+
+    prefill: list[float] = dataclasses.field(default_factory=list)
+    decode: list[float] = dataclasses.field(default_factory=list)
+
+
+class _Variant:
+    """A compiled model with one fixed prompt batch."""
+
+    def __init__(self, module: VLM, batch: Batch, new_tokens: int):
+        self.generator = Generator(module, NEVER_STOP)
+        self.batch = jax.tree.map(jnp.asarray, batch)
+        self.until = jnp.int32(new_tokens + 1)
+        self.limit = bucket(new_tokens + 1, 16)
+        self.slots = bucket(batch.input_ids.shape[1] + self.limit, 32)
+        self.timings = Timings()
+
+    def run(self, record: bool) -> None:
+        g = self.generator
+        t0 = time.perf_counter()
+        loop = g._start(
+            g.params, self.batch, jax.random.key(0), slots=self.slots, limit=self.limit,
+            how=Sampling(),
+        )  # fmt: skip
+        jax.block_until_ready(loop)
+        t1 = time.perf_counter()
+        jax.block_until_ready(g._run(g.params, loop, self.until, how=Sampling()))
+        t2 = time.perf_counter()
+        if record:
+            self.timings.prefill.append(t1 - t0)
+            self.timings.decode.append(t2 - t1)
+
+
+def measure(
+    variants: dict[str, VLM],
+    batch: Batch,
+    new_tokens: int,
+    repeats: int,
+    progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
+) -> dict[str, Timings]:
+    """Time every variant on the same prompts.
+
+    Args:
+        variants: name -> model.
+        new_tokens: decode steps after the first token.
+        repeats: rounds after one warm-up (which compiles).
+    """
+    prepared = {name: _Variant(m, batch, new_tokens) for name, m in variants.items()}
+    for variant in progress(list(prepared.values()), "compile"):
+        variant.run(record=False)
+    for _ in progress(range(repeats), "measure"):
+        for variant in prepared.values():
+            variant.run(record=True)
+    return {name: v.timings for name, v in prepared.items()}
+
+
+def summary(timings: dict[str, Timings], rows: int, tokens: int, new_tokens: int, ours: str):
+    """Medians, spread (quartile range over median) and ratios against ``ours``.
+
+    Returns:
+        ``(table, ratios)``: one dictionary per variant, and ``prefill_vs_X`` / ``decode_vs_X`` =
+        time of X / time of ours (more than 1: ours is faster).
+    """
+    table, ratios = [], {}
+    for name, t in timings.items():
+        prefill, decode = statistics.median(t.prefill), statistics.median(t.decode)
+        table.append({
+            "variant": name,
+            "prefill_seconds": prefill,
+            "prefill_tokens_per_second": rows * tokens / prefill,
+            "prefill_spread": _spread(t.prefill),
+            "decode_seconds_per_token": decode / new_tokens,
+            "decode_tokens_per_second": rows * new_tokens / decode,
+            "decode_spread": _spread(t.decode),
+        })  # fmt: skip
+        if name != ours:
+            for part in ("prefill", "decode"):
+                theirs, own = getattr(t, part), getattr(timings[ours], part)
+                ratios[f"{part}_vs_{name}"] = statistics.median(
+                    a / b for a, b in zip(theirs, own, strict=True)
+                )
+    return table, ratios
+
+
+def _spread(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle

@@ -1,0 +1,102 @@
+"""From a checkpoint folder to a model ready to run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.base import VLM, Family
+from models.registry import family_for
+from mquant_jax.checkpoint import CONFIG, load_json, load_manifest, load_params
+from mquant_jax.errors import UserError
+from mquant_jax.nn.params import Params, abstract_params, set_params
+from mquant_jax.numerics import QWeight
+from mquant_jax.recipe import Recipe
+
+
+class Loaded(NamedTuple):
+    """A loaded checkpoint: the Flax module, the family's config, mquant.json, the family, and the
+    Hugging Face config."""
+
+    model: VLM
+    config: Any
+    manifest: dict[str, Any]
+    family: Family
+    hf_config: dict[str, Any]
+
+
+def load_model(
+    folder: str | Path,
+    dtype: Any = None,
+    *,
+    keep_packed: bool | None = None,
+    verify_hashes: bool = False,
+) -> Loaded:
+    """Load a checkpoint that ``python -m convert.hf_to_flax`` wrote.
+
+    Args:
+        dtype: type of everything that is not integer; default float32 on CPU, else bfloat16.
+        keep_packed: hold int4 two values per byte; default everywhere but on CPU, where unpacking
+            at every use costs more than the memory.
+        verify_hashes: see :func:`load_params`.
+
+    Raises:
+        UserError: missing, damaged or unfitting files.
+    """
+    folder = Path(folder)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
+    keep_packed = (not on_cpu) if keep_packed is None else keep_packed
+    family, config, recipe, hf_config = _describe(folder)
+    params, manifest = load_params(folder, verify_hashes)
+    try:
+        model = nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
+    except ValueError as e:
+        raise UserError(f"{folder}: config.json and recipe do not fit: {e}") from e
+    params = _fitted(params, abstract_params(model), keep_packed, folder)
+    set_params(model, params)
+    return Loaded(model, config, manifest, family, hf_config)
+
+
+def _describe(folder: Path) -> tuple[Family, Any, Recipe, dict[str, Any]]:
+    """Family, config and recipe as the folder's JSON files give them."""
+    manifest = load_manifest(folder)
+    hf_config = load_json(folder / CONFIG)
+    family = family_for(hf_config, folder / CONFIG)
+    config = family.config_from_hf(hf_config)
+    language = dataclasses.replace(config.language, tied_head=manifest["tied_head"])
+    recipe = Recipe.from_json(manifest["recipe"], f"{folder}: recipe")
+    return family, dataclasses.replace(config, language=language), recipe, hf_config
+
+
+def _fitted(params: Params, expected: Params, keep_packed: bool, folder: Path) -> Params:
+    """The tensors checked against the model's and cast to its types; ``params`` is emptied."""
+    if params.keys() != expected.keys():
+        odd = sorted(params.keys() ^ expected.keys())
+        raise UserError(
+            f"{folder}: {len(odd)} tensors do not fit the recipe and config, first {odd[0]}; "
+            "convert the model again"
+        )
+    out: Params = {}
+    for name, like in expected.items():
+        value = params.pop(name)
+        if jax.tree.structure(value) != jax.tree.structure(like) or _shapes(value) != _shapes(like):
+            raise UserError(
+                f"{folder}: tensor {name}: expected {_shapes(like)}, found {_shapes(value)}; "
+                "convert the model again"
+            )
+        if not isinstance(value, QWeight):
+            out[name] = np.asarray(value).astype(like.dtype)
+        else:
+            out[name] = value if keep_packed else value.unpacked()
+    return out
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    return [x.shape for x in jax.tree.leaves(value)]

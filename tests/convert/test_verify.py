@@ -1,0 +1,114 @@
+"""The verifier: what it measures, and when it says no."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import hf_to_flax
+from convert.verify import errors, judge, main
+from tests.hf_folders import GOLDENS, hf_folder
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    dst = tmp_path_factory.mktemp("verify") / "dst"
+    assert hf_to_flax.main([str(GOLDENS / "public"), str(dst)]) == 0
+    return dst
+
+
+def _reference(to, **changes):
+    """A copy of the golden's recordings; ``changes`` replace outputs, None removes one."""
+    to.mkdir()
+    shutil.copyfile(GOLDENS / "public" / "inputs.safetensors", to / "inputs.safetensors")
+    out = load_file(GOLDENS / "public" / "outputs.safetensors") | changes
+    save_file({k: v for k, v in out.items() if v is not None}, to / "outputs.safetensors")
+    return to
+
+
+def _golden(name):
+    return load_file(GOLDENS / "public" / "outputs.safetensors")[name]
+
+
+def test_a_changed_weight_fails(tmp_path, capsys):
+    def change(t):
+        t["model.layers.1.mlp.down_proj.weight"] *= 1.1
+
+    hf_to_flax.main([str(hf_folder(tmp_path / "src", change)), str(tmp_path / "dst")])
+    capsys.readouterr()
+    args = [str(tmp_path / "dst"), "--reference", str(GOLDENS / "public")]
+    assert main([*args, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert not result["ok"]
+    assert result["arrays"]["hidden_1"]["rel"] < 1e-4 < result["arrays"]["hidden_2"]["rel"]
+
+
+def test_one_greedy_token_decides(tmp_path, converted, capsys):
+    greedy = _golden("greedy")
+    greedy[0, -1] += 1
+    reference = _reference(tmp_path / "ref", greedy=greedy)
+    assert main([str(converted), "--reference", str(reference)]) == 1
+    out = capsys.readouterr().out
+    assert "greedy tokens equal: 93.8%" in out and out.endswith("FAILED\n")
+
+
+def test_padding_is_not_compared(tmp_path, converted, capsys):
+    mask = load_file(GOLDENS / "public" / "inputs.safetensors")["attention_mask"]
+    assert (mask == 0).any()
+    logits = _golden("logits")
+    logits[mask == 0] = 1e9
+    reference = _reference(tmp_path / "ref", logits=logits, greedy=None)
+    assert main([str(converted), "--reference", str(reference), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["greedy_match"] is None
+
+
+def test_nan_fails_and_is_valid_json(tmp_path, converted, capsys):
+    logits = np.full_like(_golden("logits"), np.nan)
+    reference = _reference(tmp_path / "ref", logits=logits, greedy=None)
+    assert main([str(converted), "--reference", str(reference), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["arrays"]["logits"]["rel"] is None
+
+
+def test_bad_references(tmp_path, converted, capsys):
+    def fails(folder, word):
+        assert main([str(converted), "--reference", str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+    fails(tmp_path / "nowhere", "no such folder")
+    reference = _reference(tmp_path / "wrong", vision=np.zeros((3, 3), np.float32))
+    fails(reference, "another model")
+    (reference / "outputs.safetensors").write_bytes(b"x" * 20)
+    fails(reference, "damaged")
+    (reference / "outputs.safetensors").unlink()
+    fails(reference, "no such file")
+    empty = _reference(tmp_path / "empty")
+    save_file({"other": np.zeros(2, np.float32)}, empty / "outputs.safetensors")
+    fails(empty, "nothing that can be compared")
+    inputs = load_file(empty / "inputs.safetensors")
+    inputs["input_ids"] = inputs["input_ids"] + 1000
+    save_file(inputs, empty / "inputs.safetensors")
+    fails(empty, "vocabulary")
+
+
+def test_bad_checkpoint(tmp_path, capsys):
+    assert main([str(tmp_path), "--reference", str(GOLDENS / "public")]) == 2
+    assert "mquant.json" in capsys.readouterr().err
+
+
+def test_quantised_checkpoints_report_unless_a_tolerance_is_given():
+    result = {"arrays": {"logits": {"rel": 0.2}}, "greedy_match": 0.5}
+    assert judge(result, None, is_float=False)
+    assert judge(result, 0.3, is_float=False)
+    assert not judge(result, 0.1, is_float=False)
+    assert not judge(result, 0.3, is_float=True)
+    assert judge({**result, "greedy_match": 1.0}, 0.3, is_float=True)
+
+
+def test_errors_by_hand():
+    got = errors(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
+    assert got == {"max_abs": 0.5, "rel": 0.1}

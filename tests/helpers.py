@@ -1,0 +1,135 @@
+"""What several tests need: goldens, tiny models, and a look inside traced programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+from models.qwen2_vl.config import Qwen2VLConfig
+from models.qwen2_vl.modeling import Qwen2VL
+from models.qwen2_vl.weights import weight_rules
+from mquant_jax.nn.params import get_params, set_params
+from mquant_jax.numerics import QWeight, quantize_weight
+from mquant_jax.recipe import Recipe
+
+GOLDENS = Path(__file__).parent / "goldens"
+Arrays = dict[str, np.ndarray]
+
+
+def relative(got: Any, expected: Any) -> float:
+    """``||got - expected|| / ||expected||`` in float64."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def golden(family: str, case: str) -> tuple[dict[str, Any], Arrays, Arrays]:
+    """``(config.json, inputs, outputs)`` of a golden."""
+    folder = GOLDENS / family / case
+    config = json.loads((folder / "config.json").read_text())
+    names = ("inputs", "outputs")
+    inputs, outputs = (load_file(folder / f"{name}.safetensors") for name in names)
+    return config, inputs, outputs
+
+
+def golden_qwen2_vl(case: str) -> tuple[Qwen2VL, Qwen2VLConfig, Arrays, Arrays]:
+    """The float model of a Qwen2-VL golden, its config, inputs and outputs."""
+    hf, inputs, outputs = golden("qwen2_vl", case)
+    config = Qwen2VLConfig.from_hf(hf)
+    source = load_file(GOLDENS / "qwen2_vl" / case / "model.safetensors")
+    model = nnx.eval_shape(lambda: Qwen2VL(config, rngs=nnx.Rngs(0)))
+    set_params(model, {r.dst: r.apply(source[r.src]) for r in weight_rules(config)})
+    return model, config, inputs, outputs
+
+
+def random_quantised(config: Qwen2VLConfig, recipe: Recipe, seed: int = 0) -> Qwen2VL:
+    """A model quantised as ``recipe`` says, with random integer weights."""
+    model = Qwen2VL(config, recipe, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    params = get_params(model)
+    for name, value in params.items():
+        if isinstance(value, QWeight):
+            shape = (*value.values.shape[:-1], value.in_features)
+            weight = jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.float32)
+            random = quantize_weight(weight, value.bits, value.in_features // value.groups)
+            random = random.packed() if value.storage == "packed" else random
+            params[name] = jax.tree.map(np.asarray, random)
+    set_params(model, params)
+    return model
+
+
+@dataclasses.dataclass
+class WeightUse:
+    """What a traced program does with its 8-bit inputs, that is, with quantised weights.
+
+    Attributes:
+        dots: of each dot_general that sees a weight, the dtypes ``(left, right, result)``.
+        float_copies: each operation that turns a weight matrix into floats.
+    """
+
+    dots: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    float_copies: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def integer_only(self) -> bool:
+        """Every product with a weight is s8 x s8 -> s32, and no weight is copied to float."""
+        wanted = ("int8", "int8", "int32")
+        return bool(self.dots) and set(self.dots) == {wanted} and not self.float_copies
+
+
+def integer_dots(fn: Callable[..., Any], *args: Any) -> WeightUse:
+    """Trace ``fn(*args)`` and follow every int8 or uint8 input to the products that use it.
+
+    Goes into the bodies of jit, scan, while, cond and custom derivatives. A body of a scan counts
+    once, however many layers it runs.
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    use = WeightUse()
+    marks = [v.aval.dtype in (jnp.int8, jnp.uint8) for v in closed.jaxpr.invars]
+    _follow(closed.jaxpr, marks, use)
+    return use
+
+
+def _follow(jaxpr: Any, marks: Sequence[bool], use: WeightUse) -> list[bool]:
+    """Walk one jaxpr; ``marks`` says which inputs derive from weights. Returns it for outputs."""
+    marked = {v for v, mark in zip(jaxpr.invars, marks, strict=True) if mark}
+
+    def is_marked(v: Any) -> bool:
+        return not hasattr(v, "val") and v in marked
+
+    for eqn in jaxpr.eqns:
+        ins = [is_marked(v) for v in eqn.invars]
+        outs = _step(eqn, ins, use)
+        marked.update(v for v, mark in zip(eqn.outvars, outs, strict=True) if mark)
+    return [is_marked(v) for v in jaxpr.outvars]
+
+
+def _step(eqn: Any, ins: list[bool], use: WeightUse) -> list[bool]:
+    """Which outputs of one operation derive from weights (a product's result does not)."""
+    p, name = eqn.params, eqn.primitive.name
+    if name == "dot_general":
+        if any(ins):
+            avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+            use.dots.append(tuple(str(a.dtype) for a in avals))
+        return [False]
+    if name == "while":
+        first = p["cond_nconsts"]
+        return _follow(p["body_jaxpr"].jaxpr, ins[first:], use)
+    if name == "cond":
+        branches = [_follow(b.jaxpr, ins[1:], use) for b in p["branches"]]
+        return [any(marks) for marks in zip(*branches, strict=True)]
+    inner = p.get("jaxpr", p.get("call_jaxpr"))
+    if inner is not None:
+        return _follow(getattr(inner, "jaxpr", inner), ins, use)
+    for v in eqn.outvars if any(ins) else ():
+        if jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.ndim >= 2:
+            use.float_copies.append(f"{name} -> {v.aval}")
+    return [any(ins)] * len(eqn.outvars)

@@ -1,0 +1,85 @@
+"""The float Qwen2-VL against transformers' own numbers (tests/goldens/qwen2_vl)."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.qwen2_vl.processing import collate, reference_batch, reference_prompts
+from tests.helpers import golden_qwen2_vl, relative
+
+RTOL = 1e-5  # float32 noise of a few layers; measured 1e-6
+forward = nnx.jit(lambda model, batch: model(batch))
+embed = nnx.jit(lambda model, batch: model.embed(batch))
+prefill = nnx.jit(lambda model, batch, cache: model.prefill(batch, cache))
+decode = nnx.jit(lambda model, *args: model.decode(*args))
+
+
+@pytest.fixture(scope="module", params=["public", "public_video"])
+def case(request):
+    return golden_qwen2_vl(request.param)
+
+
+def test_every_position_of_the_forward_pass(case) -> None:
+    model, config, inputs, outputs = case
+    batch, real = reference_batch(config, inputs), inputs["attention_mask"] == 1
+    assert relative(embed(model, batch)[real], outputs["embeds"][real]) < RTOL
+    assert relative(forward(model, batch)[real], outputs["logits"][real]) < RTOL
+
+
+def test_visual_tokens(case) -> None:
+    model, config, inputs, outputs = case
+    batch, visual = reference_batch(config, inputs), outputs["is_visual"] == 1
+    assert relative(embed(model, batch)[visual], outputs["vision"]) < RTOL
+
+
+def test_greedy_with_the_cache(case) -> None:
+    model, config, inputs, outputs = case
+    batch = reference_batch(config, inputs)
+    rows, steps = outputs["greedy"].shape
+    cache = model.language.init_cache(rows, batch.input_ids.shape[1] + steps + 3)
+    logits, cache = prefill(model, batch, cache)
+    assert relative(logits, outputs["logits"][:, -1]) < RTOL
+    order, position = np.asarray(batch.lengths), np.asarray(batch.next_position)
+    for step in range(steps):
+        assert relative(logits, outputs["greedy_logits"][:, step]) < RTOL
+        tokens = np.argmax(logits, -1).astype(np.int32)
+        np.testing.assert_array_equal(tokens, outputs["greedy"][:, step])
+        logits, cache = decode(model, tokens, order + step, position + step, cache)
+
+
+def test_more_padding_changes_nothing(case) -> None:
+    model, config, inputs, _ = case
+    prompts = list(reference_prompts(inputs, config))
+    length = inputs["input_ids"].shape[1]
+    short = forward(model, collate(prompts, config, 0))
+    long = forward(model, collate(prompts, config, 0, pad_to=length + 9))
+    for row, prompt in enumerate(prompts):
+        n = len(prompt.input_ids)
+        assert relative(long[row, -n:], short[row, -n:]) < RTOL
+
+
+def test_a_row_alone_equals_the_row_in_the_batch(case) -> None:
+    model, config, inputs, _ = case
+    prompts = list(reference_prompts(inputs, config))
+    together = forward(model, collate(prompts, config, 0))
+    for row, prompt in enumerate(prompts):
+        alone = forward(model, collate([prompt], config, 0))
+        n = len(prompt.input_ids)
+        assert relative(alone[0, -n:], together[row, -n:]) < RTOL
+
+
+def test_text_alone(case) -> None:
+    """A row without pictures needs no vision input, and agrees with the cache's last logits."""
+    model, config, inputs, _ = case
+    prompt = next(reference_prompts(inputs, config))
+    visual = (config.image_token_id, config.video_token_id)
+    ids = [i for i in prompt.input_ids if i not in visual]
+    text = type(prompt)(ids, [], prompt.patches[:0])
+    batch = collate([text], config, 0)
+    assert batch.vision is None
+    logits, _ = prefill(model, batch, model.language.init_cache(1, len(ids)))
+    assert jax.numpy.isfinite(logits).all()
+    assert relative(logits, forward(model, batch)[:, -1]) < RTOL

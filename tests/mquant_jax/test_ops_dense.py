@@ -1,0 +1,182 @@
+"""Quantised products against NumPy integers, and what the traced programs really compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.qwen2_vl.config import Qwen2VLConfig
+from models.qwen2_vl.processing import reference_batch
+from mquant_jax.nn.dense import Dense
+from mquant_jax.numerics import QTensor, QWeight, quantize_dynamic, quantize_weight
+from mquant_jax.ops import xla
+from mquant_jax.ops.dense import quantized_dot, select_path, target_platform
+from mquant_jax.recipe import PRESETS, Section
+from tests.helpers import golden, integer_dots, random_quantised, relative
+
+few = settings(max_examples=15, deadline=None)
+EXACT = 1e-6  # relative: integers are exact, the scales are float32
+
+
+def operands(rows: int, out: int, groups: int, size: int, bits: int, per_token: bool, seed=0):
+    """Random int8 rows, a weight, and their product in NumPy's int64 and float64."""
+    rng = np.random.default_rng(seed)
+    k, low, high = groups * size, -(2 ** (bits - 1)), 2 ** (bits - 1)
+    x = rng.integers(-128, 128, (rows, k))
+    w = rng.integers(low, high, (out, k))
+    x_scale = rng.uniform(0.01, 2, (rows, 1) if per_token else ()).astype(np.float32)
+    w_scale = rng.uniform(0.01, 2, (out, groups)).astype(np.float32)
+    partial = np.einsum("rgs,ogs->rog", x.reshape(rows, groups, size), w.reshape(out, groups, size))
+    expected = (partial * w_scale.astype(np.float64)).sum(-1) * x_scale.astype(np.float64)
+    q = QTensor(jnp.asarray(x, jnp.int8), jnp.asarray(x_scale))
+    weight = QWeight(jnp.asarray(w, jnp.int8), jnp.asarray(w_scale), k, bits, "int8")
+    return q, weight, expected
+
+
+def close(got, expected) -> None:
+    scale = np.abs(expected).max() + 1e-6
+    np.testing.assert_allclose(np.asarray(got) / scale, expected / scale, atol=3e-6)
+
+
+@few
+@given(
+    rows=st.sampled_from([1, 2, 3, 17]),
+    out=st.sampled_from([1, 5, 32]),
+    shape=st.sampled_from([(1, 1), (1, 7), (1, 64), (3, 5), (4, 16), (6, 1)]),
+    bits=st.sampled_from([4, 8]),
+    per_token=st.booleans(),
+    packed=st.booleans(),
+)
+def test_integer_forms(rows, out, shape, bits, per_token, packed) -> None:
+    x, w, expected = operands(rows, out, *shape, bits, per_token)
+    w = w.packed() if packed else w
+    close(xla.int_dot(x, w), expected)
+    close(quantized_dot(x, w), expected)
+    close(xla.weight_only_dot(x.dequantize(), w), expected)
+
+
+def test_long_sums_do_not_overflow() -> None:
+    k = 16384
+    x = QTensor(jnp.full((2, k), -128, jnp.int8), jnp.float32(1))
+    w = QWeight(jnp.full((3, k), -128, jnp.int8), jnp.ones((3, 1)), k, 8, "int8")
+    np.testing.assert_array_equal(xla.int_dot(x, w), np.float32(k * 128 * 128))
+
+
+def test_leading_axes_and_their_scales() -> None:
+    x, w, expected = operands(6, 5, 1, 7, 4, True)
+    lead = QTensor(x.values.reshape(2, 3, 7), x.scale.reshape(2, 3, 1))
+    close(quantized_dot(lead, w), expected.reshape(2, 3, 5))
+    close(quantized_dot(lead.dequantize(), w), expected.reshape(2, 3, 5))
+
+
+def test_lengths_must_agree() -> None:
+    x, w, _ = operands(2, 3, 1, 8, 4, False)
+    with pytest.raises(ValueError, match="input has 7 features, weight expects 8"):
+        quantized_dot(QTensor(x.values[:, :7], x.scale), w)
+
+
+def test_the_chosen_form() -> None:
+    with target_platform("cpu"):
+        assert select_path(True, 1) == "padded_int_dot"
+        assert select_path(True, 2) == "int_dot"
+        assert select_path(False, 2) == "weight_only"
+    for name in ("gpu", "tpu"):
+        with target_platform(name):
+            assert select_path(True, 1) == "int_dot"
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dense(rows, bias, group_size, bits) -> None:
+    rng = np.random.default_rng(0)
+    dense = Dense(24, 5, bias=bias, section=Section(bits, group_size, "static"), rngs=nnx.Rngs(0))
+    kernel = quantize_weight(jnp.asarray(rng.normal(size=(5, 24)), jnp.float32), bits, group_size)
+    dense.kernel.set_value(kernel.packed())
+    shift = rng.normal(size=5).astype(np.float32) if bias else 0
+    if bias:
+        dense.bias.set_value(jnp.asarray(shift))
+    x = quantize_dynamic(jnp.asarray(rng.normal(size=(rows, 24)), jnp.float32))
+    exact = np.asarray(x.dequantize(), np.float64) @ np.asarray(kernel.dequantize(), np.float64).T
+    assert relative(dense(x), exact + shift) < EXACT
+
+
+def test_a_float_dense_accepts_quantised_input() -> None:
+    dense = Dense(8, 3, rngs=nnx.Rngs(0))
+    x = quantize_dynamic(jnp.ones((2, 8)))
+    np.testing.assert_allclose(dense(x), dense(x.dequantize()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("packed", [False, True])
+def test_many_rows_multiply_integers(group_size, packed) -> None:
+    _, w, _ = operands(2, 5, 24 // (group_size or 24), group_size or 24, 4, False)
+    w = w.packed() if packed else w
+
+    def program(x, w):
+        return quantized_dot(quantize_dynamic(x), w)
+
+    use = integer_dots(program, jnp.ones((2, 24)), w)
+    assert use.integer_only and len(use.dots) == 1, use
+    text = jax.jit(program).lower(jnp.ones((2, 24)), w).as_text()
+    lines = [line for line in text.splitlines() if "dot_general" in line and "xi8>" in line]
+    assert len(lines) == 1
+    assert re.search(r"\(tensor<\S+xi8>, tensor<\S+xi8>\) -> tensor<\S+xi32>", lines[0])
+
+
+def test_the_helper_sees_floats() -> None:
+    x, w, _ = operands(1, 5, 1, 24, 4, False)
+    use = integer_dots(lambda x, w: xla.weight_only_dot(x.dequantize(), w), x, w)
+    assert not use.integer_only and use.float_copies
+    use = integer_dots(lambda x, w: xla.weight_only_dot(x, w), jnp.ones((3, 24)), w)
+    assert not use.integer_only and use.float_copies
+    assert not integer_dots(lambda x: x @ x.T, jnp.ones((3, 24))).integer_only
+
+
+@pytest.fixture(scope="module", params=["w4a8", "w4a8-v8", "w8a8", "w4a8-dynamic", "groups"])
+def quantised(request):
+    hf, inputs, _ = golden("qwen2_vl", "public")
+    config = Qwen2VLConfig.from_hf(hf)
+    if request.param == "groups":
+        recipe = dataclasses.replace(PRESETS["w4a8"], language=Section(4, 32, "static"))
+    else:
+        recipe = PRESETS[request.param]
+    return random_quantised(config, recipe), reference_batch(config, inputs)
+
+
+# patch embedding, 6 in a vision block, 2 in the merger, 7 in a decoder block; the head is float.
+VISION, DECODER = 1 + 6 + 2, 7
+
+
+def test_a_whole_model_multiplies_integers(quantised) -> None:
+    model, batch = quantised
+    graphdef, state = nnx.split(model)
+    use = integer_dots(lambda s, b: nnx.merge(graphdef, s)(b), state, batch)
+    assert use.integer_only and len(use.dots) == VISION + DECODER, use
+    cache = model.language.init_cache(2, 40)
+    use = integer_dots(lambda s, b, c: nnx.merge(graphdef, s).prefill(b, c), state, batch, cache)
+    assert use.integer_only and len(use.dots) == VISION + DECODER, use
+
+
+def test_batched_decoding_multiplies_integers(quantised) -> None:
+    model, _ = quantised
+    graphdef, state = nnx.split(model)
+    ids = jnp.zeros((2,), jnp.int32)
+    cache = model.language.init_cache(2, 8)
+    use = integer_dots(lambda s, t, c: nnx.merge(graphdef, s).decode(t, t, t, c), state, ids, cache)
+    assert use.integer_only and len(use.dots) == DECODER, use
+
+
+def test_a_quantised_model_gives_finite_logits(quantised) -> None:
+    model, batch = quantised
+    logits = nnx.jit(lambda m, b: m(b))(model, batch)
+    assert np.isfinite(np.asarray(logits)[np.asarray(batch.order) >= 0]).all()

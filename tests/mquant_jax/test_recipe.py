@@ -1,0 +1,78 @@
+"""Recipes: JSON both ways, and errors that name the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from mquant_jax.errors import UserError
+from mquant_jax.recipe import PRESETS, SECTIONS, Recipe, Section, resolve_recipe
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip(name, tmp_path) -> None:
+    recipe = PRESETS[name]
+    assert recipe.name == name
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.to_json()))
+    assert resolve_recipe(str(path)) == resolve_recipe(name) == recipe
+
+
+def test_group_sizes_round_trip() -> None:
+    recipe = dataclasses.replace(PRESETS["w4a8"], language=Section(4, 128, "static"))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_missing_keys_take_their_defaults() -> None:
+    assert Recipe.from_json({}) == Recipe()
+    recipe = Recipe.from_json({"language": {"w_bits": 4}})
+    assert recipe.language == Section(4) and recipe.vision == Section()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"langauge": {}}, r"unknown key 'langauge'; known keys: .*language"),
+        ({"language": {"bits": 4}}, r"recipe\.language: unknown key 'bits'.*w_bits"),
+        ({"language": {"w_bits": 3}}, r"recipe\.language\.w_bits: 3 is not one of 4, 8, 16"),
+        ({"language": {"activations": "int8"}}, r"activations: 'int8' is not one of 'static'"),
+        ({"calibration": {"observer": "max"}}, r"calibration\.observer: 'max'"),
+        ({"calibration": {"max_samples": -1}}, r"max_samples: expected int, found -1"),
+        ({"calibration": {"max_samples": True}}, r"max_samples: expected int, found True"),
+        ({"language": {"group_size": 0}}, r"group_size: expected a positive integer or null"),
+        ({"language": {"group_size": "64"}}, r"group_size: expected a positive integer or null"),
+        ({"weight_clip": 1}, r"weight_clip: expected bool, found 1"),
+        ({"language": 4}, r"recipe\.language: expected a JSON object, found int"),
+        ([], r"recipe: expected a JSON object, found list"),
+    ],
+)
+def test_errors_name_the_key(data, message) -> None:
+    with pytest.raises(UserError, match=message):
+        Recipe.from_json(data)
+
+
+def test_files_that_are_no_recipes(tmp_path) -> None:
+    with pytest.raises(UserError, match="neither a preset .*w4a8.* nor a JSON file"):
+        resolve_recipe("w3a3")
+    path = tmp_path / "bad.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json: not valid JSON"):
+        resolve_recipe(str(path))
+    path.write_text('{"x": 1}')
+    with pytest.raises(UserError, match=r"bad\.json: unknown key 'x'"):
+        resolve_recipe(str(path))
+
+
+def test_what_needs_calibration() -> None:
+    needing = {name for name, recipe in PRESETS.items() if recipe.needs_calibration}
+    assert {"w4a8", "w4a8-v8", "w8a8"} <= needing
+    assert not needing & {"float", "w4a16", "w4a8-dynamic"}
+
+
+def test_the_table_has_a_line_per_section() -> None:
+    lines = PRESETS["w4a8-v8"].table().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(SECTIONS)
+    assert lines[1].split()[1] == "int8" and lines[3].split()[1] == "int4"
