@@ -88,7 +88,7 @@ class Collator:
     """Turns samples into a left-padded ``Batch`` with its targets.
 
     ``answer`` is int32 ``[N, T]``, the token that should follow, -1 where there is no loss;
-    ``cells`` is int32 ``[N, 9, 6]``, what each visual token shows.
+    ``cells`` is int32 ``[N, 9, 4]``, what each visual token shows.
     """
 
     def __init__(self) -> None:

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 84
 CELL = SIZE // 3
+PITCH = 14  # width of one letter's place
 SCALE = 2  # shapes are drawn this much larger, then averaged down
 HELDOUT_SHARE = 0.1
 
@@ -63,8 +64,9 @@ DIGITS = "0123456789"
 CODE_LETTERS = "ACDEFGHJKLMNPQRTUVWXY"  # without letters that look like digits
 CODE_DIGITS = "23456789"
 GLYPHS = LETTERS + DIGITS + CODE_LETTERS
-GLYPH_SLOTS = 4
-# Classes of each label of a grid cell: shape, colour, glyphs from left to right; 0 is none.
+GLYPH_SLOTS = CELL // PITCH
+# Classes of each label of a grid cell: shape, colour, glyph on the left, glyph on the right; 0
+# is none.
 CELL_CLASSES = (len(SHAPES) + 1, len(COLORS) + 1, *[len(GLYPHS) + 1] * GLYPH_SLOTS)
 
 # All words that have a token of their own; a word to be read is never one of them.
@@ -88,7 +90,7 @@ class Sample:
         answer: The exact expected answer.
         task: Name of the task.
         key: What the picture shows; ``split_of(key)`` is the sample's split.
-        cells: int32 ``[9, 6]``, what each cell of the 3x3 grid shows (see ``CELL_CLASSES``): a
+        cells: int32 ``[9, 4]``, what each cell of the 3x3 grid shows (see ``CELL_CLASSES``): a
             help in training that the model itself never sees.
     """
 
@@ -163,30 +165,19 @@ def _finish(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
 
 
 def render_text(text: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a short string in a random face, size, place and colour: the image and its cells."""
-    index = int(rng.integers(len(FONTS)))
-    biggest = 38 if len(text) == 1 else 32
-    size = int(rng.integers(24, biggest + 1))
-    width = _font(index, size).getlength(text)
-    if width > SIZE - 8:
-        size = max(14, int(size * (SIZE - 8) / width))
-    font = _font(index, size)
+    """Draw a short letter-spaced string, like a number plate's: the image and its cells."""
+    font = _font(int(rng.integers(len(FONTS))), int(rng.integers(19, 24)))
     background, dark = _background(rng)
-    ink = rng.integers(170, 256, 3) if dark else rng.integers(0, 110, 3)
+    ink = tuple((rng.integers(170, 256, 3) if dark else rng.integers(0, 110, 3)).tolist())
     image = Image.new("RGB", (SIZE, SIZE), tuple(background.tolist()))
-    left, top, right, bottom = font.getbbox(text)
-    line_top, line_height = size * 0.2, size * 0.95  # same baseline whatever the letters
-    slack = (SIZE - (right - left)) / 2 - 2
-    x = (SIZE - (right - left)) / 2 - left + rng.uniform(-1, 1) * min(slack, 5)
-    y = (SIZE - line_height) / 2 - line_top + rng.uniform(-1, 1) * 4
-    ImageDraw.Draw(image).text((round(x), round(y)), text, font=font, fill=tuple(ink.tolist()))
-    cells, used = np.zeros((9, len(CELL_CLASSES)), np.int32), [0, 0, 0]
-    for i, glyph in enumerate(text):
-        center = x + font.getlength(text[:i]) + font.getlength(glyph) / 2
-        col = min(2, max(0, int(center // CELL)))
-        if used[col] < GLYPH_SLOTS:
-            cells[3 + col, 2 + used[col]] = GLYPHS.index(glyph) + 1
-            used[col] += 1
+    draw = ImageDraw.Draw(image)
+    start = int(rng.integers(SIZE // PITCH - len(text) + 1))
+    shift, baseline = rng.uniform(-2, 2), SIZE / 2 + 7 + rng.uniform(-3, 3)
+    cells = np.zeros((9, len(CELL_CLASSES)), np.int32)
+    for column, glyph in enumerate(text, start):
+        x = (column + 0.5) * PITCH + shift
+        draw.text((round(x), round(baseline)), glyph, font=font, fill=ink, anchor="ms")
+        cells[3 + column * PITCH // CELL, 2 + column % GLYPH_SLOTS] = GLYPHS.index(glyph) + 1
     return _finish(image, rng), cells
 
 

@@ -61,7 +61,8 @@ class Recipe:
 
     Attributes:
         name: the preset's name, or the user's.
-        vision, connector, language, head: one :class:`Section` each.
+        vision, connector, language, head: one :class:`Section` each. A tied head shares the token
+            embedding, which is then quantised with it.
         weight_method: ``rtn``: round to nearest.
         weight_clip: search a per-channel clip of least squared error before rounding.
         modality_scales: one static scale per token class (MSQ, paper section 3.1) in the language
@@ -149,15 +150,19 @@ def _uniform(name: str, section: Section, **changes) -> Recipe:
     )
 
 
+# The head stays at 8 bits: it is small in compute, large in bytes read per generated token, and
+# its errors go straight into the logits.
 _W4A8 = Section(4, None, "static")
 _W8A8 = Section(8, None, "static")
 PRESETS: dict[str, Recipe] = {
     "float": Recipe(),
-    "w4a8": _uniform("w4a8", _W4A8),
-    "w4a8-v8": _uniform("w4a8-v8", _W4A8, vision=_W8A8, connector=_W8A8),
-    "w8a8": _uniform("w8a8", _W8A8),
+    "w4a8": _uniform("w4a8", _W4A8, head=_W8A8),
+    "w4a8-v8": _uniform("w4a8-v8", _W4A8, vision=_W8A8, connector=_W8A8, head=_W8A8),
+    "w8a8": _uniform("w8a8", _W8A8, head=_W8A8),
     "w4a16": _uniform("w4a16", Section(4, None, "none")),
-    "w4a8-dynamic": _uniform("w4a8-dynamic", Section(4, None, "dynamic")),
+    "w4a8-dynamic": _uniform(
+        "w4a8-dynamic", Section(4, None, "dynamic"), head=Section(8, None, "dynamic")
+    ),
 }
 
 

@@ -18,9 +18,10 @@ def layer_paths(model, recipe: Recipe) -> list[dict]:
     """One row per kind of dense layer: bits, activation mode and the form that runs."""
     rows: dict[tuple, dict] = {}
     for name, value in abstract_params(model).items():
-        if not name.endswith("/kernel"):
+        if not name.endswith(("/kernel", "/embedding")):
             continue
-        kind = "/".join("*" if part.isdigit() else part for part in name.split("/")[:-1])
+        path = name.removesuffix("/kernel").split("/")
+        kind = "/".join("*" if part.isdigit() else part for part in path)
         section = section_of(name, recipe)
         row = {"layer": kind, "count": 0, "weights": "float", "activations": "float"}
         if isinstance(value, QWeight):

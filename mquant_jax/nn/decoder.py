@@ -11,10 +11,11 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Tap
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order
-from mquant_jax.nn.dense import FLOAT, Dense
+from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.rope import apply_rope, multi_axis_angles
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, stack_layers
+from mquant_jax.numerics import QWeight
 from mquant_jax.ops.attention import attend
 from mquant_jax.recipe import Section
 
@@ -140,19 +141,6 @@ class DecoderBlock(nnx.Module):
         return self.rest(x, attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
 
 
-class Head(Dense):
-    """The output projection with its quantisation point (one scale: only text is predicted)."""
-
-    def __init__(self, cfg: DecoderConfig, section: Section, dtype, *, rngs: nnx.Rngs):
-        super().__init__(
-            cfg.hidden_size, cfg.vocab_size, bias=False, section=section, dtype=dtype, rngs=rngs
-        )
-        self.head_in = ActQuant("head_in", section)
-
-    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
-        return super().__call__(self.head_in(x, None, tap))
-
-
 class Decoder(nnx.Module):
     """Token embedding, a stack of blocks, final norm and head (own or tied)."""
 
@@ -161,27 +149,38 @@ class Decoder(nnx.Module):
     ):
         self.cfg, self.dtype = cfg, place.dtype
         table = jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.hidden_size)) * 0.02
-        self.embedding = nnx.Param(table.astype(place.dtype))
+        table = table.astype(place.dtype)
+        if cfg.tied_head and head.quantised:
+            table = empty_qweight(cfg.vocab_size, cfg.hidden_size, head)
+        self.embedding = nnx.Param(table)
         self.layers = stack_layers(
             lambda r: DecoderBlock(cfg, place, rngs=r), cfg.num_layers, rngs
         )
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
+        self.head_in = ActQuant("head_in", head)  # one scale: only text is ever predicted
         if not cfg.tied_head:
-            self.head = Head(cfg, head, place.dtype, rngs=rngs)
+            self.head = Dense(
+                cfg.hidden_size, cfg.vocab_size, bias=False, section=head, dtype=place.dtype,
+                rngs=rngs,
+            )  # fmt: skip
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """int32 ``[B, T]`` -> ``[B, T, hidden]``."""
-        return self.embedding.get_value()[ids]
+        table = self.embedding.get_value()
+        if isinstance(table, QWeight):
+            rows = QWeight(table.values[ids], table.scale[ids], table.in_features, table.bits,
+                           table.storage)  # fmt: skip
+            return rows.dequantize().astype(self.dtype)
+        return table[ids]
 
     def logits(self, x: jax.Array, classes=None, runner: Runner = SCAN) -> jax.Array:
-        """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``."""
-        h = self.norm(x)
-        if not self.cfg.tied_head:
-            return runner.module("language/head", self.head, h, classes).astype(jnp.float32)
-        return jax.lax.dot_general(
-            h, self.embedding.get_value(), (((h.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``.
+
+        A tied table that is quantised is quantised once, for lookup and head alike.
+        """
+        h = runner.module("language", self.head_in, self.norm(x), classes)
+        kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()
+        return linear(h, kernel, self.dtype).astype(jnp.float32)
 
     def context(self, positions, order, token_class, keys=None) -> DecoderContext:
         """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.

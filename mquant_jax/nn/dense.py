@@ -21,6 +21,14 @@ def empty_qweight(out_features: int, in_features: int, section: Section) -> QWei
     return QWeight(weight, scale, in_features, section.w_bits, "int8").packed()
 
 
+def linear(x: jax.Array | QTensor, kernel: jax.Array | QWeight, dtype) -> jax.Array:
+    """``x @ kernel.T``: float32 where the kernel is quantised, ``dtype`` where it is float."""
+    if isinstance(kernel, QWeight):
+        return quantized_dot(x, kernel)
+    x = (x.dequantize() if isinstance(x, QTensor) else x).astype(dtype)
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+
+
 class Dense(nnx.Module):
     """``y = x @ kernel.T + bias``.
 
@@ -47,14 +55,7 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array | QTensor) -> jax.Array:
-        kernel = self.kernel.get_value()
-        if isinstance(kernel, QWeight):
-            y = quantized_dot(x, kernel)
-        else:
-            x = x.dequantize() if isinstance(x, QTensor) else x
-            y = jax.lax.dot_general(
-                x.astype(self.dtype), kernel, (((x.ndim - 1,), (1,)), ((), ()))
-            )
+        y = linear(x, self.kernel.get_value(), self.dtype)
         if self.bias is not None:
             y = y + self.bias.get_value()
         return y.astype(self.dtype)

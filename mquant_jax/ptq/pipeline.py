@@ -27,8 +27,8 @@ def no_progress(items: Iterable, label: str) -> Iterable:
 
 def section_of(name: str, recipe: Recipe) -> Section:
     """The recipe's section that governs a tensor or quantisation point."""
-    if name.startswith("language/head"):
-        return recipe.head
+    if name.startswith(("language/head", "language/embedding")):
+        return recipe.head  # a tied table is the head
     if name.startswith("language/"):
         return recipe.language
     in_tower = name.startswith(("vision/patch_embed/", "vision/layers/"))

@@ -153,8 +153,8 @@ def quantised(request):
     return random_quantised(config, recipe), reference_batch(config, inputs)
 
 
-# patch embedding, 6 in a vision block, 2 in the merger, 7 in a decoder block; the head is float.
-VISION, DECODER = 1 + 6 + 2, 7
+# patch embedding, 6 in a vision block, 2 in the merger; 7 in a decoder block and the head.
+VISION, DECODER = 1 + 6 + 2, 7 + 1
 
 
 def test_a_whole_model_multiplies_integers(quantised) -> None:

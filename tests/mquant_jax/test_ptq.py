@@ -80,7 +80,8 @@ def test_each_modality_has_its_own_scale(golden) -> None:
 def test_everything_the_recipe_names_is_quantised(golden) -> None:
     _, params, report = quantised_logits(golden, PRESETS["w4a8"])
     floats = [n for n, v in params.items() if n.endswith("kernel") and not isinstance(v, QWeight)]
-    assert floats == ["language/head/kernel"]
+    assert not floats
+    assert params["language/head/kernel"].bits == 8
     assert params["vision/patch_embed/proj/kernel"].bits == 4
     assert 0 < report["weights"]["vision/merger/fc1/kernel"] < 0.2
     assert set(report["points"]["vision/merger/merger_in"]) == {"amax", "clip", "clipped"}
@@ -135,3 +136,21 @@ def test_the_clip_search_never_raises_the_error() -> None:
         searched = quantize_weight(w, 4, group, clip_search(w, 4, group)).dequantize()
         error = [(np.abs(w - np.asarray(q)) ** 2.4).sum() for q in (plain, searched)]
         assert error[1] < error[0]
+
+
+def test_a_tied_table_is_quantised_once_for_lookup_and_head(golden) -> None:
+    model, config, batch, real, _ = golden
+    tied = dataclasses.replace(
+        config, language=dataclasses.replace(config.language, tied_head=True)
+    )
+    params = get_params(model)
+    del params["language/head/kernel"]
+    recipe = Recipe("head8", head=Section(8, None, "static"))
+    logits = []
+    for r in (Recipe(), recipe):
+        out, _ = quantize_params(FAMILY, tied, r, params, [batch])
+        built = abstract_model(FAMILY, tied, r)
+        set_params(built, dict(out))
+        logits.append(np.asarray(built(batch))[real])
+    assert out["language/embedding"].bits == 8 and out["language/head_in/act_scale"].shape == (1,)
+    assert 0 < relative(logits[1], logits[0]) < 0.05
