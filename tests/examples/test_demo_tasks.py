@@ -98,3 +98,28 @@ def test_saved_tokenizer_loads_with_its_chat_template(tmp_path) -> None:
     assert len(ids) == 6 + 5 + 5
     assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_collated_batch_has_qwen2_vl_layout() -> None:
+    demo_model = pytest.importorskip("examples.demo_model", exc_type=ImportError)
+    samples = demo_tasks.eval_set(6, seed=2)
+    batch, targets = demo_model.Collator()(samples)
+    for i, s in enumerate(samples):
+        real = batch.order[i] >= 0
+        assert (batch.token_class[i][~real] == -1).all()
+        visual = batch.token_class[i] == 1
+        np.testing.assert_array_equal(batch.visual_index[i][visual], np.arange(9) + 9 * i)
+        t, h, w = batch.positions[:, i, visual]
+        assert (t == 4).all()
+        np.testing.assert_array_equal(3 * (h - 4) + (w - 4), np.arange(9))
+        after = batch.positions[:, i, real][:, 4 + 9 :]
+        np.testing.assert_array_equal(
+            after, np.broadcast_to(7 + np.arange(after.shape[1]), after.shape)
+        )
+        answer = [int(x) for x in targets["answer"][i] if x >= 0]
+        assert demo_tokenizer.build().decode(answer, skip_special_tokens=True) == s.answer
+    row, col = batch.vision.coords[0, 7]
+    patch = samples[0].image[14 * row : 14 * row + 14, 14 * col : 14 * col + 14] / 255
+    expected = ((patch - demo_model.MEAN) / demo_model.STD).transpose(2, 0, 1)
+    got = batch.vision.patches[0, 7].reshape(3, 2, 14, 14)
+    np.testing.assert_allclose(got, np.stack([expected] * 2, 1), atol=1e-5)
