@@ -70,7 +70,7 @@ def random_tensors(config: Qwen2VLConfig, seed: int) -> dict[str, np.ndarray]:
     return out
 
 
-def main(argv: list[str]) -> int:
+def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.random_checkpoint", __doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--layers", type=int, default=4, help="layers of each tower (default 4)")
@@ -92,4 +92,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_cli(main))
+    raise SystemExit(run_cli(_run))

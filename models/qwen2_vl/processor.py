@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,10 +52,9 @@ class Qwen2VLProcessor:
     @functools.cached_property
     def tokenizer(self):
         """The folder's tokenizer, its placeholder ids checked against the config's."""
-        from transformers import AutoTokenizer
-
+        transformers = _transformers()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=False
             )
         except Exception as e:  # the tokenizers library raises bare Exception
@@ -72,11 +72,10 @@ class Qwen2VLProcessor:
     @functools.cached_property
     def image_processor(self):
         """The folder's image processor, checked against the config's patch sizes."""
-        from transformers import Qwen2VLImageProcessorPil
-
+        kind = _transformers().Qwen2VLImageProcessorPil
         path = self.folder / "preprocessor_config.json"
         try:
-            processor = Qwen2VLImageProcessorPil.from_pretrained(self.folder, local_files_only=True)
+            processor = kind.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError, TypeError) as e:
             raise UserError(f"{path}: cannot be loaded: {e}") from e
         for key in ("patch_size", "temporal_patch_size", "merge_size"):
@@ -235,6 +234,14 @@ class Qwen2VLProcessor:
         clip = np.concatenate([stills, padding])
         clip = clip.reshape(-1, slots, *clip.shape[1:]).transpose(0, 2, 3, 1, 4, 5)
         return (len(clip), h, w), np.ascontiguousarray(clip).reshape(-1, 3 * slots * size**2)
+
+
+def _transformers():
+    """The library, imported late (it takes a second) and kept from advising to install torch."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
 
 
 def load_image(image: Any, name: str) -> Image.Image:

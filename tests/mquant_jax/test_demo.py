@@ -1,0 +1,174 @@
+"""The bundled model through the whole house: convert, load, answer, bench, complain."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import mquant_jax as mq
+from convert.hf_to_flax import convert
+from mquant_jax.cli import COMMANDS, main
+from mquant_jax.eval.exact_match import evaluate
+from mquant_jax.samples import BUNDLED_CALIBRATION, BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    for name in ("float", "w4a8"):
+        convert(DEMO_ASSETS / "model", root / name, mq.PRESETS[name])
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    return {name: mq.load(folders / name) for name in ("float", "w4a8")}
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return read_samples(BUNDLED_HELDOUT)
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    status = main(list(map(str, argv)))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_bundled_sets_are_disjoint(held_out) -> None:
+    calibration = read_samples(BUNDLED_CALIBRATION)
+    assert (len(calibration), len(held_out)) == (64, 500)
+    seen = {s.images[0].tobytes() for s in calibration}
+    assert not any(s.images[0].tobytes() in seen for s in held_out)
+    strings = {s.answer for s in calibration if s.task == "read"}
+    assert strings and not any(s.answer in strings for s in held_out if s.task == "read")
+
+
+def test_w4a8_stays_within_two_points_of_float(models, held_out) -> None:
+    results = {name: evaluate(m, held_out, batch_size=100) for name, m in models.items()}
+    assert results["float"].score >= 0.9
+    assert results["w4a8"].score >= results["float"].score - 0.02
+    assert set(results["float"].by_task()) == {"read", "shape", "color", "count", "relation"}
+
+
+def test_quantised_weights_take_four_bits_on_disk(folders) -> None:
+    manifest = json.loads((folders / "w4a8" / "mquant.json").read_text())
+    quantised = [t for t in manifest["tensors"].values() if "bits" in t]
+    kernels = [t for t in quantised if t["bits"] == 4]
+    assert len(quantised) == len(kernels) + 1  # the tied table, 8 bits
+    assert sum(t["bytes"] for t in kernels) <= 0.27 * sum(2 * np.prod(t["shape"]) for t in kernels)
+    files = {
+        name: sum(p.stat().st_size for p in (folders / name / "params").rglob("*") if p.is_file())
+        for name in ("float", "w4a8")
+    }
+    assert files["w4a8"] <= 0.35 * files["float"]
+
+
+def test_the_api_takes_one_prompt_or_many(models, held_out) -> None:
+    model = models["w4a8"]
+    pick = [s for s in held_out if s.task == "read"][:3]
+    one = [model.generate([s.images[0]], s.question, max_new_tokens=8) for s in pick]
+    many = model.generate([[s.images[0]] for s in pick], [s.question for s in pick],
+                          max_new_tokens=8)  # fmt: skip
+    assert one == many
+    pieces: list[str] = []
+    streamed = model.generate([pick[0].images[0]], pick[0].question, max_new_tokens=8,
+                              stream=pieces.append)  # fmt: skip
+    assert "".join(pieces) == streamed == one[0]
+
+
+def test_several_pictures_and_ragged_batches(models, held_out) -> None:
+    model, a, b = models["float"], held_out[0].images[0], held_out[1].images[0]
+    together = model.generate([[a, b], [a], []], ["read the word", "how many crosses?", "hello"],
+                              max_new_tokens=4)  # fmt: skip
+    alone = [
+        model.generate([a, b], "read the word", max_new_tokens=4),
+        model.generate([a], "how many crosses?", max_new_tokens=4),
+        model.generate([], "hello", max_new_tokens=4),
+    ]
+    assert together == alone
+
+
+def test_sampling_with_a_key(models, held_out) -> None:
+    s, model = held_out[0], models["w4a8"]
+    texts = [
+        model.generate([s.images[0]], s.question, temperature=3.0, max_new_tokens=12,
+                       key=jax.random.key(k))
+        for k in (1, 1, 2)
+    ]  # fmt: skip
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_from_the_command_line(folders, held_out, tmp_path, capsys) -> None:
+    from PIL import Image
+
+    s = next(s for s in held_out if s.task == "color")
+    Image.fromarray(s.images[0]).save(tmp_path / "a.png")
+    args = ("generate", folders / "float", "--image", tmp_path / "a.png", "--prompt", s.question)
+    status, out, _ = run(capsys, *args)
+    assert status == 0 and out.strip() == s.answer
+    status, out, _ = run(capsys, *args, "--json")
+    assert status == 0 and json.loads(out)["answer"] == s.answer
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--image", "none.png", "--prompt", "?"], "none.png: no such file"),
+        (["--image", "{text}", "--prompt", "?"], "not a readable image"),
+        (["--prompt", "<|image_pad|> and <|image_pad|>"], "2 image placeholders, but 0 images"),
+        (["--prompt", "a " * 3000], "the model's context is 2048"),
+        (["--prompt", "?", "--temperature", "-1"], "temperature is -1.0"),
+        (["--prompt", "?", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "?", "--frobnicate"], "unrecognized arguments"),
+        ([], "--prompt"),
+    ],
+)
+def test_bad_input_is_one_line(folders, tmp_path, capsys, extra, words) -> None:
+    (tmp_path / "text.png").write_text("I am no picture")
+    argv = [a.format(text=tmp_path / "text.png") for a in extra]
+    status, out, err = run(capsys, "generate", folders / "w4a8", *argv)
+    assert status == 2 and not out and words in err and err.count("\n") == 1, err
+
+
+def test_bad_commands_and_checkpoints(tmp_path, capsys) -> None:
+    assert run(capsys, "frob")[0] == 2
+    status, _, err = run(capsys, "inspect", tmp_path / "none")
+    assert status == 2 and "no such folder" in err
+    status, out, _ = run(capsys, "--help")
+    assert status == 0 and all(name in out for name in COMMANDS)
+
+
+def test_inspect_names_what_runs(folders, capsys) -> None:
+    status, out, _ = run(capsys, "inspect", folders / "w4a8", "--json")
+    layers = {row["layer"]: row for row in json.loads(out)["layers"]}
+    assert status == 0
+    assert layers["language/layers/*/down_proj"] | {"count": 0} == {
+        "layer": "language/layers/*/down_proj", "count": 0, "weights": "int4", "group_size": None,
+        "activations": "int8 static", "one_row": "padded_int_dot", "many_rows": "int_dot",
+    }  # fmt: skip
+    assert layers["language/embedding"]["weights"] == "int8"
+    assert run(capsys, "inspect", folders / "float")[0] == 0
+
+
+def test_bench_compares_with_both_floats(folders, capsys) -> None:
+    size = ("--text-tokens", 16, "--image-side", 56, "--new-tokens", 2, "--repeats", 2)
+    status, out, _ = run(capsys, "bench", folders / "w4a8", "--json", *size)
+    result = json.loads(out)
+    assert status == 0 and [r["variant"] for r in result["rows"]] == ["float32", "bfloat16", "w4a8"]
+    assert {f"{p}_vs_{v}" for p in ("prefill", "decode") for v in ("float32", "bfloat16")} == set(
+        result["ratios"]
+    )
+    assert run(capsys, "bench", folders / "w4a8", "--repeats", 0)[0] == 2
+
+
+def test_the_demo_command(tmp_path, capsys) -> None:
+    out_dir = tmp_path / "out"
+    status, out, _ = run(capsys, "demo", "--json", "--limit", 20, "--out", out_dir)
+    result = json.loads(out)
+    assert status == 0 and result["n"] == 20
+    assert result["w4a8_bytes"] < 0.35 * result["float_bytes"]
+    assert 0 <= result["w4a8_exact_match"] <= 1 and 0 <= result["float_exact_match"] <= 1
+    assert (out_dir / "contact_sheet.png").stat().st_size > 10_000

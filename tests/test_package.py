@@ -1,0 +1,72 @@
+"""The package as a whole: light to import, imports that run one way, no torch, no pickle."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [p for top in ("mquant_jax", "models", "convert") for p in (ROOT / top).rglob("*.py")]
+
+# Lower floors first; a module may import its own floor and those below.
+FLOORS = (
+    ("mquant_jax.numerics", "mquant_jax.recipe", "mquant_jax.errors", "mquant_jax.samples",
+     "mquant_jax.cli_support"),
+    ("mquant_jax.ops",),
+    ("mquant_jax.nn",),
+    ("models",),
+    ("mquant_jax.ptq", "mquant_jax.runtime", "mquant_jax.checkpoint", "mquant_jax.loading"),
+    ("mquant_jax.report", "convert"),
+    ("mquant_jax.api",),
+    ("mquant_jax.eval",),
+    ("mquant_jax.cli", "mquant_jax.commands", "mquant_jax.__main__"),
+)  # fmt: skip
+
+
+def floor(module: str) -> int | None:
+    for i, names in enumerate(FLOORS):
+        if any(module == n or module.startswith(n + ".") for n in names):
+            return i
+    return None
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_imports_run_downward() -> None:
+    upward = []
+    for path in SOURCES:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        own = floor(name)
+        if own is None:
+            assert name == "mquant_jax", f"{name} stands on no floor"
+            continue
+        upward += [(name, m) for m in imports(path) if (floor(m) or 0) > own]
+    assert not upward
+
+
+def test_only_families_name_families() -> None:
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "models"):
+            continue
+        assert not [m for m in imports(path) if re.match(r"models\.(?!base|registry)\w", m)], path
+
+
+def test_no_torch_and_no_pickle() -> None:
+    for path in SOURCES:
+        assert not {"torch", "torchvision", "pickle", "requests"} & imports(path), path
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = "{'jax', 'flax', 'transformers'}"
+    code = f"import sys, mquant_jax; print(sorted({heavy} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]", out.stderr
