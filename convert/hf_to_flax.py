@@ -80,13 +80,13 @@ def convert(
     todo = plan(family, read_config(family, reader), reader)
     _check_recipe(family, todo, recipe)
     _check_ties(reader.config, todo)
-    batches = _batches(family, todo, recipe, src, calibration)
+    batch = _calibration_batch(family, todo, recipe, src, calibration)
     params: dict[str, Any] = todo.read(reader, progress)
     report = None
     if any(recipe.section(s).quantised for s in SECTIONS):
         from mquant_jax.ptq.pipeline import quantize_params
 
-        params, report = quantize_params(family, todo.config, recipe, params, batches, progress)
+        params, report = quantize_params(family, todo.config, recipe, params, batch, progress)
     return save(
         dst,
         params,
@@ -131,20 +131,18 @@ def _check_ties(hf: dict[str, Any], todo: Plan) -> None:
              "the embedding is used")  # fmt: skip
 
 
-def _batches(
+def _calibration_batch(
     family: Family, todo: Plan, recipe: Recipe, src: Path, path: Path | None
-) -> list[Batch] | None:
+) -> Batch | None:
     """Calibration data, read before the weights so that bad data fails early."""
     if not recipe.needs_calibration:
         if path is not None:
-            warn(f"--calibration is not used: recipe {recipe.name!r} has no static activations")
+            warn(f"--calibration is not used: recipe {recipe.name!r} needs no data")
         return None
     from mquant_jax.ptq.calibration_data import load_calibration
-    from mquant_jax.ptq.pipeline import calibration_batches
 
     processor = family.processor(src, todo.config)
-    prompts = load_calibration(path, processor, recipe.calibration.max_samples)
-    return calibration_batches(prompts, processor)
+    return processor.collate(load_calibration(path, processor, recipe.calibration.max_samples))
 
 
 def _summary(dst: Path, manifest: dict[str, Any]) -> str:

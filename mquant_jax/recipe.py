@@ -17,7 +17,7 @@ SECTIONS = ("vision", "connector", "language", "head")
 _CHOICES = {
     "w_bits": (4, 8, 16),
     "activations": ("static", "dynamic", "none"),
-    "weight_method": ("rtn",),
+    "weight_method": ("gptq", "rtn"),
     "observer": ("minmax", "mse"),
 }
 
@@ -63,7 +63,7 @@ class Recipe:
         name: the preset's name, or the user's.
         vision, connector, language, head: one :class:`Section` each. A tied head shares the token
             embedding, which is then quantised with it.
-        weight_method: ``rtn``: round to nearest.
+        weight_method: ``gptq``, or ``rtn``: round to nearest.
         weight_clip: search a per-channel clip of least squared error before rounding.
         modality_scales: one static scale per token class (MSQ, paper section 3.1) in the language
             model instead of one shared scale.
@@ -85,7 +85,9 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        return any(self.section(s).activations == "static" for s in SECTIONS)
+        parts = [self.section(s) for s in SECTIONS]
+        gptq = self.weight_method == "gptq" and any(s.quantised for s in parts)
+        return gptq or any(s.activations == "static" for s in parts)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

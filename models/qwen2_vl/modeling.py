@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from models.base import TOKEN_CLASSES, VLM
 from models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.nn.act_quant import ActQuant, Tap
+from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.decoder import Decoder, Placement
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import LayerNorm
@@ -19,6 +21,8 @@ from mquant_jax.recipe import Recipe
 
 class PatchMerger(nnx.Module):
     """LayerNorm per patch, then a two-layer MLP over each 2x2 block of patches."""
+
+    POINTS: ClassVar[Points] = {"merger_in": ("fc1",), "merger_hidden": ("fc2",)}
 
     def __init__(self, config: Qwen2VLConfig, place: Placement, *, rngs: nnx.Rngs):
         width, out = config.vision.hidden_size, config.language.hidden_size

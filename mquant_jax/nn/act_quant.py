@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from mquant_jax.recipe import Section
 
 TEXT, VISUAL = 0, 1
 Tap = Callable[[str, jax.Array], None]
+# A module's quantisation points in the order in which they run, each with the Dense layers that
+# read it (attribute names).
+Points = Mapping[str, tuple[str, ...]]
 
 
 class ActQuant(nnx.Module):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.nn.act_quant import ActQuant, Tap
+from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order
 from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
 from mquant_jax.nn.norm import RMSNorm
@@ -80,6 +81,13 @@ class DecoderContext:
 
 class DecoderBlock(nnx.Module):
     """Pre-norm attention, then a gated MLP, each added to the residual stream."""
+
+    POINTS: ClassVar[Points] = {
+        "attn_in": ("q_proj", "k_proj", "v_proj"),
+        "attn_out": ("o_proj",),
+        "mlp_in": ("gate_proj", "up_proj"),
+        "mlp_hidden": ("down_proj",),
+    }
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg

@@ -20,7 +20,8 @@ STACK = "layers"
 Params = dict[str, Any]
 
 
-def _variables(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Variable]]:
+def variables(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Variable]]:
+    """Every parameter with its path in the module tree; stacked layers stay stacked."""
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         yield tuple(map(str, path)), variable
 
@@ -37,7 +38,7 @@ def _layer_names(path: tuple[str, ...], value: Any) -> list[str]:
 def abstract_params(model: nnx.Module) -> Params:
     """Name -> ``ShapeDtypeStruct`` (or a QWeight of them) of one layer's tensor."""
     out: Params = {}
-    for path, variable in _variables(model):
+    for path, variable in variables(model):
         value = variable.get_value()
         names = _layer_names(path, value)
         skip = STACK in path
@@ -52,7 +53,7 @@ def abstract_params(model: nnx.Module) -> Params:
 def get_params(model: nnx.Module) -> Params:
     """Name -> NumPy array (or QWeight of them), layers separate."""
     out: Params = {}
-    for path, variable in _variables(model):
+    for path, variable in variables(model):
         value = jax.tree.map(np.asarray, variable.get_value())
         names = _layer_names(path, value)
         for i, name in enumerate(names):
@@ -66,17 +67,18 @@ def set_params(model: nnx.Module, params: Params) -> None:
     Raises:
         KeyError: a tensor of the model is not in ``params``.
     """
-    for path, variable in _variables(model):
+    for path, variable in variables(model):
         names = _layer_names(path, variable.get_value())
         values = [params.pop(name) for name in names]
         if STACK in path:
             value = jax.tree.map(lambda *xs: jax.numpy.asarray(np.stack(xs)), *values)
         else:
             value = jax.tree.map(jax.numpy.asarray, values[0])
-        _assign(model, path, value)
+        assign(model, path, value)
 
 
-def _assign(model: nnx.Module, path: tuple[str, ...], value: Any) -> None:
+def assign(model: nnx.Module, path: tuple[str, ...], value: Any) -> None:
+    """Set the parameter at ``path``."""
     node = model
     for part in path[:-1]:
         node = getattr(node, part)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.nn.act_quant import ActQuant, Tap
+from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.decoder import Placement
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import LayerNorm
@@ -97,6 +98,8 @@ class VisionContext:
 class PatchEmbed(nnx.Module):
     """Patch embedding as a matrix product (kernel and stride of the convolution are equal)."""
 
+    POINTS: ClassVar[Points] = {"patch_in": ("proj",)}
+
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
         self.patch_in = ActQuant("patch_in", place.section)
         self.proj = Dense(
@@ -110,6 +113,13 @@ class PatchEmbed(nnx.Module):
 
 class ViTBlock(nnx.Module):
     """``x += o_proj(attention(norm(x)))``, then ``x += fc2(act(fc1(norm(x))))``."""
+
+    POINTS: ClassVar[Points] = {
+        "attn_in": ("q_proj", "k_proj", "v_proj"),
+        "attn_out": ("o_proj",),
+        "mlp_in": ("fc1",),
+        "mlp_hidden": ("fc2",),
+    }
 
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg

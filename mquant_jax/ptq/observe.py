@@ -1,58 +1,26 @@
-"""Watch the inputs of every quantisation point while calibration data runs through a model.
-
-Layers run one at a time (one compiled program for all equal layers), so that what is watched can
-be pulled out of each; see :class:`mquant_jax.nn.stack.Runner`.
-"""
+"""Watch what enters the quantisation points of one module: taps and histograms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import numpy as np
 from flax import nnx
 
-from mquant_jax.nn.stack import Runner, num_layers
-
-# Called with the point's path, its input [..., K] and the token class [...] of each row.
-Observer = Callable[[str, jax.Array, jax.Array], None]
-
 
 @partial(jax.jit, static_argnums=0)
-def _run_tapped(graphdef, state, *args):
+def run_tapped(graphdef, state, *args):
+    """A module's output, and the input of each of its quantisation points by name."""
     taps: dict[str, jax.Array] = {}
     out = nnx.merge(graphdef, state)(*args, tap=taps.__setitem__)
     return out, taps
 
 
 @jax.jit
-def _layer(state, i):
+def layer_of(state, i):
+    """The state of one layer of a stack."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), state)
-
-
-class ObservingRunner(Runner):
-    """Runs layer by layer and shows ``observer`` the input of every quantisation point."""
-
-    def __init__(self, observer: Observer):
-        self.observer = observer
-
-    def layers(self, name, stack, x, context):
-        graphdef, state = nnx.split(stack)
-        for i in range(num_layers(stack)):
-            x, taps = _run_tapped(graphdef, _layer(state, i), x, context)
-            self._show(f"{name}/{i}", taps, context.token_class)
-        return x
-
-    def module(self, name, module, x, classes):
-        graphdef, state = nnx.split(module)
-        x, taps = _run_tapped(graphdef, state, x)
-        self._show(name, taps, classes)
-        return x
-
-    def _show(self, name: str, taps: dict[str, jax.Array], classes: jax.Array) -> None:
-        for point, value in taps.items():
-            self.observer(f"{name}/{point}", value, classes)
 
 
 class Histogram:
@@ -104,17 +72,3 @@ class Histogram:
 
     def centres(self) -> np.ndarray:
         return (np.arange(self.BINS) + 0.5) * (self.range / self.BINS)
-
-
-class RangeObserver:
-    """One :class:`Histogram` per quantisation point and token class."""
-
-    def __init__(self, n_classes: int):
-        self.n_classes = n_classes
-        self.points: dict[str, list[Histogram]] = {}
-
-    def __call__(self, point: str, value: jax.Array, classes: jax.Array) -> None:
-        value, classes = np.asarray(value), np.asarray(classes)
-        hists = self.points.setdefault(point, [Histogram() for _ in range(self.n_classes)])
-        for c, hist in enumerate(hists):
-            hist.add(value[classes == c])
