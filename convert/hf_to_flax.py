@@ -82,18 +82,19 @@ def convert(
     _check_ties(reader.config, todo)
     batch = _calibration_batch(family, todo, recipe, src, calibration)
     params: dict[str, Any] = todo.read(reader, progress)
-    report = None
-    if any(recipe.section(s).quantised for s in SECTIONS):
-        from mquant_jax.ptq.pipeline import quantize_params
+    config, report = todo.config, None
+    if recipe.changes_weights:
+        from mquant_jax.ptq.pipeline import quantize_params, untied
 
-        params, report = quantize_params(family, todo.config, recipe, params, batch, progress)
+        config, params = untied(config, params) if recipe.rotate else (config, params)
+        params, report = quantize_params(family, config, recipe, params, batch, progress)
     return save(
         dst,
         params,
         family=family.name,
         hf_config=reader.config,
         recipe=recipe,
-        tied_head=todo.tied_head,
+        tied_head=config.language.tied_head,
         files=[src / "config.json", *reader.side_files()],
         report=report,
         overwrite=overwrite,

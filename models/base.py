@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.streams import Streams
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.stack import SCAN, Runner
@@ -204,6 +205,7 @@ class Family:
         example_prompt: ``(config, text tokens, picture side in pixels) -> Prompt``: arbitrary
             content of the asked size, for measurements; side 0 leaves the picture out.
         collate: ``(config, prompts) -> Batch`` without a tokenizer.
+        streams: ``config -> Streams``, for fusing norms and rotating.
         canonical_name: a name in a checkpoint -> the name that the rules use (str -> str).
     """
 
@@ -216,6 +218,7 @@ class Family:
     reference_batch: Callable[[Any, dict[str, np.ndarray]], Batch]
     example_prompt: Callable[[Any, int, int], Prompt]
     collate: Callable[[Any, Sequence[Prompt]], Batch]
+    streams: Callable[[Any], Streams]
     canonical_name: Callable[[str], str] = str
 
 

@@ -67,6 +67,9 @@ class Recipe:
         weight_clip: search a per-channel clip of least squared error before rounding.
         modality_scales: one static scale per token class (MSQ, paper section 3.1) in the language
             model instead of one shared scale.
+        rotate: fold norms and sign-randomised Hadamard rotations into the weights (paper section
+            3.2), with an online rotation in front of every MLP's last layer.
+        seed: of the rotations' signs.
         calibration: see :class:`Calibration`.
     """
 
@@ -78,10 +81,23 @@ class Recipe:
     weight_method: str = "rtn"
     weight_clip: bool = True
     modality_scales: bool = True
+    rotate: bool = False
+    seed: int = 0
     calibration: Calibration = Calibration()
+
+    @property
+    def rotation_seed(self) -> int | None:
+        return self.seed if self.rotate else None
 
     def section(self, name: str) -> Section:
         return getattr(self, name)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the checkpoint holds anything else than the source's tensors."""
+        return self.rotate or any(
+            s.quantised or s.activations != "none" for s in map(self.section, SECTIONS)
+        )
 
     @property
     def needs_calibration(self) -> bool:

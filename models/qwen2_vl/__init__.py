@@ -11,6 +11,7 @@ from models.base import Batch, Family, Processor, Prompt
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.modeling import Qwen2VL
 from models.qwen2_vl.processing import collate, example_prompt, reference_batch
+from models.qwen2_vl.streams import streams
 from models.qwen2_vl.weights import canonical_name, ignored, weight_rules
 from mquant_jax.recipe import Recipe
 
@@ -40,5 +41,6 @@ FAMILY = Family(
     reference_batch=reference_batch,
     example_prompt=example_prompt,
     collate=_collate,
+    streams=streams,
     canonical_name=canonical_name,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -13,9 +14,8 @@ from models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.decoder import Decoder, Placement
 from mquant_jax.nn.dense import Dense
-from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.stack import SCAN, Runner
-from mquant_jax.nn.vit import VisionInput, ViT, gelu
+from mquant_jax.nn.vit import VisionInput, ViT, gelu, tower_norm
 from mquant_jax.recipe import Recipe
 
 
@@ -29,7 +29,7 @@ class PatchMerger(nnx.Module):
         self.block = config.merge_size**2
         merged = width * self.block
         section, dtype = place.section, place.dtype
-        self.norm = LayerNorm(width, config.vision.norm_eps, dtype)
+        self.norm = tower_norm(width, config.vision.norm_eps, place)
         self.merger_in = ActQuant("merger_in", section)
         self.fc1 = Dense(merged, merged, section=section, dtype=dtype, rngs=rngs)
         self.merger_hidden = ActQuant("merger_hidden", section)
@@ -47,8 +47,9 @@ class Qwen2VLVision(ViT):
     """Vision tower and merger."""
 
     def __init__(self, config: Qwen2VLConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
-        super().__init__(config.vision, Placement(recipe.vision, dtype=dtype), rngs=rngs)
-        self.merger = PatchMerger(config, Placement(recipe.connector, dtype=dtype), rngs=rngs)
+        place = partial(Placement, dtype=dtype, rotation_seed=recipe.rotation_seed)
+        super().__init__(config.vision, place(recipe.vision), rngs=rngs)
+        self.merger = PatchMerger(config, place(recipe.connector), rngs=rngs)
 
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """Patches -> visual tokens ``[N, P/4, hidden]`` of the decoder."""
@@ -72,5 +73,5 @@ class Qwen2VL(VLM):
         self.config = config
         classes = len(TOKEN_CLASSES) if recipe.modality_scales else 1
         self.vision = Qwen2VLVision(config, recipe, dtype, rngs=rngs)
-        place = Placement(recipe.language, classes, dtype)
+        place = Placement(recipe.language, classes, dtype, recipe.rotation_seed)
         self.language = Decoder(config.language, place, recipe.head, rngs=rngs)

@@ -19,15 +19,24 @@ Points = Mapping[str, tuple[str, ...]]
 
 
 class ActQuant(nnx.Module):
-    """One quantisation point, shared by every Dense behind it.
+    """One quantisation point, shared by every Dense behind it: [rotate], quantise.
 
     ``none`` is the identity. ``static`` looks the scale up in ``act_scale[n_classes]`` by token
     class (modality-specific scales, paper section 3.1), or uses its only entry. ``dynamic`` finds
     one scale per token. Calibration listens here: a ``tap(name, x)`` sees the float input.
+
+    ``rotation`` is an online Hadamard whose inverse the weights behind the point have absorbed.
     """
 
-    def __init__(self, name: str, section: Section, n_classes: int = 1):
+    def __init__(
+        self,
+        name: str,
+        section: Section,
+        n_classes: int = 1,
+        rotation: Callable[[jax.Array], jax.Array] | None = None,
+    ):
         self.name = name
+        self.rotation = rotation
         self.mode = section.activations
         self.n_classes = n_classes
         if self.mode == "static":
@@ -40,6 +49,8 @@ class ActQuant(nnx.Module):
 
         Padding carries class -1 and may get any scale: nothing real ever reads it.
         """
+        if self.rotation is not None:
+            x = self.rotation(x)
         if tap is not None:
             tap(self.name, x)
         if self.mode == "none":

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mquant_jax.hadamard import Rotation, plan_rotation
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order
 from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
@@ -52,11 +53,21 @@ class Placement:
         section: bits and activation mode.
         n_classes: entries in each static scale table.
         dtype: float type of everything that is not integer.
+        rotation_seed: seed of the rotations that the weights have absorbed; ``None``: not rotated.
     """
 
     section: Section = FLOAT
     n_classes: int = 1
     dtype: jnp.dtype = jnp.float32
+    rotation_seed: int | None = None
+
+    @property
+    def rotated(self) -> bool:
+        return self.rotation_seed is not None
+
+    def online_rotation(self, width: int) -> Rotation | None:
+        """The rotation in front of an MLP's last layer."""
+        return plan_rotation(width, self.rotation_seed) if self.rotated else None
 
 
 @partial(
@@ -105,7 +116,9 @@ class DecoderBlock(nnx.Module):
         self.mlp_in = point("mlp_in")
         self.gate_proj = dense(d, cfg.intermediate_size, bias=False)
         self.up_proj = dense(d, cfg.intermediate_size, bias=False)
-        self.mlp_hidden = point("mlp_hidden")
+        # The signs of the rotation are folded into up_proj.
+        rotation = place.online_rotation(cfg.intermediate_size)
+        self.mlp_hidden = point("mlp_hidden", rotation=rotation and rotation.unsigned)
         self.down_proj = dense(cfg.intermediate_size, d, bias=False)
 
     def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):

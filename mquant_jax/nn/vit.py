@@ -14,7 +14,7 @@ from flax import nnx
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.decoder import Placement
 from mquant_jax.nn.dense import Dense
-from mquant_jax.nn.norm import LayerNorm
+from mquant_jax.nn.norm import LayerNorm, RMSNorm
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
 from mquant_jax.ops.attention import attend
@@ -95,6 +95,11 @@ class VisionContext:
         return (self.token_class >= 0)[:, None, :]
 
 
+def tower_norm(width: int, eps: float, place: Placement) -> LayerNorm | RMSNorm:
+    """LayerNorm; in a rotated tower, whose stream has no mean left, the RMSNorm that equals it."""
+    return (RMSNorm if place.rotated else LayerNorm)(width, eps, place.dtype)
+
+
 class PatchEmbed(nnx.Module):
     """Patch embedding as a matrix product (kernel and stride of the convolution are equal)."""
 
@@ -126,15 +131,16 @@ class ViTBlock(nnx.Module):
         dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
         point = partial(ActQuant, section=place.section)
         d = cfg.hidden_size
-        self.attn_norm = LayerNorm(d, cfg.norm_eps, place.dtype)
+        self.attn_norm = tower_norm(d, cfg.norm_eps, place)
         self.attn_in = point("attn_in")
         self.q_proj, self.k_proj, self.v_proj = dense(d, d), dense(d, d), dense(d, d)
         self.attn_out = point("attn_out")
         self.o_proj = dense(d, d)
-        self.mlp_norm = LayerNorm(d, cfg.norm_eps, place.dtype)
+        self.mlp_norm = tower_norm(d, cfg.norm_eps, place)
         self.mlp_in = point("mlp_in")
         self.fc1 = dense(d, cfg.intermediate_size)
-        self.mlp_hidden = point("mlp_hidden")
+        rotation = place.online_rotation(cfg.intermediate_size)
+        self.mlp_hidden = point("mlp_hidden", rotation=rotation)
         self.fc2 = dense(cfg.intermediate_size, d)
 
     def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:

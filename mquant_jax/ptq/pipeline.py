@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from models.base import Batch, Family
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.numerics import QWeight
+from mquant_jax.ptq.rotate import rotate_params
 from mquant_jax.ptq.scales import round_weight
 from mquant_jax.ptq.sequential import Progress, QuantizingRunner
 from mquant_jax.recipe import Recipe, Section
@@ -44,7 +46,7 @@ def quantize_params(
     """Quantise a float model as ``recipe`` says.
 
     Args:
-        params: float tensors by name, layers separate.
+        params: float tensors by name, layers separate; for a rotation of an :func:`untied` model.
         batch: calibration prompts with their answers; needed when some activation is static or
             the weights are rounded by GPTQ.
 
@@ -55,6 +57,8 @@ def quantize_params(
     Raises:
         UserError: a recipe that needs calibration data without any, or data without pictures.
     """
+    if recipe.rotate:
+        params = rotate_params(params, family.streams(config), recipe.seed)
     target = abstract_model(family, config, recipe)
     done: Params = {}
     report: dict[str, Any] = {"weights": {}, "points": {}}
@@ -64,7 +68,8 @@ def quantize_params(
                 f"recipe {recipe.name!r} needs calibration data: pass --calibration FILE.jsonl"
             )
         runner = QuantizingRunner(target, recipe, section_of, progress)
-        float_model(family, config, params)(jax.tree.map(jnp.asarray, batch), runner)
+        source = float_model(family, config, recipe, params)
+        source(jax.tree.map(jnp.asarray, batch), runner)
         done, report = runner.params, runner.report
     out: Params = {}
     for name, shape in progress(list(abstract_params(target).items()), "quantise weights"):
@@ -79,11 +84,23 @@ def quantize_params(
     return out, report
 
 
-def float_model(family: Family, config: Any, params: Params):
-    """The unquantised model in float32; ``params`` is left as it is."""
-    model = abstract_model(family, config, Recipe())
+def float_model(family: Family, config: Any, recipe: Recipe, params: Params):
+    """The unquantised model in float32, rotated if the recipe says so; ``params`` stays."""
+    model = abstract_model(family, config, Recipe(rotate=recipe.rotate, seed=recipe.seed))
     set_params(model, {k: np.asarray(v, np.float32) for k, v in params.items()})
     return model
+
+
+def untied(config: Any, params: Params) -> tuple[Any, Params]:
+    """The same model with a head of its own.
+
+    A rotation needs it: the final norm's weight goes into the head and not into the embedding.
+    """
+    if not config.language.tied_head:
+        return config, params
+    language = dataclasses.replace(config.language, tied_head=False)
+    head = {"language/head/kernel": params["language/embedding"]}
+    return dataclasses.replace(config, language=language), {**params, **head}
 
 
 def abstract_model(family: Family, config: Any, recipe: Recipe, dtype=jnp.float32):

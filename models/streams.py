@@ -1,0 +1,84 @@
+"""What a family says of its residual streams: who writes, who reads, which norms stand between.
+
+Fusing norms and rotating are loops over this declaration (:mod:`mquant_jax.ptq.rotate`).
+Names are parameter paths without their last part; ``*`` stands for every layer number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A norm and the dense layers that read its output.
+
+    Attributes:
+        norm: path of the norm.
+        readers: paths of the dense layers.
+        blocks: the readers see this many neighbouring positions side by side (2x2 merges).
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    blocks: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One residual stream.
+
+    Attributes:
+        name: for reports; also part of the seed of its rotation.
+        width: channels.
+        tables: tensors whose rows enter the stream (token embeddings), full parameter names.
+        writers: dense layers whose outputs are added to it.
+        reads: norms with their readers.
+        centred: the norms are LayerNorms: writers lose their mean, norms become RMSNorms.
+    """
+
+    name: str
+    width: int
+    writers: tuple[str, ...]
+    reads: tuple[Read, ...]
+    tables: tuple[str, ...] = ()
+    centred: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueOutput:
+    """An attention's value and output projections, rotated head by head.
+
+    Attributes:
+        value, output: paths.
+        head_dim: width of a head; all heads share the rotation, so grouped queries fit.
+    """
+
+    value: str
+    output: str
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """An MLP's last layer behind an online rotation.
+
+    Attributes:
+        reader: path of the last layer.
+        width: its inputs.
+        sign_carrier: a layer that enters the hidden activation linearly (``up_proj`` of a gated
+            MLP) and takes the rotation's signs; ``None``: the signs are applied online.
+    """
+
+    reader: str
+    width: int
+    sign_carrier: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """Everything that rotation needs to know of a model."""
+
+    streams: tuple[Stream, ...]
+    attentions: tuple[ValueOutput, ...]
+    hiddens: tuple[Hidden, ...]

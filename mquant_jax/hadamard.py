@@ -1,0 +1,182 @@
+"""Hadamard matrices by construction, and orthogonal transforms of any width made from them.
+
+Orders come from Sylvester doubling, Paley's two constructions over finite fields and Kronecker
+products of smaller ones: no table is typed out. A width that has no cheap exact form is handled
+by equal diagonal blocks, which cost no padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@functools.lru_cache(maxsize=64)
+def hadamard(n: int) -> np.ndarray | None:
+    """A matrix of ``+-1``, int8 ``[n, n]``, with ``H H^T = n I``; ``None`` if none can be built.
+
+    The smallest construction that fits is used: order 1 and 2, Paley I (``q + 1``, q = 3 mod 4),
+    Paley II (``2 (q + 1)``, q = 1 mod 4), then products of two orders.
+    """
+    if n in (1, 2):
+        return np.array([[1]] if n == 1 else [[1, 1], [1, -1]], np.int8)
+    if n % 4:
+        return None
+    direct = _paley_one(n) if n & (n - 1) else None
+    if direct is None and n & (n - 1):
+        direct = _paley_two(n)
+    if direct is not None:
+        return direct
+    for a in (2, *range(4, int(n**0.5) + 1, 4)):
+        if n % a == 0 and hadamard(a) is not None and hadamard(n // a) is not None:
+            return np.kron(hadamard(a), hadamard(n // a)).astype(np.int8)
+    return None
+
+
+def _paley_one(n: int) -> np.ndarray | None:
+    q = n - 1
+    if q % 4 != 3 or (jacobsthal := _jacobsthal(q)) is None:
+        return None
+    core = np.zeros((n, n), np.int8)
+    core[0, 1:], core[1:, 0], core[1:, 1:] = 1, -1, jacobsthal
+    return core + np.eye(n, dtype=np.int8)
+
+
+def _paley_two(n: int) -> np.ndarray | None:
+    q = n // 2 - 1
+    if q % 4 != 1 or (jacobsthal := _jacobsthal(q)) is None:
+        return None
+    conference = np.zeros((q + 1, q + 1), np.int8)
+    conference[0, 1:], conference[1:, 0], conference[1:, 1:] = 1, 1, jacobsthal
+    eye = np.eye(q + 1, dtype=np.int8)
+    plus, minus = np.array([[1, 1], [1, -1]], np.int8), np.array([[1, -1], [-1, -1]], np.int8)
+    return (np.kron(conference, plus) + np.kron(eye, minus)).astype(np.int8)
+
+
+def _jacobsthal(q: int) -> np.ndarray | None:
+    """``chi(a - b)`` over the field of ``q`` elements (chi: +1 square, -1 not, 0 zero)."""
+    power = _prime_power(q)
+    if power is None:
+        return None
+    p, k = power
+    elements = list(itertools.product(range(p), repeat=k))
+    index = {e: i for i, e in enumerate(elements)}
+    modulus = _irreducible(p, k)
+    chi = np.full(q, -1, np.int8)
+    chi[0] = 0
+    for e in elements[1:]:
+        chi[index[_multiply(e, e, modulus, p)]] = 1
+    values = np.array(elements)
+    weights = p ** np.arange(k - 1, -1, -1)
+    return chi[((values[:, None] - values[None]) % p) @ weights]
+
+
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """``(p, k)`` with ``q = p^k``, or ``None``."""
+    p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)
+    k, rest = 0, q
+    while rest % p == 0 and rest > 1:
+        k, rest = k + 1, rest // p
+    return (p, k) if rest == 1 and q > 1 else None
+
+
+def _multiply(a: tuple, b: tuple, modulus: tuple, p: int) -> tuple:
+    """Product of two field elements, coefficients from the highest power down."""
+    k = len(a)
+    product = [0] * (2 * k - 1)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            product[i + j] += x * y
+    for i in range(k - 1):  # x^k = -modulus
+        for j, m in enumerate(modulus):
+            product[i + 1 + j] -= product[i] * m
+    return tuple(c % p for c in product[k - 1 :])
+
+
+def _irreducible(p: int, k: int) -> tuple:
+    """The lower coefficients of a monic polynomial of degree k that makes a field.
+
+    A candidate is right if no two non-zero elements multiply to zero; the fields needed here are
+    small.
+    """
+    zero = (0,) * k
+    for candidate in itertools.product(range(p), repeat=k):
+        if k == 1:
+            return (0,)
+        elements = [e for e in itertools.product(range(p), repeat=k) if e != zero]
+        monic = [e for e in elements if next(c for c in e if c) == 1]
+        if all(_multiply(a, b, candidate, p) != zero for a in monic for b in monic):
+            return candidate
+    raise AssertionError(f"no irreducible polynomial of degree {k} over {p}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """An orthogonal map of width ``n``: signs, then ``I (x) H_outer (x) H_inner`` normalised.
+
+    Attributes:
+        n: width.
+        blocks: equal diagonal blocks.
+        outer, inner: orders of the two Kronecker factors of a block; applied as two small dense
+            products, which matrix units like better than butterflies.
+        seed: of the random signs (they spread what a plain Hadamard would gather in one channel);
+            ``None`` for no signs.
+    """
+
+    n: int
+    blocks: int
+    outer: int
+    inner: int
+    seed: int | None = 0
+
+    @property
+    def signs(self) -> np.ndarray:
+        """float32 ``[n]`` of ``+-1``."""
+        if self.seed is None:
+            return np.ones(self.n, np.float32)
+        bits = np.random.default_rng((self.seed, self.n)).integers(0, 2, self.n)
+        return (2 * bits - 1).astype(np.float32)
+
+    def unsigned(self, x: jax.Array) -> jax.Array:
+        """``x [..., n]`` times the matrix without its signs, in ``x.dtype``."""
+        shape = x.shape
+        scale = (self.outer * self.inner) ** -0.5
+        x = x.reshape(*shape[:-1], self.blocks, self.outer, self.inner)
+        x = x @ jnp.asarray(hadamard(self.inner) * scale, x.dtype)
+        x = jnp.einsum("...oi,op->...pi", x, jnp.asarray(hadamard(self.outer), x.dtype))
+        return x.reshape(shape)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x [..., n] @ R``."""
+        return self.unsigned(x * jnp.asarray(self.signs, x.dtype))
+
+
+def plan_rotation(n: int, seed: int | None = 0) -> Rotation:
+    """The cheapest exact rotation of width ``n``.
+
+    Fewer blocks mix better; a block's cost per channel is ``outer + inner``. Among exact forms the
+    one with the fewest blocks whose dense factors stay at or below 256 is taken, and among those
+    the most even split.
+
+    Raises:
+        ValueError: ``n`` is odd: no Hadamard block larger than one fits.
+    """
+    if n % 2:
+        raise ValueError(f"no Hadamard rotation of odd width {n}")
+    best = None
+    for blocks in sorted(d for d in range(1, n + 1) if n % d == 0):
+        size = n // blocks
+        for outer in (d for d in range(1, int(size**0.5) + 1) if size % d == 0):
+            inner = size // outer
+            if inner > 256 or hadamard(outer) is None or hadamard(inner) is None:
+                continue
+            if best is None or inner < best.inner:
+                best = Rotation(n, blocks, outer, inner, seed)
+        if best is not None:
+            return best
+    raise AssertionError("order 2 always fits an even width")

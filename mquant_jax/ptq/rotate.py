@@ -1,0 +1,143 @@
+"""Fold norms and rotations into the weights: the function stays, outliers spread.
+
+Row convention (``y = x W^T + b``): a stream carries ``h R`` in the place of ``h``. Writers become
+``R^T W``, readers ``W R``; an RMSNorm without weight commutes with an orthogonal ``R``. A LayerNorm
+becomes one when no writer leaves a mean in the stream (paper section 3.2). All in float64, cast to
+float32 once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from models.streams import Hidden, Read, Stream, Streams, ValueOutput
+from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
+from mquant_jax.nn.params import Params
+
+
+def rotate_params(params: Params, streams: Streams, seed: int) -> Params:
+    """Fuse the norms and rotate every stream, attention and MLP that a family declares.
+
+    Args:
+        params: float tensors by name, layers separate; the head is untied. Left as they are.
+        seed: of all rotations' signs.
+
+    Returns:
+        New tensors, float32: those of the model built with ``recipe.rotate``.
+    """
+    out = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    for stream in streams.streams:
+        for read in stream.reads:
+            for norm in _expand(read.norm, out):
+                _fuse(out, norm, read)
+        if stream.centred:
+            _centre(out, stream)
+        matrix = matrix_of(plan_rotation(stream.width, _seed(seed, stream.name)))
+        _rotate_stream(out, stream, matrix)
+    for attention in streams.attentions:
+        _rotate_heads(out, attention, seed)
+    for hidden in streams.hiddens:
+        _rotate_hidden(out, hidden, seed)
+    return {name: value.astype(np.float32) for name, value in out.items()}
+
+
+def matrix_of(rotation: Rotation) -> np.ndarray:
+    """The whole matrix ``R``, float64 ``[n, n]`` (``x R`` is ``rotation(x)``)."""
+    size = rotation.outer * rotation.inner
+    block = np.kron(hadamard(rotation.outer), hadamard(rotation.inner)) / np.sqrt(size)
+    return rotation.signs[:, None] * np.kron(np.eye(rotation.blocks), block)
+
+
+def _seed(seed: int, name: str) -> int:
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def _expand(pattern: str, params: Params) -> Iterator[str]:
+    """Paths that a pattern stands for: ``*`` is every layer number."""
+    if "*" not in pattern:
+        yield pattern
+        return
+    i = 0
+    while any(name.startswith(pattern.replace("*", str(i)) + "/") for name in params):
+        yield pattern.replace("*", str(i))
+        i += 1
+
+
+def _readers(read: Read, norm: str) -> Iterator[str]:
+    """The readers behind one norm: those of its own layer."""
+    numbers = [part for part in norm.split("/") if part.isdigit()]
+    for reader in read.readers:
+        yield reader.replace("*", numbers[0]) if numbers else reader
+
+
+def _fuse(p: Params, norm: str, read: Read) -> None:
+    """Move a norm's weight and bias into its readers; the norm's weight becomes one."""
+    gain, shift = p[f"{norm}/weight"], p.pop(f"{norm}/bias", None)
+    for reader in _readers(read, norm):
+        kernel = p[f"{reader}/kernel"]
+        if shift is not None:
+            p[f"{reader}/bias"] = p[f"{reader}/bias"] + kernel @ np.tile(shift, read.blocks)
+        p[f"{reader}/kernel"] = kernel * np.tile(gain, read.blocks)
+    p[f"{norm}/weight"] = np.ones_like(gain)
+
+
+def _centre(p: Params, stream: Stream) -> None:
+    """Take the mean over channels out of everything that is written to the stream."""
+    for table in stream.tables:
+        p[table] = p[table] - p[table].mean(axis=1, keepdims=True)
+    for pattern in stream.writers:
+        for writer in _expand(pattern, p):
+            kernel = p[f"{writer}/kernel"]
+            p[f"{writer}/kernel"] = kernel - kernel.mean(axis=0, keepdims=True)
+            if f"{writer}/bias" in p:
+                p[f"{writer}/bias"] = p[f"{writer}/bias"] - p[f"{writer}/bias"].mean()
+
+
+def _rotate_stream(p: Params, stream: Stream, matrix: np.ndarray) -> None:
+    for table in stream.tables:
+        p[table] = p[table] @ matrix
+    for pattern in stream.writers:
+        for writer in _expand(pattern, p):
+            p[f"{writer}/kernel"] = matrix.T @ p[f"{writer}/kernel"]
+            if f"{writer}/bias" in p:
+                p[f"{writer}/bias"] = p[f"{writer}/bias"] @ matrix
+    for read in stream.reads:
+        for norm in _expand(read.norm, p):
+            for reader in _readers(read, norm):
+                p[f"{reader}/kernel"] = _by_blocks(p[f"{reader}/kernel"], matrix)
+
+
+def _by_blocks(kernel: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """``kernel [out, blocks * n]`` times ``matrix [n, n]`` in every block of columns."""
+    n = matrix.shape[0]
+    return (kernel.reshape(len(kernel), -1, n) @ matrix).reshape(kernel.shape)
+
+
+def _rotate_heads(p: Params, attention: ValueOutput, seed: int) -> None:
+    rotation = plan_rotation(attention.head_dim, _seed(seed, attention.value))
+    matrix, d = matrix_of(rotation), attention.head_dim
+    for value in _expand(attention.value, p):
+        numbers = [part for part in value.split("/") if part.isdigit()]
+        output = attention.output.replace("*", numbers[0]) if numbers else attention.output
+        kernel = p[f"{value}/kernel"]
+        heads = kernel.reshape(-1, d, kernel.shape[1])
+        p[f"{value}/kernel"] = np.einsum("hdk,de->hek", heads, matrix).reshape(kernel.shape)
+        if f"{value}/bias" in p:
+            p[f"{value}/bias"] = (p[f"{value}/bias"].reshape(-1, d) @ matrix).reshape(-1)
+        p[f"{output}/kernel"] = _by_blocks(p[f"{output}/kernel"], matrix)
+
+
+def _rotate_hidden(p: Params, hidden: Hidden, seed: int) -> None:
+    """The online rotation's inverse into the last layer, its signs into the sign carrier."""
+    rotation = plan_rotation(hidden.width, seed)
+    matrix = matrix_of(rotation)
+    for reader in _expand(hidden.reader, p):
+        p[f"{reader}/kernel"] = p[f"{reader}/kernel"] @ matrix
+    if hidden.sign_carrier:
+        for carrier in _expand(hidden.sign_carrier, p):
+            p[f"{carrier}/kernel"] = p[f"{carrier}/kernel"] * rotation.signs[:, None]
+            if f"{carrier}/bias" in p:
+                p[f"{carrier}/bias"] = p[f"{carrier}/bias"] * rotation.signs

@@ -1,0 +1,52 @@
+"""Hadamard matrices and the rotations built from them."""
+
+import numpy as np
+import pytest
+
+from mquant_jax.hadamard import hadamard, plan_rotation
+
+# Widths of the published models of the paper's families, and the demo model's.
+WIDTHS = (192, 256, 512, 576, 1024, 1152, 1280, 1536, 1664, 3584, 4096, 4304, 5120, 8192, 8960,
+          11008, 13696, 14336, 15360, 18944, 29568, 3420)  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 52, 60, 64, 76, 100, 108,
+                               140, 148, 256])  # fmt: skip
+def test_orders_are_orthogonal(n) -> None:
+    h = hadamard(n).astype(np.int64)
+    assert set(np.unique(h)) <= {-1, 1}
+    assert np.array_equal(h @ h.T, n * np.eye(n, dtype=np.int64))
+
+
+@pytest.mark.parametrize("n", [3, 6, 10, 14, 22, 90])
+def test_orders_that_do_not_exist(n) -> None:
+    assert hadamard(n) is None
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_every_published_width_has_a_rotation(n) -> None:
+    r = plan_rotation(n, seed=1)
+    assert r.blocks * r.outer * r.inner == n and max(r.outer, r.inner) <= 256
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, n)).astype(np.float32)
+    y = np.asarray(r(x))
+    np.testing.assert_allclose(y @ y.T, x @ x.T, rtol=2e-5, atol=2e-3 * n**0.5)
+
+
+def test_the_matrix_is_orthogonal_and_seeded() -> None:
+    eye = np.eye(60, dtype=np.float32)
+    first, again, other = (np.asarray(plan_rotation(60, seed=s)(eye)) for s in (1, 1, 2))
+    np.testing.assert_allclose(first @ first.T, eye, atol=1e-5)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_signs_keep_a_mean_from_gathering_in_one_channel() -> None:
+    x = 1 + 0.1 * np.random.default_rng(0).standard_normal((16, 512)).astype(np.float32)
+    plain = np.abs(np.asarray(plan_rotation(512, seed=None)(x))).max()
+    signed = np.abs(np.asarray(plan_rotation(512, seed=0)(x))).max()
+    assert signed < plain / 4
+
+
+def test_odd_widths_are_refused() -> None:
+    with pytest.raises(ValueError, match="odd width 7"):
+        plan_rotation(7)

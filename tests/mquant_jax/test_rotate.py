@@ -1,0 +1,111 @@
+"""Rotation leaves the function alone: float models before and after agree."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.qwen2_vl import FAMILY
+from mquant_jax.hadamard import plan_rotation
+from mquant_jax.nn.norm import LayerNorm
+from mquant_jax.nn.params import get_params, set_params
+from mquant_jax.ptq.pipeline import abstract_model, float_model, quantize_params, untied
+from mquant_jax.ptq.rotate import _seed, matrix_of
+from mquant_jax.recipe import PRESETS, Recipe
+from tests.helpers import golden_qwen2_vl, relative
+
+ROTATED = Recipe("rotated", rotate=True, seed=3)
+
+
+def hardened(params, seed=0):
+    """Norm weights far from one, biases and means everywhere: what rotation must survive."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, value in params.items():
+        value = np.asarray(value, np.float32)
+        if "norm/weight" in name:
+            value = value * rng.lognormal(0, 0.7, value.shape)
+        elif name.endswith("bias"):
+            value = value + rng.normal(0.3, 0.5, value.shape)
+        elif name.endswith(("patch_embed/proj/kernel", "fc2/kernel")):
+            value = value + 0.05
+        out[name] = value.astype(np.float32)
+    return out
+
+
+@pytest.fixture(scope="module", params=["public", "public_video"])
+def case(request):
+    model, config, inputs, _ = golden_qwen2_vl(request.param)
+    params = hardened(get_params(model))
+    batch = jax.tree.map(jax.numpy.asarray, FAMILY.reference_batch(config, inputs))
+    return config, params, batch, inputs["attention_mask"] == 1
+
+
+def logits(config, recipe, params, case):
+    model = float_model(FAMILY, config, recipe, params)
+    return np.asarray(jax.jit(lambda m, b: m(b))(model, case[2]))[case[3]]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_rotated_model_equals_the_original(case, seed) -> None:
+    config, params, batch, _ = case
+    recipe = dataclasses.replace(ROTATED, seed=seed)
+    rotated, _ = quantize_params(FAMILY, config, recipe, params)
+    expected = logits(config, Recipe(), params, case)
+    assert relative(logits(config, recipe, rotated, case), expected) < 1e-4
+
+
+def test_a_tied_model_gets_a_head_of_its_own(case) -> None:
+    config, params, batch, _ = case
+    language = dataclasses.replace(config.language, tied_head=True)
+    tied = dataclasses.replace(config, language=language)
+    params = {k: v for k, v in params.items() if k != "language/head/kernel"}
+    before = logits(tied, Recipe(), params, case)
+    config, own = untied(tied, params)
+    rotated, _ = quantize_params(FAMILY, config, ROTATED, own)
+    assert relative(logits(config, ROTATED, rotated, case), before) < 1e-4
+
+
+def test_no_layer_norm_is_left_and_the_stream_has_no_mean(case) -> None:
+    config, params, batch, _ = case
+    rotated, _ = quantize_params(FAMILY, config, ROTATED, params)
+    model = float_model(FAMILY, config, ROTATED, rotated)
+    assert not [m for _, m in nnx.iter_modules(model) if isinstance(m, LayerNorm)]
+    assert all(np.all(v == 1) for k, v in rotated.items() if k.endswith("norm/weight"))
+    x = model.vision.features(batch.vision)
+    assert abs(np.asarray(rotated["vision/patch_embed/proj/kernel"])).max() > 0
+    matrix = matrix_of(plan_rotation(config.vision.hidden_size, _seed(3, "vision")))
+    natural = np.asarray(x, np.float64) @ matrix.T
+    assert abs(natural.mean(-1)).max() < 1e-4 * abs(natural).max()
+
+
+def test_matrix_and_operator_are_the_same() -> None:
+    rotation = plan_rotation(96, 5)
+    x = np.random.default_rng(0).standard_normal((4, 96)).astype(np.float32)
+    assert relative(rotation(x), x @ matrix_of(rotation)) < 1e-6
+
+
+def test_rotation_helps_static_quantisation_of_a_hardened_model(case) -> None:
+    config, params, batch, real = case
+    # Channel outliers that static per-tensor scales cannot serve, the function unchanged.
+    rng = np.random.default_rng(1)
+    hard = dict(params)
+    for i in range(config.language.num_layers):
+        layer = f"language/layers/{i}"
+        scale = np.ones(config.language.hidden_size, np.float32)
+        scale[rng.choice(scale.size, 3, replace=False)] = 50
+        hard[f"{layer}/attn_norm/weight"] = hard[f"{layer}/attn_norm/weight"] * scale
+        for name in ("q_proj", "k_proj", "v_proj"):
+            hard[f"{layer}/{name}/kernel"] = hard[f"{layer}/{name}/kernel"] / scale
+    expected = logits(config, Recipe(), hard, case)
+    error = {}
+    for rotate in (False, True):
+        recipe = dataclasses.replace(PRESETS["w8a8"], rotate=rotate)
+        quantised, _ = quantize_params(FAMILY, config, recipe, hard, batch)
+        model = abstract_model(FAMILY, config, recipe)
+        set_params(model, dict(quantised))
+        got = np.asarray(jax.jit(lambda m, b: m(b))(model, batch))[real]
+        error[rotate] = relative(got, expected)
+    assert error[True] < 0.5 * error[False]
