@@ -16,7 +16,8 @@ from convert.plan import Plan, plan
 from convert.reader import Reader
 from models.base import Batch, Family
 from models.registry import family_for
-from mquant_jax.checkpoint import check_destination, save
+from mquant_jax.atomic import check_destination
+from mquant_jax.checkpoint import MANIFEST, save
 from mquant_jax.cli_support import OK, Parser, progress, run_cli, warn
 from mquant_jax.errors import UserError
 from mquant_jax.recipe import PRESETS, SECTIONS, Recipe, resolve_recipe
@@ -72,7 +73,7 @@ def convert(
     Raises:
         UserError: bad input; nothing was written.
     """
-    check_destination(dst, overwrite)
+    check_destination(dst, MANIFEST, overwrite)
     if calibration is not None and not calibration.is_file():
         raise UserError(f"--calibration {calibration}: no such file")
     reader = Reader(src)

@@ -4,22 +4,16 @@
     DST/mquant.json     manifest: format version, family, recipe, one entry per tensor with its hash
     DST/params/         Orbax checkpoint; layers separate, int4 two values per byte
     DST/*.json          tokenizer, preprocessor and generation files, as they were
-
-A save goes to ``.DST.partial-<pid>`` beside DST and is renamed at the end. What a killed process
-left is removed by the next save to the same DST.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +23,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
 import numpy as np
 
 from mquant_jax import __version__
+from mquant_jax.atomic import new_folder
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, parameter_bytes
 from mquant_jax.numerics import QWeight
@@ -37,27 +32,6 @@ from mquant_jax.recipe import Recipe
 FORMAT_VERSION = 1
 MANIFEST, CONFIG, PARAMS, REPORT = "mquant.json", "config.json", "params", "report.json"
 _CONVERT_AGAIN = "convert the model again"
-
-
-def check_destination(dst: str | Path, overwrite: bool = False) -> None:
-    """Fail early where :func:`save` would fail; nothing is written.
-
-    Raises:
-        UserError: DST exists (without ``overwrite``), is not a checkpoint, or has no parent folder
-            that can be written.
-    """
-    dst = Path(dst)
-    parent = dst.absolute().parent
-    if not parent.is_dir():
-        raise UserError(f"{parent}: no such folder; create it before converting into it")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{parent}: cannot be written; choose another DST")
-    if not os.path.lexists(dst):
-        return
-    if not overwrite:
-        raise UserError(f"{dst}: exists already; choose another DST or pass --overwrite")
-    if not (dst / MANIFEST).is_file():
-        raise UserError(f"{dst}: is no checkpoint of ours and is not overwritten; remove it first")
 
 
 def save(
@@ -80,25 +54,20 @@ def save(
         report: the quantisation report, stored as report.json.
 
     Raises:
-        UserError: see :func:`check_destination`; not enough space.
+        UserError: DST exists (without ``overwrite``), is not a checkpoint, or cannot be written;
+            not enough space.
     """
     dst = Path(dst).absolute()
-    _remove_stale(dst)
-    check_destination(dst, overwrite)
     params = {name: _storable(value) for name, value in params.items()}
     head = {"format_version": FORMAT_VERSION, "mquant_jax": __version__, "family": family}
     manifest = {**head, "tied_head": tied_head, "recipe": recipe.to_json(), **_tables(params)}
-    partial = _sibling(dst, "partial", os.getpid())
-    with _cleaned_up(partial, dst, parameter_bytes(params)):
-        partial.mkdir()
+    with new_folder(dst, MANIFEST, parameter_bytes(params), overwrite) as partial:
         _write_json(partial / CONFIG, hf_config)
         for file in files:
             shutil.copyfile(file, partial / file.name)
         if report is not None:
             _write_json(partial / REPORT, report)
         _fill(partial, params, manifest)
-        _sync(partial)
-        _swap_in(partial, dst)
     return manifest
 
 
@@ -286,10 +255,6 @@ def _orbax():
 # --- files -------------------------------------------------------------------------------------
 
 
-def _sibling(dst: Path, kind: str, pid: int) -> Path:
-    return dst.parent / f".{dst.name}.{kind}-{pid}"
-
-
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
@@ -325,92 +290,3 @@ def _check_files(folder: Path, files: dict[str, Any], hashes: bool) -> None:
             raise UserError(
                 f"{path}: damaged: differs from its hash in {MANIFEST}; {_CONVERT_AGAIN}"
             )
-
-
-def _remove_stale(dst: Path) -> None:
-    """Remove what dead processes left of saves to ``dst``; put back a DST they had moved away."""
-    for kind in ("old", "partial"):
-        for path in dst.parent.glob(f".{_glob_escape(dst.name)}.{kind}-*"):
-            pid = path.name.rpartition("-")[2]
-            if not pid.isdigit() or (int(pid) != os.getpid() and _alive(int(pid))):
-                continue
-            if kind == "old" and not dst.exists():
-                path.rename(dst)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _glob_escape(name: str) -> str:
-    """``name`` with the glob characters taken literally."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # alive, of another user
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _cleaned_up(partial: Path, dst: Path, needed: int) -> Iterator[None]:
-    """Check the space, and remove ``partial`` whatever stops the block."""
-    free = shutil.disk_usage(dst.parent).free
-    if free < needed:
-        raise UserError(f"{dst}: needs {needed} bytes, the disk has {free} free; free some space")
-    try:
-        yield
-    except BaseException as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        if partial.exists():  # Orbax's threads were still writing
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(e, Exception) and _disk_full(e):
-            raise UserError(
-                f"{dst}: the disk is full; the checkpoint needs {needed} bytes"
-            ) from e
-        raise
-
-
-def _disk_full(e: BaseException | None) -> bool:
-    while e is not None:
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(e):
-            return True
-        e = e.__cause__ or e.__context__
-    return False
-
-
-def _sync(folder: Path) -> None:
-    """Flush files and folders to the disk, so that the rename is never ahead of its content."""
-    for root, _, names in os.walk(folder):
-        for path in (*(os.path.join(root, n) for n in names), root):
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
-
-def _swap_in(partial: Path, dst: Path) -> None:
-    """Rename ``partial`` to ``dst``; an older DST is removed only after that."""
-    old = None
-    if dst.exists():
-        old = _sibling(dst, "old", os.getpid())
-        dst.rename(old)
-    try:
-        partial.rename(dst)
-    except BaseException:
-        if old is not None and not dst.exists():
-            old.rename(dst)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-    fd = os.open(dst.parent, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

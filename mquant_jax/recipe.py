@@ -168,19 +168,23 @@ def _uniform(name: str, section: Section, **changes) -> Recipe:
     )
 
 
-# The head stays at 8 bits: it is small in compute, large in bytes read per generated token, and
-# its errors go straight into the logits.
 _W4A8 = Section(4, None, "static")
 _W8A8 = Section(8, None, "static")
+# The head stays at 8 bits: it is small in compute, large in bytes read per generated token, and
+# its errors go straight into the logits.
+_MQUANT = {"head": _W8A8, "weight_method": "gptq", "rotate": True}
 PRESETS: dict[str, Recipe] = {
     "float": Recipe(),
-    "w4a8": _uniform("w4a8", _W4A8, head=_W8A8),
-    "w4a8-v8": _uniform("w4a8-v8", _W4A8, vision=_W8A8, connector=_W8A8, head=_W8A8),
-    "w8a8": _uniform("w8a8", _W8A8, head=_W8A8),
-    "w4a16": _uniform("w4a16", Section(4, None, "none")),
+    "w4a8": _uniform("w4a8", _W4A8, **_MQUANT),
+    "w4a8-v8": _uniform("w4a8-v8", _W4A8, vision=_W8A8, connector=_W8A8, **_MQUANT),
+    "w4a8-rtn": _uniform("w4a8-rtn", _W4A8, head=_W8A8),
     "w4a8-dynamic": _uniform(
-        "w4a8-dynamic", Section(4, None, "dynamic"), head=Section(8, None, "dynamic")
+        "w4a8-dynamic",
+        Section(4, None, "dynamic"),
+        **(_MQUANT | {"head": Section(8, None, "dynamic")}),
     ),
+    "w8a8": _uniform("w8a8", _W8A8, head=_W8A8, rotate=True),
+    "w4a16": _uniform("w4a16", Section(4, None, "none"), weight_method="gptq"),
 }
 
 

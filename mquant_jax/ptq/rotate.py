@@ -2,8 +2,8 @@
 
 Row convention (``y = x W^T + b``): a stream carries ``h R`` in the place of ``h``. Writers become
 ``R^T W``, readers ``W R``; an RMSNorm without weight commutes with an orthogonal ``R``. A LayerNorm
-becomes one when no writer leaves a mean in the stream (paper section 3.2). All in float64, cast to
-float32 once.
+becomes one when no writer leaves a mean in the stream (paper section 3.2). Computed in float64 and
+held in float32.
 """
 
 from __future__ import annotations
@@ -28,27 +28,38 @@ def rotate_params(params: Params, streams: Streams, seed: int) -> Params:
     Returns:
         New tensors, float32: those of the model built with ``recipe.rotate``.
     """
-    out = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    out = _Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
     for stream in streams.streams:
         for read in stream.reads:
             for norm in _expand(read.norm, out):
                 _fuse(out, norm, read)
         if stream.centred:
             _centre(out, stream)
-        matrix = matrix_of(plan_rotation(stream.width, _seed(seed, stream.name)))
-        _rotate_stream(out, stream, matrix)
+        _rotate_stream(out, stream, plan_rotation(stream.width, _seed(seed, stream.name)))
     for attention in streams.attentions:
         _rotate_heads(out, attention, seed)
     for hidden in streams.hiddens:
         _rotate_hidden(out, hidden, seed)
-    return {name: value.astype(np.float32) for name, value in out.items()}
+    return dict(out)
 
 
-def matrix_of(rotation: Rotation) -> np.ndarray:
-    """The whole matrix ``R``, float64 ``[n, n]`` (``x R`` is ``rotation(x)``)."""
-    size = rotation.outer * rotation.inner
-    block = np.kron(hadamard(rotation.outer), hadamard(rotation.inner)) / np.sqrt(size)
-    return rotation.signs[:, None] * np.kron(np.eye(rotation.blocks), block)
+class _Tensors(dict):
+    """Tensors held in float32, handed out in float64."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(super().__getitem__(name), np.float64)
+
+    def __setitem__(self, name: str, value: np.ndarray) -> None:
+        super().__setitem__(name, value.astype(np.float32))
+
+
+def times(x: np.ndarray, rotation: Rotation) -> np.ndarray:
+    """``x R`` for float64 ``x [..., k * n]``: each run of ``n`` columns on its own."""
+    shape, r = x.shape, rotation
+    scale = (r.outer * r.inner) ** -0.5
+    x = x.reshape(-1, r.n) * r.signs
+    x = x.reshape(-1, r.outer, r.inner) @ (hadamard(r.inner) * scale)
+    return (hadamard(r.outer).T.astype(np.float64) @ x).reshape(shape)
 
 
 def _seed(seed: int, name: str) -> int:
@@ -75,7 +86,7 @@ def _readers(read: Read, norm: str) -> Iterator[str]:
 
 def _fuse(p: Params, norm: str, read: Read) -> None:
     """Move a norm's weight and bias into its readers; the norm's weight becomes one."""
-    gain, shift = p[f"{norm}/weight"], p.pop(f"{norm}/bias", None)
+    gain, shift = p[f"{norm}/weight"], p.pop(f"{norm}/bias", None)  # no bias in an RMSNorm
     for reader in _readers(read, norm):
         kernel = p[f"{reader}/kernel"]
         if shift is not None:
@@ -96,46 +107,36 @@ def _centre(p: Params, stream: Stream) -> None:
                 p[f"{writer}/bias"] = p[f"{writer}/bias"] - p[f"{writer}/bias"].mean()
 
 
-def _rotate_stream(p: Params, stream: Stream, matrix: np.ndarray) -> None:
+def _rotate_stream(p: Params, stream: Stream, rotation: Rotation) -> None:
     for table in stream.tables:
-        p[table] = p[table] @ matrix
+        p[table] = times(p[table], rotation)
     for pattern in stream.writers:
         for writer in _expand(pattern, p):
-            p[f"{writer}/kernel"] = matrix.T @ p[f"{writer}/kernel"]
+            p[f"{writer}/kernel"] = times(p[f"{writer}/kernel"].T, rotation).T
             if f"{writer}/bias" in p:
-                p[f"{writer}/bias"] = p[f"{writer}/bias"] @ matrix
+                p[f"{writer}/bias"] = times(p[f"{writer}/bias"], rotation)
     for read in stream.reads:
         for norm in _expand(read.norm, p):
             for reader in _readers(read, norm):
-                p[f"{reader}/kernel"] = _by_blocks(p[f"{reader}/kernel"], matrix)
-
-
-def _by_blocks(kernel: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """``kernel [out, blocks * n]`` times ``matrix [n, n]`` in every block of columns."""
-    n = matrix.shape[0]
-    return (kernel.reshape(len(kernel), -1, n) @ matrix).reshape(kernel.shape)
+                p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
 
 
 def _rotate_heads(p: Params, attention: ValueOutput, seed: int) -> None:
     rotation = plan_rotation(attention.head_dim, _seed(seed, attention.value))
-    matrix, d = matrix_of(rotation), attention.head_dim
     for value in _expand(attention.value, p):
         numbers = [part for part in value.split("/") if part.isdigit()]
         output = attention.output.replace("*", numbers[0]) if numbers else attention.output
-        kernel = p[f"{value}/kernel"]
-        heads = kernel.reshape(-1, d, kernel.shape[1])
-        p[f"{value}/kernel"] = np.einsum("hdk,de->hek", heads, matrix).reshape(kernel.shape)
+        p[f"{value}/kernel"] = times(p[f"{value}/kernel"].T, rotation).T
         if f"{value}/bias" in p:
-            p[f"{value}/bias"] = (p[f"{value}/bias"].reshape(-1, d) @ matrix).reshape(-1)
-        p[f"{output}/kernel"] = _by_blocks(p[f"{output}/kernel"], matrix)
+            p[f"{value}/bias"] = times(p[f"{value}/bias"], rotation)
+        p[f"{output}/kernel"] = times(p[f"{output}/kernel"], rotation)
 
 
 def _rotate_hidden(p: Params, hidden: Hidden, seed: int) -> None:
     """The online rotation's inverse into the last layer, its signs into the sign carrier."""
     rotation = plan_rotation(hidden.width, seed)
-    matrix = matrix_of(rotation)
     for reader in _expand(hidden.reader, p):
-        p[f"{reader}/kernel"] = p[f"{reader}/kernel"] @ matrix
+        p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
     if hidden.sign_carrier:
         for carrier in _expand(hidden.sign_carrier, p):
             p[f"{carrier}/kernel"] = p[f"{carrier}/kernel"] * rotation.signs[:, None]

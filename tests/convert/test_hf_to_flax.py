@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from convert import verify
 from convert.hf_to_flax import main
-from mquant_jax import checkpoint
+from mquant_jax import atomic
 from mquant_jax.checkpoint import load_manifest, load_params
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import get_params
@@ -162,7 +162,7 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
     def full(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(atomic, "_sync", full)
     assert main([str(GOLDENS / "public"), str(tmp_path / "dst")]) == 2
     assert "disk is full" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

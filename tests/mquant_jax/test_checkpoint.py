@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mquant_jax import checkpoint
+from mquant_jax import atomic
 from mquant_jax.checkpoint import load_manifest, load_params, save
 from mquant_jax.errors import UserError
 from mquant_jax.numerics import QWeight, quantize_weight
@@ -99,7 +99,7 @@ def test_a_failure_leaves_things_as_they_were(tmp_path, monkeypatch, stop, overw
     def fail(folder):
         raise stop
 
-    monkeypatch.setattr(checkpoint, "_sync", fail)
+    monkeypatch.setattr(atomic, "_sync", fail)
     with pytest.raises(stop if isinstance(stop, type) else type(stop)):
         _save(tmp_path / "dst", overwrite=overwrite)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
@@ -112,11 +112,11 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "_sync", full)
+        m.setattr(atomic, "_sync", full)
         with pytest.raises(UserError, match=r"dst: the disk is full; .* needs \d+ bytes"):
             _save(tmp_path / "dst")
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(100, 90, 10))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage(100, 90, 10))
     with pytest.raises(UserError, match=r"needs \d+ bytes, the disk has 10 free"):
         _save(tmp_path / "dst")
     assert list(tmp_path.iterdir()) == []
