@@ -124,6 +124,9 @@ class Recipe:
             s = self.section(name)
             bits = f"int{s.w_bits}" if s.quantised else "float"
             rows.append(f"{name:<10} {bits:<8} {s.group_size or '-':<6} {s.activations}")
+        how = f"weights by {self.weight_method}" if self.changes_weights else "as it was"
+        turned = f", rotated (seed {self.seed})" if self.rotate else ", not rotated"
+        rows.append(how + (turned if self.changes_weights else ""))
         return "\n".join(rows)
 
 

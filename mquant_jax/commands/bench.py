@@ -1,4 +1,4 @@
-"""``mquant_jax bench``: prefill and decode speed against float32 and bfloat16 of the same model."""
+"""Prefill and decode speed against float32 and bfloat16 of the same model."""
 
 from __future__ import annotations
 

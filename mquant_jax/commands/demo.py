@@ -1,4 +1,4 @@
-"""``mquant_jax demo``: the bundled model, float and W4A8 side by side."""
+"""The bundled model, float and W4A8 side by side."""
 
 from __future__ import annotations
 

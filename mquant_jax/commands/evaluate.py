@@ -1,4 +1,4 @@
-"""``mquant_jax eval``: exact match of a checkpoint's answers on picture-and-question samples."""
+"""Exact match of a checkpoint's answers on picture-and-question samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mquant_jax generate``: ask a converted model about pictures."""
+"""Ask a converted model about pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mquant_jax inspect``: what a checkpoint holds and which kernel each layer runs."""
+"""What a checkpoint holds and which kernel each layer runs."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def rotate_params(params: Params, streams: Streams, seed: int) -> Params:
     out = _Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
     for stream in streams.streams:
         for read in stream.reads:
-            for norm in _expand(read.norm, out):
+            for norm in expand(read.norm, out):
                 _fuse(out, norm, read)
         if stream.centred:
             _centre(out, stream)
@@ -66,7 +66,7 @@ def _seed(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}/{name}".encode())
 
 
-def _expand(pattern: str, params: Params) -> Iterator[str]:
+def expand(pattern: str, params: Params) -> Iterator[str]:
     """Paths that a pattern stands for: ``*`` is every layer number."""
     if "*" not in pattern:
         yield pattern
@@ -77,7 +77,7 @@ def _expand(pattern: str, params: Params) -> Iterator[str]:
         i += 1
 
 
-def _readers(read: Read, norm: str) -> Iterator[str]:
+def readers_of(read: Read, norm: str) -> Iterator[str]:
     """The readers behind one norm: those of its own layer."""
     numbers = [part for part in norm.split("/") if part.isdigit()]
     for reader in read.readers:
@@ -87,7 +87,7 @@ def _readers(read: Read, norm: str) -> Iterator[str]:
 def _fuse(p: Params, norm: str, read: Read) -> None:
     """Move a norm's weight and bias into its readers; the norm's weight becomes one."""
     gain, shift = p[f"{norm}/weight"], p.pop(f"{norm}/bias", None)  # no bias in an RMSNorm
-    for reader in _readers(read, norm):
+    for reader in readers_of(read, norm):
         kernel = p[f"{reader}/kernel"]
         if shift is not None:
             p[f"{reader}/bias"] = p[f"{reader}/bias"] + kernel @ np.tile(shift, read.blocks)
@@ -100,7 +100,7 @@ def _centre(p: Params, stream: Stream) -> None:
     for table in stream.tables:
         p[table] = p[table] - p[table].mean(axis=1, keepdims=True)
     for pattern in stream.writers:
-        for writer in _expand(pattern, p):
+        for writer in expand(pattern, p):
             kernel = p[f"{writer}/kernel"]
             p[f"{writer}/kernel"] = kernel - kernel.mean(axis=0, keepdims=True)
             if f"{writer}/bias" in p:
@@ -111,19 +111,19 @@ def _rotate_stream(p: Params, stream: Stream, rotation: Rotation) -> None:
     for table in stream.tables:
         p[table] = times(p[table], rotation)
     for pattern in stream.writers:
-        for writer in _expand(pattern, p):
+        for writer in expand(pattern, p):
             p[f"{writer}/kernel"] = times(p[f"{writer}/kernel"].T, rotation).T
             if f"{writer}/bias" in p:
                 p[f"{writer}/bias"] = times(p[f"{writer}/bias"], rotation)
     for read in stream.reads:
-        for norm in _expand(read.norm, p):
-            for reader in _readers(read, norm):
+        for norm in expand(read.norm, p):
+            for reader in readers_of(read, norm):
                 p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
 
 
 def _rotate_heads(p: Params, attention: ValueOutput, seed: int) -> None:
     rotation = plan_rotation(attention.head_dim, _seed(seed, attention.value))
-    for value in _expand(attention.value, p):
+    for value in expand(attention.value, p):
         numbers = [part for part in value.split("/") if part.isdigit()]
         output = attention.output.replace("*", numbers[0]) if numbers else attention.output
         p[f"{value}/kernel"] = times(p[f"{value}/kernel"].T, rotation).T
@@ -135,10 +135,10 @@ def _rotate_heads(p: Params, attention: ValueOutput, seed: int) -> None:
 def _rotate_hidden(p: Params, hidden: Hidden, seed: int) -> None:
     """The online rotation's inverse into the last layer, its signs into the sign carrier."""
     rotation = plan_rotation(hidden.width, seed)
-    for reader in _expand(hidden.reader, p):
+    for reader in expand(hidden.reader, p):
         p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
     if hidden.sign_carrier:
-        for carrier in _expand(hidden.sign_carrier, p):
+        for carrier in expand(hidden.sign_carrier, p):
             p[f"{carrier}/kernel"] = p[f"{carrier}/kernel"] * rotation.signs[:, None]
             if f"{carrier}/bias" in p:
                 p[f"{carrier}/bias"] = p[f"{carrier}/bias"] * rotation.signs

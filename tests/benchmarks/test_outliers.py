@@ -1,0 +1,31 @@
+"""The outlier bed changes what a quantiser sees, and not the function."""
+
+import jax
+import numpy as np
+
+from benchmarks.accuracy import interval
+from benchmarks.outliers import HIGH, LOW, with_outliers
+from models.qwen2_vl import FAMILY
+from mquant_jax.nn.params import get_params
+from mquant_jax.ptq.pipeline import float_model
+from mquant_jax.recipe import Recipe
+from tests.helpers import golden_qwen2_vl, relative
+
+
+def test_outliers_keep_the_function() -> None:
+    model, config, inputs, outputs = golden_qwen2_vl("public")
+    real = inputs["attention_mask"] == 1
+    plain = get_params(model)
+    params = with_outliers(plain, FAMILY.streams(config), seed=1)
+    batch = jax.tree.map(jax.numpy.asarray, FAMILY.reference_batch(config, inputs))
+    got = jax.jit(lambda m, b: m(b))(float_model(FAMILY, config, Recipe(), params), batch)
+    assert relative(np.asarray(got)[real], outputs["logits"][real]) < 1e-4
+    for name in ("language/layers/0/attn_norm/weight", "vision/merger/norm/weight"):
+        gain = params[name] / np.asarray(plain[name])
+        moved = gain[gain > 1.5]
+        assert 1 <= moved.size <= 3 and moved.min() > 0.9 * LOW and moved.max() < 1.1 * HIGH
+
+
+def test_the_interval_holds_the_mean() -> None:
+    low, high = interval([True] * 80 + [False] * 20)
+    assert 0.70 < low < 0.8 < high < 0.90
