@@ -7,9 +7,6 @@ import pytest
 
 from examples import demo_tasks, demo_tokenizer
 
-for _, _module, _ in demo_tasks.FONTS:
-    pytest.importorskip(_module)
-
 
 @pytest.fixture(scope="module")
 def train() -> list[demo_tasks.Sample]:
