@@ -57,6 +57,10 @@ def compare(folder: Path, samples: list[Sample]) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         convert(folder, Path(scratch) / "float", PRESETS["float"])
         model = load(Path(scratch) / "float", jnp.float32)
+        return _compare(folder, model, samples)
+
+
+def _compare(folder: Path, model: Model, samples: list[Sample]) -> dict:
     run = jax.jit(prefill, static_argnums=2)
     equal, worst = 0, 0.0
     for sample, (tokens, logits) in zip(
