@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from mquant_jax.cli_support import OK, Parser, progress
 from mquant_jax.errors import UserError
-from mquant_jax.eval.speed import float_model, measure, summary
+from mquant_jax.eval.speed import float_twin, measure, summary
 from mquant_jax.loading import load_model
 
 EPILOG = """\
-The float baselines are the checkpoint's own weights put back into float, in the same program
-structure. Variants take turns in every repeat; a ratio is the median over repeats of
-(baseline time / this checkpoint's time), so more than 1 means that the checkpoint is faster.
+The float baselines have the same layer shapes and the original structure, without rotations.
+Variants take turns in every repeat; a ratio is the median over repeats of (baseline time / this
+checkpoint's time), so more than 1 means that the checkpoint is faster.
 """
 
 
@@ -61,8 +61,8 @@ def main(argv: list[str]) -> int:
         )
     batch = family.collate(config, [prompt] * args.batch)
     variants = {
-        "float32": float_model(family, config, loaded.model, jnp.float32),
-        "bfloat16": float_model(family, config, loaded.model, jnp.bfloat16),
+        "float32": float_twin(family, config, loaded.model, jnp.float32),
+        "bfloat16": float_twin(family, config, loaded.model, jnp.bfloat16),
         recipe: loaded.model,
     }
     timings = measure(variants, batch, args.new_tokens, args.repeats, progress)

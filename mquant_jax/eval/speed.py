@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.base import VLM, Batch, Family, bucket
-from mquant_jax.nn.params import Params, get_params, set_params
+from mquant_jax.nn.params import Params, abstract_params, get_params, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.pipeline import abstract_model
 from mquant_jax.recipe import Recipe
@@ -27,14 +27,20 @@ from mquant_jax.runtime.sampling import Sampling
 NEVER_STOP = (-1,)
 
 
-def float_model(family: Family, config: Any, module: VLM, dtype) -> VLM:
-    """The same model with every weight back in float: the baseline of its own quantisation."""
-    params: Params = {
-        name: np.asarray((v.dequantize() if isinstance(v, QWeight) else v).astype(dtype))
-        for name, v in get_params(module).items()
-        if not name.endswith("/act_scale")
-    }
+def float_twin(family: Family, config: Any, module: VLM, dtype) -> VLM:
+    """A float model of the same layer shapes: the baseline that ``module`` is timed against.
+
+    It has the original structure, without online rotations, so a rotated checkpoint is compared
+    with what it replaces. Weights are the module's own put back into float (norm biases that a
+    rotation has folded away are zero); only its speed means anything.
+    """
+    held = get_params(module)
     model = abstract_model(family, config, Recipe(), dtype)
+    params: Params = {}
+    for name, like in abstract_params(model).items():
+        value = held.get(name, np.zeros(like.shape, np.float32))
+        value = value.dequantize() if isinstance(value, QWeight) else value
+        params[name] = np.asarray(value).astype(like.dtype)
     set_params(model, params)
     return model
 

@@ -57,6 +57,7 @@ def quantize_params(
     Raises:
         UserError: a recipe that needs calibration data without any, or data without pictures.
     """
+    dtypes = {name: value.dtype for name, value in params.items()}
     if recipe.rotate:
         params = rotate_params(params, family.streams(config), recipe.seed)
     target = abstract_model(family, config, recipe)
@@ -80,7 +81,7 @@ def quantize_params(
             out[name] = round_weight(params[name], s.w_bits, s.group_size, recipe.weight_clip)
             report["weights"][name] = relative_error(out[name], params[name])
         else:
-            out[name] = params[name]
+            out[name] = params[name].astype(dtypes[name])
     return out, report
 
 
