@@ -76,7 +76,7 @@ QUESTION_WORDS = (
 ).split()
 VOCABULARY = frozenset([*QUESTION_WORDS, *COLORS, *SHAPES, *PLURALS.values()])
 
-TRAIN_WEIGHTS = {"read": 0.18, "shape": 0.05, "color": 0.07, "count": 0.15, "relation": 0.55}
+TRAIN_WEIGHTS = {"read": 0.4, "shape": 0.1, "color": 0.15, "count": 0.17, "relation": 0.18}
 EVAL_WEIGHTS = {"read": 0.45, "shape": 0.1, "color": 0.1, "count": 0.15, "relation": 0.2}
 
 
