@@ -13,11 +13,6 @@ from mquant_jax.errors import UserError
 _BY_MODEL_TYPE = {"qwen2_vl": "models.qwen2_vl"}
 
 
-def known_model_types() -> tuple[str, ...]:
-    """Every ``model_type`` that can be converted."""
-    return tuple(_BY_MODEL_TYPE)
-
-
 def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") -> Family:
     """The family of a Hugging Face configuration.
 

@@ -156,11 +156,8 @@ def load(folder: str | Path, dtype: Any = None) -> Model:
     Raises:
         UserError: no such folder, not a checkpoint, another format version, damaged tensors.
     """
-    from models.registry import family_for
     from mquant_jax.loading import load_model
 
     loaded = load_model(Path(folder), dtype)
-    family = family_for(loaded.hf_config, str(folder))
-    return Model(
-        loaded.model, loaded.config, loaded.manifest, family.processor(folder, loaded.config)
-    )
+    processor = loaded.family.processor(folder, loaded.config)
+    return Model(loaded.model, loaded.config, loaded.manifest, processor)

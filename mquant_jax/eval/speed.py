@@ -67,13 +67,13 @@ class _Variant:
     def run(self, record: bool) -> None:
         g = self.generator
         t0 = time.perf_counter()
-        loop = g._start(
+        loop = g.start(
             g.params, self.batch, jax.random.key(0), slots=self.slots, limit=self.limit,
             how=Sampling(),
         )  # fmt: skip
         jax.block_until_ready(loop)
         t1 = time.perf_counter()
-        jax.block_until_ready(g._run(g.params, loop, self.until, how=Sampling()))
+        jax.block_until_ready(g.run(g.params, loop, self.until, how=Sampling()))
         t2 = time.perf_counter()
         if record:
             self.timings.prefill.append(t1 - t0)

@@ -14,8 +14,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mquant_jax.numerics import QWeight
-
 STACK = "layers"
 Params = dict[str, Any]
 
@@ -88,7 +86,3 @@ def assign(model: nnx.Module, path: tuple[str, ...], value: Any) -> None:
 def parameter_bytes(params: Params) -> int:
     """Bytes that the values take where they are held."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-
-
-def is_quantised(value: Any) -> bool:
-    return isinstance(value, QWeight)

@@ -79,9 +79,14 @@ def expand(pattern: str, params: Params) -> Iterator[str]:
 
 def readers_of(read: Read, norm: str) -> Iterator[str]:
     """The readers behind one norm: those of its own layer."""
-    numbers = [part for part in norm.split("/") if part.isdigit()]
     for reader in read.readers:
-        yield reader.replace("*", numbers[0]) if numbers else reader
+        yield _beside(reader, norm)
+
+
+def _beside(pattern: str, path: str) -> str:
+    """``pattern`` with the layer number of ``path``."""
+    number = next((part for part in path.split("/") if part.isdigit()), "*")
+    return pattern.replace("*", number)
 
 
 def _fuse(p: Params, norm: str, read: Read) -> None:
@@ -124,8 +129,7 @@ def _rotate_stream(p: Params, stream: Stream, rotation: Rotation) -> None:
 def _rotate_heads(p: Params, attention: ValueOutput, seed: int) -> None:
     rotation = plan_rotation(attention.head_dim, _seed(seed, attention.value))
     for value in expand(attention.value, p):
-        numbers = [part for part in value.split("/") if part.isdigit()]
-        output = attention.output.replace("*", numbers[0]) if numbers else attention.output
+        output = _beside(attention.output, value)
         p[f"{value}/kernel"] = times(p[f"{value}/kernel"].T, rotation).T
         if f"{value}/bias" in p:
             p[f"{value}/bias"] = times(p[f"{value}/bias"], rotation)

@@ -65,7 +65,7 @@ def decode(model: VLM, tokens: jax.Array, state: DecodeState) -> tuple[jax.Array
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class _Loop:
+class Loop:
     """Carry of the decode loop: ``tokens [B, limit]`` holds the first ``step`` tokens."""
 
     step: jax.Array
@@ -95,37 +95,41 @@ class Generation:
 
 
 class Generator:
-    """A model with its compiled programs, one per bucket of prompt, pictures and cache."""
+    """A model with its compiled programs, one per bucket of prompt, pictures and cache.
+
+    ``start(params, batch, key, slots=, limit=, how=) -> Loop`` runs the prompts and draws the first
+    token; ``run(params, loop, until, how=) -> Loop`` goes on to token ``until``.
+    """
 
     def __init__(self, model: VLM, stop_ids: tuple[int, ...]):
         self.stop_ids = stop_ids
         self.graphdef, self.params = nnx.split(model)
-        self._start = jax.jit(self._start_loop, static_argnames=("slots", "limit", "how"))
-        self._run = jax.jit(
+        self.start = jax.jit(self._start_loop, static_argnames=("slots", "limit", "how"))
+        self.run = jax.jit(
             self._run_loop, static_argnames=("how",), donate_argnames=("loop",)
         )
 
     def _stopped(self, tokens: jax.Array) -> jax.Array:
         return jnp.isin(tokens, jnp.asarray(self.stop_ids, jnp.int32))
 
-    def _start_loop(self, params, batch, key, slots: int, limit: int, how: Sampling) -> _Loop:
+    def _start_loop(self, params, batch, key, slots: int, limit: int, how: Sampling) -> Loop:
         model = nnx.merge(self.graphdef, params)
         logits, state = prefill(model, batch, slots)
         key, sub = jax.random.split(key)
         first = sample(logits, sub, how)
         tokens = jnp.zeros((first.shape[0], limit), jnp.int32).at[:, 0].set(first)
-        return _Loop(jnp.int32(1), tokens, self._stopped(first), key, state)
+        return Loop(jnp.int32(1), tokens, self._stopped(first), key, state)
 
-    def _run_loop(self, params, loop: _Loop, until: jax.Array, how: Sampling) -> _Loop:
+    def _run_loop(self, params, loop: Loop, until: jax.Array, how: Sampling) -> Loop:
         model = nnx.merge(self.graphdef, params)
 
-        def body(c: _Loop) -> _Loop:
+        def body(c: Loop) -> Loop:
             last = jax.lax.dynamic_index_in_dim(c.tokens, c.step - 1, axis=1, keepdims=False)
             logits, state = decode(model, last, c.state)
             key, sub = jax.random.split(c.key)
             token = jnp.where(c.done, last, sample(logits, sub, how))
             tokens = jax.lax.dynamic_update_index_in_dim(c.tokens, token, c.step, axis=1)
-            return _Loop(c.step + 1, tokens, c.done | self._stopped(token), key, state)
+            return Loop(c.step + 1, tokens, c.done | self._stopped(token), key, state)
 
         return jax.lax.while_loop(lambda c: (c.step < until) & ~jnp.all(c.done), body, loop)
 
@@ -150,11 +154,11 @@ class Generator:
         slots = bucket(batch.input_ids.shape[1] + limit, 32)
         key = jax.random.key(0) if key is None else key
         t0 = time.perf_counter()
-        loop = self._start(self.params, batch, key, slots=slots, limit=limit, how=how)
+        loop = self.start(self.params, batch, key, slots=slots, limit=limit, how=how)
         loop.step.block_until_ready()
         t1 = time.perf_counter()
         if on_tokens is None:
-            loop = self._run(self.params, loop, jnp.int32(max_new_tokens), how=how)
+            loop = self.run(self.params, loop, jnp.int32(max_new_tokens), how=how)
         else:
             loop = self._stream(loop, max_new_tokens, how, on_tokens)
         steps = int(loop.step)
@@ -162,11 +166,11 @@ class Generator:
         tokens, stopped = self._cut(np.asarray(loop.tokens)[:, :steps])
         return Generation(tokens, stopped, t1 - t0, t2 - t1, steps - 1)
 
-    def _stream(self, loop: _Loop, limit: int, how: Sampling, on_tokens) -> _Loop:
+    def _stream(self, loop: Loop, limit: int, how: Sampling, on_tokens) -> Loop:
         on_tokens(np.asarray(loop.tokens)[:, 0])
         step = 1
         while step < limit and not bool(loop.done.all()):
-            loop = self._run(self.params, loop, jnp.int32(step + 1), how=how)
+            loop = self.run(self.params, loop, jnp.int32(step + 1), how=how)
             on_tokens(np.asarray(loop.tokens)[:, step])
             step += 1
         return loop
