@@ -18,7 +18,7 @@ import functools
 import hashlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +65,9 @@ CODE_LETTERS = "ACDEFGHJKLMNPQRTUVWXY"  # without letters that look like digits
 CODE_DIGITS = "23456789"
 GLYPHS = LETTERS + DIGITS + CODE_LETTERS
 GLYPH_SLOTS = CELL // PITCH
-# Classes of each label of a grid cell: shape, colour, glyph on the left, glyph on the right; 0
-# is none.
-CELL_CLASSES = (len(SHAPES) + 1, len(COLORS) + 1, *[len(GLYPHS) + 1] * GLYPH_SLOTS)
+# Classes of each label of a grid cell: its column and row, and what it shows: shape, colour, glyph
+# on the left, glyph on the right; 0 is none.
+CELL_CLASSES = (4, 4, len(SHAPES) + 1, len(COLORS) + 1, *[len(GLYPHS) + 1] * GLYPH_SLOTS)
 
 # All words that have a token of their own; a word to be read is never one of them.
 QUESTION_WORDS = (
@@ -90,8 +90,8 @@ class Sample:
         answer: The exact expected answer.
         task: Name of the task.
         key: What the picture shows; ``split_of(key)`` is the sample's split.
-        cells: int32 ``[9, 4]``, what each cell of the 3x3 grid shows (see ``CELL_CLASSES``): a
-            help in training that the model itself never sees.
+        cells: int32 ``[9, 6]``, where each cell of the 3x3 grid is and what it shows (see
+            ``CELL_CLASSES``): a help in training that the model itself never sees.
     """
 
     image: np.ndarray
@@ -164,6 +164,13 @@ def _finish(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.asarray(image, np.int16) + noise, 0, 255).astype(np.uint8)
 
 
+def _no_cells() -> np.ndarray:
+    """Labels of an empty picture's cells: only where they are."""
+    cells = np.zeros((9, len(CELL_CLASSES)), np.int32)
+    cells[:, 0], cells[:, 1] = np.arange(9) % 3 + 1, np.arange(9) // 3 + 1
+    return cells
+
+
 def render_text(text: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw a short letter-spaced string, like a number plate's: the image and its cells."""
     font = _font(int(rng.integers(len(FONTS))), int(rng.integers(19, 24)))
@@ -173,11 +180,11 @@ def render_text(text: str, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     draw = ImageDraw.Draw(image)
     start = int(rng.integers(SIZE // PITCH - len(text) + 1))
     shift, baseline = rng.uniform(-2, 2), SIZE / 2 + 7 + rng.uniform(-3, 3)
-    cells = np.zeros((9, len(CELL_CLASSES)), np.int32)
+    cells = _no_cells()
     for column, glyph in enumerate(text, start):
         x = (column + 0.5) * PITCH + shift
         draw.text((round(x), round(baseline)), glyph, font=font, fill=ink, anchor="ms")
-        cells[3 + column * PITCH // CELL, 2 + column % GLYPH_SLOTS] = GLYPHS.index(glyph) + 1
+        cells[3 + column * PITCH // CELL, 4 + column % GLYPH_SLOTS] = GLYPHS.index(glyph) + 1
     return _finish(image, rng), cells
 
 
@@ -351,24 +358,35 @@ def make(rng: np.random.Generator, task: str, split: str, difficulty: float = 1.
         items, question, answer = _SCENES[task](rng, difficulty)
         key = "scene:" + ",".join(sorted(f"{i.name} {i.col}{i.row}" for i in items))
         if split_of(key) == split:
-            cells = np.zeros((9, len(CELL_CLASSES)), np.int32)
+            cells = _no_cells()
             for i in items:
                 labels = SHAPES.index(i.shape) + 1, list(COLORS).index(i.color) + 1
-                cells[3 * i.row + i.col, :2] = labels
+                cells[3 * i.row + i.col, 2:4] = labels
             return Sample(render_scene(items, rng), question, answer, task, key, cells)
 
 
-def sample(rng: np.random.Generator, split: str, difficulty: float = 1.0) -> Sample:
-    """Draw one sample of a random task: the training mix, or the evaluation mix."""
-    weights = TRAIN_WEIGHTS if split == "train" else EVAL_WEIGHTS
+def sample(
+    rng: np.random.Generator,
+    split: str,
+    difficulty: float = 1.0,
+    mix: Mapping[str, float] | None = None,
+) -> Sample:
+    """Draw one sample of a random task: from ``mix``, or the split's own mix of tasks."""
+    weights = mix or (TRAIN_WEIGHTS if split == "train" else EVAL_WEIGHTS)
     edges = np.cumsum(list(weights.values()))
     index = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
     return make(rng, list(weights)[min(index, len(weights) - 1)], split, difficulty)
 
 
-def batch(rng: np.random.Generator, n: int, split: str, difficulty: float = 1.0) -> list[Sample]:
+def batch(
+    rng: np.random.Generator,
+    n: int,
+    split: str,
+    difficulty: float = 1.0,
+    mix: Mapping[str, float] | None = None,
+) -> list[Sample]:
     """Draw ``n`` samples."""
-    return [sample(rng, split, difficulty) for _ in range(n)]
+    return [sample(rng, split, difficulty, mix) for _ in range(n)]
 
 
 def _mixed_set(n: int, split: str, seed: tuple[int, ...]) -> list[Sample]:

@@ -30,11 +30,15 @@ import numpy as np
 import optax
 from flax import nnx
 
+from convert.plan import plan
+from convert.reader import Reader
 from examples import demo_tasks
 from examples.demo_model import Collator, Pair, export, hf_config
 from models.base import Batch
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.modeling import Qwen2VL
+from models.registry import family_for
+from mquant_jax.nn.params import set_params
 from mquant_jax.nn.stack import Runner
 
 WEIGHT_DECAY = 0.05
@@ -43,17 +47,19 @@ WEIGHT_DECAY = 0.05
 class Prefetch:
     """Draws training batches in a background thread; ``difficulty`` may change meanwhile."""
 
-    def __init__(self, collate: Collator, batch_size: int, seed: tuple[int, ...]) -> None:
+    def __init__(
+        self, collate: Collator, batch_size: int, seed: tuple[int, ...], mix: dict[str, float]
+    ) -> None:
         self.difficulty = 0.0
         self._queue: queue.Queue = queue.Queue(maxsize=4)
-        self._args = (collate, batch_size, np.random.default_rng(seed))
+        self._args = (collate, batch_size, np.random.default_rng(seed), mix)
         threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
-        collate, size, rng = self._args
+        collate, size, rng, mix = self._args
         while True:
             try:
-                item = collate(demo_tasks.batch(rng, size, "train", self.difficulty))
+                item = collate(demo_tasks.batch(rng, size, "train", self.difficulty, mix))
             except Exception as error:  # hand it to the training loop
                 self._queue.put(error)
                 return
@@ -100,8 +106,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Array], hint: float):
     """Mean cross-entropy over the answer tokens, plus ``hint`` times that of the cell labels.
 
-    A linear head, used in training only, tells from each visual token what its cell shows.
-    Without this help the vision tower finds out far more slowly what matters in a picture.
+    A linear head, used in training only, tells from each visual token where its cell is and what
+    it shows. Without this help the vision tower, which knows only relative positions, finds out
+    far more slowly what matters in a picture.
 
     Returns:
         The sum, and its two parts.
@@ -115,9 +122,9 @@ def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Arr
     cells, start = 0.0, 0
     for i, classes in enumerate(demo_tasks.CELL_CLASSES):
         part = scores[..., start : start + classes]
-        cells += cross_entropy(part, targets["cells"][..., i]).sum()
+        labels = targets["cells"][..., i]
+        cells += cross_entropy(part, labels).sum() / jnp.maximum(1, (labels > 0).sum())
         start += classes
-    cells /= (targets["cells"] > 0).sum()
     return loss + hint * cells, (loss, cells)
 
 
@@ -219,11 +226,16 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.npz"
     config = hf_config()
-    model = Qwen2VL(Qwen2VLConfig.from_hf(config), rngs=nnx.Rngs(args.seed))
+    model_config = Qwen2VLConfig.from_hf(config)
+    model = Qwen2VL(model_config, rngs=nnx.Rngs(args.seed))
+    if args.init:
+        start = Reader(args.init)
+        todo = plan(family_for(start.config, args.init / "config.json"), model_config, start)
+        set_params(model, {n: v.astype(np.float32) for n, v in todo.read(start).items()})
     graphdef, params = nnx.split(model)
     outputs = sum(demo_tasks.CELL_CLASSES)
     head = {"kernel": jnp.zeros((config["hidden_size"], outputs)), "bias": jnp.zeros(outputs)}
-    params = {"model": training_init(params, config), "cells": head}
+    params = {"model": params if args.init else training_init(params, config), "cells": head}
     opt_state = optimizer().init(params)
     train_step, exact = make_steps(graphdef)
     step, before = 0, 0.0
@@ -234,7 +246,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{count / 1e6:.2f}M parameters, from step {step}", file=sys.stderr)
 
     collate = Collator()
-    data = Prefetch(collate, args.batch_size, (args.seed, 0x7121, step))
+    data = Prefetch(collate, args.batch_size, (args.seed, 0x7121, step), args.mix)
     held_out = demo_tasks.eval_set(args.eval_samples, seed=1)
     began = mark = time.monotonic()
     mark_step, losses = step, []
@@ -279,6 +291,18 @@ def train(args: argparse.Namespace) -> None:
         print(f"exported to {args.export}", file=sys.stderr)
 
 
+def task_mix(text: str) -> dict[str, float]:
+    """Parse ``read=0.4,relation=0.6``."""
+    mix = {}
+    for part in text.split(","):
+        task, _, weight = part.partition("=")
+        if task not in demo_tasks.TRAIN_WEIGHTS:
+            tasks = ", ".join(demo_tasks.TRAIN_WEIGHTS)
+            raise argparse.ArgumentTypeError(f"no task {task!r}; there are {tasks}")
+        mix[task] = float(weight)
+    return mix
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -306,6 +330,16 @@ def main() -> None:
     )
     add("--hint", type=float, default=0.5, help="weight of the cell-label loss (default 0.5)")
     add("--seed", type=int, default=0, help="seed of the weights and of the data (default 0)")
+    add("--init", type=Path, metavar="DIR", help="start from the weights of an exported folder")
+    add(
+        "--mix",
+        type=task_mix,
+        default=demo_tasks.TRAIN_WEIGHTS,
+        metavar="TASK=SHARE,...",
+        help="how often each task is drawn (default "
+        + ",".join(f"{task}={share}" for task, share in demo_tasks.TRAIN_WEIGHTS.items())
+        + ")",
+    )
     add("--resume", action="store_true", help="go on from OUT/checkpoint.npz where there is one")
     add("--export", type=Path, metavar="DIR", help="write the Hugging Face folder here at the end")
     add("--eval-every", type=int, default=500, help="steps between evaluations (default 500)")
