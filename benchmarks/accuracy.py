@@ -29,27 +29,23 @@ from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.nn.params import set_params
 from mquant_jax.ptq.calibration_data import load_calibration, with_answer
 from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
-from mquant_jax.recipe import PRESETS, Calibration, Recipe
+from mquant_jax.recipe import PRESETS, Recipe, Weights
 from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, Sample, read_samples
 
 NAIVE = dataclasses.replace(
-    PRESETS["w4a8-rtn"],
-    weight_clip=False,
-    modality_scales=False,
-    calibration=Calibration(observer="minmax"),
+    PRESETS["w4a8-rtn"], weights=Weights(clip=False), modality_scales=False
 )
-QUAROT = dataclasses.replace(
-    PRESETS["w4a8"], modality_scales=False, calibration=Calibration(observer="minmax")
-)
+QUAROT = dataclasses.replace(PRESETS["w4a8"], modality_scales=False, sink_class=False)
 # Method -> recipe with static activations. The rows between rtn and mquant are its ablation.
 METHODS = {
     "rtn": NAIVE,
+    "smoothquant": dataclasses.replace(NAIVE, smooth=True),
     "rtn+rotation": dataclasses.replace(NAIVE, rotate=True),
     "quarot": QUAROT,
     "quarot+msq": dataclasses.replace(QUAROT, modality_scales=True),
     "mquant": PRESETS["w4a8"],
 }
-WITH_DYNAMIC = ("rtn", "quarot", "mquant")
+WITH_DYNAMIC = ("rtn", "smoothquant", "quarot", "mquant")
 
 
 def dynamic(recipe: Recipe) -> Recipe:

@@ -88,7 +88,8 @@ class Collator:
     """Turns samples into a left-padded ``Batch`` with its targets.
 
     ``answer`` is int32 ``[N, T]``, the token that should follow, -1 where there is no loss;
-    ``cells`` is int32 ``[N, 9, 4]``, what each visual token shows.
+    ``cells`` is int32 ``[N, 9, 6]``, where each visual token is and what it shows; ``places`` is
+    int32 ``[N, T, 2]``, column and row (from 1) of the item that a question's token names, or -1.
     """
 
     def __init__(self) -> None:
@@ -100,12 +101,28 @@ class Collator:
         self.head += [image] * VISUAL + self.encode("<|vision_end|>")
         self.tail = self.encode("<|im_end|>\n<|im_start|>assistant\n")
         self.end = self.encode("<|im_end|>")
+        # Token -> (column in ``cells``, label there) of the words that may name one item.
+        self.names = {
+            self.encode(word)[0]: (column, label)
+            for column, words in ((2, demo_tasks.SHAPES), (3, demo_tasks.COLORS))
+            for label, word in enumerate(words, 1)
+        }
         grid = np.arange(VISUAL)
         self.image_positions = self.start + np.stack([grid * 0, grid // SIDE, grid % SIDE])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; special tokens are recognised."""
         return self.tokenizer.encode(text).ids
+
+    def places(self, ids: list[int], cells: np.ndarray) -> np.ndarray:
+        """Where each token's item is, int32 ``[T, 2]``; -1 where it names none, or several."""
+        out = np.full((len(ids), 2), -1, np.int32)
+        for at, token in enumerate(ids):
+            column, label = self.names.get(token, (2, -1))
+            found = np.flatnonzero(cells[:, column] == label)
+            if len(found) == 1:
+                out[at] = cells[found[0], :2]
+        return out
 
     def __call__(self, samples: list[demo_tasks.Sample]) -> Pair:
         n = len(samples)
@@ -115,6 +132,7 @@ class Collator:
         token_class = np.full((n, LENGTH), -1, np.int32)
         visual_index = np.zeros((n, LENGTH), np.int32)
         targets = np.full((n, LENGTH), -1, np.int32)
+        places = np.full((n, LENGTH, 2), -1, np.int32)
         first = self.start + VISUAL  # first token after the picture
         for i, s in enumerate(samples):
             answer = self.encode(s.answer) + self.end
@@ -132,6 +150,8 @@ class Collator:
             token_class[i, picture] = 1
             visual_index[i, picture] = i * VISUAL + np.arange(VISUAL)
             targets[i, LENGTH - 1 - len(answer) : LENGTH - 1] = answer
+            asked = slice(pad + first, LENGTH - len(answer))
+            places[i, asked] = self.places(ids[i, asked].tolist(), s.cells)
         vision = VisionInput(
             patches=patchify(np.stack([s.image for s in samples])),
             coords=np.broadcast_to(patch_coords(), (n, GRID * GRID, 2)),
@@ -145,7 +165,8 @@ class Collator:
             visual_index=visual_index,
             vision=vision,
         )
-        return batch, {"answer": targets, "cells": np.stack([s.cells for s in samples])}
+        cells = np.stack([s.cells for s in samples])
+        return batch, {"answer": targets, "cells": cells, "places": places}
 
 
 def export(model: Qwen2VL, folder: Path) -> None:

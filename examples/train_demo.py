@@ -87,9 +87,15 @@ def optimizer() -> optax.GradientTransformation:
 
 
 class Listener(Runner):
-    """Runs the model as usual and keeps its visual tokens."""
+    """Runs the model as usual and keeps its visual tokens and its thoughts.
+
+    Attributes:
+        visual: what the vision tower hands over, float ``[N, 9, hidden]``.
+        thoughts: the residual stream before the last block, float ``[N, T, hidden]``.
+    """
 
     visual: jax.Array
+    thoughts: jax.Array
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
         y = super().module(name, module, x, classes)
@@ -97,35 +103,62 @@ class Listener(Runner):
             self.visual = y
         return y
 
+    def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
+        if name != "language/layers":
+            return super().layers(name, stack, x, context)
+        graphdef, state = nnx.split(stack)
+
+        def body(x, layer):
+            return nnx.merge(graphdef, layer)(x, context), x
+
+        x, entering = jax.lax.scan(body, x, state)
+        self.thoughts = entering[-1]
+        return x
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy in nats for each label, without reduction."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
 
-def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Array], hint: float):
-    """Mean cross-entropy over the answer tokens, plus ``hint`` times that of the cell labels.
+def hint_loss(head: Any, x: jax.Array, labels: jax.Array, classes: tuple[int, ...]) -> jax.Array:
+    """Loss of a linear head that tells several labels from each token.
 
-    A linear head, used in training only, tells from each visual token where its cell is and what
-    it shows. Without this help the vision tower, which knows only relative positions, finds out
-    far more slowly what matters in a picture.
+    Label 0 says that there is nothing to tell and -1 that it does not matter; the sum over all
+    tokens is related to the number of those with something to tell.
+    """
+    x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    scores = x @ head["kernel"] + head["bias"]
+    total, start = 0.0, 0
+    for i, size in enumerate(classes):
+        own = labels[..., i]
+        part = cross_entropy(scores[..., start : start + size], jnp.maximum(own, 0))
+        total += jnp.where(own >= 0, part, 0.0).sum() / jnp.maximum(1, (own > 0).sum())
+        start += size
+    return total
+
+
+def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Array], hint: float):
+    """Mean cross-entropy over the answer tokens, plus ``hint`` times that of the two hints.
+
+    Linear heads, used in training only, tell from each visual token where its cell is and what it
+    shows, and from each word of a question that names an item where that is. Without the first
+    the vision tower, which knows only relative positions, finds out far more slowly what matters in
+    a picture; without the second the decoder does not find out how to compare places.
 
     Returns:
-        The sum, and its two parts.
+        The sum, and its parts: answers and hints.
     """
     listener = Listener()
     logits = nnx.merge(graphdef, params["model"])(batch, listener)
     weight = targets["answer"] >= 0
     loss = cross_entropy(logits, jnp.maximum(targets["answer"], 0))
     loss = (loss * weight).sum() / weight.sum()
-    scores = listener.visual @ params["cells"]["kernel"] + params["cells"]["bias"]
-    cells, start = 0.0, 0
-    for i, classes in enumerate(demo_tasks.CELL_CLASSES):
-        part = scores[..., start : start + classes]
-        labels = targets["cells"][..., i]
-        cells += cross_entropy(part, labels).sum() / jnp.maximum(1, (labels > 0).sum())
-        start += classes
-    return loss + hint * cells, (loss, cells)
+    cells = hint_loss(
+        params["cells"], listener.visual, targets["cells"], demo_tasks.CELL_CLASSES
+    )
+    places = hint_loss(params["places"], listener.thoughts, targets["places"], (4, 4))
+    return loss + hint * (cells + places), (loss, cells, places)
 
 
 def training_init(params: Any, config: dict[str, Any]) -> Any:
@@ -233,9 +266,10 @@ def train(args: argparse.Namespace) -> None:
         todo = plan(family_for(start.config, args.init / "config.json"), model_config, start)
         set_params(model, {n: v.astype(np.float32) for n, v in todo.read(start).items()})
     graphdef, params = nnx.split(model)
-    outputs = sum(demo_tasks.CELL_CLASSES)
-    head = {"kernel": jnp.zeros((config["hidden_size"], outputs)), "bias": jnp.zeros(outputs)}
-    params = {"model": params if args.init else training_init(params, config), "cells": head}
+    params = {"model": params if args.init else training_init(params, config)}
+    for name, outputs in (("cells", sum(demo_tasks.CELL_CLASSES)), ("places", 8)):
+        kernel = jnp.zeros((config["hidden_size"], outputs))
+        params[name] = {"kernel": kernel, "bias": jnp.zeros(outputs)}
     opt_state = optimizer().init(params)
     train_step, exact = make_steps(graphdef)
     step, before = 0, 0.0
@@ -261,7 +295,7 @@ def train(args: argparse.Namespace) -> None:
         data.difficulty = min(1.0, 0.1 + progress / args.ramp) if args.ramp else 1.0
         lr = rate(progress, step, args.lr, args.warmup)
         if losses and (done or step % args.log_every == 0):
-            mean_loss, mean_cells = np.mean(losses, axis=0)  # waits for the device
+            mean_loss, mean_cells, mean_places = np.mean(losses, axis=0)  # waits for the device
             speed = (step - mark_step) * args.batch_size / (time.monotonic() - mark)
             row: dict[str, Any] = {
                 "step": step,
@@ -270,6 +304,7 @@ def train(args: argparse.Namespace) -> None:
                 "difficulty": round(data.difficulty, 3),
                 "loss": round(float(mean_loss), 4),
                 "cells_loss": round(float(mean_cells), 4),
+                "places_loss": round(float(mean_places), 4),
                 "lr": float(f"{lr:.3g}"),
                 "samples_per_s": round(speed, 1),
             }

@@ -22,9 +22,6 @@ from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.recipe import Recipe
 
-# Token classes of the language model's input; -1 is padding.
-TOKEN_CLASSES = ("text", "visual")
-
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -84,7 +81,8 @@ class VLM(nnx.Module):
     def __call__(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
         """Logits of every position, float32 ``[B, T, vocab]``; no cache."""
         x = self.embed(batch, runner)
-        x = self.language(x, batch.positions, batch.order, batch.token_class, runner)
+        classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
+        x = self.language(x, batch.positions, batch.order, classes, runner)
         return self.language.logits(x, batch.token_class, runner)
 
     def prefill(self, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -93,8 +91,9 @@ class VLM(nnx.Module):
         Returns:
             Logits of the last position, float32 ``[B, vocab]``, and the cache.
         """
+        classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
         x, cache = self.language.step(
-            self.embed(batch), batch.positions, batch.order, batch.token_class, cache, fresh=True
+            self.embed(batch), batch.positions, batch.order, classes, cache, fresh=True
         )
         return self.language.logits(x[:, -1]), cache
 

@@ -16,9 +16,11 @@ from mquant_jax.errors import UserError
 SECTIONS = ("vision", "connector", "language", "head")
 _CHOICES = {
     "w_bits": (4, 8, 16),
+    "bits": (4, 8, 16),
+    "criterion": ("none", "paper", "measured"),
     "activations": ("static", "dynamic", "none"),
-    "weight_method": ("gptq", "rtn"),
-    "observer": ("minmax", "mse"),
+    "method": ("gptq", "rtn"),
+    "observer": ("minmax", "percentile", "mse", "output"),
 }
 
 
@@ -31,15 +33,66 @@ class Section:
         group_size: input columns that share a weight scale; ``None`` is per output channel.
         activations: ``static`` (calibrated int8 scales), ``dynamic`` (int8, scale per token found
             at run time) or ``none`` (float activations).
+        dynamic_points: names of quantisation points (``mlp_hidden``, say) that are dynamic where
+            the rest of the section is static.
     """
 
     w_bits: int = 16
     group_size: int | None = None
     activations: str = "none"
+    dynamic_points: tuple[str, ...] = ()
 
     @property
     def quantised(self) -> bool:
         return self.w_bits < 16
+
+    def mode(self, point: str) -> str:
+        """Activation mode of one quantisation point."""
+        dynamic = self.activations == "static" and point in self.dynamic_points
+        return "dynamic" if dynamic else self.activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How weights are rounded.
+
+    Attributes:
+        method: ``gptq``, or ``rtn``: round to nearest.
+        clip: search a per-channel clip of least error before rounding.
+        act_order: GPTQ takes the columns with the largest inputs first.
+        asymmetry: share (0 to 1) of the difference between the float model's inputs and the
+            quantised model's that GPTQ makes up for (GPTAQ).
+        refit: rounds in which the scales are fitted to the rounded integers, by the layer's output
+            error, and the integers rounded anew.
+        visual_weight: weight of a visual token in the Hessians of the language model; text has 1.
+    """
+
+    method: str = "rtn"
+    clip: bool = True
+    act_order: bool = True
+    asymmetry: float = 0.0
+    refit: int = 0
+    visual_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rotation magnitude suppression (RMS, paper section 3.3): the input channel of an MLP's last
+    layer in which a rotation has gathered the weights' mean is computed apart, so that it does not
+    set everybody's scale.
+
+    Attributes:
+        criterion: ``none``; ``paper``: where the channel's weights exceed all others of their rows; or
+            ``measured``: where splitting lowers the layer's output error.
+        bits: of the channel's weights, which have a scale of their own: 4, 8, or 16 for float.
+    """
+
+    criterion: str = "none"
+    bits: int = 8
+
+    @property
+    def wanted(self) -> bool:
+        return self.criterion != "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +100,12 @@ class Calibration:
     """How static scales are found.
 
     Attributes:
-        observer: ``minmax``, or ``mse``: the clip with the least squared rounding error.
+        observer: ``minmax``; ``percentile`` (99.99 %); ``mse``, the clip with the least squared
+            rounding error; or ``output``, the clip with the least error in the layers' outputs.
         max_samples: calibration samples used at most.
     """
 
-    observer: str = "mse"
+    observer: str = "minmax"
     max_samples: int = 128
 
 
@@ -63,12 +117,17 @@ class Recipe:
         name: the preset's name, or the user's.
         vision, connector, language, head: one :class:`Section` each. A tied head shares the token
             embedding, which is then quantised with it.
-        weight_method: ``gptq``, or ``rtn``: round to nearest.
-        weight_clip: search a per-channel clip of least squared error before rounding.
-        modality_scales: one static scale per token class (MSQ, paper section 3.1) in the language
-            model instead of one shared scale.
+        weights: see :class:`Weights`.
+        modality_scales: visual and text tokens have static scales of their own in the language
+            model (MSQ, paper section 3.1) instead of one shared scale.
+        sink_class: so have the few tokens whose activations are massive, which calibration finds.
+        smooth: move activation outliers into the weights first (SmoothQuant), its strength
+            searched per layer.
         rotate: fold norms and sign-randomised Hadamard rotations into the weights (paper section
             3.2), with an online rotation in front of every MLP's last layer.
+        online_signs: the online rotations have random signs, which spread what a plain Hadamard
+            gathers in one channel; ``False`` is the paper's form.
+        split: see :class:`Split`.
         seed: of the rotations' signs.
         calibration: see :class:`Calibration`.
     """
@@ -78,16 +137,35 @@ class Recipe:
     connector: Section = Section()
     language: Section = Section()
     head: Section = Section()
-    weight_method: str = "rtn"
-    weight_clip: bool = True
+    weights: Weights = Weights()
     modality_scales: bool = True
+    sink_class: bool = False
+    smooth: bool = False
     rotate: bool = False
+    online_signs: bool = True
+    split: Split = Split()
     seed: int = 0
     calibration: Calibration = Calibration()
 
     @property
-    def rotation_seed(self) -> int | None:
-        return self.seed if self.rotate else None
+    def class_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Token classes (text, visual, sink) that share a static scale, group by group."""
+        return {
+            (False, False): ((0, 1, 2),),
+            (True, False): ((0, 2), (1,)),
+            (False, True): ((0, 1), (2,)),
+            (True, True): ((0,), (1,), (2,)),
+        }[self.modality_scales, self.sink_class]
+
+    @property
+    def n_classes(self) -> int:
+        """Entries in the language model's tables of static scales."""
+        return 3 if len(self.class_groups) > 1 else 1
+
+    @property
+    def online_seed(self) -> int | None:
+        """Seed of the online rotations' signs."""
+        return self.seed if self.online_signs else None
 
     def section(self, name: str) -> Section:
         return getattr(self, name)
@@ -95,15 +173,16 @@ class Recipe:
     @property
     def changes_weights(self) -> bool:
         """Whether the checkpoint holds anything else than the source's tensors."""
-        return self.rotate or any(
+        return self.rotate or self.smooth or any(
             s.quantised or s.activations != "none" for s in map(self.section, SECTIONS)
         )
 
     @property
     def needs_calibration(self) -> bool:
         parts = [self.section(s) for s in SECTIONS]
-        gptq = self.weight_method == "gptq" and any(s.quantised for s in parts)
-        return gptq or any(s.activations == "static" for s in parts)
+        gptq = self.weights.method == "gptq" and any(s.quantised for s in parts)
+        weights = gptq or self.smooth or self.split.wanted
+        return weights or any(s.activations == "static" for s in parts)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -124,7 +203,7 @@ class Recipe:
             s = self.section(name)
             bits = f"int{s.w_bits}" if s.quantised else "float"
             rows.append(f"{name:<10} {bits:<8} {s.group_size or '-':<6} {s.activations}")
-        how = f"weights by {self.weight_method}" if self.changes_weights else "as it was"
+        how = f"weights by {self.weights.method}" if self.changes_weights else "as it was"
         turned = f", rotated (seed {self.seed})" if self.rotate else ", not rotated"
         rows.append(how + (turned if self.changes_weights else ""))
         return "\n".join(rows)
@@ -157,6 +236,12 @@ def _check(key: str, value: Any, default: Any, where: str):
     if key == "group_size":
         good = value is None or (type(value) is int and value > 0)
         expected = "a positive integer or null"
+    elif isinstance(default, tuple):
+        good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+        value, expected = tuple(value) if good else value, "a list of names"
+    elif isinstance(default, float):
+        good = type(value) in (int, float) and value >= 0
+        value, expected = float(value) if good else value, "a number, zero or more"
     else:
         good = type(value) is type(default) and (not isinstance(value, int) or value >= 0)
         expected = type(default).__name__
@@ -175,7 +260,8 @@ _W4A8 = Section(4, None, "static")
 _W8A8 = Section(8, None, "static")
 # The head stays at 8 bits: it is small in compute, large in bytes read per generated token, and
 # its errors go straight into the logits.
-_MQUANT = {"head": _W8A8, "weight_method": "gptq", "rotate": True}
+_GPTQ = Weights(method="gptq")
+_MQUANT = {"head": _W8A8, "weights": _GPTQ, "rotate": True, "sink_class": True}
 PRESETS: dict[str, Recipe] = {
     "float": Recipe(),
     "w4a8": _uniform("w4a8", _W4A8, **_MQUANT),
@@ -186,8 +272,8 @@ PRESETS: dict[str, Recipe] = {
         Section(4, None, "dynamic"),
         **(_MQUANT | {"head": Section(8, None, "dynamic")}),
     ),
-    "w8a8": _uniform("w8a8", _W8A8, head=_W8A8, rotate=True),
-    "w4a16": _uniform("w4a16", Section(4, None, "none"), weight_method="gptq"),
+    "w8a8": _uniform("w8a8", _W8A8, head=_W8A8, rotate=True, sink_class=True),
+    "w4a16": _uniform("w4a16", Section(4, None, "none"), weights=_GPTQ),
 }
 
 

@@ -19,6 +19,7 @@ from models.qwen2_vl.modeling import Qwen2VL
 from models.qwen2_vl.weights import weight_rules
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight
+from mquant_jax.ptq.pipeline import abstract_model
 from mquant_jax.recipe import Recipe
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -48,6 +49,13 @@ def golden_qwen2_vl(case: str) -> tuple[Qwen2VL, Qwen2VLConfig, Arrays, Arrays]:
     model = nnx.eval_shape(lambda: Qwen2VL(config, rngs=nnx.Rngs(0)))
     set_params(model, {r.dst: r.apply(source[r.src]) for r in weight_rules(config)})
     return model, config, inputs, outputs
+
+
+def quantised(family, config, recipe: Recipe, params: dict[str, Any], batch) -> np.ndarray:
+    """Logits of a model built from the tensors that ``quantize_params`` returned."""
+    model = abstract_model(family, config, recipe)
+    set_params(model, dict(params))
+    return np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
 
 
 def random_quantised(config: Qwen2VLConfig, recipe: Recipe, seed: int = 0) -> Qwen2VL:

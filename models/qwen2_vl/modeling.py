@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.base import TOKEN_CLASSES, VLM
+from models.base import VLM
 from models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.decoder import Decoder, Placement
+from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput, ViT, gelu, tower_norm
 from mquant_jax.recipe import Recipe
@@ -47,9 +47,8 @@ class Qwen2VLVision(ViT):
     """Vision tower and merger."""
 
     def __init__(self, config: Qwen2VLConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
-        place = partial(Placement, dtype=dtype, rotation_seed=recipe.rotation_seed)
-        super().__init__(config.vision, place(recipe.vision), rngs=rngs)
-        self.merger = PatchMerger(config, place(recipe.connector), rngs=rngs)
+        super().__init__(config.vision, Placement.of(recipe, "vision", dtype), rngs=rngs)
+        self.merger = PatchMerger(config, Placement.of(recipe, "connector", dtype), rngs=rngs)
 
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """Patches -> visual tokens ``[N, P/4, hidden]`` of the decoder."""
@@ -71,7 +70,6 @@ class Qwen2VL(VLM):
     ):
         recipe = recipe or Recipe()
         self.config = config
-        classes = len(TOKEN_CLASSES) if recipe.modality_scales else 1
         self.vision = Qwen2VLVision(config, recipe, dtype, rngs=rngs)
-        place = Placement(recipe.language, classes, dtype, recipe.rotation_seed)
+        place = Placement.of(recipe, "language", dtype)
         self.language = Decoder(config.language, place, recipe.head, rngs=rngs)

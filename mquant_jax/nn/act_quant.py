@@ -11,7 +11,10 @@ from flax import nnx
 from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
 from mquant_jax.recipe import Section
 
-TEXT, VISUAL = 0, 1
+# Token classes of the language model's input; -1 is padding. A sink is one of the few tokens (the
+# first, mostly) whose activations are massive.
+TOKEN_CLASSES = ("text", "visual", "sink")
+TEXT, VISUAL, SINK = range(3)
 Tap = Callable[[str, jax.Array], None]
 # A module's quantisation points in the order in which they run, each with the Dense layers that
 # read it (attribute names).
@@ -37,7 +40,7 @@ class ActQuant(nnx.Module):
     ):
         self.name = name
         self.rotation = rotation
-        self.mode = section.activations
+        self.mode = section.mode(name)
         self.n_classes = n_classes
         if self.mode == "static":
             self.act_scale = nnx.Param(jnp.ones((n_classes,), jnp.float32))

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.hadamard import Rotation, plan_rotation
-from mquant_jax.nn.act_quant import ActQuant, Points, Tap
+from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant, Points, Tap
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order
 from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
 from mquant_jax.nn.norm import RMSNorm
+from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import apply_rope, multi_axis_angles
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, stack_layers
 from mquant_jax.numerics import QWeight
@@ -45,31 +45,6 @@ class DecoderConfig:
     tied_head: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """How one part of a model is quantised and computed.
-
-    Attributes:
-        section: bits and activation mode.
-        n_classes: entries in each static scale table.
-        dtype: float type of everything that is not integer.
-        rotation_seed: seed of the rotations that the weights have absorbed; ``None``: not rotated.
-    """
-
-    section: Section = FLOAT
-    n_classes: int = 1
-    dtype: jnp.dtype = jnp.float32
-    rotation_seed: int | None = None
-
-    @property
-    def rotated(self) -> bool:
-        return self.rotation_seed is not None
-
-    def online_rotation(self, width: int) -> Rotation | None:
-        """The rotation in front of an MLP's last layer."""
-        return plan_rotation(width, self.rotation_seed) if self.rotated else None
-
-
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["angles", "mask", "token_class"],
@@ -82,7 +57,7 @@ class DecoderContext:
     Attributes:
         angles: rotary angles float32 ``[B, T, head_dim/2]``.
         mask: bool ``[B, T, S]``, which keys a query may see.
-        token_class: int32 ``[B, T]``.
+        token_class: int32 ``[B, T]``, sinks marked.
     """
 
     angles: jax.Array
@@ -119,7 +94,7 @@ class DecoderBlock(nnx.Module):
         # The signs of the rotation are folded into up_proj.
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = point("mlp_hidden", rotation=rotation and rotation.unsigned)
-        self.down_proj = dense(cfg.intermediate_size, d, bias=False)
+        self.down_proj = dense(cfg.intermediate_size, d, bias=False, split=place.split)
 
     def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):
         """Normed, projected and rotated ``q [B, heads, T, d]``, ``k`` and ``v [B, kv, T, d]``."""
@@ -162,6 +137,25 @@ class DecoderBlock(nnx.Module):
         return self.rest(x, attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
 
 
+class SinkRule(nnx.Module):
+    """Which tokens of a prompt are sinks: places in the sequence, and token ids.
+
+    Unused entries are -1.
+    """
+
+    POSITIONS, IDS = 4, 8
+
+    def __init__(self):
+        self.positions = nnx.Param(jnp.full((self.POSITIONS,), -1, jnp.int32))
+        self.ids = nnx.Param(jnp.full((self.IDS,), -1, jnp.int32))
+
+    def __call__(self, input_ids: jax.Array, order: jax.Array, token_class: jax.Array) -> jax.Array:
+        """int32 ``[B, T]`` each -> token classes with sinks marked; padding stays -1."""
+        sink = jnp.isin(order, self.positions.get_value())
+        sink |= (token_class == TEXT) & jnp.isin(input_ids, self.ids.get_value())
+        return jnp.where(sink & (token_class >= 0), SINK, token_class)
+
+
 class Decoder(nnx.Module):
     """Token embedding, a stack of blocks, final norm and head (own or tied)."""
 
@@ -178,6 +172,8 @@ class Decoder(nnx.Module):
             lambda r: DecoderBlock(cfg, place, rngs=r), cfg.num_layers, rngs
         )
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
+        if place.sink_class:
+            self.sinks = SinkRule()
         self.head_in = ActQuant("head_in", head)  # one scale: only text is ever predicted
         if not cfg.tied_head:
             self.head = Dense(
@@ -193,6 +189,12 @@ class Decoder(nnx.Module):
                            table.storage)  # fmt: skip
             return rows.dequantize().astype(self.dtype)
         return table[ids]
+
+    def classes(self, input_ids, order, token_class) -> jax.Array:
+        """Classes of a prompt's tokens, int32 ``[B, T]``, with sinks marked."""
+        if not hasattr(self, "sinks"):
+            return token_class
+        return self.sinks(input_ids, order, token_class)
 
     def logits(self, x: jax.Array, classes=None, runner: Runner = SCAN) -> jax.Array:
         """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``.

@@ -8,9 +8,10 @@ from flax import nnx
 
 from mquant_jax.numerics import QTensor, QWeight, grouped
 from mquant_jax.ops.dense import quantized_dot
-from mquant_jax.recipe import Section
+from mquant_jax.recipe import Section, Split
 
 FLOAT = Section()
+WHOLE = Split()
 
 
 def empty_qweight(out_features: int, in_features: int, section: Section) -> QWeight:
@@ -31,11 +32,39 @@ def linear(x: jax.Array | QTensor, kernel: jax.Array | QWeight, dtype) -> jax.Ar
     return y.reshape(*x.shape[:-1], kernel.shape[0])
 
 
+class SplitColumn(nnx.Module):
+    """One input channel of a dense layer, computed apart (RMS, paper section 3.3).
+
+    ``index`` int32 ``[]`` is the channel, ``column`` its weights ``[1, out]``: a :class:`QWeight`
+    with one scale, or float32. Layers without a split hold zeros.
+    """
+
+    def __init__(self, out_features: int, bits: int):
+        self.index = nnx.Param(jnp.zeros((), jnp.int32))
+        column = jnp.zeros((1, out_features), jnp.float32)
+        if bits < 16:
+            column = empty_qweight(1, out_features, Section(bits))
+        self.column = nnx.Param(column)
+
+    def __call__(self, x: jax.Array | QTensor) -> jax.Array:
+        """float32 ``[..., out]``: the channel of ``x [..., in]`` times its weights."""
+        values = x.values if isinstance(x, QTensor) else x
+        channel = jnp.take(values, self.index.get_value(), axis=-1)[..., None]
+        column = self.column.get_value()
+        if not (isinstance(x, QTensor) and isinstance(column, QWeight)):
+            column = column.dequantize() if isinstance(column, QWeight) else column
+            y = channel.astype(jnp.float32) * column[0]
+            return y * x.scale if isinstance(x, QTensor) else y
+        product = channel.astype(jnp.int32) * column.unpacked().values[0].astype(jnp.int32)
+        return product.astype(jnp.float32) * (x.scale * column.scale[0, 0])
+
+
 class Dense(nnx.Module):
     """``y = x @ kernel.T + bias``.
 
     ``kernel`` holds a float array ``[out, in]`` or a :class:`QWeight`; ``x`` is a float array or a
-    :class:`QTensor`. The result is a float array of ``dtype``.
+    :class:`QTensor`. The result is a float array of ``dtype``. A quantised layer may have an input
+    channel split off.
     """
 
     def __init__(
@@ -45,10 +74,14 @@ class Dense(nnx.Module):
         *,
         bias: bool = True,
         section: Section = FLOAT,
+        split: Split = WHOLE,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
+        self.has_split = section.quantised and split.wanted
+        if self.has_split:
+            self.split = SplitColumn(out_features, split.bits)
         if section.quantised:
             self.kernel = nnx.Param(empty_qweight(out_features, in_features, section))
         else:
@@ -58,6 +91,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array | QTensor) -> jax.Array:
         y = linear(x, self.kernel.get_value(), self.dtype)
+        if self.has_split:
+            y = y + self.split(x)
         if self.bias is not None:
             y = y + self.bias.get_value()
         return y.astype(self.dtype)

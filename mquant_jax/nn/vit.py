@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.decoder import Placement
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import LayerNorm, RMSNorm
+from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
 from mquant_jax.ops.attention import attend
@@ -141,7 +141,7 @@ class ViTBlock(nnx.Module):
         self.fc1 = dense(d, cfg.intermediate_size)
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = point("mlp_hidden", rotation=rotation)
-        self.fc2 = dense(cfg.intermediate_size, d)
+        self.fc2 = dense(cfg.intermediate_size, d, split=place.split)
 
     def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:
         h = self.attn_in(self.attn_norm(x), None, tap)

@@ -13,11 +13,16 @@ from flax import nnx
 
 from models.base import Batch, Family
 from mquant_jax.errors import UserError
+from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, set_params
+from mquant_jax.nn.stack import Runner
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.rotate import rotate_params
 from mquant_jax.ptq.scales import round_weight
 from mquant_jax.ptq.sequential import Progress, QuantizingRunner
+from mquant_jax.ptq.sinks import find_sinks
+from mquant_jax.ptq.smooth import smooth_params
+from mquant_jax.ptq.statistics import StatisticsRunner
 from mquant_jax.recipe import Recipe, Section
 
 
@@ -57,39 +62,80 @@ def quantize_params(
     Raises:
         UserError: a recipe that needs calibration data without any, or data without pictures.
     """
+    if recipe.needs_calibration and batch is None:
+        raise UserError(
+            f"recipe {recipe.name!r} needs calibration data: pass --calibration FILE.jsonl"
+        )
     dtypes = {name: value.dtype for name, value in params.items()}
+    streams, report = family.streams(config), {"weights": {}, "points": {}}
     if recipe.rotate:
-        params = rotate_params(params, family.streams(config), recipe.seed)
+        params = rotate_params(params, streams, recipe.seed, recipe.online_signs)
+
+    def run(params: Params, runner: Runner) -> None:
+        sinks = {} if "language/sinks/ids" in params else sink_rule([], [])
+        float_model(family, config, recipe, params | sinks)(batch, runner)
+
     target = abstract_model(family, config, recipe)
     done: Params = {}
-    report: dict[str, Any] = {"weights": {}, "points": {}}
     if recipe.needs_calibration:
-        if batch is None:
-            raise UserError(
-                f"recipe {recipe.name!r} needs calibration data: pass --calibration FILE.jsonl"
-            )
-        runner = QuantizingRunner(target, recipe, section_of, progress)
-        source = float_model(family, config, recipe, params)
-        source(jax.tree.map(jnp.asarray, batch), runner)
-        done, report = runner.params, runner.report
+        batch, look = jax.tree.map(jnp.asarray, batch), StatisticsRunner()
+        if recipe.smooth:
+            run(params, look)
+            params, strengths = smooth_params(params, streams, recipe, look, section_of)
+            report["smoothing"] = strengths
+            look = StatisticsRunner()
+        if recipe.sink_class or recipe.weights.asymmetry:
+            run(params, look)
+        if recipe.sink_class:
+            found = sinks_of(look, batch)
+            report["sinks"] = dict(zip(("positions", "ids"), found, strict=True))
+            done = sink_rule(*found)
+        inputs = look.inputs if recipe.weights.asymmetry else None
+        runner = QuantizingRunner(target, recipe, section_of, progress, inputs)
+        run(params | done, runner)
+        done, report = done | runner.params, report | runner.report
     out: Params = {}
     for name, shape in progress(list(abstract_params(target).items()), "quantise weights"):
         if name in done:
             out[name] = done[name]
         elif isinstance(shape, QWeight):
             s = section_of(name, recipe)
-            out[name] = round_weight(params[name], s.w_bits, s.group_size, recipe.weight_clip)
+            out[name] = round_weight(params[name], s.w_bits, s.group_size, recipe.weights.clip)
             report["weights"][name] = relative_error(out[name], params[name])
         else:
             out[name] = params[name].astype(dtypes[name])
     return out, report
 
 
+def sinks_of(look: StatisticsRunner, batch: Batch) -> tuple[list[int], list[int]]:
+    """Positions and ids of the sinks that a look at the language model showed."""
+    tokens = {k: v for k, v in look.tokens.items() if k.startswith("language/layers/")}
+    ids, order, classes = map(np.asarray, (batch.input_ids, batch.order, batch.token_class))
+    return find_sinks(tokens, ids, order, classes, SinkRule.POSITIONS, SinkRule.IDS)
+
+
+def sink_rule(positions: list[int], ids: list[int]) -> Params:
+    """The tensors of a :class:`SinkRule`."""
+
+    def padded(values: list[int], size: int) -> np.ndarray:
+        return np.asarray([*values, *[-1] * (size - len(values))], np.int32)
+
+    return {
+        "language/sinks/positions": padded(positions, SinkRule.POSITIONS),
+        "language/sinks/ids": padded(ids, SinkRule.IDS),
+    }
+
+
 def float_model(family: Family, config: Any, recipe: Recipe, params: Params):
     """The unquantised model in float32, rotated if the recipe says so; ``params`` stays."""
-    model = abstract_model(family, config, Recipe(rotate=recipe.rotate, seed=recipe.seed))
-    set_params(model, {k: np.asarray(v, np.float32) for k, v in params.items()})
+    kept = ("rotate", "online_signs", "seed", "sink_class")
+    model = abstract_model(family, config, Recipe(**{k: getattr(recipe, k) for k in kept}))
+    set_params(model, {k: np.asarray(v, _working_dtype(v)) for k, v in params.items()})
     return model
+
+
+def _working_dtype(value: np.ndarray):
+    return value.dtype if np.issubdtype(value.dtype, np.integer) else np.float32
 
 
 def untied(config: Any, params: Params) -> tuple[Any, Params]:

@@ -18,12 +18,15 @@ from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
 from mquant_jax.nn.params import Params
 
 
-def rotate_params(params: Params, streams: Streams, seed: int) -> Params:
+def rotate_params(
+    params: Params, streams: Streams, seed: int, online_signs: bool = True
+) -> Params:
     """Fuse the norms and rotate every stream, attention and MLP that a family declares.
 
     Args:
         params: float tensors by name, layers separate; the head is untied. Left as they are.
         seed: of all rotations' signs.
+        online_signs: whether the online rotations have signs.
 
     Returns:
         New tensors, float32: those of the model built with ``recipe.rotate``.
@@ -39,7 +42,7 @@ def rotate_params(params: Params, streams: Streams, seed: int) -> Params:
     for attention in streams.attentions:
         _rotate_heads(out, attention, seed)
     for hidden in streams.hiddens:
-        _rotate_hidden(out, hidden, seed)
+        _rotate_hidden(out, hidden, seed if online_signs else None)
     return dict(out)
 
 
@@ -136,7 +139,7 @@ def _rotate_heads(p: Params, attention: ValueOutput, seed: int) -> None:
         p[f"{output}/kernel"] = times(p[f"{output}/kernel"], rotation)
 
 
-def _rotate_hidden(p: Params, hidden: Hidden, seed: int) -> None:
+def _rotate_hidden(p: Params, hidden: Hidden, seed: int | None) -> None:
     """The online rotation's inverse into the last layer, its signs into the sign carrier."""
     rotation = plan_rotation(hidden.width, seed)
     for reader in expand(hidden.reader, p):

@@ -8,6 +8,7 @@ quantised block, activations included, produces the input of the next.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -17,12 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mquant_jax.errors import UserError
+from mquant_jax.nn.act_quant import TEXT, TOKEN_CLASSES, VISUAL
 from mquant_jax.nn.params import Params, assign, variables
 from mquant_jax.nn.stack import Runner, num_layers
-from mquant_jax.numerics import QWeight
-from mquant_jax.ptq.gptq import accumulate, gptq
+from mquant_jax.numerics import INT_MAX, QWeight
+from mquant_jax.ptq.gptq import Inputs, accumulate, fitted, prepare
 from mquant_jax.ptq.observe import Histogram, layer_of, run_tapped
-from mquant_jax.ptq.scales import activation_scale, clip_search, point_report, round_weight
+from mquant_jax.ptq.scales import choose_clip, clip_search, point_report, round_weight
+from mquant_jax.ptq.split import split_weight
+from mquant_jax.ptq.statistics import Sampler, chunks
 from mquant_jax.recipe import Recipe, Section
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -33,6 +38,44 @@ def _run(graphdef, state, *args):
     return nnx.merge(graphdef, state)(*args)
 
 
+@dataclasses.dataclass
+class Part:
+    """A module in hand.
+
+    Attributes:
+        name: its path.
+        module: the float module, whose weights are replaced point by point.
+        target: its abstract quantised form.
+        args: its inputs for the whole calibration batch.
+        classes: int32, token class of each row.
+        twin: the same module as it was, split, with the float model's inputs.
+    """
+
+    name: str
+    module: nnx.Module
+    target: nnx.Module | None
+    args: Any
+    classes: jax.Array
+    twin: Any = None
+
+
+@dataclasses.dataclass
+class Seen:
+    """What calibration saw at one point.
+
+    Attributes:
+        hists: magnitudes by token class.
+        samples: a sample of rows by token class.
+        hessian: float32 ``[K, K]``, or ``None``.
+        cross: float32 ``[K, K]``, how the float model's inputs differ, or ``None``.
+    """
+
+    hists: list[Histogram]
+    samples: list[Sampler]
+    hessian: jax.Array | None = None
+    cross: jax.Array | None = None
+
+
 class QuantizingRunner(Runner):
     """Quantises every part it is asked to run.
 
@@ -40,6 +83,7 @@ class QuantizingRunner(Runner):
         target: the abstract quantised model; tells which tensors are to be made.
         recipe: how.
         section_of: the recipe's section that governs a path.
+        float_inputs: path of a part -> what enters it in the float model, for the asymmetric GPTQ.
         chunk: rows of the batch that run at a time.
 
     Attributes:
@@ -53,26 +97,36 @@ class QuantizingRunner(Runner):
         recipe: Recipe,
         section_of: Callable[[str, Recipe], Section],
         progress: Progress,
+        float_inputs: dict[str, jax.Array] | None = None,
         chunk: int = 16,
     ):
         self.target, self.recipe, self.section_of = target, recipe, section_of
         self.progress, self.chunk = progress, chunk
+        self.float_inputs = float_inputs
         self.params: Params = {}
         self.report: dict[str, Any] = {"weights": {}, "points": {}}
 
     def layers(self, name, stack, x, context):
         graphdef, state = nnx.split(stack)
+        twin = self.float_inputs[name] if self.float_inputs else None
         for i in self.progress(range(num_layers(stack)), name):
             block = nnx.merge(graphdef, layer_of(state, i))
-            x = self._part(f"{name}/{i}", block, self._target(name), (x, context),
-                           context.token_class)  # fmt: skip
+            part = Part(f"{name}/{i}", block, self._target(name), (x, context),
+                        context.token_class)  # fmt: skip
+            if twin is not None:
+                part.twin = nnx.split(block), (twin, context)
+                twin = self._outputs(block, (twin, context))
+            x = self._quantise(part)
         return x
 
     def module(self, name, module, x, classes):
         if not hasattr(module, "POINTS"):  # a point on its own: its reader is handled elsewhere
-            self._point(name, module, (x,), classes, module.name, ())
+            self._point(Part(name, module, None, (x,), classes), module.name, ())
             return module(x)
-        return self._part(name, module, self._target(name), (x,), classes)
+        part = Part(name, module, self._target(name), (x,), classes)
+        if self.float_inputs:
+            part.twin = nnx.split(module), (self.float_inputs[name],)
+        return self._quantise(part)
 
     def _target(self, name: str) -> nnx.Module:
         node = self.target
@@ -80,80 +134,157 @@ class QuantizingRunner(Runner):
             node = getattr(node, part)
         return node
 
-    def _part(self, name, module, target, args, classes):
-        """Quantise one module and return what the quantised module makes of ``args``."""
-        section = self.section_of(f"{name}/", self.recipe)
+    def _quantise(self, part: Part) -> jax.Array:
+        """Quantise one module and return what the quantised module makes of its inputs."""
+        section = self.section_of(f"{part.name}/", self.recipe)
         if not section.quantised and section.activations == "none":
-            return self._outputs(module, args)
-        for point, readers in module.POINTS.items():
-            self._point(name, module, args, classes, point, readers)
-        quantised = jax.tree.map(lambda leaf: leaf, target)  # new variables: target stays abstract
-        own = dict(variables(module))
-        for path, _ in variables(target):
-            key = "/".join((name, *path))
+            return self._outputs(part.module, part.args)
+        for point, readers in part.module.POINTS.items():
+            self._point(part, point, readers)
+        quantised = jax.tree.map(lambda leaf: leaf, part.target)  # new variables: stays abstract
+        own = dict(variables(part.module))
+        for path, _ in variables(part.target):
+            key = "/".join((part.name, *path))
             value = self.params[key] if key in self.params else own[path].get_value()
             value = value.unpacked() if isinstance(value, QWeight) else value
             assign(quantised, path, jax.tree.map(jnp.asarray, value))
-        return self._outputs(quantised, args)
-
-    def _chunks(self, args):
-        """Slices of the leading axis of everything in ``args``."""
-        rows = jax.tree.leaves(args)[0].shape[0]
-        for start in range(0, rows, self.chunk):
-            stop = min(start + self.chunk, rows)
-            yield slice(start, stop), jax.tree.map(lambda a, s=start, e=stop: a[s:e], args)
+        return self._outputs(quantised, part.args)
 
     def _outputs(self, module, args):
         graphdef, state = nnx.split(module)
-        return jnp.concatenate([_run(graphdef, state, *part) for _, part in self._chunks(args)])
+        return jnp.concatenate([_run(graphdef, state, *a) for _, a in chunks(args, self.chunk)])
 
-    def _point(self, name, module, args, classes, point, readers) -> None:
-        """Scale of one point, then the weights behind it, rounded in place in ``module``."""
-        path = f"{name}/{point}"
+    def _point(self, part: Part, point: str, readers: tuple[str, ...]) -> None:
+        """Scale of one point, then the weights behind it, rounded in place in the module."""
+        path = f"{part.name}/{point}"
         section = self.section_of(path, self.recipe)
         readers = readers if section.quantised else ()
-        if section.activations != "static" and not readers:
+        static = section.mode(point) == "static"
+        if not static and not readers:
             return
-        hists, hessian = self._watch(module, args, classes, point, bool(readers))
-        if section.activations == "static":
-            hists = self.merged(path, hists)
-            scale = activation_scale(hists, self.recipe.calibration.observer, path)
-            self.params[f"{path}/act_scale"] = scale
-            self.report["points"][path] = point_report(hists, scale)
-        for reader in readers:
-            kernel = getattr(module, reader).kernel
+        seen = self._watch(part, point, bool(readers))
+        kernels = {reader: getattr(part.module, reader).kernel for reader in readers}
+        if static:
+            self._set_scale(path, seen, [k.get_value() for k in kernels.values()])
+        if not readers:
+            return
+        inputs = None
+        if seen.hessian is not None:
+            inputs = prepare(seen.hessian, seen.cross, self.recipe.weights.act_order)
+        for reader, kernel in kernels.items():
             weight = kernel.get_value()
-            q = self._round(weight, hessian, section)
-            self.params[f"{name}/{reader}/kernel"] = jax.tree.map(np.asarray, q.packed())
-            rounded = q.dequantize()
+            name = f"{part.name}/{reader}"
+            if getattr(getattr(part.target, reader), "has_split", False):
+                rounded = self._round_split(name, weight, seen, section)
+            else:
+                q = self._round(weight, inputs, section)
+                self.params[f"{name}/kernel"] = jax.tree.map(np.asarray, q.packed())
+                rounded = q.dequantize()
             error = jnp.linalg.norm(rounded - weight) / (jnp.linalg.norm(weight) + 1e-30)
-            self.report["weights"][f"{name}/{reader}/kernel"] = float(error)
+            self.report["weights"][f"{name}/kernel"] = float(error)
             kernel.set_value(rounded.astype(weight.dtype))
 
-    def merged(self, path: str, hists: list[Histogram]) -> list[Histogram]:
-        """One histogram per entry of the point's scale table."""
-        if not path.startswith("language/layers/"):
-            return hists[:1]  # one class in the tower; the head only ever predicts text
-        return hists if self.recipe.modality_scales else [hists[0].merge(hists[1])]
+    def class_groups(self, path: str) -> tuple[tuple[int, ...], ...]:
+        """The token classes that share an entry of the point's scale table."""
+        if path.startswith("language/layers/"):
+            return self.recipe.class_groups
+        return ((TEXT,),)  # one class in the tower; the head only ever predicts text
 
-    def _watch(self, module, args, classes, point, with_hessian):
-        """Histograms per class of one point's input, and the Hessian of what reads it."""
-        graphdef, state = nnx.split(module)
-        hists, hessian = [Histogram(), Histogram()], None
-        for rows, part in self._chunks(args):
-            _, taps = run_tapped(graphdef, state, *part)
-            value, cls = taps[point], np.asarray(classes)[rows]
-            for c, hist in enumerate(hists):
-                hist.add(np.asarray(value)[cls == c])
-            if with_hessian and self.recipe.weight_method == "gptq":
-                if hessian is None:
-                    hessian = jnp.zeros((value.shape[-1],) * 2, jnp.float32)
-                hessian = accumulate(hessian, value, jnp.asarray(cls >= 0, jnp.float32))
-        return hists, hessian
+    def _set_scale(self, path: str, seen: Seen, weights: list[jax.Array]) -> None:
+        """``act_scale`` of one point: a class that calibration did not show takes text's.
 
-    def _round(self, weight, hessian, section: Section) -> QWeight:
-        bits, group_size = section.w_bits, section.group_size
-        if hessian is None:
-            return round_weight(weight, bits, group_size, self.recipe.weight_clip)
+        Raises:
+            UserError: a multimodal model was shown no picture.
+        """
+        observer, gram = self.recipe.calibration.observer, None
+        if observer == "output" and weights:
+            gram = sum(w.T @ w for w in weights)
+        groups = self.class_groups(path)
+        if (VISUAL,) in groups and seen.hists[VISUAL].empty and hasattr(self.target, "vision"):
+            raise UserError(
+                f"calibration data holds no visual tokens (seen at {path}); "
+                "static scales need prompts with pictures and text"
+            )
+        clips: dict[int, float] = {}
+        for group in groups:
+            hist = Histogram.merged([seen.hists[c] for c in group])
+            if not hist.empty:
+                rows = [r for c in group if (r := seen.samples[c].rows) is not None]
+                rows = np.concatenate(rows) if gram is not None else None
+                clip = choose_clip(hist, observer, rows, gram)
+                clips |= dict.fromkeys(group, clip)
+        if not clips:
+            raise UserError(f"calibration data holds no tokens at {path}")
+        table = [clips.get(c, next(iter(clips.values()))) for group in groups for c in group]
+        ordered = np.zeros(len(table) if len(groups) > 1 else 1, np.float32)
+        for c, clip in zip((c for group in groups for c in group), table, strict=True):
+            if c < len(ordered):
+                ordered[c] = max(clip / INT_MAX[8], 1e-12)
+        self.params[f"{path}/act_scale"] = ordered
+        known = [c for c in sorted(clips) if not seen.hists[c].empty]
+        self.report["points"][path] = point_report(
+            [seen.hists[c] for c in known],
+            [clips[c] for c in known],
+            tuple(TOKEN_CLASSES[c] for c in known),
+        )
+
+    def _watch(self, part: Part, point: str, with_hessian: bool) -> Seen:
+        """Look at one point's input, and at what the float model has there."""
+        options = self.recipe.weights
+        sampling = self.recipe.calibration.observer == "output"
+        with_hessian &= options.method == "gptq"
+        seen = Seen([Histogram() for _ in TOKEN_CLASSES], [Sampler() for _ in TOKEN_CLASSES])
+        graphdef, state = nnx.split(part.module)
+        importance = np.ones(len(TOKEN_CLASSES) + 1, np.float32)  # the last entry: padding
+        importance[VISUAL] = options.visual_weight if part.name.startswith("language/") else 1.0
+        importance[-1] = 0.0
+        for rows, args in chunks(part.args, self.chunk):
+            value = run_tapped(graphdef, state, *args)[1][point]
+            cls = np.asarray(part.classes)[rows]
+            array = np.asarray(value)
+            for c, hist in enumerate(seen.hists):
+                hist.add(array[cls == c])
+                if sampling and (cls == c).any():
+                    seen.samples[c].add(array[cls == c])
+            if not with_hessian:
+                continue
+            weight = jnp.asarray(importance[cls])
+            if seen.hessian is None:
+                seen.hessian = jnp.zeros((value.shape[-1],) * 2, jnp.float32)
+            seen.hessian = accumulate(seen.hessian, value, weight)
+            if part.twin is not None and options.asymmetry:
+                (graph, own), twin_args = part.twin
+                twin_part = jax.tree.map(lambda a, r=rows: a[r], twin_args)
+                twin = run_tapped(graph, own, *twin_part)[1][point]
+                if seen.cross is None:
+                    seen.cross = jnp.zeros_like(seen.hessian)
+                difference = options.asymmetry * (twin - value)
+                seen.cross = accumulate(seen.cross, value, weight, difference)
+        return seen
+
+    def _round_split(self, name: str, weight, seen: Seen, section: Section) -> jax.Array:
+        """Round a weight that may lose a channel; returns it as float."""
+        options = self.recipe.weights
+
+        def round_(w: jax.Array, hessian: jax.Array | None) -> QWeight:
+            inputs = None if hessian is None else prepare(hessian, None, options.act_order)
+            return jax.tree.map(jnp.asarray, self._round(w, inputs, section).unpacked())
+
+        if seen.cross is not None:
+            shift = prepare(seen.hessian, seen.cross, options.act_order).shift
+            weight = weight + weight @ shift
+        out = split_weight(weight, seen.hessian, round_, self.recipe.split)
+        self.params[f"{name}/kernel"] = jax.tree.map(np.asarray, out.q.packed())
+        self.params[f"{name}/split/index"] = out.index
+        self.params[f"{name}/split/column"] = out.column
+        self.report.setdefault("split", {})[name] = out.report
+        return out.dequantize()
+
+    def _round(self, weight, inputs: Inputs | None, section: Section) -> QWeight:
+        bits, group_size, options = section.w_bits, section.group_size, self.recipe.weights
+        if inputs is None:
+            return round_weight(weight, bits, group_size, options.clip)
+        if inputs.shift is not None:
+            weight = weight + weight @ inputs.shift
         scale = clip_search(weight, bits, group_size)
-        return gptq(weight, hessian, scale, bits)[0]
+        return fitted(weight, inputs, scale, bits, options.refit)

@@ -117,7 +117,7 @@ BAD = {
     "names": ({"change": _rename}, {}, [], ["odd.weight", "model.norm.weight"]),
     "shapes": ({}, {"vocab_size": 401}, [], ["lm_head.weight", "[401, 96]", "[400, 96]"]),
     "recipe name": ({}, {}, ["--recipe", "w3"], ["w3", "w4a8"]),
-    "recipe key": ({}, {}, '{"bits": 4}', ["unknown key 'bits'", "weight_method"]),
+    "recipe key": ({}, {}, '{"bits": 4}', ["unknown key 'bits'", "calibration"]),
     "recipe value": ({}, {}, '{"vision": {"w_bits": 5}}', ["w_bits", "5"]),
     "recipe json": ({}, {}, "{", ["recipe.json", "not valid JSON"]),
     "group size": ({}, {}, '{"language": {"w_bits": 4, "group_size": 7}}', ["group_size 7"]),

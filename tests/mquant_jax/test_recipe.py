@@ -8,7 +8,7 @@ import json
 import pytest
 
 from mquant_jax.errors import UserError
-from mquant_jax.recipe import PRESETS, SECTIONS, Recipe, Section, resolve_recipe
+from mquant_jax.recipe import PRESETS, SECTIONS, Recipe, Section, Weights, resolve_recipe
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -44,7 +44,9 @@ def test_missing_keys_take_their_defaults() -> None:
         ({"calibration": {"max_samples": True}}, r"max_samples: expected int, found True"),
         ({"language": {"group_size": 0}}, r"group_size: expected a positive integer or null"),
         ({"language": {"group_size": "64"}}, r"group_size: expected a positive integer or null"),
-        ({"weight_clip": 1}, r"weight_clip: expected bool, found 1"),
+        ({"weights": {"clip": 1}}, r"weights\.clip: expected bool, found 1"),
+        ({"weights": {"asymmetry": "1"}}, r"asymmetry: expected a number, zero or more"),
+        ({"language": {"dynamic_points": "mlp"}}, r"dynamic_points: expected a list of names"),
         ({"language": 4}, r"recipe\.language: expected a JSON object, found int"),
         ([], r"recipe: expected a JSON object, found list"),
     ],
@@ -69,7 +71,7 @@ def test_files_that_are_no_recipes(tmp_path) -> None:
 def test_what_needs_calibration() -> None:
     needing = {name for name, recipe in PRESETS.items() if recipe.needs_calibration}
     assert needing == set(PRESETS) - {"float"}  # static scales, or GPTQ
-    dynamic = dataclasses.replace(PRESETS["w4a8-dynamic"], weight_method="rtn")
+    dynamic = dataclasses.replace(PRESETS["w4a8-dynamic"], weights=Weights())
     assert not dynamic.needs_calibration and dynamic.changes_weights
     assert not PRESETS["float"].changes_weights
 

@@ -1,0 +1,52 @@
+"""How one part of a model is quantised and computed: what its blocks are built from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from mquant_jax.hadamard import Rotation, plan_rotation
+from mquant_jax.nn.dense import FLOAT
+from mquant_jax.recipe import Recipe, Section, Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How one part of a model is quantised and computed.
+
+    Attributes:
+        section: bits and activation mode.
+        n_classes: entries in each static scale table.
+        dtype: float type of everything that is not integer.
+        rotated: norms and rotations have been folded into the weights.
+        rotation_seed: seed of the online rotations' signs; ``None``: they have none.
+        sink_class: the model knows which tokens are sinks.
+        split: whether MLPs' last layers have a split-off input channel.
+    """
+
+    section: Section = FLOAT
+    n_classes: int = 1
+    dtype: jnp.dtype = jnp.float32
+    rotated: bool = False
+    rotation_seed: int | None = None
+    sink_class: bool = False
+    split: Split = Split()
+
+    @classmethod
+    def of(cls, recipe: Recipe, section: str, dtype) -> Placement:
+        """The placement of one of the recipe's sections; ``language`` alone has token classes."""
+        language = section == "language"
+        return cls(
+            section=recipe.section(section),
+            n_classes=recipe.n_classes if language else 1,
+            dtype=dtype,
+            rotated=recipe.rotate,
+            rotation_seed=recipe.online_seed,
+            sink_class=recipe.sink_class and language,
+            split=recipe.split,
+        )
+
+    def online_rotation(self, width: int) -> Rotation | None:
+        """The rotation in front of an MLP's last layer."""
+        return plan_rotation(width, self.rotation_seed) if self.rotated else None

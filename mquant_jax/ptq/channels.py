@@ -1,0 +1,72 @@
+"""Channel scales that can move without changing a model's function, by its declared streams.
+
+A channel multiplied where it is written and divided where it is read leaves every output as it was:
+between a norm and its readers, between values and the output projection, and between the linear
+half of a gated MLP and its last layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from models.streams import Streams
+from mquant_jax.nn.params import Params
+from mquant_jax.ptq.rotate import expand, readers_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """Channels on their way from where they are written to where they are read.
+
+    Attributes:
+        sources: full names of tensors whose first axis is the channel.
+        readers: paths of the dense layers that read them.
+        columns: int ``[K]``, the channel of each input column of the readers.
+        width: number of channels.
+    """
+
+    sources: tuple[str, ...]
+    readers: tuple[str, ...]
+    columns: np.ndarray
+    width: int
+
+
+def links(params: Params, streams: Streams) -> Iterator[Link]:
+    """Every place where channel scales may move."""
+
+    def present(path: str, *leaves: str) -> tuple[str, ...]:
+        return tuple(name for leaf in leaves if (name := f"{path}/{leaf}") in params)
+
+    for stream in streams.streams:
+        for read in stream.reads:
+            columns = np.tile(np.arange(stream.width), read.blocks)
+            for norm in expand(read.norm, params):
+                readers = tuple(readers_of(read, norm))
+                yield Link(present(norm, "weight", "bias"), readers, columns, stream.width)
+    for attention in streams.attentions:
+        pairs = zip(expand(attention.value, params), expand(attention.output, params), strict=True)
+        for value, output in pairs:
+            width = len(params[f"{value}/kernel"])
+            heads = np.arange(width).reshape(-1, attention.head_dim)
+            shared = params[f"{output}/kernel"].shape[1] // width
+            columns = np.repeat(heads, shared, axis=0).ravel()
+            yield Link(present(value, "kernel", "bias"), (output,), columns, width)
+    for hidden in streams.hiddens:
+        if not hidden.sign_carrier:
+            continue
+        carriers, readers = expand(hidden.sign_carrier, params), expand(hidden.reader, params)
+        for carrier, reader in zip(carriers, readers, strict=True):
+            columns = np.arange(hidden.width)
+            yield Link(present(carrier, "kernel", "bias"), (reader,), columns, hidden.width)
+
+
+def scale(params: Params, link: Link, gains: np.ndarray) -> None:
+    """Multiply the channels by ``gains`` (float64 ``[width]``) and divide where they are read."""
+    for name in link.sources:
+        value = params[name]
+        params[name] = value * gains.reshape(-1, *[1] * (value.ndim - 1))
+    for reader in link.readers:
+        params[f"{reader}/kernel"] = params[f"{reader}/kernel"] / gains[link.columns]

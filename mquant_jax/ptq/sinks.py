@@ -1,0 +1,71 @@
+"""Find the attention sinks: the few tokens whose activations are massive.
+
+In trained language models the first token, and sometimes a few others, carry activations tens to
+hundreds of times larger than the rest (Sun et al. 2024, "Massive Activations"). A static scale that
+must hold them leaves little resolution for everyone else, so they get a class of their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+STANDS_OUT = 4.0  # times what nine tenths of the ordinary tokens stay below
+MOSTLY = 0.5  # share of the sequences (or of an id's occurrences) in which it must
+OFTEN = 3  # occurrences of an id below which it proves nothing
+
+
+def excess(tokens: Mapping[str, np.ndarray], ordinary: np.ndarray) -> np.ndarray:
+    """How far each token stands out at the point where it does so most, float ``[B, T]``.
+
+    In relation to what nine tenths of the ordinary tokens (bool ``[B, T]``) stay below.
+    """
+    worst = np.zeros(ordinary.shape)
+    for magnitudes in tokens.values():
+        usual = np.quantile(magnitudes[ordinary], 0.9) + 1e-30
+        worst = np.maximum(worst, magnitudes / usual)
+    return worst
+
+
+def find_sinks(
+    tokens: Mapping[str, np.ndarray],
+    input_ids: np.ndarray,
+    order: np.ndarray,
+    token_class: np.ndarray,
+    most_positions: int,
+    most_ids: int,
+) -> tuple[list[int], list[int]]:
+    """Positions and token ids that are to be sinks.
+
+    Position 0 always is one: a class of its own costs nothing there, since no generated token can
+    stand at it. Later positions, and text tokens by their id, are if they stand out in most of the
+    sequences (occurrences).
+
+    Args:
+        tokens: point -> float ``[B, T]``, largest magnitude of each token in the language model.
+        input_ids, order, token_class: int32 ``[B, T]`` of the calibration batch.
+    """
+    real = np.asarray(token_class) >= 0
+    positions = [0]
+    for _ in range(most_positions - 1):
+        ordinary = real & ~np.isin(order, positions)
+        stands_out = excess(tokens, ordinary) > STANDS_OUT
+        shares = {
+            int(p): stands_out[ordinary & (order == p)].mean()
+            for p in range(1, 16)
+            if (ordinary & (order == p)).any()
+        }
+        best = max(shares, key=shares.__getitem__, default=None)
+        if best is None or shares[best] < MOSTLY:
+            break
+        positions.append(best)
+    rest = real & ~np.isin(order, positions) & (np.asarray(token_class) == 0)
+    if not rest.any():
+        return positions, []
+    stands_out = excess(tokens, real & ~np.isin(order, positions)) > STANDS_OUT
+    seen = Counter(np.asarray(input_ids)[rest].tolist())
+    loud = Counter(np.asarray(input_ids)[rest & stands_out].tolist())
+    ids = [i for i, n in loud.most_common() if seen[i] >= OFTEN and n >= MOSTLY * seen[i]]
+    return sorted(positions), ids[:most_ids]

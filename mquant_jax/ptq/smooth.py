@@ -1,0 +1,86 @@
+"""SmoothQuant (Xiao et al. 2023): move activation outliers into the weights, channel by channel.
+
+``s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)``; activations are divided by ``s``, weights
+multiplied. The strength ``alpha`` is searched for every norm, value and hidden layer on its own, by
+the error that quantisation then leaves in the outputs of the layers behind.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.streams import Streams
+from mquant_jax.nn.params import Params
+from mquant_jax.numerics import INT_MAX, quantize_dynamic, quantize_static, quantize_weight
+from mquant_jax.ptq.channels import Link, links, scale
+from mquant_jax.ptq.statistics import StatisticsRunner
+from mquant_jax.recipe import Recipe, Section
+
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@partial(jax.jit, static_argnames=("section",))
+def _error(x, amax, weight, s, section: Section):
+    """Squared error of ``x @ weight.T`` once both are scaled by ``s [K]`` and quantised."""
+    scaled, w = x / s, weight * s
+    if section.activations == "static":
+        scaled = quantize_static(scaled, jnp.max(amax / s) / INT_MAX[8]).dequantize()
+    elif section.activations == "dynamic":
+        scaled = quantize_dynamic(scaled).dequantize()
+    if section.quantised:
+        w = quantize_weight(w, section.w_bits, section.group_size).dequantize()
+    return jnp.sum((scaled @ w.T - x @ weight.T) ** 2)
+
+
+def smooth_params(
+    params: Params, streams: Streams, recipe: Recipe, look: StatisticsRunner, section_of: Any
+) -> tuple[Params, dict[str, float]]:
+    """Smooth every link whose readers have quantised inputs.
+
+    Args:
+        params: float tensors by name, layers separate. Left as they are.
+        look: what the float model showed at its points.
+        section_of: the recipe's section that governs a path.
+
+    Returns:
+        New tensors, float32, and the strength chosen for each (first) reader; 0 is none.
+    """
+    out = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    chosen: dict[str, float] = {}
+    for link in links(params, streams):
+        point = look.point_of.get(link.readers[0])
+        section = section_of(link.readers[0], recipe)
+        if point is None or section.activations == "none":
+            continue
+        alpha, gains = _search(out, link, look, point, section)
+        chosen[link.readers[0]] = alpha
+        scale(out, link, 1.0 / gains)
+    return {name: value.astype(np.float32) for name, value in out.items()}, chosen
+
+
+def _search(params: Params, link: Link, look: StatisticsRunner, point: str, section: Section):
+    """The strength with the least error, and its scales, float64 ``[width]``."""
+    columns = look.channels[point]
+    rows = jnp.asarray(look.samples[point].rows)
+    weights = [jnp.asarray(params[f"{r}/kernel"], jnp.float32) for r in link.readers]
+    x_amax, w_amax = np.zeros(link.width), np.zeros(link.width)
+    np.maximum.at(x_amax, link.columns, columns)
+    for w in weights:
+        np.maximum.at(w_amax, link.columns, np.abs(np.asarray(w)).max(0))
+    best = 0.0, np.ones(link.width)
+    least = np.inf
+    for alpha in (0.0, *ALPHAS):
+        gains = np.ones(link.width)
+        if alpha:
+            gains = np.maximum(x_amax, 1e-5) ** alpha / np.maximum(w_amax, 1e-5) ** (1 - alpha)
+            gains = np.clip(gains / np.exp(np.log(gains).mean()), 1e-4, 1e4)
+        s = jnp.asarray(gains[link.columns], jnp.float32)
+        error = sum(float(_error(rows, jnp.asarray(columns), w, s, section)) for w in weights)
+        if error < least:
+            least, best = error, (alpha, gains)
+    return best

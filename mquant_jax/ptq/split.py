@@ -1,0 +1,93 @@
+"""Rotation magnitude suppression (RMS, paper section 3.3): split off a layer's outlier channel.
+
+A plain Hadamard gathers the mean of each weight row in one column, which then sets the row's scale.
+That column is multiplied apart, with a scale of its own, and the rest is quantised without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mquant_jax.numerics import QWeight, quantize_weight
+from mquant_jax.ptq.gptq import output_error
+from mquant_jax.recipe import Split
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitWeight:
+    """A rounded weight and, where it was worth it, its channel apart.
+
+    Attributes:
+        q: the weight; its split channel is zero.
+        index: int32 ``[]``.
+        column: :class:`QWeight` ``[1, out]``, or float32.
+        report: what was found and decided.
+    """
+
+    q: QWeight
+    index: np.ndarray
+    column: Any
+    report: dict[str, Any]
+
+    def dequantize(self) -> jax.Array:
+        """float32 ``[out, in]`` of both together."""
+        return self.q.dequantize().at[:, int(self.index)].add(_float(self.column)[0])
+
+
+def _float(column: Any) -> jax.Array:
+    return column.dequantize() if isinstance(column, QWeight) else jnp.asarray(column)
+
+
+def split_weight(
+    weight: jax.Array,
+    hessian: jax.Array | None,
+    round_: Callable[[jax.Array, jax.Array | None], QWeight],
+    split: Split,
+) -> SplitWeight:
+    """Round a weight whole or split, whichever the criterion says.
+
+    The paper's criterion is that the channel's weight (``sqrt(n) |mean|`` behind a plain Hadamard)
+    exceeds every other of its row; a layer is split where half of its rows are so.
+
+    Args:
+        weight: float32 ``[out, K]``.
+        hessian: float32 ``[K, K]`` of its inputs, or ``None`` (then weights count alike).
+        round_: ``(weight, hessian) -> QWeight`` (int8 storage).
+    """
+    leads = jnp.bincount(jnp.argmax(jnp.abs(weight), axis=1), length=weight.shape[1])
+    index = int(jnp.argmax(leads))
+    led = float(leads[index]) / weight.shape[0]
+    metric = jnp.eye(weight.shape[1]) if hessian is None else hessian
+
+    def error(q: Any) -> float:
+        return float(jnp.sum(output_error(weight, q, metric)))
+
+    def column_of(values: jax.Array) -> Any:
+        if split.bits == 16:
+            return np.asarray(values[None], np.float32)
+        return jax.tree.map(np.asarray, quantize_weight(values[None], split.bits).packed())
+
+    whole = round_(weight, hessian)
+    report = {"channel": index, "rows_led": led, "error": error(whole)}
+    zero = column_of(jnp.zeros(weight.shape[0]))
+    kept = SplitWeight(whole, np.int32(0), zero, report | {"split": False})
+    if split.criterion == "paper" and led < 0.5:
+        return kept
+    # Without the channel in the Hessian nothing is pushed onto it, and it stays zero.
+    rest = hessian
+    if hessian is not None:
+        rest = hessian.at[index].set(0.0).at[:, index].set(0.0)
+    q = round_(weight.at[:, index].set(0.0), rest)
+    column = column_of(weight[:, index])
+    apart = SplitWeight(q, np.int32(index), column, report)
+    report["error_split"] = error(apart)
+    if split.criterion == "measured" and report["error_split"] >= report["error"]:
+        return kept
+    report["split"] = True
+    return apart

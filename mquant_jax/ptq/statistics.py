@@ -1,0 +1,102 @@
+"""One look at the float model before anything is quantised: what enters every quantisation point.
+
+:class:`StatisticsRunner` runs the model part by part and keeps, for each point, the largest
+magnitude per token (from which sinks are found) and per channel with a sample of rows (from which
+smoothing is chosen), and the input of each part (for the asymmetric GPTQ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mquant_jax.nn.stack import Runner, num_layers
+from mquant_jax.ptq.observe import layer_of, run_tapped
+
+SAMPLE = 256  # rows kept per point
+
+
+def chunks(args: Any, size: int) -> Iterator[tuple[slice, Any]]:
+    """Slices of the leading axis of everything in ``args``."""
+    rows = jax.tree.leaves(args)[0].shape[0]
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+        yield slice(start, stop), jax.tree.map(lambda a, s=start, e=stop: a[s:e], args)
+
+
+class Sampler:
+    """A fair sample of up to ``size`` rows out of all that are shown."""
+
+    def __init__(self, size: int = SAMPLE):
+        self.size, self.rng = size, np.random.default_rng(0)
+        self.rows: np.ndarray | None = None
+        self._keys = np.empty(0)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Offer float ``[n, K]``."""
+        keys = self.rng.random(len(rows))
+        take = np.argsort(keys)[: self.size]
+        rows, keys = rows[take], keys[take]
+        if self.rows is not None:
+            rows, keys = np.concatenate([self.rows, rows]), np.concatenate([self._keys, keys])
+        keep = np.argsort(keys)[: self.size]
+        self.rows, self._keys = rows[keep], keys[keep]
+
+
+class StatisticsRunner(Runner):
+    """Looks at every point of a float model.
+
+    Attributes:
+        inputs: path of a part (``language/layers``, ``vision/merger``) -> what entered it.
+        tokens: path of a point -> float32 ``[B, T]``, largest magnitude of each token.
+        channels: path of a point -> float32 ``[K]``, largest magnitude of each channel.
+        samples: path of a point -> a :class:`Sampler` of its rows, padding left out.
+        point_of: path of a dense layer -> path of the point in front of it.
+    """
+
+    def __init__(self, chunk: int = 16):
+        self.chunk = chunk
+        self.inputs: dict[str, jax.Array] = {}
+        self.tokens: dict[str, np.ndarray] = {}
+        self.channels: dict[str, np.ndarray] = {}
+        self.samples: dict[str, Sampler] = {}
+        self.point_of: dict[str, str] = {}
+
+    def layers(self, name, stack, x, context):
+        self.inputs[name] = x
+        graphdef, state = nnx.split(stack)
+        for i in range(num_layers(stack)):
+            block = nnx.merge(graphdef, layer_of(state, i))
+            x = self._part(f"{name}/{i}", block, (x, context), context.token_class)
+        return x
+
+    def module(self, name, module, x, classes):
+        self.inputs[f"{name}/{module.name}" if not hasattr(module, "POINTS") else name] = x
+        return self._part(name, module, (x,), classes)
+
+    def _part(self, name, module, args, classes):
+        for point, readers in getattr(module, "POINTS", {}).items():
+            self.point_of |= {f"{name}/{reader}": f"{name}/{point}" for reader in readers}
+        graphdef, state = nnx.split(module)
+        outs = []
+        for rows, part in chunks(args, self.chunk):
+            out, taps = run_tapped(graphdef, state, *part)
+            outs.append(out)
+            real = np.asarray(classes)[rows] >= 0
+            for point, value in taps.items():
+                self._see(f"{name}/{point}", np.asarray(value), real)
+        return jnp.concatenate(outs)
+
+    def _see(self, path: str, value: np.ndarray, real: np.ndarray) -> None:
+        magnitudes = np.abs(value)
+        per_token = magnitudes.max(-1)
+        known = self.tokens.get(path)
+        self.tokens[path] = per_token if known is None else np.concatenate([known, per_token])
+        per_channel = magnitudes[real].max(0, initial=0.0)
+        self.channels[path] = np.maximum(self.channels.get(path, 0.0), per_channel)
+        self.samples.setdefault(path, Sampler()).add(value[real])
