@@ -89,7 +89,7 @@ class Collator:
 
     ``answer`` is int32 ``[N, T]``, the token that should follow, -1 where there is no loss;
     ``cells`` is int32 ``[N, 9, 6]``, where each visual token is and what it shows; ``places`` is
-    int32 ``[N, T, 2]``, column and row (from 1) of the item that a question's token names, or -1.
+    int32 ``[N, T, 4]``, see :meth:`places`.
     """
 
     def __init__(self) -> None:
@@ -115,13 +115,25 @@ class Collator:
         return self.tokenizer.encode(text).ids
 
     def places(self, ids: list[int], cells: np.ndarray) -> np.ndarray:
-        """Where each token's item is, int32 ``[T, 2]``; -1 where it names none, or several."""
-        out = np.full((len(ids), 2), -1, np.int32)
+        """Where the item lies that each token of a question names, int32 ``[T, 4]``.
+
+        Column and row, from 1; then 1, 2 or 3 for lying before, level with or after the item named
+        before it, along columns and along rows. -1 where a token names no item, or several, and
+        where none was named before.
+        """
+        out = np.full((len(ids), 4), -1, np.int32)
+        named: list[np.ndarray] = []
         for at, token in enumerate(ids):
             column, label = self.names.get(token, (2, -1))
             found = np.flatnonzero(cells[:, column] == label)
-            if len(found) == 1:
-                out[at] = cells[found[0], :2]
+            if len(found) != 1:
+                continue
+            here = cells[found[0], :2]
+            out[at, :2] = here
+            others = [there for there in named if (there != here).any()]
+            if others:
+                out[at, 2:] = np.sign(here - others[-1]) + 2
+            named.append(here)
         return out
 
     def __call__(self, samples: list[demo_tasks.Sample]) -> Pair:
@@ -132,7 +144,7 @@ class Collator:
         token_class = np.full((n, LENGTH), -1, np.int32)
         visual_index = np.zeros((n, LENGTH), np.int32)
         targets = np.full((n, LENGTH), -1, np.int32)
-        places = np.full((n, LENGTH, 2), -1, np.int32)
+        places = np.full((n, LENGTH, 4), -1, np.int32)
         first = self.start + VISUAL  # first token after the picture
         for i, s in enumerate(samples):
             answer = self.encode(s.answer) + self.end

@@ -157,7 +157,7 @@ def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Arr
     cells = hint_loss(
         params["cells"], listener.visual, targets["cells"], demo_tasks.CELL_CLASSES
     )
-    places = hint_loss(params["places"], listener.thoughts, targets["places"], (4, 4))
+    places = hint_loss(params["places"], listener.thoughts, targets["places"], (4,) * 4)
     return loss + hint * (cells + places), (loss, cells, places)
 
 
@@ -267,7 +267,7 @@ def train(args: argparse.Namespace) -> None:
         set_params(model, {n: v.astype(np.float32) for n, v in todo.read(start).items()})
     graphdef, params = nnx.split(model)
     params = {"model": params if args.init else training_init(params, config)}
-    for name, outputs in (("cells", sum(demo_tasks.CELL_CLASSES)), ("places", 8)):
+    for name, outputs in (("cells", sum(demo_tasks.CELL_CLASSES)), ("places", 16)):
         kernel = jnp.zeros((config["hidden_size"], outputs))
         params[name] = {"kernel": kernel, "bias": jnp.zeros(outputs)}
     opt_state = optimizer().init(params)

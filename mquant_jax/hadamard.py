@@ -120,12 +120,13 @@ class Rotation:
     """An orthogonal map of width ``n``: signs, then ``I (x) H_outer (x) H_inner`` normalised.
 
     Attributes:
-        n: width.
+        n: width of what comes out.
         blocks: equal diagonal blocks.
         outer, inner: orders of the two Kronecker factors of a block; applied as two small dense
             products, which matrix units like better than butterflies.
         seed: of the random signs (they spread what a plain Hadamard would gather in one channel);
             ``None`` for no signs.
+        padding: zero channels that are appended to the input first.
     """
 
     n: int
@@ -133,17 +134,25 @@ class Rotation:
     outer: int
     inner: int
     seed: int | None = 0
+    padding: int = 0
+
+    @property
+    def inputs(self) -> int:
+        """Width of what goes in."""
+        return self.n - self.padding
 
     @property
     def signs(self) -> np.ndarray:
-        """float32 ``[n]`` of ``+-1``."""
+        """float32 ``[inputs]`` of ``+-1``."""
         if self.seed is None:
-            return np.ones(self.n, np.float32)
-        bits = np.random.default_rng((self.seed, self.n)).integers(0, 2, self.n)
+            return np.ones(self.inputs, np.float32)
+        bits = np.random.default_rng((self.seed, self.n)).integers(0, 2, self.inputs)
         return (2 * bits - 1).astype(np.float32)
 
     def unsigned(self, x: jax.Array) -> jax.Array:
-        """``x [..., n]`` times the matrix without its signs, in ``x.dtype``."""
+        """``x [..., inputs]`` times the matrix without its signs: ``[..., n]`` in ``x.dtype``."""
+        if self.padding:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.padding)])
         shape = x.shape
         scale = (self.outer * self.inner) ** -0.5
         x = x.reshape(*shape[:-1], self.blocks, self.outer, self.inner)
@@ -152,22 +161,43 @@ class Rotation:
         return x.reshape(shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``x [..., n] @ R``."""
+        """``x [..., inputs] @ R``."""
         return self.unsigned(x * jnp.asarray(self.signs, x.dtype))
 
 
-def plan_rotation(n: int, seed: int | None = 0) -> Rotation:
-    """The cheapest exact rotation of width ``n``.
+# A block at least so wide mixes well enough; narrower ones make way for a padded width.
+WIDE_BLOCK = 128
+MOST_PADDING = 0.04
+
+
+def plan_rotation(n: int, seed: int | None = 0, may_pad: bool = False) -> Rotation:
+    """The cheapest rotation of width ``n`` that mixes well.
 
     Fewer blocks mix better; a block's cost per channel is ``outer + inner``. Among exact forms the
     one with the fewest blocks whose dense factors stay at or below 256 is taken, and among those
-    the most even split.
+    the most even split. Where that leaves blocks narrower than ``WIDE_BLOCK`` channels, a slightly
+    wider rotation of one block takes the input padded with zeros (4304 -> 4320).
+
+    Args:
+        may_pad: whether the width may grow, which only rotations at run time can use.
 
     Raises:
         ValueError: ``n`` is odd: no Hadamard block larger than one fits.
     """
-    if n % 2:
+    if n % 2 and not may_pad:
         raise ValueError(f"no Hadamard rotation of odd width {n}")
+    exact = None if n % 2 else _exact(n, seed)
+    if not may_pad or (exact and (exact.blocks == 1 or n // exact.blocks >= WIDE_BLOCK)):
+        return exact
+    for width in range(n + n % 2, int(n * (1 + MOST_PADDING)) + 1, 2):
+        wider = _exact(width, seed)
+        if wider.blocks == 1:
+            return dataclasses.replace(wider, padding=width - n)
+    return exact or dataclasses.replace(_exact(n + 1, seed), padding=1)
+
+
+@functools.cache
+def _exact(n: int, seed: int | None) -> Rotation:
     best = None
     for blocks in sorted(d for d in range(1, n + 1) if n % d == 0):
         size = n // blocks

@@ -82,8 +82,8 @@ class Split:
     set everybody's scale.
 
     Attributes:
-        criterion: ``none``; ``paper``: where the channel's weights exceed all others of their rows; or
-            ``measured``: where splitting lowers the layer's output error.
+        criterion: ``none``; ``paper``: where the channel's weights exceed all others of their
+            rows; or ``measured``: where splitting lowers the layer's output error.
         bits: of the channel's weights, which have a scale of their own: 4, 8, or 16 for float.
     """
 
@@ -125,6 +125,8 @@ class Recipe:
             searched per layer.
         rotate: fold norms and sign-randomised Hadamard rotations into the weights (paper section
             3.2), with an online rotation in front of every MLP's last layer.
+        orthogonal: random orthogonal matrices instead of Hadamards where a rotation costs nothing
+            at run time.
         online_signs: the online rotations have random signs, which spread what a plain Hadamard
             gathers in one channel; ``False`` is the paper's form.
         split: see :class:`Split`.
@@ -142,6 +144,7 @@ class Recipe:
     sink_class: bool = False
     smooth: bool = False
     rotate: bool = False
+    orthogonal: bool = False
     online_signs: bool = True
     split: Split = Split()
     seed: int = 0

@@ -32,8 +32,10 @@ class PatchMerger(nnx.Module):
         self.norm = tower_norm(width, config.vision.norm_eps, place)
         self.merger_in = ActQuant("merger_in", section)
         self.fc1 = Dense(merged, merged, section=section, dtype=dtype, rngs=rngs)
-        self.merger_hidden = ActQuant("merger_hidden", section)
-        self.fc2 = Dense(merged, out, section=section, dtype=dtype, rngs=rngs)
+        rotation = place.online_rotation(merged)
+        self.merger_hidden = ActQuant("merger_hidden", section, rotation=rotation)
+        hidden = rotation.n if rotation else merged
+        self.fc2 = Dense(hidden, out, section=section, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """Features ``[N, P, width]`` in merge-block order -> tokens ``[N, P/4, hidden]``."""

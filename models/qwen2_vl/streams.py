@@ -43,6 +43,7 @@ def streams(config: Qwen2VLConfig) -> Streams:
         ),
         hiddens=(
             Hidden(f"{_V}/fc2", vision.intermediate_size),
+            Hidden("vision/merger/fc2", vision.hidden_size * config.merge_size**2),
             Hidden(f"{_L}/down_proj", language.intermediate_size, f"{_L}/up_proj"),
         ),
     )

@@ -94,7 +94,8 @@ class DecoderBlock(nnx.Module):
         # The signs of the rotation are folded into up_proj.
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = point("mlp_hidden", rotation=rotation and rotation.unsigned)
-        self.down_proj = dense(cfg.intermediate_size, d, bias=False, split=place.split)
+        hidden = rotation.n if rotation else cfg.intermediate_size
+        self.down_proj = dense(hidden, d, bias=False, split=place.split)
 
     def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):
         """Normed, projected and rotated ``q [B, heads, T, d]``, ``k`` and ``v [B, kv, T, d]``."""

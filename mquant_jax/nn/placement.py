@@ -48,5 +48,5 @@ class Placement:
         )
 
     def online_rotation(self, width: int) -> Rotation | None:
-        """The rotation in front of an MLP's last layer."""
-        return plan_rotation(width, self.rotation_seed) if self.rotated else None
+        """The rotation in front of an MLP's last layer, whose inputs it may pad."""
+        return plan_rotation(width, self.rotation_seed, may_pad=True) if self.rotated else None

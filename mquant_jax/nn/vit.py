@@ -141,7 +141,8 @@ class ViTBlock(nnx.Module):
         self.fc1 = dense(d, cfg.intermediate_size)
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = point("mlp_hidden", rotation=rotation)
-        self.fc2 = dense(cfg.intermediate_size, d, split=place.split)
+        hidden = rotation.n if rotation else cfg.intermediate_size
+        self.fc2 = dense(hidden, d, split=place.split)
 
     def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:
         h = self.attn_in(self.attn_norm(x), None, tap)

@@ -19,7 +19,11 @@ from mquant_jax.nn.params import Params
 
 
 def rotate_params(
-    params: Params, streams: Streams, seed: int, online_signs: bool = True
+    params: Params,
+    streams: Streams,
+    seed: int,
+    online_signs: bool = True,
+    orthogonal: bool = False,
 ) -> Params:
     """Fuse the norms and rotate every stream, attention and MLP that a family declares.
 
@@ -27,20 +31,22 @@ def rotate_params(
         params: float tensors by name, layers separate; the head is untied. Left as they are.
         seed: of all rotations' signs.
         online_signs: whether the online rotations have signs.
+        orthogonal: rotate streams and heads by random orthogonal matrices instead of Hadamards.
 
     Returns:
         New tensors, float32: those of the model built with ``recipe.rotate``.
     """
     out = _Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
+    kind = Orthogonal if orthogonal else plan_rotation
     for stream in streams.streams:
         for read in stream.reads:
             for norm in expand(read.norm, out):
                 _fuse(out, norm, read)
         if stream.centred:
             _centre(out, stream)
-        _rotate_stream(out, stream, plan_rotation(stream.width, _seed(seed, stream.name)))
+        _rotate_stream(out, stream, kind(stream.width, _seed(seed, stream.name)))
     for attention in streams.attentions:
-        _rotate_heads(out, attention, seed)
+        _rotate_heads(out, attention, kind(attention.head_dim, _seed(seed, attention.value)))
     for hidden in streams.hiddens:
         _rotate_hidden(out, hidden, seed if online_signs else None)
     return dict(out)
@@ -56,13 +62,24 @@ class _Tensors(dict):
         super().__setitem__(name, value.astype(np.float32))
 
 
-def times(x: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """``x R`` for float64 ``x [..., k * n]``: each run of ``n`` columns on its own."""
-    shape, r = x.shape, rotation
+class Orthogonal:
+    """A random orthogonal matrix, for the rotations that exist in weights only."""
+
+    def __init__(self, n: int, seed: int):
+        q, r = np.linalg.qr(np.random.default_rng((seed, n)).standard_normal((n, n)))
+        self.n, self.matrix = n, q * np.sign(np.diagonal(r))  # uniform over all such matrices
+
+
+def times(x: np.ndarray, rotation: Rotation | Orthogonal) -> np.ndarray:
+    """``x R`` for float64 ``x [..., k * inputs]``: each run of ``inputs`` columns on its own."""
+    if isinstance(rotation, Orthogonal):
+        return (x.reshape(-1, rotation.n) @ rotation.matrix).reshape(x.shape)
+    lead, r = x.shape[:-1], rotation
     scale = (r.outer * r.inner) ** -0.5
-    x = x.reshape(-1, r.n) * r.signs
+    x = x.reshape(-1, r.inputs) * r.signs
+    x = np.pad(x, ((0, 0), (0, r.padding)))
     x = x.reshape(-1, r.outer, r.inner) @ (hadamard(r.inner) * scale)
-    return (hadamard(r.outer).T.astype(np.float64) @ x).reshape(shape)
+    return (hadamard(r.outer).T.astype(np.float64) @ x).reshape(*lead, -1)
 
 
 def _seed(seed: int, name: str) -> int:
@@ -115,7 +132,7 @@ def _centre(p: Params, stream: Stream) -> None:
                 p[f"{writer}/bias"] = p[f"{writer}/bias"] - p[f"{writer}/bias"].mean()
 
 
-def _rotate_stream(p: Params, stream: Stream, rotation: Rotation) -> None:
+def _rotate_stream(p: Params, stream: Stream, rotation: Rotation | Orthogonal) -> None:
     for table in stream.tables:
         p[table] = times(p[table], rotation)
     for pattern in stream.writers:
@@ -129,8 +146,7 @@ def _rotate_stream(p: Params, stream: Stream, rotation: Rotation) -> None:
                 p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
 
 
-def _rotate_heads(p: Params, attention: ValueOutput, seed: int) -> None:
-    rotation = plan_rotation(attention.head_dim, _seed(seed, attention.value))
+def _rotate_heads(p: Params, attention: ValueOutput, rotation: Rotation | Orthogonal) -> None:
     for value in expand(attention.value, p):
         output = _beside(attention.output, value)
         p[f"{value}/kernel"] = times(p[f"{value}/kernel"].T, rotation).T
@@ -141,7 +157,7 @@ def _rotate_heads(p: Params, attention: ValueOutput, seed: int) -> None:
 
 def _rotate_hidden(p: Params, hidden: Hidden, seed: int | None) -> None:
     """The online rotation's inverse into the last layer, its signs into the sign carrier."""
-    rotation = plan_rotation(hidden.width, seed)
+    rotation = plan_rotation(hidden.width, seed, may_pad=True)
     for reader in expand(hidden.reader, p):
         p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
     if hidden.sign_carrier:

@@ -51,8 +51,8 @@ def logits(config, recipe, params, case):
 def test_the_rotated_model_equals_the_original(case) -> None:
     config, params, batch, _ = case
     expected = logits(config, Recipe(), params, case)
-    for seed in (0, 7):
-        recipe = dataclasses.replace(ROTATED, seed=seed)
+    for seed, orthogonal in ((0, False), (7, False), (0, True)):
+        recipe = dataclasses.replace(ROTATED, seed=seed, orthogonal=orthogonal)
         rotated, _ = quantize_params(FAMILY, config, recipe, params)
         assert relative(logits(config, recipe, rotated, case), expected) < 1e-4
 
@@ -82,9 +82,10 @@ def test_no_layer_norm_is_left_and_the_stream_has_no_mean(case) -> None:
     assert abs(natural.mean(-1)).max() < 1e-4 * abs(natural).max()
 
 
-@pytest.mark.parametrize("n", [96, 36, 60, 44])
+@pytest.mark.parametrize("n", [96, 36, 60, 44, 538, 45])
 def test_weights_and_activations_get_the_same_matrix(n) -> None:
-    rotation = plan_rotation(n, 5)
+    rotation = plan_rotation(n, 5, may_pad=True)
+    assert rotation.inputs == n and (rotation.padding > 0) == (n in (538, 45))
     matrix = times(np.eye(n), rotation)
     assert relative(matrix @ matrix.T, np.eye(n)) < 1e-12
     x = np.random.default_rng(0).standard_normal((4, n)).astype(np.float32)
