@@ -27,9 +27,10 @@ from mquant_jax.api import Model
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.nn.params import set_params
+from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.calibration_data import load_calibration, with_answer
 from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
-from mquant_jax.recipe import PRESETS, Recipe, Weights
+from mquant_jax.recipe import Recipe, Weights
 from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, Sample, read_samples
 
 NAIVE = dataclasses.replace(

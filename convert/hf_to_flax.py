@@ -20,7 +20,8 @@ from mquant_jax.atomic import check_destination
 from mquant_jax.checkpoint import MANIFEST, save
 from mquant_jax.cli_support import OK, Parser, progress, run_cli, warn
 from mquant_jax.errors import UserError
-from mquant_jax.recipe import PRESETS, SECTIONS, Recipe, resolve_recipe
+from mquant_jax.presets import METHODS, PRESETS, resolve_recipe
+from mquant_jax.recipe import SECTIONS, Recipe
 
 
 def presets_table() -> str:
@@ -39,6 +40,7 @@ def presets_table() -> str:
 def _parser() -> Parser:
     epilog = f"""recipes (weights and activations of each part; a JSON file may say more):
 {presets_table()}
+  methods to compare with, all W4A8 static: {", ".join(METHODS)}
 
 examples:
   python -m convert.hf_to_flax Qwen2-VL-2B-Instruct out/float

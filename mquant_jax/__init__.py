@@ -20,7 +20,8 @@ _HOMES = {
 if TYPE_CHECKING:
     from mquant_jax.api import Model, load
     from mquant_jax.errors import UserError
-    from mquant_jax.recipe import PRESETS, Recipe
+    from mquant_jax.presets import PRESETS
+    from mquant_jax.recipe import Recipe
     from mquant_jax.runtime.sampling import Sampling
 
 

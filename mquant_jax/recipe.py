@@ -1,14 +1,12 @@
 """What is quantised and how: one frozen dataclass tree, JSON both ways.
 
 A recipe is stored with every checkpoint and, with the model's config, is enough to rebuild the
-shapes of all its tensors. Presets are in :data:`PRESETS`.
+shapes of all its tensors. Presets are in :mod:`mquant_jax.presets`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 from mquant_jax.errors import UserError
@@ -251,50 +249,3 @@ def _check(key: str, value: Any, default: Any, where: str):
     if not good:
         raise UserError(f"{where}: expected {expected}, found {value!r}")
     return value
-
-
-def _uniform(name: str, section: Section, **changes) -> Recipe:
-    return dataclasses.replace(
-        Recipe(name=name, vision=section, connector=section, language=section), **changes
-    )
-
-
-_W4A8 = Section(4, None, "static")
-_W8A8 = Section(8, None, "static")
-# The head stays at 8 bits: it is small in compute, large in bytes read per generated token, and
-# its errors go straight into the logits.
-_GPTQ = Weights(method="gptq")
-_MQUANT = {"head": _W8A8, "weights": _GPTQ, "rotate": True, "sink_class": True}
-PRESETS: dict[str, Recipe] = {
-    "float": Recipe(),
-    "w4a8": _uniform("w4a8", _W4A8, **_MQUANT),
-    "w4a8-v8": _uniform("w4a8-v8", _W4A8, vision=_W8A8, connector=_W8A8, **_MQUANT),
-    "w4a8-rtn": _uniform("w4a8-rtn", _W4A8, head=_W8A8),
-    "w4a8-dynamic": _uniform(
-        "w4a8-dynamic",
-        Section(4, None, "dynamic"),
-        **(_MQUANT | {"head": Section(8, None, "dynamic")}),
-    ),
-    "w8a8": _uniform("w8a8", _W8A8, head=_W8A8, rotate=True, sink_class=True),
-    "w4a16": _uniform("w4a16", Section(4, None, "none"), weights=_GPTQ),
-}
-
-
-def resolve_recipe(name_or_path: str) -> Recipe:
-    """A preset's name, or the path of a JSON file.
-
-    Raises:
-        UserError: neither; unreadable file; bad content.
-    """
-    if name_or_path in PRESETS:
-        return PRESETS[name_or_path]
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise UserError(
-            f"--recipe {name_or_path}: neither a preset ({', '.join(PRESETS)}) nor a JSON file"
-        )
-    try:
-        data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON: {e}") from e
-    return Recipe.from_json(data, str(path))

@@ -13,7 +13,7 @@ from mquant_jax.checkpoint import load_manifest
 from mquant_jax.cli_support import OK, Parser, progress
 from mquant_jax.eval.exact_match import ExactMatch, evaluate
 from mquant_jax.eval.speed import measure, summary
-from mquant_jax.recipe import PRESETS
+from mquant_jax.presets import PRESETS
 from mquant_jax.report.contact_sheet import Card, contact_sheet
 from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, Sample, read_samples
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mquant_jax.checkpoint import REPORT
 from mquant_jax.cli_support import OK, Parser
+from mquant_jax.errors import UserError
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.numerics import QWeight
@@ -38,10 +40,33 @@ def layer_paths(model, recipe: Recipe) -> list[dict]:
     return list(rows.values())
 
 
+def worst_points(report: dict, count: int) -> str:
+    """The quantisation points (and token classes) that lose most, and what else was decided."""
+    rows = [
+        (seen["error"], point, cls, seen)
+        for point, classes in report["points"].items()
+        for cls, seen in classes.items()
+    ]
+    lines = [f"{'point':<40} {'class':<7} {'error':>8} {'largest':>10} {'clip':>10} {'clipped':>9}"]
+    for error, point, cls, seen in sorted(rows, key=lambda row: -row[0])[:count]:
+        lines.append(f"{point:<40} {cls:<7} {error:>8.2%} {seen['amax']:>10.3g} "
+                     f"{seen['clip']:>10.3g} {seen['clipped']:>9.4%}")  # fmt: skip
+    if "sinks" in report:
+        lines.append("sinks: positions {positions}, token ids {ids}".format(**report["sinks"]))
+    for name, split in report.get("split", {}).items():
+        done = "split off" if split["split"] else "kept"
+        lines.append(f"{name}: channel {split['channel']} leads {split['rows_led']:.0%} of the "
+                     f"rows, {done}")  # fmt: skip
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
     """Print the plan, the sizes and the path that each layer executes on this platform."""
     parser = Parser("python -m mquant_jax inspect", __doc__)
     parser.add_argument("checkpoint", help="folder written by convert.hf_to_flax")
+    parser.add_argument("--points", type=int, default=0, metavar="N", help="show the N "
+                        "quantisation points with the largest rounding and clipping error on the "
+                        "calibration data")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     loaded = load_model(Path(args.checkpoint), None)
@@ -56,4 +81,13 @@ def main(argv: list[str]) -> int:
     for r in rows:
         forms = f"{r['one_row']} / {r['many_rows']}" if "one_row" in r else "float dot"
         print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
+    if args.points:
+        print("\n" + _points(Path(args.checkpoint), args.points))
     return OK
+
+
+def _points(folder: Path, count: int) -> str:
+    path = folder / REPORT
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; only quantised checkpoints have a report")
+    return worst_points(json.loads(path.read_text()), count)

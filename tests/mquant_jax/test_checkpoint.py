@@ -17,7 +17,7 @@ from mquant_jax import atomic
 from mquant_jax.checkpoint import load_manifest, load_params, save
 from mquant_jax.errors import UserError
 from mquant_jax.numerics import QWeight, quantize_weight
-from mquant_jax.recipe import PRESETS
+from mquant_jax.presets import PRESETS
 
 
 def _params():

@@ -19,7 +19,8 @@ from mquant_jax.nn.dense import Dense
 from mquant_jax.numerics import QTensor, QWeight, quantize_dynamic, quantize_weight
 from mquant_jax.ops import xla
 from mquant_jax.ops.dense import quantized_dot, select_path, target_platform
-from mquant_jax.recipe import PRESETS, Section
+from mquant_jax.presets import PRESETS
+from mquant_jax.recipe import Section
 from tests.helpers import golden, integer_dots, random_quantised, relative
 
 few = settings(max_examples=15, deadline=None)

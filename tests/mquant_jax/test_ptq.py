@@ -10,11 +10,12 @@ from models.qwen2_vl import FAMILY
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight
+from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.observe import Histogram
 from mquant_jax.ptq.pipeline import abstract_model, no_progress, quantize_params, section_of
 from mquant_jax.ptq.scales import clip_search, mse_clip
 from mquant_jax.ptq.sequential import QuantizingRunner
-from mquant_jax.recipe import PRESETS, Recipe, Section, Weights
+from mquant_jax.recipe import Recipe, Section, Weights
 from tests.helpers import golden_qwen2_vl, relative
 
 

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from mquant_jax.errors import UserError
-from mquant_jax.recipe import PRESETS, SECTIONS, Recipe, Section, Weights, resolve_recipe
+from mquant_jax.presets import PRESETS, resolve_recipe
+from mquant_jax.recipe import SECTIONS, Recipe, Section, Weights
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,9 +11,10 @@ from models.qwen2_vl import FAMILY
 from mquant_jax.hadamard import plan_rotation
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.params import get_params, set_params
+from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import abstract_model, float_model, quantize_params, untied
 from mquant_jax.ptq.rotate import _seed, times
-from mquant_jax.recipe import PRESETS, Recipe
+from mquant_jax.recipe import Recipe
 from tests.helpers import golden_qwen2_vl, relative
 
 ROTATED = Recipe("rotated", rotate=True, seed=3)

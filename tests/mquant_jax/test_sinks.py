@@ -7,9 +7,9 @@ import numpy as np
 from models.qwen2_vl import FAMILY
 from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import get_params
+from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import quantize_params, sink_rule
 from mquant_jax.ptq.sinks import find_sinks
-from mquant_jax.recipe import PRESETS
 from tests.helpers import golden_qwen2_vl
 
 

@@ -7,10 +7,11 @@ import numpy as np
 from benchmarks.outliers import with_outliers
 from models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
+from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import float_model, quantize_params, section_of, untied
 from mquant_jax.ptq.smooth import smooth_params
 from mquant_jax.ptq.statistics import StatisticsRunner
-from mquant_jax.recipe import PRESETS, Recipe, Weights
+from mquant_jax.recipe import Recipe, Weights
 from tests.helpers import golden_qwen2_vl, quantised, relative
 
 PLAIN = dataclasses.replace(PRESETS["w8a8"], rotate=False, sink_class=False, weights=Weights())

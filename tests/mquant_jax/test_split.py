@@ -10,10 +10,11 @@ from models.qwen2_vl import FAMILY
 from mquant_jax.hadamard import plan_rotation
 from mquant_jax.nn.params import get_params
 from mquant_jax.numerics import QWeight, quantize_weight
+from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import quantize_params
 from mquant_jax.ptq.rotate import times
 from mquant_jax.ptq.split import split_weight
-from mquant_jax.recipe import PRESETS, Split, Weights
+from mquant_jax.recipe import Split, Weights
 from tests.helpers import golden_qwen2_vl, quantised, relative
 
 

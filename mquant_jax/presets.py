@@ -1,0 +1,68 @@
+"""Recipes by name: what users ask for, and the methods to compare with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from mquant_jax.errors import UserError
+from mquant_jax.recipe import Recipe, Section, Weights
+
+
+def _uniform(name: str, section: Section, **changes) -> Recipe:
+    return dataclasses.replace(
+        Recipe(name=name, vision=section, connector=section, language=section), **changes
+    )
+
+
+_W4A8 = Section(4, None, "static")
+_W8A8 = Section(8, None, "static")
+_GPTQ = Weights(method="gptq")
+# The head stays at 8 bits: it is small in compute, large in bytes read per generated token, and
+# its errors go straight into the logits.
+_MQUANT = {"head": _W8A8, "weights": _GPTQ, "rotate": True, "sink_class": True}
+
+PRESETS: dict[str, Recipe] = {
+    "float": Recipe(),
+    "w4a8": _uniform("w4a8", _W4A8, **_MQUANT),
+    "w4a8-v8": _uniform("w4a8-v8", _W4A8, vision=_W8A8, connector=_W8A8, **_MQUANT),
+    "w4a8-rtn": _uniform("w4a8-rtn", _W4A8, head=_W8A8),
+    "w4a8-dynamic": _uniform(
+        "w4a8-dynamic",
+        Section(4, None, "dynamic"),
+        **(_MQUANT | {"head": Section(8, None, "dynamic")}),
+    ),
+    "w8a8": _uniform("w8a8", _W8A8, head=_W8A8, rotate=True, sink_class=True),
+    "w4a16": _uniform("w4a16", Section(4, None, "none"), weights=_GPTQ),
+}
+
+_RTN = _uniform("rtn", _W4A8, head=_W8A8, weights=Weights(clip=False), modality_scales=False)
+# What the literature calls by these names, all W4A8 and static; ``mquant`` is the preset w4a8.
+METHODS: dict[str, Recipe] = {
+    "rtn": _RTN,
+    "smoothquant": dataclasses.replace(_RTN, name="smoothquant", smooth=True),
+    "quarot": dataclasses.replace(_RTN, name="quarot", weights=_GPTQ, rotate=True),
+    "mquant": dataclasses.replace(PRESETS["w4a8"], name="mquant"),
+}
+RECIPES = PRESETS | METHODS
+
+
+def resolve_recipe(name_or_path: str) -> Recipe:
+    """A preset's name, or the path of a JSON file.
+
+    Raises:
+        UserError: neither; unreadable file; bad content.
+    """
+    if name_or_path in RECIPES:
+        return RECIPES[name_or_path]
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UserError(
+            f"--recipe {name_or_path}: neither a preset ({', '.join(RECIPES)}) nor a JSON file"
+        )
+    try:
+        data = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid JSON: {e}") from e
+    return Recipe.from_json(data, str(path))
