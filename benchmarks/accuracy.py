@@ -1,176 +1,207 @@
-"""Accuracy of every method on the bundled model: exact match, and divergence from float.
+"""Accuracy of every method beside the float model, on one of three beds.
 
-    python -m benchmarks.accuracy --bed demo|outlier [--quick] [--json] [--save FILE]
+    python -m benchmarks.accuracy --bed demo|outlier|smollm2 [--ablation] [--quick] [--json]
 
-``demo`` is the bundled model as it is; ``outlier`` is the same function with channels made 10 to
-100 times larger than the rest (benchmarks/outliers.py; ``--draw`` chooses the random draw), which
-is what large models look like. Calibration uses the bundled calibration set only. Intervals are
-95 % bootstrap intervals over questions; KL is the mean over answer tokens, in nats.
+``demo``     the bundled model on its held-out questions: exact match, KL
+``outlier``  the same model, same function, with channels made 10 to 100 times larger than the rest
+             (benchmarks/outliers.py), which is what large models look like; several random draws
+``smollm2``  SmolLM2-135M-Instruct on real text: perplexity, KL (benchmarks/smollm2.py says what
+             to install)
+
+Calibration never sees what is evaluated. Intervals are 95 % bootstrap intervals over questions;
+KL is the mean over tokens, in nats, from the float model. All methods are W4A8 in every dense layer
+(head: W8A8; in smollm2 float). ``--ablation`` adds one part of the method at a time instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from benchmarks.outliers import with_outliers
-from convert.plan import plan
-from convert.reader import Reader
-from models.registry import family_for
-from mquant_jax.api import Model
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
-from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.nn.params import set_params
-from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.calibration_data import load_calibration, with_answer
+from mquant_jax.presets import METHODS
 from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
-from mquant_jax.recipe import Recipe, Weights
-from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, Sample, read_samples
+from mquant_jax.recipe import Recipe, Section, Split
 
-NAIVE = dataclasses.replace(
-    PRESETS["w4a8-rtn"], weights=Weights(clip=False), modality_scales=False
-)
-QUAROT = dataclasses.replace(PRESETS["w4a8"], modality_scales=False, sink_class=False)
-# Method -> recipe with static activations. The rows between rtn and mquant are its ablation.
-METHODS = {
-    "rtn": NAIVE,
-    "smoothquant": dataclasses.replace(NAIVE, smooth=True),
-    "rtn+rotation": dataclasses.replace(NAIVE, rotate=True),
-    "quarot": QUAROT,
-    "quarot+msq": dataclasses.replace(QUAROT, modality_scales=True),
-    "mquant": PRESETS["w4a8"],
-}
-WITH_DYNAMIC = ("rtn", "smoothquant", "quarot", "mquant")
+GROUP = 64
 
 
-def dynamic(recipe: Recipe) -> Recipe:
-    """The same weights with one activation scale per token, found at run time."""
-    changes = {
-        s: dataclasses.replace(recipe.section(s), activations="dynamic")
-        for s in ("vision", "connector", "language", "head")
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: a method, the language model's group size, activation mode."""
+
+    method: str
+    recipe: Recipe
+    group_size: int | None = None
+    activations: str = "static"
+
+    def plan(self, float_head: bool) -> Recipe:
+        """The recipe with group size and activation mode applied."""
+        sections = {}
+        for name in ("vision", "connector", "language", "head"):
+            section = self.recipe.section(name)
+            if name == "language":
+                section = dataclasses.replace(section, group_size=self.group_size)
+            sections[name] = dataclasses.replace(section, activations=self.activations)
+        if float_head:
+            sections["head"] = Section()
+        return dataclasses.replace(self.recipe, **sections)
+
+
+def method_rows(group_sizes: tuple[int | None, ...]) -> list[Row]:
+    """Every method, static and dynamic."""
+    return [
+        Row(name, recipe, group, activations)
+        for group in group_sizes
+        for name, recipe in METHODS.items()
+        for activations in ("static", "dynamic")
+    ]
+
+
+def ablation_rows() -> list[Row]:
+    """From rounding to nearest to the whole method, one part at a time."""
+    full = METHODS["mquant"]
+    recipe, rows = METHODS["rtn"], [Row("rtn", METHODS["rtn"])]
+    plain = dataclasses.replace(full.weights, asymmetry=0.0, refit=0, visual_weight=1.0)
+    steps: dict[str, dict[str, Any]] = {
+        "+rotation": {"rotate": True},
+        "+gptq": {"weights": plain},
+        "+msq": {"modality_scales": True},
+        "+sink": {"sink_class": True},
+        "+rms": {"split": Split("measured")},
+        "+extras": {"weights": full.weights, "calibration": full.calibration},
     }
-    return dataclasses.replace(recipe, **changes)
+    for name, changes in steps.items():
+        recipe = dataclasses.replace(recipe, **changes)
+        rows.append(Row(name, recipe))
+    paper = dataclasses.replace(recipe, online_signs=False, weights=plain)
+    rows.append(Row("plain Hadamard", dataclasses.replace(paper, split=Split())))
+    rows.append(Row("plain Hadamard +rms", dataclasses.replace(paper, split=Split("paper"))))
+    return rows
 
 
-class Bed:
-    """The float model in one of its forms, the calibration batch and the questions."""
-
-    def __init__(self, name: str, draw: int, questions: int):
-        source = DEMO_ASSETS / "model"
-        reader = Reader(source)
-        self.family = family_for(reader.config, source)
-        todo = plan(self.family, self.family.config_from_hf(reader.config), reader)
-        params = todo.read(reader, lambda items, *_: items)
-        params = {k: np.asarray(v, np.float32) for k, v in params.items()}
-        self.config, self.params = untied(todo.config, params)
-        self.processor = self.family.processor(source, self.config)
-        self.calibration = self.processor.collate(load_calibration(None, self.processor))
-        self.samples = read_samples(BUNDLED_HELDOUT, questions)
-        self.answers = self._answers()
-        self.float = self.model(Recipe())
-        self.float_logits = self.logits(self.float)
-        if name == "outlier":
-            streams = self.family.streams(self.config)
-            self.params = with_outliers(self.params, streams, draw)
-            moved = self.logits(self.model(Recipe()))
-            if not np.allclose(moved, self.float_logits, rtol=1e-3, atol=1e-3):
-                raise AssertionError("the outlier bed changed the model's function")
-
-    def _answers(self):
-        """The questions with their answers as one batch, and where answer tokens are predicted."""
-        prompts = [with_answer(s, self.processor) for s in self.samples]
-        batch = jax.tree.map(jnp.asarray, self.processor.collate(prompts))
-        mask = np.zeros(batch.input_ids.shape, bool)
-        for row, sample in zip(mask, self.samples, strict=True):
-            row[-1 - len(self.processor.encode(sample.answer)) :] = True
-        return batch, mask
-
-    def model(self, recipe: Recipe) -> Model:
-        """The bed's model quantised as ``recipe`` says."""
-        params = dict(self.params)
-        if recipe.changes_weights:
-            batch = self.calibration if recipe.needs_calibration else None
-            params, _ = quantize_params(self.family, self.config, recipe, params, batch)
-        module = abstract_model(self.family, self.config, recipe)
-        set_params(module, params)
-        return Model(module, self.config, {}, self.processor)
-
-    def logits(self, model: Model) -> np.ndarray:
-        """Log-probabilities at the answers' positions, float32 ``[tokens, vocab]``."""
-        batch, mask = self.answers
-        logits = jax.jit(lambda m, b: jax.nn.log_softmax(m(b)))(model.module, batch)
-        return np.asarray(logits)[mask]
+def quantised(bed: Any, recipe: Recipe) -> nnx.Module:
+    """The bed's model quantised as ``recipe`` says."""
+    params, config = dict(bed.params), bed.config
+    if recipe.rotate:
+        config, params = untied(config, params)
+    batch = bed.calibration if recipe.needs_calibration else None
+    params, _ = quantize_params(bed.family, config, recipe, params, batch)
+    module = abstract_model(bed.family, config, recipe)
+    set_params(module, params)
+    return module
 
 
-def interval(correct: list[bool], draws: int = 2000) -> list[float]:
-    """95 % bootstrap interval of the mean."""
-    rng = np.random.default_rng(0)
-    hits = np.asarray(correct, float)
-    means = hits[rng.integers(0, hits.size, (draws, hits.size))].mean(1)
-    return [float(x) for x in np.quantile(means, [0.025, 0.975])]
+def measured(bed: Any, rows: list[Row], float_head: bool) -> Iterator[dict[str, Any]]:
+    """One JSON row after another."""
+    for row in progress(rows, "methods"):
+        began = time.monotonic()
+        module = quantised(bed, row.plan(float_head))
+        seconds = time.monotonic() - began
+        head = {k: getattr(row, k) for k in ("method", "group_size", "activations")}
+        yield head | bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
+        del module
+        gc.collect()
 
 
-def measure(bed: Bed, model: Model, samples: list[Sample]) -> dict[str, Any]:
-    """Exact match, its interval, and divergence from the float model."""
-    result = evaluate(model, samples, batch_size=100, max_new_tokens=8)
-    ours = bed.logits(model)
-    kl = (np.exp(bed.float_logits) * (bed.float_logits - ours)).sum(-1).mean()
-    error = np.linalg.norm(ours - bed.float_logits) / np.linalg.norm(bed.float_logits)
+def run_demo(draws: list[int | None], questions: int, rows: list[Row]) -> dict[str, Any]:
+    """The demo bed (``draws = [None]``) or the outlier bed; several draws are averaged."""
+    from benchmarks.demo_bed import DemoBed
+
+    tables = []
+    for draw in draws:
+        bed = DemoBed(questions, draw)
+        tables.append(list(measured(bed, rows, float_head=False)))
+    merged = []
+    for same in zip(*tables, strict=True):
+        row = dict(same[0])
+        for key in ("exact_match", "kl", "logit_error", "ci95"):
+            row[key] = np.mean([r[key] for r in same], axis=0).tolist()
+        if len(draws) > 1:
+            row["exact_match_by_draw"] = [r["exact_match"] for r in same]
+        merged.append(row)
     return {
-        "exact_match": result.score,
-        "ci95": interval(result.correct),
-        "kl": float(kl),
-        "logit_error": float(error),
+        "float_exact_match": bed.float_result["exact_match"],
+        "float_ci95": bed.float_result["ci95"],
+        "n": bed.n,
+        "draws": draws,
+        "rows": merged,
     }
 
 
-def run(bed: Bed) -> dict[str, Any]:
-    """Every method, static and where it is a reference dynamic."""
-    plans = [(name, "static", recipe) for name, recipe in METHODS.items()]
-    plans += [(name, "dynamic", dynamic(METHODS[name])) for name in WITH_DYNAMIC]
-    rows = []
-    for name, activations, recipe in progress(plans, "methods"):
-        row = {"method": name, "group_size": recipe.language.group_size, "activations": activations}
-        rows.append(row | measure(bed, bed.model(recipe), bed.samples))
-    floats = measure(bed, bed.float, bed.samples)
-    return {
-        "float_exact_match": floats["exact_match"],
-        "float_ci95": floats["ci95"],
-        "n": len(bed.samples),
-        "rows": rows,
-    }
+def run_text(windows: int, rows: list[Row]) -> dict[str, Any]:
+    """The smollm2 bed."""
+    from benchmarks.smollm2 import TextBed
+
+    bed = TextBed(windows)
+    floats = bed.evaluate(bed.float)["ppl"]
+    table = list(measured(bed, rows, float_head=True))
+    for row in table:
+        row["ratio"] = row["ppl"] / floats
+    return {"float_ppl": floats, "windows": windows, "rows": table}
 
 
 def table(result: dict[str, Any]) -> str:
-    titles = ("exact match", "95 % interval", "KL")
-    lines = [f"{'method':<14} {'activations':<12} {titles[0]:>12} {titles[1]:>16} {titles[2]:>9}"]
-    low, high = result["float_ci95"]
-    score = result["float_exact_match"]
-    lines.append(f"{'float':<14} {'-':<12} {score:>12.1%} {low:>8.1%} {high:>7.1%} {0:>9.4f}")
+    """The rows as text."""
+    text = "float_ppl" in result
+    if text:
+        lines = [f"float perplexity {result['float_ppl']:.3f}"]
+        titles = f"{'perplexity':>12} {'ratio':>8}"
+    else:
+        low, high = result["float_ci95"]
+        score = result["float_exact_match"]
+        lines = [f"float {score:.1%} ({low:.1%} to {high:.1%}) of {result['n']}"]
+        titles = f"{'exact match':>12} {'95 % interval':>16}"
+    lines.append(f"{'method':<20} {'group':>5} {'activations':<11} {titles} {'KL':>9} {'s':>6}")
     for r in result["rows"]:
-        low, high = r["ci95"]
-        lines.append(f"{r['method']:<14} {r['activations']:<12} {r['exact_match']:>12.1%} "
-                     f"{low:>8.1%} {high:>7.1%} {r['kl']:>9.4f}")  # fmt: skip
+        if text:
+            middle = f"{r['ppl']:>12.3f} {r['ratio']:>8.4f}"
+        else:
+            low, high = r["ci95"]
+            middle = f"{r['exact_match']:>12.1%} {low:>8.1%} {high:>7.1%}"
+        lines.append(
+            f"{r['method']:<20} {r['group_size'] or '-':>5} {r['activations']:<11} {middle} "
+            f"{r['kl']:>9.4f} {r['quantise_seconds']:>6.0f}"
+        )
     return "\n".join(lines)
 
 
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.accuracy", __doc__ or "")
     add = parser.add_argument
-    add("--bed", choices=("demo", "outlier"), default="demo", help="default demo")
-    add("--draw", type=int, default=0, metavar="SEED", help="random draw of the outlier bed")
-    add("--quick", action="store_true", help="100 questions instead of 500")
+    add("--bed", choices=("demo", "outlier", "smollm2"), default="demo", help="default demo")
+    add("--draws", type=int, default=2, metavar="N", help="random draws of the outlier bed "
+        "(default 2)")  # fmt: skip
+    add("--ablation", action="store_true", help="add the method's parts one by one")
+    add("--method", action="append", metavar="NAME", help="only rows of this name; repeatable")
+    add("--quick", action="store_true", help="a minute's version: 100 questions, one draw, "
+        "per-channel weights; smollm2: 8 windows, static rows of two methods")  # fmt: skip
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
     args = parser.parse_args(argv)
-    result = {"bed": args.bed, "draw": args.draw}
-    result |= run(Bed(args.bed, args.draw, 100 if args.quick else 500))
+    text = args.bed == "smollm2"
+    rows = ablation_rows() if args.ablation else method_rows(
+        (None,) if args.quick or not text else (None, GROUP)
+    )  # fmt: skip
+    if text and args.quick:
+        rows = [r for r in rows if r.method in ("rtn", "mquant") and r.activations == "static"]
+    if args.method:
+        rows = [r for r in rows if r.method in args.method]
+    result: dict[str, Any] = {"bed": args.bed}
+    if text:
+        result |= run_text(8 if args.quick else 48, rows)
+    else:
+        draws = list(range(1 if args.quick else args.draws)) if args.bed == "outlier" else [None]
+        result |= run_demo(draws, 100 if args.quick else 500, rows)
     if args.save:
         args.save.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result) if args.json else table(result))
