@@ -14,6 +14,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
+from models.llama.config import LlamaConfig
+from models.llama.modeling import Llama
+from models.llama.weights import weight_rules as llama_rules
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.modeling import Qwen2VL
 from models.qwen2_vl.weights import weight_rules
@@ -47,6 +50,26 @@ def golden_qwen2_vl(case: str) -> tuple[Qwen2VL, Qwen2VLConfig, Arrays, Arrays]:
     source = load_file(GOLDENS / "qwen2_vl" / case / "model.safetensors")
     model = nnx.eval_shape(lambda: Qwen2VL(config, rngs=nnx.Rngs(0)))
     set_params(model, {r.dst: r.apply(source[r.src]) for r in weight_rules(config)})
+    return model, config, inputs, outputs
+
+
+def golden_llama(family: str, **changes: Any) -> tuple[Llama, LlamaConfig, Arrays, Arrays]:
+    """The float model of a text-only golden (``llama`` or ``qwen2``), config, inputs, outputs.
+
+    ``changes`` to config.json keep the golden's weights where the names still exist; weights that
+    are new are random.
+    """
+    hf, inputs, outputs = golden(family, "public")
+    config = LlamaConfig.from_hf(hf | changes)
+    source = load_file(GOLDENS / family / "public" / "model.safetensors")
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    params = {}
+    for r in llama_rules(config):
+        if r.src not in source:
+            source[r.src] = rng.normal(0, 0.3, r.src_shape).astype(np.float32)
+        params[r.dst] = r.apply(source[r.src])
+    set_params(model, params)
     return model, config, inputs, outputs
 
 
