@@ -1,4 +1,4 @@
-"""What every multimodal model is made of, and what a family must bring.
+"""What every model is made of, and what a family must bring.
 
 ``ptq``, ``runtime`` and ``convert`` know models through this module alone.
 """
@@ -63,10 +63,11 @@ class Batch:
 class VLM(nnx.Module):
     """A vision module in front of a decoder. Families subclass it and build the two parts.
 
-    ``vision(VisionInput, runner) -> [N, M, hidden]`` gives the visual tokens of each row.
+    ``vision(VisionInput, runner) -> [N, M, hidden]`` gives the visual tokens of each row. A family
+    without pictures builds the decoder alone: ``vision`` stays ``None``, as in all its batches.
     """
 
-    vision: nnx.Module
+    vision: nnx.Module | None = None
     language: Decoder
 
     def embed(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
@@ -202,10 +203,13 @@ class Family:
         processor: ``(folder, config) -> Processor``.
         reference_batch: ``(config, arrays of a golden's inputs) -> Batch``.
         example_prompt: ``(config, text tokens, picture side in pixels) -> Prompt``: arbitrary
-            content of the asked size, for measurements; side 0 leaves the picture out.
+            content of the asked size, for measurements; side 0 leaves the picture out, and so
+            does a family without pictures.
         collate: ``(config, prompts) -> Batch`` without a tokenizer.
         streams: ``config -> Streams``, for fusing norms and rotating.
         canonical_name: a name in a checkpoint -> the name that the rules use (str -> str).
+        pictures: whether prompts may hold pictures; ``False`` for language models alone, which
+            cannot use the bundled calibration set.
     """
 
     name: str
@@ -219,6 +223,7 @@ class Family:
     collate: Callable[[Any, Sequence[Prompt]], Batch]
     streams: Callable[[Any], Streams]
     canonical_name: Callable[[str], str] = str
+    pictures: bool = True
 
 
 def bucket(n: int, multiple: int) -> int:

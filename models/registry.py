@@ -10,7 +10,11 @@ from models.base import Family
 from mquant_jax.errors import UserError
 
 # model_type in config.json -> package that exposes ``FAMILY``.
-_BY_MODEL_TYPE = {"qwen2_vl": "models.qwen2_vl"}
+_BY_MODEL_TYPE = {
+    "llama": "models.llama",
+    "qwen2": "models.llama",
+    "qwen2_vl": "models.qwen2_vl",
+}
 
 
 def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") -> Family:

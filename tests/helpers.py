@@ -14,6 +14,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
+from models.llama.config import LlamaConfig
+from models.llama.modeling import Llama
+from models.llama.weights import weight_rules as llama_rules
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.modeling import Qwen2VL
 from models.qwen2_vl.weights import weight_rules
@@ -56,6 +59,26 @@ def quantised(family, config, recipe: Recipe, params: dict[str, Any], batch) -> 
     model = abstract_model(family, config, recipe)
     set_params(model, dict(params))
     return np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
+
+
+def golden_llama(family: str, **changes: Any) -> tuple[Llama, LlamaConfig, Arrays, Arrays]:
+    """The float model of a text-only golden (``llama`` or ``qwen2``), config, inputs, outputs.
+
+    ``changes`` to config.json keep the golden's weights where the names still exist; weights that
+    are new are random.
+    """
+    hf, inputs, outputs = golden(family, "public")
+    config = LlamaConfig.from_hf(hf | changes)
+    source = load_file(GOLDENS / family / "public" / "model.safetensors")
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    params = {}
+    for r in llama_rules(config):
+        if r.src not in source:
+            source[r.src] = rng.normal(0, 0.3, r.src_shape).astype(np.float32)
+        params[r.dst] = r.apply(source[r.src])
+    set_params(model, params)
+    return model, config, inputs, outputs
 
 
 def random_quantised(config: Qwen2VLConfig, recipe: Recipe, seed: int = 0) -> Qwen2VL:

@@ -7,8 +7,6 @@ processor wants torch. Nothing here touches the network or runs code from the fo
 from __future__ import annotations
 
 import functools
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.base import Batch, Prompt
+from models.chat import ChatFolder, import_transformers
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.processing import Grid, collate
 from mquant_jax.errors import UserError
@@ -31,7 +30,7 @@ Message = Mapping[str, Any]
 Picture = tuple[Grid, np.ndarray]
 
 
-class Qwen2VLProcessor:
+class Qwen2VLProcessor(ChatFolder):
     """From pictures and text to a ``Batch``, and from tokens back to text.
 
     Args:
@@ -43,22 +42,13 @@ class Qwen2VLProcessor:
         UserError: a file is missing or unreadable, or the tokenizer is of another model.
     """
 
-    def __init__(self, folder: str | Path, config: Qwen2VLConfig):
-        self.folder, self.config = Path(folder), config
-        for name in ("tokenizer.json", "preprocessor_config.json"):
-            if not (self.folder / name).is_file():
-                raise UserError(f"{self.folder / name}: no such file (the processor needs it)")
+    config: Qwen2VLConfig
+    NEEDED = ("tokenizer.json", "preprocessor_config.json")
 
     @functools.cached_property
     def tokenizer(self):
         """The folder's tokenizer, its placeholder ids checked against the config's."""
-        transformers = _transformers()
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as e:  # the tokenizers library raises bare Exception
-            raise UserError(f"{self.folder / 'tokenizer.json'}: cannot be loaded: {e}") from e
+        tokenizer = super().tokenizer
         expected = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         for kind, token in PLACEHOLDERS.items():
             found = tokenizer.convert_tokens_to_ids(token)
@@ -72,7 +62,7 @@ class Qwen2VLProcessor:
     @functools.cached_property
     def image_processor(self):
         """The folder's image processor, checked against the config's patch sizes."""
-        kind = _transformers().Qwen2VLImageProcessorPil
+        kind = import_transformers().Qwen2VLImageProcessorPil
         path = self.folder / "preprocessor_config.json"
         try:
             processor = kind.from_pretrained(self.folder, local_files_only=True)
@@ -85,31 +75,6 @@ class Qwen2VLProcessor:
                     f"the model's config says {getattr(self.config, key)}"
                 )
         return processor
-
-    @functools.cached_property
-    def chat_template(self) -> str | None:
-        """The folder's Jinja template; ``None`` when it has none."""
-        if self.tokenizer.chat_template:
-            return self.tokenizer.chat_template
-        template = _read_json(self.folder / "chat_template.json").get("chat_template")
-        return template if isinstance(template, str) else None
-
-    @functools.cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: generation_config.json, config.json, then the tokenizer."""
-        for name in ("generation_config.json", "config.json"):
-            data = _read_json(self.folder / name)
-            eos = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
-            if eos is not None:
-                return (eos,) if isinstance(eos, int) else tuple(eos)
-        eos = self.tokenizer.eos_token_id
-        return () if eos is None else (eos,)
-
-    @property
-    def pad_id(self) -> int:
-        """The tokenizer's padding token (any id does: padding is masked)."""
-        pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else pad
 
     def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
         """One user turn in the chat template.
@@ -166,28 +131,10 @@ class Qwen2VLProcessor:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""
         return collate(prompts, self.config, self.pad_id, pad_to)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, no special tokens added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens removed."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
-
     def _render(self, chat: list[dict[str, Any]]) -> str:
         if self.chat_template is None:
             return render_published(chat)
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                chat,
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except TemplateError as e:
-            raise UserError(f"{self.folder}: the chat template fails: {e}") from e
+        return self.render(chat, self.chat_template)
 
     def _expand(self, ids: Sequence[int], pictures: Mapping[int, Iterator[Picture]]) -> Prompt:
         """Repeat each placeholder once per visual token of its picture."""
@@ -234,14 +181,6 @@ class Qwen2VLProcessor:
         clip = np.concatenate([stills, padding])
         clip = clip.reshape(-1, slots, *clip.shape[1:]).transpose(0, 2, 3, 1, 4, 5)
         return (len(clip), h, w), np.ascontiguousarray(clip).reshape(-1, 3 * slots * size**2)
-
-
-def _transformers():
-    """The library, imported late (it takes a second) and kept from advising to install torch."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
-
-    return transformers
 
 
 def load_image(image: Any, name: str) -> Image.Image:
@@ -327,16 +266,3 @@ def _check_count(who: str, kind: str, places: int, pictures: Sequence[Any]) -> N
 def _grid(row: np.ndarray) -> Grid:
     t, h, w = (int(n) for n in row)
     return t, h, w
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's object; empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON: {e}") from e
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return data

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from models.language import decoder_attention, decoder_hidden, decoder_stream
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.streams import Hidden, Read, Stream, Streams, ValueOutput
 
-_V, _L = "vision/layers/*", "language/layers/*"
+_V = "vision/layers/*"
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -25,25 +26,15 @@ def streams(config: Qwen2VLConfig) -> Streams:
                 ),
                 centred=True,
             ),
-            Stream(
-                "language",
-                language.hidden_size,
-                tables=("language/embedding",),
-                writers=("vision/merger/fc2", f"{_L}/o_proj", f"{_L}/down_proj"),
-                reads=(
-                    Read(f"{_L}/attn_norm", tuple(f"{_L}/{n}" for n in _QKV)),
-                    Read(f"{_L}/mlp_norm", (f"{_L}/gate_proj", f"{_L}/up_proj")),
-                    Read("language/norm", ("language/head",)),
-                ),
-            ),
+            decoder_stream(language, "vision/merger/fc2"),
         ),
         attentions=(
             ValueOutput(f"{_V}/v_proj", f"{_V}/o_proj", vision.head_dim),
-            ValueOutput(f"{_L}/v_proj", f"{_L}/o_proj", language.head_dim),
+            decoder_attention(language),
         ),
         hiddens=(
             Hidden(f"{_V}/fc2", vision.intermediate_size),
             Hidden("vision/merger/fc2", vision.hidden_size * config.merge_size**2),
-            Hidden(f"{_L}/down_proj", language.intermediate_size, f"{_L}/up_proj"),
+            decoder_hidden(language),
         ),
     )

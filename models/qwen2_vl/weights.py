@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from models.base import WeightRule
+from models.language import decoder_rules, dense_rules, direct
 from models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.params import Params
 
 
 def weight_rules(config: Qwen2VLConfig) -> list[WeightRule]:
     """One rule per tensor of our model (a fused source appears in several rules)."""
-    return [*_vision(config), *_language(config)]
+    return [*_vision(config), *decoder_rules(config.language)]
 
 
 def canonical_name(name: str) -> str:
@@ -29,19 +30,9 @@ def ignored(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name.endswith("rotary_pos_emb.inv_freq")
 
 
-def _rule(dst: str, src: str, *shape: int) -> WeightRule:
-    return WeightRule(dst, src, shape, shape)
-
-
-def _dense(dst: str, src: str, out: int, into: int, bias: bool = True) -> Iterator[WeightRule]:
-    yield _rule(f"{dst}/kernel", f"{src}.weight", out, into)
-    if bias:
-        yield _rule(f"{dst}/bias", f"{src}.bias", out)
-
-
 def _norm(dst: str, src: str, width: int) -> Iterator[WeightRule]:
-    yield _rule(f"{dst}/weight", f"{src}.weight", width)
-    yield _rule(f"{dst}/bias", f"{src}.bias", width)
+    yield direct(f"{dst}/weight", f"{src}.weight", width)
+    yield direct(f"{dst}/bias", f"{src}.bias", width)
 
 
 def _vision(config: Qwen2VLConfig) -> Iterator[WeightRule]:
@@ -65,37 +56,17 @@ def _vision(config: Qwen2VLConfig) -> Iterator[WeightRule]:
                     (3 * d, *tail),
                     rows=(part, 3),
                 )
-        yield from _dense(f"{dst}/o_proj", f"{src}.attn.proj", d, d)
-        yield from _dense(f"{dst}/fc1", f"{src}.mlp.fc1", v.intermediate_size, d)
-        yield from _dense(f"{dst}/fc2", f"{src}.mlp.fc2", d, v.intermediate_size)
+        yield from dense_rules(f"{dst}/o_proj", f"{src}.attn.proj", d, d)
+        yield from dense_rules(f"{dst}/fc1", f"{src}.mlp.fc1", v.intermediate_size, d)
+        yield from dense_rules(f"{dst}/fc2", f"{src}.mlp.fc2", d, v.intermediate_size)
         yield from _norm(f"{dst}/attn_norm", f"{src}.norm1", d)
         yield from _norm(f"{dst}/mlp_norm", f"{src}.norm2", d)
     merged = d * config.merge_size**2
     yield from _norm("vision/merger/norm", "visual.merger.ln_q", d)
-    yield from _dense("vision/merger/fc1", "visual.merger.mlp.0", merged, merged)
-    yield from _dense(
+    yield from dense_rules("vision/merger/fc1", "visual.merger.mlp.0", merged, merged)
+    yield from dense_rules(
         "vision/merger/fc2", "visual.merger.mlp.2", config.language.hidden_size, merged
     )
-
-
-def _language(config: Qwen2VLConfig) -> Iterator[WeightRule]:
-    c = config.language
-    d, inner = c.hidden_size, c.intermediate_size
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    yield _rule("language/embedding", "model.embed_tokens.weight", c.vocab_size, d)
-    for i in range(c.num_layers):
-        dst, src = f"language/layers/{i}", f"model.layers.{i}"
-        yield _rule(f"{dst}/attn_norm/weight", f"{src}.input_layernorm.weight", d)
-        yield _rule(f"{dst}/mlp_norm/weight", f"{src}.post_attention_layernorm.weight", d)
-        for name, width in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-            yield from _dense(f"{dst}/{name}", f"{src}.self_attn.{name}", width, d, c.qkv_bias)
-        yield from _dense(f"{dst}/o_proj", f"{src}.self_attn.o_proj", d, q, bias=False)
-        yield from _dense(f"{dst}/gate_proj", f"{src}.mlp.gate_proj", inner, d, bias=False)
-        yield from _dense(f"{dst}/up_proj", f"{src}.mlp.up_proj", inner, d, bias=False)
-        yield from _dense(f"{dst}/down_proj", f"{src}.mlp.down_proj", d, inner, bias=False)
-    yield _rule("language/norm/weight", "model.norm.weight", d)
-    if not c.tied_head:
-        yield _rule("language/head/kernel", "lm_head.weight", c.vocab_size, d)
 
 
 def export_hf(config: Qwen2VLConfig, params: Params) -> dict[str, np.ndarray]:

@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps({"machine": machine(), **setup, "rows": table, "ratios": ratios}))
         return OK
-    print(f"prompt {tokens} tokens (with the picture's), batch {args.batch}, {machine()['device']}")
+    pictured = " (with the picture's)" if prompt.grids else ""
+    print(f"prompt {tokens} tokens{pictured}, batch {args.batch}, {machine()['device']}")
     titles = ("prefill tok/s", "spread", "decode tok/s", "spread")
     print(f"\n{'variant':<12} {titles[0]:>14} {titles[1]:>7} {titles[2]:>13} {titles[3]:>7}")
     for r in table:

@@ -15,7 +15,7 @@ from mquant_jax.nn.cache import KVCache, empty_cache, key_order
 from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.rope import apply_rope, multi_axis_angles
+from mquant_jax.nn.rope import Llama3Scaling, apply_rope, multi_axis_angles
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, stack_layers
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.attention import attend
@@ -43,6 +43,9 @@ class DecoderConfig:
     max_positions: int
     qkv_bias: bool
     tied_head: bool
+    o_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: Llama3Scaling | None = None
 
 
 @partial(
@@ -86,16 +89,16 @@ class DecoderBlock(nnx.Module):
         self.k_proj = dense(d, kv, bias=cfg.qkv_bias)
         self.v_proj = dense(d, kv, bias=cfg.qkv_bias)
         self.attn_out = point("attn_out")
-        self.o_proj = dense(q, d, bias=False)
+        self.o_proj = dense(q, d, bias=cfg.o_bias)
         self.mlp_norm = RMSNorm(d, cfg.norm_eps, place.dtype)
         self.mlp_in = point("mlp_in")
-        self.gate_proj = dense(d, cfg.intermediate_size, bias=False)
-        self.up_proj = dense(d, cfg.intermediate_size, bias=False)
+        self.gate_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.up_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
         # The signs of the rotation are folded into up_proj.
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = point("mlp_hidden", rotation=rotation and rotation.unsigned)
         hidden = rotation.n if rotation else cfg.intermediate_size
-        self.down_proj = dense(hidden, d, bias=False, split=place.split)
+        self.down_proj = dense(hidden, d, bias=cfg.mlp_bias, split=place.split)
 
     def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):
         """Normed, projected and rotated ``q [B, heads, T, d]``, ``k`` and ``v [B, kv, T, d]``."""
@@ -212,7 +215,9 @@ class Decoder(nnx.Module):
         ``keys``: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
         """
         cfg = self.cfg
-        angles = multi_axis_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections)
+        angles = multi_axis_angles(
+            positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling
+        )
         keys = key_order(order) if keys is None else keys
         return DecoderContext(angles, keys[:, None, :] <= order[:, :, None], token_class)
 

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def frequencies(dim: int, theta: float) -> np.ndarray:
-    """``theta ** (-2j / dim)`` for ``j < dim/2``, float32 ``[dim/2]``."""
-    return (theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3's longer context: slow rotations are slowed down further, fast ones stay.
+
+    A slot whose wavelength is more than ``original / low`` positions turns ``factor`` times
+    slower; one of less than ``original / high`` is left alone; in between the two are blended.
+
+    Attributes:
+        factor: how much longer the context became.
+        low, high: wavelengths per original context that bound the blend; ``low < high``.
+        original: the context before the change, in positions.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+    def __call__(self, freq: np.ndarray) -> np.ndarray:
+        """float64 frequencies, scaled."""
+        turns = self.original * freq / (2 * np.pi)  # of one slot over the original context
+        kept = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return kept * freq + (1 - kept) * freq / self.factor
+
+
+def frequencies(dim: int, theta: float, scaling: Llama3Scaling | None = None) -> np.ndarray:
+    """``theta ** (-2j / dim)`` for ``j < dim/2``, then scaled; float32 ``[dim/2]``."""
+    freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    return (freq if scaling is None else scaling(freq)).astype(np.float32)
 
 
 def multi_axis_angles(
-    positions: jax.Array, dim: int, theta: float, sections: tuple[int, ...]
+    positions: jax.Array,
+    dim: int,
+    theta: float,
+    sections: tuple[int, ...],
+    scaling: Llama3Scaling | None = None,
 ) -> jax.Array:
     """Angles of M-RoPE: contiguous chunks of the frequency slots follow different position streams.
 
@@ -22,13 +54,14 @@ def multi_axis_angles(
         dim: head width.
         theta: base.
         sections: slots per stream; they add up to ``dim / 2``. One section is ordinary rope.
+        scaling: of the frequencies.
 
     Returns:
         float32 ``[B, T, dim/2]``.
     """
     stream = np.repeat(np.arange(len(sections)), sections)
     per_slot = positions.astype(jnp.float32)[stream]  # [dim/2, B, T]
-    return jnp.moveaxis(per_slot, 0, -1) * frequencies(dim, theta)
+    return jnp.moveaxis(per_slot, 0, -1) * frequencies(dim, theta, scaling)
 
 
 def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:

@@ -200,7 +200,8 @@ class QuantizingRunner(Runner):
         if observer == "output" and weights:
             gram = sum(w.T @ w for w in weights)
         groups = self.class_groups(path)
-        if (VISUAL,) in groups and seen.hists[VISUAL].empty and hasattr(self.target, "vision"):
+        multimodal = getattr(self.target, "vision", None) is not None
+        if multimodal and (VISUAL,) in groups and seen.hists[VISUAL].empty:
             raise UserError(
                 f"calibration data holds no visual tokens (seen at {path}); "
                 "static scales need prompts with pictures and text"

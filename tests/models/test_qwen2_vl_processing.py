@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from models.base import bucket
 from models.qwen2_vl.config import Qwen2VLConfig
@@ -24,6 +23,7 @@ from models.qwen2_vl.processor import Qwen2VLProcessor, load_image
 from models.qwen2_vl.weights import weight_rules
 from mquant_jax.errors import UserError
 from tests.helpers import GOLDENS, golden
+from tests.hf_folders import write_tokenizer
 
 CASE = GOLDENS / "qwen2_vl" / "public"
 CONFIG = Qwen2VLConfig.from_hf(golden("qwen2_vl", "public")[0])
@@ -34,32 +34,13 @@ SPECIAL = (
 IMAGE, VIDEO = CONFIG.image_token_id, CONFIG.video_token_id
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte tokenizer whose special ids are those of the golden's config (384 onwards)."""
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces += [f"<filler {i}>" for i in range(384 - len(pieces))]
-    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": "<|im_end|>",
-                "pad_token": "<|endoftext|>",
-            }
-        )
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("qwen2_vl")
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(CASE / name, folder / name)
-    write_tokenizer(folder)
+    eos = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    write_tokenizer(folder, SPECIAL, first=384, **eos)
     return folder
 
 

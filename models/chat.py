@@ -1,0 +1,122 @@
+"""What processors share: the tokenizer and chat template of a model's folder.
+
+Nothing here touches the network or runs code from the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mquant_jax.errors import UserError
+
+
+class ChatFolder:
+    """Chats to text and tokens, tokens to text, as the files of a folder say.
+
+    Args:
+        folder: holds tokenizer.json, and as published tokenizer_config.json,
+            generation_config.json and the chat template.
+        config: the model's config.
+
+    Raises:
+        UserError: a needed file is missing; at first use: it is unreadable.
+    """
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
+
+    def __init__(self, folder: str | Path, config: Any):
+        self.folder, self.config = Path(folder), config
+        for name in self.NEEDED:
+            if not (self.folder / name).is_file():
+                raise UserError(f"{self.folder / name}: no such file (the processor needs it)")
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The folder's tokenizer.
+
+        The general class takes tokenizer.json as it is; those that AutoTokenizer chooses rebuild
+        parts of it, such as how digits are split, by the name in tokenizer_config.json.
+        """
+        kind = import_transformers().PreTrainedTokenizerFast
+        try:
+            return kind.from_pretrained(self.folder, local_files_only=True)
+        except Exception as e:  # the tokenizers library raises bare Exception
+            raise UserError(f"{self.folder / 'tokenizer.json'}: cannot be loaded: {e}") from e
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The folder's Jinja template; ``None`` when it has none."""
+        if self.tokenizer.chat_template:
+            return self.tokenizer.chat_template
+        template = read_json(self.folder / "chat_template.json").get("chat_template")
+        return template if isinstance(template, str) else None
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: generation_config.json, config.json, then the tokenizer."""
+        for name in ("generation_config.json", "config.json"):
+            data = read_json(self.folder / name)
+            eos = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
+            if eos is not None:
+                return (eos,) if isinstance(eos, int) else tuple(eos)
+        eos = self.tokenizer.eos_token_id
+        return () if eos is None else (eos,)
+
+    @property
+    def pad_id(self) -> int:
+        """The tokenizer's padding token (any id does: padding is masked)."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else pad
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, no special tokens added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens removed."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def render(self, chat: list[dict[str, Any]], template: str) -> str:
+        """The text of a chat that the assistant is to go on with.
+
+        Raises:
+            UserError: the template fails.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as e:
+            raise UserError(f"{self.folder}: the chat template fails: {e}") from e
+
+
+def import_transformers():
+    """The library, imported late (it takes a second) and kept from advising to install torch."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object; empty when there is no such file.
+
+    Raises:
+        UserError: it holds no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid JSON: {e}") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return data

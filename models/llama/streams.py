@@ -1,0 +1,13 @@
+"""The one residual stream of Llama and Qwen2, for fusing and rotating."""
+
+from __future__ import annotations
+
+from models.language import decoder_attention, decoder_hidden, decoder_stream
+from models.llama.config import LlamaConfig
+from models.streams import Streams
+
+
+def streams(config: LlamaConfig) -> Streams:
+    """Token embeddings to head."""
+    c = config.language
+    return Streams((decoder_stream(c),), (decoder_attention(c),), (decoder_hidden(c),))

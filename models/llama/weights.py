@@ -1,0 +1,17 @@
+"""The published tensor names of Llama and Qwen2 -> ours."""
+
+from __future__ import annotations
+
+from models.base import WeightRule
+from models.language import decoder_rules
+from models.llama.config import LlamaConfig
+
+
+def weight_rules(config: LlamaConfig) -> list[WeightRule]:
+    """One rule per tensor of our model."""
+    return list(decoder_rules(config.language))
+
+
+def ignored(name: str) -> bool:
+    """Tables that older checkpoints store and that are computed here."""
+    return name.endswith("rotary_emb.inv_freq")
