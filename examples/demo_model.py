@@ -21,6 +21,8 @@ PATCH, MERGE, GRID = 14, 2, demo_tasks.SIZE // 14
 SIDE = GRID // MERGE  # visual tokens along each side
 VISUAL = SIDE * SIDE
 LENGTH = 32  # tokens of the longest prompt with its answer
+YES_NO = ("no", "yes")
+PLACE_CLASSES = (4, 4, 4, 4, 3, 4, 4)  # of the labels that ``Collator.places`` gives
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 # Normalised value of every uint8 in each channel, [3, 256].
@@ -89,7 +91,7 @@ class Collator:
 
     ``answer`` is int32 ``[N, T]``, the token that should follow, -1 where there is no loss;
     ``cells`` is int32 ``[N, 9, 6]``, where each visual token is and what it shows; ``places`` is
-    int32 ``[N, T, 4]``, see :meth:`places`.
+    int32 ``[N, T, 7]``, see :meth:`places`.
     """
 
     def __init__(self) -> None:
@@ -114,27 +116,35 @@ class Collator:
         """Token ids of ``text``; special tokens are recognised."""
         return self.tokenizer.encode(text).ids
 
-    def places(self, ids: list[int], cells: np.ndarray) -> np.ndarray:
-        """Where the item lies that each token of a question names, int32 ``[T, 4]``.
+    def places(self, ids: list[int], sample: demo_tasks.Sample) -> np.ndarray:
+        """What a question's tokens that name an item should know, int32 ``[T, 7]``; -1: nothing.
 
-        Column and row, from 1; then 1, 2 or 3 for lying before, level with or after the item named
-        before it, along columns and along rows. -1 where a token names no item, or several, and
-        where none was named before.
+        Where the item lies: column and row, from 1. Whether it lies before, level with or after the
+        item named before it (1, 2, 3), along columns and along rows; and whether the answer is no
+        or yes (1, 2). Where the item lies that answers the question, if it asks for one.
         """
-        out = np.full((len(ids), 4), -1, np.int32)
-        named: list[np.ndarray] = []
+        out = np.full((len(ids), len(PLACE_CLASSES)), -1, np.int32)
+        wanted = np.full(2, -1)
+        if sample.task == "relation" and sample.answer not in YES_NO:
+            wanted = self._place(self.encode(sample.answer)[-1], sample.cells)
+        first = None
         for at, token in enumerate(ids):
-            column, label = self.names.get(token, (2, -1))
-            found = np.flatnonzero(cells[:, column] == label)
-            if len(found) != 1:
+            here = self._place(token, sample.cells)
+            if here is None:
                 continue
-            here = cells[found[0], :2]
-            out[at, :2] = here
-            others = [there for there in named if (there != here).any()]
-            if others:
-                out[at, 2:] = np.sign(here - others[-1]) + 2
-            named.append(here)
+            out[at, :2], out[at, 5:] = here, wanted
+            first = here if first is None else first
+            if (first != here).any():
+                out[at, 2:4] = np.sign(here - first) + 2
+                if sample.answer in YES_NO:
+                    out[at, 4] = YES_NO.index(sample.answer) + 1
         return out
+
+    def _place(self, token: int, cells: np.ndarray) -> np.ndarray | None:
+        """Column and row, from 1, of the one item that a word names."""
+        column, label = self.names.get(token, (2, -1))
+        found = np.flatnonzero(cells[:, column] == label)
+        return cells[found[0], :2] if len(found) == 1 else None
 
     def __call__(self, samples: list[demo_tasks.Sample]) -> Pair:
         n = len(samples)
@@ -144,7 +154,7 @@ class Collator:
         token_class = np.full((n, LENGTH), -1, np.int32)
         visual_index = np.zeros((n, LENGTH), np.int32)
         targets = np.full((n, LENGTH), -1, np.int32)
-        places = np.full((n, LENGTH, 4), -1, np.int32)
+        places = np.full((n, LENGTH, len(PLACE_CLASSES)), -1, np.int32)
         first = self.start + VISUAL  # first token after the picture
         for i, s in enumerate(samples):
             answer = self.encode(s.answer) + self.end
@@ -163,7 +173,7 @@ class Collator:
             visual_index[i, picture] = i * VISUAL + np.arange(VISUAL)
             targets[i, LENGTH - 1 - len(answer) : LENGTH - 1] = answer
             asked = slice(pad + first, LENGTH - len(answer))
-            places[i, asked] = self.places(ids[i, asked].tolist(), s.cells)
+            places[i, asked] = self.places(ids[i, asked].tolist(), s)
         vision = VisionInput(
             patches=patchify(np.stack([s.image for s in samples])),
             coords=np.broadcast_to(patch_coords(), (n, GRID * GRID, 2)),

@@ -33,7 +33,7 @@ from flax import nnx
 from convert.plan import plan
 from convert.reader import Reader
 from examples import demo_tasks
-from examples.demo_model import Collator, Pair, export, hf_config
+from examples.demo_model import PLACE_CLASSES, Collator, Pair, export, hf_config
 from models.base import Batch
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.modeling import Qwen2VL
@@ -142,7 +142,8 @@ def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Arr
     """Mean cross-entropy over the answer tokens, plus ``hint`` times that of the two hints.
 
     Linear heads, used in training only, tell from each visual token where its cell is and what it
-    shows, and from each word of a question that names an item where that is. Without the first
+    shows, and from each word of a question that names an item where that is, how it lies to the
+    item named before, and what follows for the answer. Without the first
     the vision tower, which knows only relative positions, finds out far more slowly what matters in
     a picture; without the second the decoder does not find out how to compare places.
 
@@ -157,7 +158,7 @@ def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Arr
     cells = hint_loss(
         params["cells"], listener.visual, targets["cells"], demo_tasks.CELL_CLASSES
     )
-    places = hint_loss(params["places"], listener.thoughts, targets["places"], (4,) * 4)
+    places = hint_loss(params["places"], listener.thoughts, targets["places"], PLACE_CLASSES)
     return loss + hint * (cells + places), (loss, cells, places)
 
 
@@ -267,7 +268,7 @@ def train(args: argparse.Namespace) -> None:
         set_params(model, {n: v.astype(np.float32) for n, v in todo.read(start).items()})
     graphdef, params = nnx.split(model)
     params = {"model": params if args.init else training_init(params, config)}
-    for name, outputs in (("cells", sum(demo_tasks.CELL_CLASSES)), ("places", 16)):
+    for name, outputs in (("cells", sum(demo_tasks.CELL_CLASSES)), ("places", sum(PLACE_CLASSES))):
         kernel = jnp.zeros((config["hidden_size"], outputs))
         params[name] = {"kernel": kernel, "bias": jnp.zeros(outputs)}
     opt_state = optimizer().init(params)

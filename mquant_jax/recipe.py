@@ -18,6 +18,7 @@ _CHOICES = {
     "criterion": ("none", "paper", "measured"),
     "activations": ("static", "dynamic", "none"),
     "method": ("gptq", "rtn"),
+    "inputs": ("quantised", "float"),
     "observer": ("minmax", "percentile", "mse", "output"),
 }
 
@@ -57,6 +58,8 @@ class Weights:
     Attributes:
         method: ``gptq``, or ``rtn``: round to nearest.
         clip: search a per-channel clip of least error before rounding.
+        inputs: GPTQ works with what the layers before deliver once they are ``quantised``, or
+            with what they deliver in ``float``.
         act_order: GPTQ takes the columns with the largest inputs first.
         asymmetry: share (0 to 1) of the difference between the float model's inputs and the
             quantised model's that GPTQ makes up for (GPTAQ).
@@ -67,10 +70,15 @@ class Weights:
 
     method: str = "rtn"
     clip: bool = True
+    inputs: str = "quantised"
     act_order: bool = True
     asymmetry: float = 0.0
     refit: int = 0
     visual_weight: float = 1.0
+
+    @property
+    def needs_float_inputs(self) -> bool:
+        return self.method == "gptq" and (self.asymmetry > 0 or self.inputs == "float")
 
 
 @dataclasses.dataclass(frozen=True)

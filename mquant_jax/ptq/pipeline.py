@@ -86,13 +86,13 @@ def quantize_params(
             params, strengths = smooth_params(params, streams, recipe, look, section_of)
             report["smoothing"] = strengths
             look = StatisticsRunner()
-        if recipe.sink_class or recipe.weights.asymmetry:
+        if recipe.sink_class or recipe.weights.needs_float_inputs:
             run(params, look)
         if recipe.sink_class:
             found = sinks_of(look, batch)
             report["sinks"] = dict(zip(("positions", "ids"), found, strict=True))
             done = sink_rule(*found)
-        inputs = look.inputs if recipe.weights.asymmetry else None
+        inputs = look.inputs if recipe.weights.needs_float_inputs else None
         runner = QuantizingRunner(target, recipe, section_of, progress, inputs)
         run(params | done, runner)
         done, report = done | runner.params, report | runner.report

@@ -249,14 +249,16 @@ class QuantizingRunner(Runner):
                     seen.samples[c].add(array[cls == c])
             if not with_hessian:
                 continue
-            weight = jnp.asarray(importance[cls])
-            if seen.hessian is None:
-                seen.hessian = jnp.zeros((value.shape[-1],) * 2, jnp.float32)
-            seen.hessian = accumulate(seen.hessian, value, weight)
-            if part.twin is not None and options.asymmetry:
+            weight, twin = jnp.asarray(importance[cls]), None
+            if part.twin is not None:
                 (graph, own), twin_args = part.twin
                 twin_part = jax.tree.map(lambda a, r=rows: a[r], twin_args)
                 twin = run_tapped(graph, own, *twin_part)[1][point]
+            value = twin if options.inputs == "float" else value
+            if seen.hessian is None:
+                seen.hessian = jnp.zeros((value.shape[-1],) * 2, jnp.float32)
+            seen.hessian = accumulate(seen.hessian, value, weight)
+            if options.asymmetry and options.inputs == "quantised":
                 if seen.cross is None:
                     seen.cross = jnp.zeros_like(seen.hessian)
                 difference = options.asymmetry * (twin - value)
