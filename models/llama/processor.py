@@ -26,7 +26,7 @@ class LlamaProcessor(ChatFolder):
         if len(images) or len(videos):
             raise UserError(
                 f"{self.folder}: this is a language model without a vision part; "
-                f"leave out the {len(images)} images and {len(videos)} videos"
+                f"leave the pictures out (images: {len(images)}, videos: {len(videos)})"
             )
         if self.chat_template is None:
             return self._checked(self.tokenizer(text)["input_ids"])
