@@ -14,7 +14,7 @@ from flax import nnx
 
 from convert.plan import Plan, plan
 from convert.reader import Reader
-from models.base import Batch, Family, Processor, Prompt
+from models.base import Batch, Family
 from models.registry import family_for
 from mquant_jax.atomic import check_destination
 from mquant_jax.checkpoint import MANIFEST, save
@@ -22,7 +22,6 @@ from mquant_jax.cli_support import OK, Parser, progress, run_cli, warn
 from mquant_jax.errors import UserError
 from mquant_jax.presets import METHODS, PRESETS, resolve_recipe
 from mquant_jax.recipe import SECTIONS, Recipe
-from mquant_jax.samples import read_samples
 
 
 def presets_table() -> str:
@@ -144,25 +143,10 @@ def _calibration_batch(
         if path is not None:
             warn(f"--calibration is not used: recipe {recipe.name!r} needs no data")
         return None
-    processor = family.processor(src, todo.config)
-    if not family.pictures:
-        return processor.collate(_text_calibration(path, processor, recipe))
     from mquant_jax.ptq.calibration_data import load_calibration
 
-    return processor.collate(load_calibration(path, processor, recipe.calibration.max_samples))
-
-
-def _text_calibration(path: Path | None, processor: Processor, recipe: Recipe) -> list[Prompt]:
-    """Calibration prompts with answers for a model without pictures."""
-    from mquant_jax.ptq.calibration_data import with_answer
-
-    if path is None:
-        raise UserError(
-            f"recipe {recipe.name!r} needs calibration text: pass --calibration FILE.jsonl with "
-            'lines {"question": ..., "answer": ...}; the bundled set is about pictures'
-        )
-    samples = read_samples(path, recipe.calibration.max_samples)
-    return [with_answer(sample, processor) for sample in samples]
+    processor, limit = family.processor(src, todo.config), recipe.calibration.max_samples
+    return processor.collate(load_calibration(path, processor, limit, family.pictures))
 
 
 def _summary(dst: Path, manifest: dict[str, Any]) -> str:

@@ -16,7 +16,6 @@ from models.llama.config import LlamaConfig
 from models.llama.processor import LlamaProcessor
 from mquant_jax import cli
 from mquant_jax.errors import UserError
-from mquant_jax.presets import PRESETS
 from tests.helpers import GOLDENS, golden
 from tests.hf_folders import write_tokenizer
 
@@ -131,13 +130,12 @@ def test_convert_and_verify(family, tmp_path, capsys) -> None:
 
 
 def test_a_text_only_checkpoint_through_the_commands(folder, tmp_path, capsys) -> None:
-    text, recipe, dst = tmp_path / "text.jsonl", tmp_path / "recipe.json", str(tmp_path / "dst")
+    text, dst = tmp_path / "text.jsonl", str(tmp_path / "dst")
     rows = [{"question": f"Count to {i}.", "answer": " ".join("123456"[:i])} for i in range(1, 7)]
     text.write_text("\n".join(map(json.dumps, rows)))
-    recipe.write_text(json.dumps(PRESETS["w4a8"].to_json() | {"modality_scales": False}))
-    assert hf_to_flax.main([str(folder), dst, "--recipe", str(recipe)]) == 2
+    assert hf_to_flax.main([str(folder), dst, "--recipe", "w4a8"]) == 2
     assert "--calibration" in capsys.readouterr().err
-    args = [str(folder), dst, "--recipe", str(recipe), "--calibration", str(text)]
+    args = [str(folder), dst, "--recipe", "w4a8", "--calibration", str(text)]
     assert hf_to_flax.main(args) == 0
     assert isinstance(mq.load(dst).generate(prompt="Hello", max_new_tokens=3), str)
     capsys.readouterr()
