@@ -21,6 +21,7 @@ PATCH, MERGE, GRID = 14, 2, demo_tasks.SIZE // 14
 SIDE = GRID // MERGE  # visual tokens along each side
 VISUAL = SIDE * SIDE
 LENGTH = 32  # tokens of the longest prompt with its answer
+EARLY = 8  # tokens before an answer that are asked for its beginning already
 YES_NO = ("no", "yes")
 PLACE_CLASSES = (4, 4, 4, 4, 3, 4, 4)  # of the labels that ``Collator.places`` gives
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -90,6 +91,7 @@ class Collator:
     """Turns samples into a left-padded ``Batch`` with its targets.
 
     ``answer`` is int32 ``[N, T]``, the token that should follow, -1 where there is no loss;
+    ``early`` is int32 ``[N, T]``, the answer's first token at the ends of the questions;
     ``cells`` is int32 ``[N, 9, 6]``, where each visual token is and what it shows; ``places`` is
     int32 ``[N, T, 7]``, see :meth:`places`.
     """
@@ -154,6 +156,7 @@ class Collator:
         token_class = np.full((n, LENGTH), -1, np.int32)
         visual_index = np.zeros((n, LENGTH), np.int32)
         targets = np.full((n, LENGTH), -1, np.int32)
+        early = np.full((n, LENGTH), -1, np.int32)
         places = np.full((n, LENGTH, len(PLACE_CLASSES)), -1, np.int32)
         first = self.start + VISUAL  # first token after the picture
         for i, s in enumerate(samples):
@@ -172,6 +175,8 @@ class Collator:
             token_class[i, picture] = 1
             visual_index[i, picture] = i * VISUAL + np.arange(VISUAL)
             targets[i, LENGTH - 1 - len(answer) : LENGTH - 1] = answer
+            last = LENGTH - 1 - len(answer)
+            early[i, last - EARLY : last] = answer[0]
             asked = slice(pad + first, LENGTH - len(answer))
             places[i, asked] = self.places(ids[i, asked].tolist(), s)
         vision = VisionInput(
@@ -188,7 +193,7 @@ class Collator:
             vision=vision,
         )
         cells = np.stack([s.cells for s in samples])
-        return batch, {"answer": targets, "cells": cells, "places": places}
+        return batch, {"answer": targets, "early": early, "cells": cells, "places": places}
 
 
 def export(model: Qwen2VL, folder: Path) -> None:

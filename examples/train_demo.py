@@ -139,27 +139,32 @@ def hint_loss(head: Any, x: jax.Array, labels: jax.Array, classes: tuple[int, ..
 
 
 def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Array], hint: float):
-    """Mean cross-entropy over the answer tokens, plus ``hint`` times that of the two hints.
+    """Mean cross-entropy over the answer tokens, plus ``hint`` times that of three hints.
 
     Linear heads, used in training only, tell from each visual token where its cell is and what it
     shows, and from each word of a question that names an item where that is, how it lies to the
-    item named before, and what follows for the answer. Without the first
-    the vision tower, which knows only relative positions, finds out far more slowly what matters in
-    a picture; without the second the decoder does not find out how to compare places.
+    item named before, and what follows for the answer. Without the first the vision tower, which
+    knows only relative positions, finds out far more slowly what matters in a picture; without the
+    second the decoder does not find out how to compare places. And the last tokens of a question
+    are asked for the answer's first token already, which helps to carry over what the question's
+    words have found out.
 
     Returns:
-        The sum, and its parts: answers and hints.
+        The sum, and its parts: answers; early answers, cells, places.
     """
     listener = Listener()
     logits = nnx.merge(graphdef, params["model"])(batch, listener)
     weight = targets["answer"] >= 0
     loss = cross_entropy(logits, jnp.maximum(targets["answer"], 0))
     loss = (loss * weight).sum() / weight.sum()
+    asked = targets["early"] >= 0
+    early = cross_entropy(logits, jnp.maximum(targets["early"], 0))
+    early = (early * asked).sum() / asked.sum()
     cells = hint_loss(
         params["cells"], listener.visual, targets["cells"], demo_tasks.CELL_CLASSES
     )
     places = hint_loss(params["places"], listener.thoughts, targets["places"], PLACE_CLASSES)
-    return loss + hint * (cells + places), (loss, cells, places)
+    return loss + hint * (early + cells + places), (loss, early, cells, places)
 
 
 def training_init(params: Any, config: dict[str, Any]) -> Any:
@@ -296,7 +301,7 @@ def train(args: argparse.Namespace) -> None:
         data.difficulty = min(1.0, 0.1 + progress / args.ramp) if args.ramp else 1.0
         lr = rate(progress, step, args.lr, args.warmup)
         if losses and (done or step % args.log_every == 0):
-            mean_loss, mean_cells, mean_places = np.mean(losses, axis=0)  # waits for the device
+            mean_loss, *hints = np.mean(losses, axis=0)  # waits for the device
             speed = (step - mark_step) * args.batch_size / (time.monotonic() - mark)
             row: dict[str, Any] = {
                 "step": step,
@@ -304,8 +309,7 @@ def train(args: argparse.Namespace) -> None:
                 "progress": round(progress, 4),
                 "difficulty": round(data.difficulty, 3),
                 "loss": round(float(mean_loss), 4),
-                "cells_loss": round(float(mean_cells), 4),
-                "places_loss": round(float(mean_places), 4),
+                "hints": [round(float(x), 4) for x in hints],
                 "lr": float(f"{lr:.3g}"),
                 "samples_per_s": round(speed, 1),
             }
