@@ -107,9 +107,10 @@ class Collator:
         self.end = self.encode("<|im_end|>")
         # Token -> (column in ``cells``, label there) of the words that may name one item.
         self.names = {
-            self.encode(word)[0]: (column, label)
+            self.encode(space + word)[0]: (column, label)
             for column, words in ((2, demo_tasks.SHAPES), (3, demo_tasks.COLORS))
             for label, word in enumerate(words, 1)
+            for space in ("", " ")
         }
         grid = np.arange(VISUAL)
         self.image_positions = self.start + np.stack([grid * 0, grid // SIDE, grid % SIDE])
