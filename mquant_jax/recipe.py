@@ -167,6 +167,11 @@ class Recipe:
         }[self.modality_scales, self.sink_class]
 
     @property
+    def marks_sinks(self) -> bool:
+        """Whether the model has to know its sinks."""
+        return self.sink_class and self.language.activations == "static"
+
+    @property
     def n_classes(self) -> int:
         """Entries in the language model's tables of static scales."""
         return 3 if len(self.class_groups) > 1 else 1

@@ -43,7 +43,7 @@ class Placement:
             dtype=dtype,
             rotated=recipe.rotate,
             rotation_seed=recipe.online_seed,
-            sink_class=recipe.sink_class and language,
+            sink_class=recipe.marks_sinks and language,
             split=recipe.split,
         )
 

@@ -86,9 +86,9 @@ def quantize_params(
             params, strengths = smooth_params(params, streams, recipe, look, section_of)
             report["smoothing"] = strengths
             look = StatisticsRunner()
-        if recipe.sink_class or recipe.weights.needs_float_inputs:
+        if recipe.marks_sinks or recipe.weights.needs_float_inputs:
             run(params, look)
-        if recipe.sink_class:
+        if recipe.marks_sinks:
             found = sinks_of(look, batch)
             report["sinks"] = dict(zip(("positions", "ids"), found, strict=True))
             done = sink_rule(*found)
@@ -130,8 +130,10 @@ def sink_rule(positions: list[int], ids: list[int]) -> Params:
 
 def float_model(family: Family, config: Any, recipe: Recipe, params: Params):
     """The unquantised model in float32, rotated if the recipe says so; ``params`` stays."""
-    kept = ("rotate", "online_signs", "seed", "sink_class")
+    kept = ("rotate", "online_signs", "seed")
     model = abstract_model(family, config, Recipe(**{k: getattr(recipe, k) for k in kept}))
+    if recipe.marks_sinks:  # as the quantised model will: calibration goes by token class
+        model.language.sinks = nnx.eval_shape(SinkRule)
     set_params(model, {k: np.asarray(v, _working_dtype(v)) for k, v in params.items()})
     return model
 
