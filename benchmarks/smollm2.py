@@ -208,12 +208,6 @@ def batch_of(windows: np.ndarray) -> Batch:
     return collate([text_prompt(row.tolist()) for row in windows])
 
 
-def _stream(module: VLM, batch: Batch) -> jax.Array:
-    """The residual stream before the final norm, ``[B, T, hidden]``."""
-    x = module.embed(batch)
-    return module.language(x, batch.positions, batch.order, batch.token_class)
-
-
 def _log_probs(module: VLM, stream: jax.Array) -> jax.Array:
     """``[T, hidden]`` -> float32 ``[T, vocab]``."""
     return jax.nn.log_softmax(module.language.logits(stream[None])[0])
@@ -236,7 +230,7 @@ def _losses(module: VLM, batch: Batch, reference: tuple[VLM, jax.Array] | None):
         theirs = _log_probs(reference[0], ref[:-1])
         return nll, (jnp.exp(theirs) * (theirs - ours)).sum()
 
-    x = _stream(module, batch)
+    x = module.stream(batch)
     return jax.lax.map(window, (batch.input_ids, x, x if reference is None else reference[1]))
 
 
@@ -268,7 +262,7 @@ def perplexity(module: VLM, windows: np.ndarray) -> float:
 
 def streams(module: VLM, windows: np.ndarray) -> np.ndarray:
     """The residual stream before the final norm of all windows, float32 ``[N, T, hidden]``."""
-    run = jax.jit(_stream)
+    run = jax.jit(lambda m, b: m.stream(b))
     chunks = range(0, len(windows), CHUNK)
     return np.concatenate(
         [np.asarray(run(module, batch_of(windows[i : i + CHUNK]))) for i in chunks]

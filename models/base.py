@@ -79,11 +79,15 @@ class VLM(nnx.Module):
         visual = visual.reshape(-1, visual.shape[-1])[batch.visual_index]
         return jnp.where((batch.token_class == 1)[..., None], visual.astype(x.dtype), x)
 
-    def __call__(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
-        """Logits of every position, float32 ``[B, T, vocab]``; no cache."""
+    def stream(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
+        """Residual stream before the final norm, ``[B, T, hidden]``; no cache."""
         x = self.embed(batch, runner)
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
-        x = self.language(x, batch.positions, batch.order, classes, runner)
+        return self.language(x, batch.positions, batch.order, classes, runner)
+
+    def __call__(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
+        """Logits of every position, float32 ``[B, T, vocab]``; no cache."""
+        x = self.stream(batch, runner)
         return self.language.logits(x, batch.token_class, runner)
 
     def prefill(self, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:

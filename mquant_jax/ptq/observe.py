@@ -18,6 +18,14 @@ def run_tapped(graphdef, state, *args):
     return out, taps
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def tapped(graphdef, point, state, *args):
+    """The input of one quantisation point; nothing behind it is computed."""
+    taps: dict[str, jax.Array] = {}
+    nnx.merge(graphdef, state)(*args, tap=taps.__setitem__)
+    return taps[point]
+
+
 @jax.jit
 def layer_of(state, i):
     """The state of one layer of a stack."""

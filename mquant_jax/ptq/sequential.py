@@ -24,7 +24,7 @@ from mquant_jax.nn.params import Params, assign, variables
 from mquant_jax.nn.stack import Runner, num_layers
 from mquant_jax.numerics import INT_MAX, QWeight
 from mquant_jax.ptq.gptq import Inputs, accumulate, fitted, prepare
-from mquant_jax.ptq.observe import Histogram, layer_of, run_tapped
+from mquant_jax.ptq.observe import Histogram, layer_of, tapped
 from mquant_jax.ptq.scales import choose_clip, clip_search, point_report, round_weight
 from mquant_jax.ptq.split import split_weight
 from mquant_jax.ptq.statistics import Sampler, chunks
@@ -240,7 +240,7 @@ class QuantizingRunner(Runner):
         importance[VISUAL] = options.visual_weight if part.name.startswith("language/") else 1.0
         importance[-1] = 0.0
         for rows, args in chunks(part.args, self.chunk):
-            value = run_tapped(graphdef, state, *args)[1][point]
+            value = tapped(graphdef, point, state, *args)
             cls = np.asarray(part.classes)[rows]
             array = np.asarray(value)
             for c, hist in enumerate(seen.hists):
@@ -253,7 +253,7 @@ class QuantizingRunner(Runner):
             if part.twin is not None:
                 (graph, own), twin_args = part.twin
                 twin_part = jax.tree.map(lambda a, r=rows: a[r], twin_args)
-                twin = run_tapped(graph, own, *twin_part)[1][point]
+                twin = tapped(graph, point, own, *twin_part)
             value = twin if options.inputs == "float" else value
             if seen.hessian is None:
                 seen.hessian = jnp.zeros((value.shape[-1],) * 2, jnp.float32)
