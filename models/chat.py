@@ -8,11 +8,15 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mquant_jax.errors import UserError
+
+KINDS = ("image", "video")
+Message = Mapping[str, Any]
 
 
 class ChatFolder:
@@ -120,3 +124,52 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object")
     return data
+
+
+def normalised(message: Any, index: int, placed: re.Pattern[str]) -> dict[str, Any]:
+    """The message with its content as parts, placeholders in texts turned into parts.
+
+    Args:
+        index: its number, for error messages.
+        placed: finds placeholders; its first group is the kind of part, ``image`` or ``video``.
+
+    Raises:
+        UserError: it is no message.
+    """
+    where = f"message {index}"
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise UserError(f'{where}: expected an object with "role" and "content"')
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in KINDS:
+            parts.append({"type": kind})
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parts.extend(_split(part["text"], placed))
+        else:
+            raise UserError(f"{where}: a part must be text, image or video, found {part!r}")
+    return {"role": message["role"], "content": parts}
+
+
+def _split(text: str, placed: re.Pattern[str]) -> Iterator[dict[str, Any]]:
+    """A text as parts: what stands between placeholders, and the placeholders."""
+    at = 0
+    for match in placed.finditer(text):
+        if match.start() > at:
+            yield {"type": "text", "text": text[at : match.start()]}
+        yield {"type": match[1]}
+        at = match.end()
+    if at < len(text):
+        yield {"type": "text", "text": text[at:]}
+
+
+def check_count(who: str, kind: str, places: int, pictures: Sequence[Any]) -> None:
+    """
+    Raises:
+        UserError: there are not as many pictures as places for them.
+    """
+    if places != len(pictures):
+        raise UserError(f"{who} {kind} placeholders, but {len(pictures)} {kind}s were given")
