@@ -126,12 +126,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def normalised(message: Any, index: int, placed: re.Pattern[str]) -> dict[str, Any]:
+def normalised(message: Any, index: int, placed: re.Pattern[str] | None) -> dict[str, Any]:
     """The message with its content as parts, placeholders in texts turned into parts.
 
     Args:
         index: its number, for error messages.
         placed: finds placeholders; its first group is the kind of part, ``image`` or ``video``.
+            ``None``: texts stay whole.
 
     Raises:
         UserError: it is no message.
@@ -148,7 +149,7 @@ def normalised(message: Any, index: int, placed: re.Pattern[str]) -> dict[str, A
         if kind in KINDS:
             parts.append({"type": kind})
         elif kind == "text" and isinstance(part.get("text"), str):
-            parts.extend(_split(part["text"], placed))
+            parts.extend(_split(part["text"], placed) if placed else [dict(part)])
         else:
             raise UserError(f"{where}: a part must be text, image or video, found {part!r}")
     return {"role": message["role"], "content": parts}

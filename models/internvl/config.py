@@ -105,7 +105,7 @@ def _chat(hf: dict[str, Any]) -> dict[str, Any]:
         "min_tiles": 1 if one_tile else hf.get("min_dynamic_patch", 1),
         "max_tiles": 1 if one_tile else hf.get("max_dynamic_patch", 6),
         "thumbnail": bool(hf.get("use_thumbnail", False)),
-        "template": hf["template"],
+        "template": hf.get("template") or "",
         "image_token_id": None,
     }
 
