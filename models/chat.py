@@ -23,8 +23,8 @@ class ChatFolder:
     """Chats to text and tokens, tokens to text, as the files of a folder say.
 
     Args:
-        folder: holds tokenizer.json, and as published tokenizer_config.json,
-            generation_config.json and the chat template.
+        folder: holds tokenizer.json or (SentencePiece) tokenizer.model, and as published
+            tokenizer_config.json, generation_config.json and the chat template.
         config: the model's config.
 
     Raises:
@@ -36,7 +36,8 @@ class ChatFolder:
     def __init__(self, folder: str | Path, config: Any):
         self.folder, self.config = Path(folder), config
         for name in self.NEEDED:
-            if not (self.folder / name).is_file():
+            instead = name == "tokenizer.json" and (self.folder / "tokenizer.model").is_file()
+            if not instead and not (self.folder / name).is_file():
                 raise UserError(f"{self.folder / name}: no such file (the processor needs it)")
 
     @functools.cached_property
@@ -47,10 +48,31 @@ class ChatFolder:
         parts of it, such as how digits are split, by the name in tokenizer_config.json.
         """
         kind = import_transformers().PreTrainedTokenizerFast
+        if not (self.folder / "tokenizer.json").is_file():
+            return self._sentencepiece(kind)
         try:
             return kind.from_pretrained(self.folder, local_files_only=True)
         except Exception as e:  # the tokenizers library raises bare Exception
             raise UserError(f"{self.folder / 'tokenizer.json'}: cannot be loaded: {e}") from e
+
+    def _sentencepiece(self, kind: Any):
+        """The tokenizer of a folder with tokenizer.model alone."""
+        from models.sentencepiece import added_tokens, build_tokenizer, read_pieces
+
+        config = read_json(self.folder / "tokenizer_config.json")
+        special = read_json(self.folder / "special_tokens_map.json") | config
+        names = {}
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = special.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                names[key] = token
+        added = added_tokens(config, read_json(self.folder / "added_tokens.json"))
+        pieces = read_pieces(self.folder / "tokenizer.model")
+        bos = names.get("bos_token", "<s>") if config.get("add_bos_token", True) else None
+        tokenizer = kind(tokenizer_object=build_tokenizer(pieces, added, bos), **names)
+        tokenizer.chat_template = config.get("chat_template")
+        return tokenizer
 
     @functools.cached_property
     def chat_template(self) -> str | None:
