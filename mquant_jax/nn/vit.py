@@ -173,9 +173,11 @@ class ViTBlock(nnx.Module):
         d = cfg.hidden_size
         self.attn_norm = tower_norm(d, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
         self.attn_in = point("attn_in")
-        self.q_proj = dense(d, d, bias=cfg.qkv_bias)
-        self.k_proj = dense(d, d, bias=cfg.qkv_bias)
-        self.v_proj = dense(d, d, bias=cfg.qkv_bias)
+        # A rotated LayerNorm has left its bias in the layers that read it.
+        bias = cfg.qkv_bias or (place.rotated and not cfg.rms_norm)
+        self.q_proj = dense(d, d, bias=bias)
+        self.k_proj = dense(d, d, bias=bias)
+        self.v_proj = dense(d, d, bias=bias)
         if cfg.qk_norm_eps is not None:
             self.q_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
             self.k_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)

@@ -122,13 +122,17 @@ def _absorb(p: Params, gain: Gain) -> None:
 
 
 def _fuse(p: Params, norm: str, read: Read) -> None:
-    """Move a norm's weight and bias into its readers; the norm's weight becomes one."""
+    """Move a norm's weight and bias into its readers; the norm's weight becomes one.
+
+    A reader without a bias gets one where the norm has one.
+    """
     gain, shift = p[f"{norm}/weight"], p.pop(f"{norm}/bias", None)  # no bias in an RMSNorm
     for reader in readers_of(read, norm):
         kernel = p[f"{reader}/kernel"]
         times_each = kernel.shape[1] // len(gain)  # 1 where the norm spans the blocks
         if shift is not None:
-            p[f"{reader}/bias"] = p[f"{reader}/bias"] + kernel @ np.tile(shift, times_each)
+            bias = p[f"{reader}/bias"] if f"{reader}/bias" in p else 0.0
+            p[f"{reader}/bias"] = bias + kernel @ np.tile(shift, times_each)
         p[f"{reader}/kernel"] = kernel * np.tile(gain, times_each)
     p[f"{norm}/weight"] = np.ones_like(gain)
 

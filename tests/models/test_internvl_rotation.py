@@ -11,6 +11,7 @@ from mquant_jax.nn.norm import LayerNorm, ProjectedNorm
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import float_model, quantize_params, untied
+from mquant_jax.ptq.rotate import rotate_params
 from mquant_jax.recipe import Recipe
 from tests.helpers import golden, quantised, relative
 from tests.internvl_cases import BIG_TOWER, CASES, changed_config, golden_case, random_params
@@ -70,6 +71,16 @@ def test_a_tower_of_rms_norms_keeps_its_mean(case) -> None:
     # The projection does something here: without it the result is another.
     rotated["vision/merger/norm/weight"] = 0 * rotated["vision/merger/norm/weight"]
     assert relative(logits(config, ROTATED, rotated, case)[0], expected) > 1e-3
+
+
+def test_readers_without_biases_get_them() -> None:
+    case = CASES[0]
+    config = InternVLConfig.from_hf(changed_config(case, vision_config={"qkv_bias": False}))
+    params = hardened(random_params(config))
+    assert "vision/layers/0/q_proj/bias" not in params
+    rotated = rotate_params(params, FAMILY.streams(config), ROTATED.seed)
+    expected, _ = logits(config, Recipe(), params, case)
+    assert relative(logits(config, ROTATED, rotated, case)[0], expected) < 1e-4
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]])
