@@ -35,10 +35,12 @@ class CaptureRunner(Runner):
 
     Attributes:
         seen: name -> output, or for a stack ``[layers + 1, ...]``: entry i enters block i.
+        real: name -> bool, which rows of the output are no padding.
     """
 
     def __init__(self):
         self.seen: dict[str, jax.Array] = {}
+        self.real: dict[str, jax.Array] = {}
 
     def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
         graphdef, state = nnx.split(stack)
@@ -49,17 +51,19 @@ class CaptureRunner(Runner):
 
         last, outs = jax.lax.scan(body, x, state)
         self.seen[name] = jnp.concatenate([x[None], outs])
+        self.real[name] = context.token_class >= 0
         return last
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
         self.seen[name] = out = module(x)
+        self.real[name] = classes >= 0
         return out
 
 
 @nnx.jit
-def _forward(model: VLM, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _forward(model: VLM, batch: Batch) -> tuple[jax.Array, dict, dict]:
     runner = CaptureRunner()
-    return model(batch, runner), runner.seen
+    return model(batch, runner), runner.seen, runner.real
 
 
 def capture(model: VLM, batch: Batch) -> Arrays:
@@ -67,18 +71,16 @@ def capture(model: VLM, batch: Batch) -> Arrays:
 
     Returns:
         logits, embeds, hidden_i ``[B, T, ...]``; vision ``[tokens, hidden]`` and vision_pre
-        ``[patches, width]`` of all pictures in prompt order, padding removed.
+        ``[patches, width]`` (with class tokens, if there are any) of all pictures in prompt order,
+        padding removed.
     """
-    logits, seen = jax.tree.map(np.asarray, _forward(model, batch))
+    logits, seen, real = jax.tree.map(np.asarray, _forward(model, batch))
     stream = seen["language/layers"]
     out = {"logits": logits, "embeds": stream[0]}
     out |= {f"hidden_{i}": x for i, x in enumerate(stream)}
     if batch.vision is not None:
-        valid = np.asarray(batch.vision.valid)
-        visual = seen["vision/merger"]
-        n, tokens = visual.shape[:2]
-        out["vision_pre"] = seen["vision/layers"][-1][valid]
-        out["vision"] = visual[valid.reshape(n, tokens, -1)[:, :, 0]]
+        out["vision_pre"] = seen["vision/layers"][-1][real["vision/layers"]]
+        out["vision"] = seen["vision/merger"][real["vision/merger"]]
     return out
 
 
@@ -113,7 +115,9 @@ def compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> di
     arrays = {}
     for name in [n for n in outputs if n in ours]:
         got, ref = ours[name], outputs[name]
-        if name not in ("vision", "vision_pre"):
+        if name in ("vision", "vision_pre"):  # recorded flat, or picture by picture
+            ref = ref.reshape(-1, ref.shape[-1])
+        else:
             if ref.shape[:2] == mask.shape:
                 ref = ref[mask]
             got = got[mask]

@@ -123,6 +123,27 @@ class VLM(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some rows of a fused source, whose first axis is seen as ``[groups, of, size]``.
+
+    Attributes:
+        start, stop: the slices taken of each group.
+        of: equal slices in a group.
+        groups: groups that follow each other; a fused ``[q; k; v]`` is one group of three.
+    """
+
+    start: int
+    stop: int
+    of: int
+    groups: int = 1
+
+    def view(self, source: np.ndarray) -> np.ndarray:
+        """The rows, a view: ``[groups, stop - start, size, ...]``."""
+        groups = source.reshape(self.groups, self.of, -1, *source.shape[1:])
+        return groups[:, self.start : self.stop]
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightRule:
     """One tensor of our model and where it comes from.
 
@@ -130,32 +151,25 @@ class WeightRule:
         dst: our name, layers separate: ``language/layers/0/q_proj/kernel``.
         src: name in the Hugging Face checkpoint.
         shape: shape of our tensor.
-        rows: ``(i, n)``: take the i-th of n equal slices of the source's first axis.
         src_shape: shape that the source must have.
+        rows: the part of the source that is ours; ``None``: all of it.
     """
 
     dst: str
     src: str
     shape: tuple[int, ...]
     src_shape: tuple[int, ...]
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
 
     def apply(self, source: np.ndarray) -> np.ndarray:
         """The source's part of our tensor, in our shape."""
-        if self.rows is not None:
-            i, n = self.rows
-            size = source.shape[0] // n
-            source = source[i * size : (i + 1) * size]
+        source = source if self.rows is None else self.rows.view(source)
         return source.reshape(self.shape)
 
     def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
         """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
-        if self.rows is None:
-            source[...] = ours.reshape(source.shape)
-            return
-        i, n = self.rows
-        size = source.shape[0] // n
-        source[i * size : (i + 1) * size] = ours
+        part = source if self.rows is None else self.rows.view(source)
+        part[...] = ours.reshape(part.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,19 +8,23 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mquant_jax.errors import UserError
+
+KINDS = ("image", "video")
+Message = Mapping[str, Any]
 
 
 class ChatFolder:
     """Chats to text and tokens, tokens to text, as the files of a folder say.
 
     Args:
-        folder: holds tokenizer.json, and as published tokenizer_config.json,
-            generation_config.json and the chat template.
+        folder: holds tokenizer.json or (SentencePiece) tokenizer.model, and as published
+            tokenizer_config.json, generation_config.json and the chat template.
         config: the model's config.
 
     Raises:
@@ -32,7 +36,8 @@ class ChatFolder:
     def __init__(self, folder: str | Path, config: Any):
         self.folder, self.config = Path(folder), config
         for name in self.NEEDED:
-            if not (self.folder / name).is_file():
+            instead = name == "tokenizer.json" and (self.folder / "tokenizer.model").is_file()
+            if not instead and not (self.folder / name).is_file():
                 raise UserError(f"{self.folder / name}: no such file (the processor needs it)")
 
     @functools.cached_property
@@ -43,10 +48,31 @@ class ChatFolder:
         parts of it, such as how digits are split, by the name in tokenizer_config.json.
         """
         kind = import_transformers().PreTrainedTokenizerFast
+        if not (self.folder / "tokenizer.json").is_file():
+            return self._sentencepiece(kind)
         try:
             return kind.from_pretrained(self.folder, local_files_only=True)
         except Exception as e:  # the tokenizers library raises bare Exception
             raise UserError(f"{self.folder / 'tokenizer.json'}: cannot be loaded: {e}") from e
+
+    def _sentencepiece(self, kind: Any):
+        """The tokenizer of a folder with tokenizer.model alone."""
+        from models.sentencepiece import added_tokens, build_tokenizer, read_pieces
+
+        config = read_json(self.folder / "tokenizer_config.json")
+        special = read_json(self.folder / "special_tokens_map.json") | config
+        names = {}
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = special.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                names[key] = token
+        added = added_tokens(config, read_json(self.folder / "added_tokens.json"))
+        pieces = read_pieces(self.folder / "tokenizer.model")
+        bos = names.get("bos_token", "<s>") if config.get("add_bos_token", True) else None
+        tokenizer = kind(tokenizer_object=build_tokenizer(pieces, added, bos), **names)
+        tokenizer.chat_template = config.get("chat_template")
+        return tokenizer
 
     @functools.cached_property
     def chat_template(self) -> str | None:
@@ -120,3 +146,53 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object")
     return data
+
+
+def normalised(message: Any, index: int, placed: re.Pattern[str] | None) -> dict[str, Any]:
+    """The message with its content as parts, placeholders in texts turned into parts.
+
+    Args:
+        index: its number, for error messages.
+        placed: finds placeholders; its first group is the kind of part, ``image`` or ``video``.
+            ``None``: texts stay whole.
+
+    Raises:
+        UserError: it is no message.
+    """
+    where = f"message {index}"
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise UserError(f'{where}: expected an object with "role" and "content"')
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in KINDS:
+            parts.append({"type": kind})
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parts.extend(_split(part["text"], placed) if placed else [dict(part)])
+        else:
+            raise UserError(f"{where}: a part must be text, image or video, found {part!r}")
+    return {"role": message["role"], "content": parts}
+
+
+def _split(text: str, placed: re.Pattern[str]) -> Iterator[dict[str, Any]]:
+    """A text as parts: what stands between placeholders, and the placeholders."""
+    at = 0
+    for match in placed.finditer(text):
+        if match.start() > at:
+            yield {"type": "text", "text": text[at : match.start()]}
+        yield {"type": match[1]}
+        at = match.end()
+    if at < len(text):
+        yield {"type": "text", "text": text[at:]}
+
+
+def check_count(who: str, kind: str, places: int, pictures: Sequence[Any]) -> None:
+    """
+    Raises:
+        UserError: there are not as many pictures as places for them.
+    """
+    if places != len(pictures):
+        raise UserError(f"{who} {kind} placeholders, but {len(pictures)} {kind}s were given")

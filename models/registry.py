@@ -11,6 +11,8 @@ from mquant_jax.errors import UserError
 
 # model_type in config.json -> package that exposes ``FAMILY``.
 _BY_MODEL_TYPE = {
+    "internvl": "models.internvl",
+    "internvl_chat": "models.internvl",
     "llama": "models.llama",
     "qwen2": "models.llama",
     "qwen2_vl": "models.qwen2_vl",

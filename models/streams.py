@@ -16,12 +16,28 @@ class Read:
     Attributes:
         norm: path of the norm.
         readers: paths of the dense layers.
-        blocks: the readers see this many neighbouring positions side by side (2x2 merges).
+        blocks: the readers see this many neighbouring positions side by side (2x2 merges). The
+            norm may stand before or behind that step; the size of its weight tells.
+        centres: a LayerNorm on a stream that keeps its mean; rotated, a ``ProjectedNorm``.
     """
 
     norm: str
     readers: tuple[str, ...]
     blocks: int = 1
+    centres: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """Layer scale: what a dense layer writes is multiplied channel by channel.
+
+    Attributes:
+        vector: full parameter name; a rotated model has no such parameter.
+        writer: path of the dense layer, which absorbs it.
+    """
+
+    vector: str
+    writer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +47,11 @@ class Stream:
     Attributes:
         name: for reports; also part of the seed of its rotation.
         width: channels.
-        tables: tensors whose rows enter the stream (token embeddings), full parameter names.
+        tables: tensors whose rows enter the stream (token embeddings, class token, positions),
+            full parameter names.
         writers: dense layers whose outputs are added to it.
         reads: norms with their readers.
+        gains: layer scales of the writers.
         centred: the norms are LayerNorms: writers lose their mean, norms become RMSNorms.
     """
 
@@ -42,6 +60,7 @@ class Stream:
     writers: tuple[str, ...]
     reads: tuple[Read, ...]
     tables: tuple[str, ...] = ()
+    gains: tuple[Gain, ...] = ()
     centred: bool = False
 
 

@@ -1,36 +1,12 @@
-"""Prompts without pictures as batches."""
+"""Goldens and measurements of language models as batches."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 
 from models.base import Batch, Prompt
 from models.llama.config import LlamaConfig
-
-
-def text_prompt(ids: Sequence[int]) -> Prompt:
-    """Token ids as a prompt."""
-    return Prompt(list(ids), [], np.zeros((0, 0), np.float32))
-
-
-def collate(prompts: Sequence[Prompt], pad_id: int = 0, pad_to: int | None = None) -> Batch:
-    """Left-pad prompts to one length; positions are ``[1, B, T]``, every real token is text."""
-    lengths = np.array([len(p.input_ids) for p in prompts])
-    t = max(pad_to or 0, *lengths)
-    order = np.arange(t, dtype=np.int32) - (t - lengths[:, None]).astype(np.int32)
-    real = order >= 0
-    ids = np.full(real.shape, pad_id, np.int32)
-    ids[real] = np.concatenate([p.input_ids for p in prompts])
-    return Batch(
-        input_ids=ids,
-        order=np.where(real, order, -1),
-        positions=np.where(real, order, 0)[None],
-        token_class=np.where(real, 0, -1).astype(np.int32),
-        visual_index=np.zeros_like(ids),
-        vision=None,
-    )
+from models.text import collate, text_prompt
 
 
 def reference_prompts(inputs: dict[str, np.ndarray]) -> list[Prompt]:

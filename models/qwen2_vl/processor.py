@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from models.base import Batch, Prompt
-from models.chat import ChatFolder, import_transformers
+from models.chat import ChatFolder, Message, check_count, import_transformers, normalised
+from models.images import load_image
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.processing import Grid, collate
 from mquant_jax.errors import UserError
@@ -26,7 +27,6 @@ PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 # A placeholder in a text, bare or already between its markers.
 _PLACED = re.compile(rf"(?:{re.escape(START)})?<\|(image|video)_pad\|>(?:{re.escape(END)})?")
 _SYSTEM = "You are a helpful assistant."
-Message = Mapping[str, Any]
 Picture = tuple[Grid, np.ndarray]
 
 
@@ -112,11 +112,11 @@ class Qwen2VLProcessor(ChatFolder):
             UserError: pictures and places differ in number (both are named); a picture that
                 cannot be read; a malformed message.
         """
-        chat = [_normalised(message, i) for i, message in enumerate(messages)]
+        chat = [normalised(message, i, _PLACED) for i, message in enumerate(messages)]
         kinds = [p["type"] for m in chat for p in m["content"] if p["type"] != "text"]
         given = {"image": images, "video": videos}
         for kind, pictures in given.items():
-            _check_count(f"the prompt has {kinds.count(kind)}", kind, kinds.count(kind), pictures)
+            check_count(f"the prompt has {kinds.count(kind)}", kind, kinds.count(kind), pictures)
         ids = self.encode(self._render(chat))
         pictures = {
             self.config.image_token_id: [self._image(x, i) for i, x in enumerate(images)],
@@ -124,7 +124,7 @@ class Qwen2VLProcessor(ChatFolder):
         }
         for (kind, raw), token in zip(given.items(), pictures, strict=True):
             found = ids.count(token)
-            _check_count(f"{self.folder}: the chat template made {found}", kind, found, raw)
+            check_count(f"{self.folder}: the chat template made {found}", kind, found, raw)
         return self._expand(ids, {token: iter(x) for token, x in pictures.items()})
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
@@ -183,31 +183,6 @@ class Qwen2VLProcessor(ChatFolder):
         return (len(clip), h, w), np.ascontiguousarray(clip).reshape(-1, 3 * slots * size**2)
 
 
-def load_image(image: Any, name: str) -> Image.Image:
-    """An RGB picture from a PIL image, a uint8 ``[H, W, 3]`` array or a path.
-
-    Raises:
-        UserError: no such file, not an image, or an array of another form; the message names it.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, str | Path):
-        if not Path(image).is_file():
-            raise UserError(f"{image}: no such file ({name})")
-        try:
-            with Image.open(image) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-            raise UserError(f"{image}: not a readable image ({name}): {e}") from e
-    dtype, shape = getattr(image, "dtype", None), getattr(image, "shape", ())
-    if dtype != np.uint8 or len(shape) != 3 or shape[-1] != 3 or 0 in shape:
-        found = f"{dtype} {list(shape)}" if dtype is not None else type(image).__name__
-        raise UserError(
-            f"{name}: expected a PIL image, a path or a uint8 [H, W, 3] array, found {found}"
-        )
-    return Image.fromarray(np.ascontiguousarray(image))
-
-
 def render_published(chat: Sequence[Message]) -> str:
     """The template that Qwen2-VL was released with, for folders that carry none.
 
@@ -224,43 +199,6 @@ def render_published(chat: Sequence[Message]) -> str:
         ]
         turns.append(f"<|im_start|>{message['role']}\n{''.join(parts)}<|im_end|>\n")
     return "".join(turns) + "<|im_start|>assistant\n"
-
-
-def _normalised(message: Any, index: int) -> dict[str, Any]:
-    """The message with its content as parts, placeholders in texts turned into parts."""
-    where = f"message {index}"
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise UserError(f'{where}: expected an object with "role" and "content"')
-    content = message["content"]
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in PLACEHOLDERS:
-            parts.append({"type": kind})
-        elif kind == "text" and isinstance(part.get("text"), str):
-            parts.extend(_split(part["text"]))
-        else:
-            raise UserError(f"{where}: a part must be text, image or video, found {part!r}")
-    return {"role": message["role"], "content": parts}
-
-
-def _split(text: str) -> Iterator[dict[str, Any]]:
-    """A text as parts: what stands between placeholders, and the placeholders."""
-    at = 0
-    for match in _PLACED.finditer(text):
-        if match.start() > at:
-            yield {"type": "text", "text": text[at : match.start()]}
-        yield {"type": match[1]}
-        at = match.end()
-    if at < len(text):
-        yield {"type": "text", "text": text[at:]}
-
-
-def _check_count(who: str, kind: str, places: int, pictures: Sequence[Any]) -> None:
-    if places != len(pictures):
-        raise UserError(f"{who} {kind} placeholders, but {len(pictures)} {kind}s were given")
 
 
 def _grid(row: np.ndarray) -> Grid:

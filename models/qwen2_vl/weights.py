@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from models.base import WeightRule
+from models.base import Rows, WeightRule
 from models.language import decoder_rules, dense_rules, direct
 from models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.params import Params
@@ -54,7 +54,7 @@ def _vision(config: Qwen2VLConfig) -> Iterator[WeightRule]:
                     f"{src}.attn.qkv.{hf}",
                     (d, *tail),
                     (3 * d, *tail),
-                    rows=(part, 3),
+                    rows=Rows(part, part + 1, 3),
                 )
         yield from dense_rules(f"{dst}/o_proj", f"{src}.attn.proj", d, d)
         yield from dense_rules(f"{dst}/fc1", f"{src}.mlp.fc1", v.intermediate_size, d)

@@ -15,7 +15,7 @@ from mquant_jax.nn.cache import KVCache, empty_cache, key_order
 from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.rope import Llama3Scaling, apply_rope, multi_axis_angles
+from mquant_jax.nn.rope import DynamicScaling, Llama3Scaling, apply_rope, multi_axis_angles
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, stack_layers
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.attention import attend
@@ -27,7 +27,8 @@ class DecoderConfig:
     """Shape of a language model.
 
     ``rope_sections`` are the rotary slots that follow each position stream; they add up to
-    ``head_dim / 2`` and a single entry is ordinary rope.
+    ``head_dim / 2`` and a single entry is ordinary rope. ``qk_norm``: queries and keys pass an
+    RMSNorm per head before the rotation.
     """
 
     hidden_size: int
@@ -45,7 +46,8 @@ class DecoderConfig:
     tied_head: bool
     o_bias: bool = False
     mlp_bias: bool = False
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Llama3Scaling | DynamicScaling | None = None
+    qk_norm: bool = False
 
 
 @partial(
@@ -88,6 +90,9 @@ class DecoderBlock(nnx.Module):
         self.q_proj = dense(d, q, bias=cfg.qkv_bias)
         self.k_proj = dense(d, kv, bias=cfg.qkv_bias)
         self.v_proj = dense(d, kv, bias=cfg.qkv_bias)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
         self.attn_out = point("attn_out")
         self.o_proj = dense(q, d, bias=cfg.o_bias)
         self.mlp_norm = RMSNorm(d, cfg.norm_eps, place.dtype)
@@ -107,6 +112,8 @@ class DecoderBlock(nnx.Module):
             jnp.swapaxes(y.reshape(*y.shape[:-1], -1, self.cfg.head_dim), 1, 2)
             for y in (self.q_proj(h), self.k_proj(h), self.v_proj(h))
         )
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, ctx.angles), apply_rope(k, ctx.angles), v
 
     def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):

@@ -34,6 +34,28 @@ class Llama3Scaling:
         return kept * freq + (1 - kept) * freq / self.factor
 
 
+@dataclasses.dataclass(frozen=True)
+class DynamicScaling:
+    """Dynamic NTK: beyond ``original`` positions the base grows with the length in use.
+
+    Up to there it changes nothing. Keys that are in the cache keep the rotation they had.
+
+    Attributes:
+        factor: growth of the base per length; above zero.
+        original: positions that the model was trained for.
+    """
+
+    factor: float
+    original: int
+
+    def __call__(self, length: jax.Array, dim: int, theta: float) -> jax.Array:
+        """Frequencies of a sequence of ``length`` (int32 scalar): float32 ``[dim/2]``."""
+        growth = self.factor * length / self.original - (self.factor - 1)
+        growth = jnp.maximum(growth, 1.0) ** (dim / (dim - 2))
+        slots = np.arange(0, dim, 2, dtype=np.float32) / dim
+        return frequencies(dim, theta) * growth**-slots
+
+
 def frequencies(dim: int, theta: float, scaling: Llama3Scaling | None = None) -> np.ndarray:
     """``theta ** (-2j / dim)`` for ``j < dim/2``, then scaled; float32 ``[dim/2]``."""
     freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -45,7 +67,7 @@ def multi_axis_angles(
     dim: int,
     theta: float,
     sections: tuple[int, ...],
-    scaling: Llama3Scaling | None = None,
+    scaling: Llama3Scaling | DynamicScaling | None = None,
 ) -> jax.Array:
     """Angles of M-RoPE: contiguous chunks of the frequency slots follow different position streams.
 
@@ -61,7 +83,11 @@ def multi_axis_angles(
     """
     stream = np.repeat(np.arange(len(sections)), sections)
     per_slot = positions.astype(jnp.float32)[stream]  # [dim/2, B, T]
-    return jnp.moveaxis(per_slot, 0, -1) * frequencies(dim, theta, scaling)
+    if isinstance(scaling, DynamicScaling):
+        freq = scaling(jnp.max(positions) + 1, dim, theta)
+    else:
+        freq = frequencies(dim, theta, scaling)
+    return jnp.moveaxis(per_slot, 0, -1) * freq
 
 
 def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:

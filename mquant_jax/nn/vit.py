@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from math import isqrt
 from typing import ClassVar
 
 import jax
@@ -13,8 +14,9 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.dense import Dense
-from mquant_jax.nn.norm import LayerNorm, RMSNorm
+from mquant_jax.nn.norm import LayerNorm, ProjectedNorm, RMSNorm
 from mquant_jax.nn.placement import Placement
+from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
 from mquant_jax.ops.attention import attend
@@ -38,7 +40,23 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Shape of a vision tower with 2-D rotary positions."""
+    """Shape of a vision tower.
+
+    Attributes:
+        patch_dim: numbers in a patch.
+        activation: a key of :data:`ACTIVATIONS`.
+        rope_theta: base of the 2-D rotary positions; ``None``: the tower has none.
+        position_grid: side of the square table of learned positions, in patches; 0: no table. A
+            picture is then a square of patches in row-major order, and a picture of another side
+            sees the table resampled.
+        class_token: a learned token stands in front of the patches, with a position of its own.
+        layer_scale: what a sub-layer adds to the stream is multiplied by a learned vector.
+        rms_norm: the norms are RMSNorms and not LayerNorms.
+        qk_norm_eps: queries and keys, all heads side by side, pass an RMSNorm of this epsilon;
+            ``None``: they do not.
+        keeps_mean: what stands behind the tower sees the mean of its stream, which a rotation must
+            therefore not take out.
+    """
 
     hidden_size: int
     num_layers: int
@@ -47,7 +65,15 @@ class ViTConfig:
     patch_dim: int
     activation: str
     norm_eps: float
-    rope_theta: float
+    rope_theta: float | None = None
+    position_grid: int = 0
+    class_token: bool = False
+    layer_scale: bool = False
+    rms_norm: bool = False
+    qk_norm_eps: float | None = None
+    patch_bias: bool = False
+    qkv_bias: bool = True
+    keeps_mean: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -84,9 +110,10 @@ class VisionInput:
 )
 @dataclasses.dataclass(frozen=True)
 class VisionContext:
-    """Rotary angles ``[N, P, head_dim/2]`` and token classes ``[N, P]`` (0, or -1 for padding)."""
+    """Rotary angles ``[N, P, head_dim/2]``, if the tower has such positions, and token classes
+    ``[N, P]`` (0, or -1 for padding); ``P`` counts the class token."""
 
-    angles: jax.Array
+    angles: jax.Array | None
     token_class: jax.Array
 
     @property
@@ -95,9 +122,18 @@ class VisionContext:
         return (self.token_class >= 0)[:, None, :]
 
 
-def tower_norm(width: int, eps: float, place: Placement) -> LayerNorm | RMSNorm:
-    """LayerNorm; in a rotated tower, whose stream has no mean left, the RMSNorm that equals it."""
-    return (RMSNorm if place.rotated else LayerNorm)(width, eps, place.dtype)
+def tower_norm(
+    width: int, eps: float, place: Placement, rms: bool = False, keeps_mean: bool = False
+) -> LayerNorm | RMSNorm | ProjectedNorm:
+    """LayerNorm; in a rotated tower, whose stream has no mean left, the RMSNorm that equals it.
+
+    Args:
+        rms: RMSNorm in both.
+        keeps_mean: the rotated stream has its mean still, and the norm must take it out.
+    """
+    rotated = ProjectedNorm if keeps_mean else RMSNorm
+    kind = RMSNorm if rms else rotated if place.rotated else LayerNorm
+    return kind(width, eps, place.dtype)
 
 
 class PatchEmbed(nnx.Module):
@@ -108,8 +144,8 @@ class PatchEmbed(nnx.Module):
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
         self.patch_in = ActQuant("patch_in", place.section)
         self.proj = Dense(
-            cfg.patch_dim, cfg.hidden_size, bias=False, section=place.section, dtype=place.dtype,
-            rngs=rngs,
+            cfg.patch_dim, cfg.hidden_size, bias=cfg.patch_bias, section=place.section,
+            dtype=place.dtype, rngs=rngs,
         )  # fmt: skip
 
     def __call__(self, patches: jax.Array, tap: Tap | None = None) -> jax.Array:
@@ -117,7 +153,11 @@ class PatchEmbed(nnx.Module):
 
 
 class ViTBlock(nnx.Module):
-    """``x += o_proj(attention(norm(x)))``, then ``x += fc2(act(fc1(norm(x))))``."""
+    """``x += o_proj(attention(norm(x)))``, then ``x += fc2(act(fc1(norm(x))))``.
+
+    With layer scale, what is added is multiplied by ``attn_gain`` and ``mlp_gain [hidden]``; in a
+    rotated tower the output projections have absorbed them.
+    """
 
     POINTS: ClassVar[Points] = {
         "attn_in": ("q_proj", "k_proj", "v_proj"),
@@ -131,12 +171,23 @@ class ViTBlock(nnx.Module):
         dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
         point = partial(ActQuant, section=place.section)
         d = cfg.hidden_size
-        self.attn_norm = tower_norm(d, cfg.norm_eps, place)
+        self.attn_norm = tower_norm(d, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
         self.attn_in = point("attn_in")
-        self.q_proj, self.k_proj, self.v_proj = dense(d, d), dense(d, d), dense(d, d)
+        # A rotated LayerNorm has left its bias in the layers that read it.
+        bias = cfg.qkv_bias or (place.rotated and not cfg.rms_norm)
+        self.q_proj = dense(d, d, bias=bias)
+        self.k_proj = dense(d, d, bias=bias)
+        self.v_proj = dense(d, d, bias=bias)
+        if cfg.qk_norm_eps is not None:
+            self.q_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
+            self.k_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
         self.attn_out = point("attn_out")
         self.o_proj = dense(d, d)
-        self.mlp_norm = tower_norm(d, cfg.norm_eps, place)
+        self.has_gains = cfg.layer_scale and not place.rotated
+        if self.has_gains:
+            self.attn_gain = nnx.Param(jnp.ones((d,), place.dtype))
+            self.mlp_gain = nnx.Param(jnp.ones((d,), place.dtype))
+        self.mlp_norm = tower_norm(d, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
         self.mlp_in = point("mlp_in")
         self.fc1 = dense(d, cfg.intermediate_size)
         rotation = place.online_rotation(cfg.intermediate_size)
@@ -146,15 +197,19 @@ class ViTBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:
         h = self.attn_in(self.attn_norm(x), None, tap)
+        q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        if self.cfg.qk_norm_eps is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (
-            jnp.swapaxes(y.reshape(*y.shape[:-1], -1, self.cfg.head_dim), 1, 2)
-            for y in (self.q_proj(h), self.k_proj(h), self.v_proj(h))
+            jnp.swapaxes(y.reshape(*y.shape[:-1], -1, self.cfg.head_dim), 1, 2) for y in (q, k, v)
         )
-        h = attend(apply_rope(q, ctx.angles), apply_rope(k, ctx.angles), v, ctx.mask)
-        x = x + self.o_proj(self.attn_out(h, None, tap))
+        if ctx.angles is not None:
+            q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
+        h = self.o_proj(self.attn_out(attend(q, k, v, ctx.mask), None, tap))
+        x = x + (h * self.attn_gain.get_value() if self.has_gains else h)
         h = self.fc1(self.mlp_in(self.mlp_norm(x), None, tap))
-        h = ACTIVATIONS[self.cfg.activation](h)
-        return x + self.fc2(self.mlp_hidden(h, None, tap))
+        h = self.fc2(self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap))
+        return x + (h * self.mlp_gain.get_value() if self.has_gains else h)
 
 
 class ViT(nnx.Module):
@@ -165,11 +220,38 @@ class ViT(nnx.Module):
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.patch_embed = PatchEmbed(cfg, place, rngs=rngs)
+        if cfg.class_token:
+            self.class_token = nnx.Param(jnp.zeros((1, cfg.hidden_size), place.dtype))
+        if cfg.position_grid:
+            rows = cfg.position_grid**2 + cfg.class_token
+            self.positions = nnx.Param(jnp.zeros((rows, cfg.hidden_size), place.dtype))
         self.layers = stack_layers(lambda r: ViTBlock(cfg, place, rngs=r), cfg.num_layers, rngs)
 
     def features(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
-        """Patches -> features ``[N, P, hidden]``."""
-        angles = grid_angles(vision.coords, self.cfg.head_dim, self.cfg.rope_theta)
-        ctx = VisionContext(angles, vision.token_class)
-        x = runner.module("vision/patch_embed", self.patch_embed, vision.patches, ctx.token_class)
-        return runner.layers("vision/layers", self.layers, x, ctx)
+        """Patches -> features ``[N, P, hidden]``; the class token, if there is one, is the first.
+
+        Raises:
+            ValueError: pictures that are not square, in a tower with learned positions.
+        """
+        cfg, classes, angles = self.cfg, vision.token_class, None
+        x = runner.module("vision/patch_embed", self.patch_embed, vision.patches, classes)
+        if cfg.rope_theta is not None:
+            angles = grid_angles(vision.coords, cfg.head_dim, cfg.rope_theta)
+        if cfg.class_token:
+            token = self.class_token.get_value()
+            x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
+            classes = jnp.concatenate([jnp.max(classes, axis=1, keepdims=True), classes], axis=1)
+        if cfg.position_grid:
+            x = x + self._positions(vision.patches.shape[1])
+        return runner.layers("vision/layers", self.layers, x, VisionContext(angles, classes))
+
+    def _positions(self, patches: int) -> jax.Array:
+        """The table for a square of ``patches``: the class token's row, then ``[P, hidden]``."""
+        table, grid, side = self.positions.get_value(), self.cfg.position_grid, isqrt(patches)
+        if side * side != patches:
+            raise ValueError(f"a picture of {patches} patches is not square")
+        if side == grid:
+            return table
+        front = table.shape[0] - grid * grid
+        squares = resample_grid(table[front:].astype(jnp.float32), grid, side)
+        return jnp.concatenate([table[:front], squares.astype(table.dtype)])

@@ -2,8 +2,9 @@
 
 Row convention (``y = x W^T + b``): a stream carries ``h R`` in the place of ``h``. Writers become
 ``R^T W``, readers ``W R``; an RMSNorm without weight commutes with an orthogonal ``R``. A LayerNorm
-becomes one when no writer leaves a mean in the stream (paper section 3.2). Computed in float64 and
-held in float32.
+becomes one when no writer leaves a mean in the stream (paper section 3.2); where a stream must keep
+its mean, the LayerNorm takes it out along its rotated direction. Computed in float64 and held in
+float32.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from models.streams import Hidden, Read, Stream, Streams, ValueOutput
+from models.streams import Gain, Hidden, Read, Stream, Streams, ValueOutput
 from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
 from mquant_jax.nn.params import Params
 
@@ -39,6 +40,8 @@ def rotate_params(
     out = _Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
     kind = Orthogonal if orthogonal else plan_rotation
     for stream in streams.streams:
+        for gain in stream.gains:
+            _absorb(out, gain)
         for read in stream.reads:
             for norm in expand(read.norm, out):
                 _fuse(out, norm, read)
@@ -109,14 +112,28 @@ def _beside(pattern: str, path: str) -> str:
     return pattern.replace("*", number)
 
 
+def _absorb(p: Params, gain: Gain) -> None:
+    """Move a layer scale into the layer that writes."""
+    for writer in expand(gain.writer, p):
+        vector = np.asarray(p.pop(_beside(gain.vector, writer)), np.float64)
+        p[f"{writer}/kernel"] = p[f"{writer}/kernel"] * vector[:, None]
+        if f"{writer}/bias" in p:
+            p[f"{writer}/bias"] = p[f"{writer}/bias"] * vector
+
+
 def _fuse(p: Params, norm: str, read: Read) -> None:
-    """Move a norm's weight and bias into its readers; the norm's weight becomes one."""
+    """Move a norm's weight and bias into its readers; the norm's weight becomes one.
+
+    A reader without a bias gets one where the norm has one.
+    """
     gain, shift = p[f"{norm}/weight"], p.pop(f"{norm}/bias", None)  # no bias in an RMSNorm
     for reader in readers_of(read, norm):
         kernel = p[f"{reader}/kernel"]
+        times_each = kernel.shape[1] // len(gain)  # 1 where the norm spans the blocks
         if shift is not None:
-            p[f"{reader}/bias"] = p[f"{reader}/bias"] + kernel @ np.tile(shift, read.blocks)
-        p[f"{reader}/kernel"] = kernel * np.tile(gain, read.blocks)
+            bias = p[f"{reader}/bias"] if f"{reader}/bias" in p else 0.0
+            p[f"{reader}/bias"] = bias + kernel @ np.tile(shift, times_each)
+        p[f"{reader}/kernel"] = kernel * np.tile(gain, times_each)
     p[f"{norm}/weight"] = np.ones_like(gain)
 
 
@@ -144,6 +161,9 @@ def _rotate_stream(p: Params, stream: Stream, rotation: Rotation | Orthogonal) -
         for norm in expand(read.norm, p):
             for reader in readers_of(read, norm):
                 p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
+            if read.centres:  # the direction of the mean, as the rotated stream sees it
+                even = np.full(stream.width * read.blocks, (stream.width * read.blocks) ** -0.5)
+                p[f"{norm}/weight"] = times(even, rotation)
 
 
 def _rotate_heads(p: Params, attention: ValueOutput, rotation: Rotation | Orthogonal) -> None:

@@ -1,0 +1,91 @@
+"""InternVL: InternViT over square tiles, pixel shuffle, a two-layer MLP and the generic decoder."""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.base import VLM
+from models.internvl.config import InternVLConfig
+from mquant_jax.nn.act_quant import ActQuant, Points, Tap
+from mquant_jax.nn.decoder import Decoder
+from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.placement import Placement
+from mquant_jax.nn.stack import SCAN, Runner
+from mquant_jax.nn.vit import VisionInput, ViT, gelu, tower_norm
+from mquant_jax.recipe import Recipe
+
+NORM_EPS = 1e-5  # in no config: the default of the reference's LayerNorm
+
+
+def pixel_shuffle(x: jax.Array, merge: int, transposed: bool = False) -> jax.Array:
+    """Squares of ``merge x merge`` patches side by side: ``[N, P, d]`` -> ``[N, P/m^2, m^2 d]``.
+
+    Patches of a square picture in row-major order; within a token the upper row of patches comes
+    first. Tokens run row by row, or column by column (``transposed``).
+    """
+    n, p, d = x.shape
+    side = isqrt(p) // merge
+    x = x.reshape(n, side, merge, side, merge, d)
+    axes = (0, 3, 1, 2, 4, 5) if transposed else (0, 1, 3, 2, 4, 5)
+    return x.transpose(axes).reshape(n, side * side, merge * merge * d)
+
+
+class Projector(nnx.Module):
+    """Pixel shuffle, LayerNorm over the patches of a token together, then a two-layer MLP."""
+
+    POINTS: ClassVar[Points] = {"merger_in": ("fc1",), "merger_hidden": ("fc2",)}
+
+    def __init__(self, config: InternVLConfig, place: Placement, *, rngs: nnx.Rngs):
+        self.merge, self.transposed = config.merge, config.transposed
+        merged, out = config.vision.hidden_size * self.merge**2, config.language.hidden_size
+        section, dtype = place.section, place.dtype
+        self.norm = tower_norm(merged, NORM_EPS, place, keeps_mean=True)
+        self.merger_in = ActQuant("merger_in", section)
+        self.fc1 = Dense(merged, out, section=section, dtype=dtype, rngs=rngs)
+        rotation = place.online_rotation(out)
+        self.merger_hidden = ActQuant("merger_hidden", section, rotation=rotation)
+        hidden = rotation.n if rotation else out
+        self.fc2 = Dense(hidden, out, section=section, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        """Features ``[N, P, width]`` -> tokens ``[N, P/merge^2, hidden]`` of the decoder."""
+        x = self.norm(pixel_shuffle(x, self.merge, self.transposed))
+        x = gelu(self.fc1(self.merger_in(x, None, tap)))
+        return self.fc2(self.merger_hidden(x, None, tap))
+
+
+class InternVLVision(ViT):
+    """Vision tower and projector."""
+
+    def __init__(self, config: InternVLConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
+        super().__init__(config.vision, Placement.of(recipe, "vision", dtype), rngs=rngs)
+        self.merger = Projector(config, Placement.of(recipe, "connector", dtype), rngs=rngs)
+
+    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+        """Tiles -> visual tokens ``[N, P/merge^2, hidden]``; the class token is left behind."""
+        x = self.features(vision, runner)[:, 1:]
+        classes = vision.token_class[:, :: self.merger.merge**2]  # a tile is real as a whole
+        return runner.module("vision/merger", self.merger, x, classes)
+
+
+class InternVL(VLM):
+    """InternVL of any size, float or quantised as ``recipe`` says."""
+
+    def __init__(
+        self,
+        config: InternVLConfig,
+        recipe: Recipe | None = None,
+        dtype=jnp.float32,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        recipe = recipe or Recipe()
+        self.config = config
+        self.vision = InternVLVision(config, recipe, dtype, rngs=rngs)
+        place = Placement.of(recipe, "language", dtype)
+        self.language = Decoder(config.language, place, recipe.head, rngs=rngs)

@@ -1,0 +1,126 @@
+"""InternVL: tiles to rows of patches, token ids to batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from models.base import Batch, Prompt, bucket
+from models.internvl.config import InternVLConfig
+from models.text import collate as collate_text
+from mquant_jax.nn.vit import VisionInput
+
+
+def patchify(tiles: np.ndarray, patch: int) -> np.ndarray:
+    """float32 ``[n, 3, S, S]`` -> ``[n, (S/patch)^2, 3 * patch^2]``, patches row by row."""
+    n, channels, height, width = tiles.shape
+    h, w = height // patch, width // patch
+    x = tiles[:, :, : h * patch, : w * patch].reshape(n, channels, h, patch, w, patch)
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(n, h * w, channels * patch * patch)
+
+
+def pack_vision(patches: np.ndarray, side: int) -> VisionInput:
+    """One row per tile, padded to a bucket of tiles.
+
+    Args:
+        patches: float32 ``[tiles * side^2, patch_dim]``.
+        side: patches along a tile.
+    """
+    tiles = patches.reshape(-1, side * side, patches.shape[-1])
+    rows = bucket(len(tiles), multiple=1)
+    out = np.zeros((rows, *tiles.shape[1:]), np.float32)
+    out[: len(tiles)] = tiles
+    valid = np.zeros((rows, side * side), bool)
+    valid[: len(tiles)] = True
+    coords = np.indices((side, side), np.int32).reshape(2, -1).T
+    return VisionInput(out, np.broadcast_to(coords, (rows, *coords.shape)), valid)
+
+
+def collate(
+    prompts: Sequence[Prompt],
+    config: InternVLConfig,
+    image_token: int,
+    pad_id: int = 0,
+    pad_to: int | None = None,
+) -> Batch:
+    """Left-pad prompts to one length and pack all their tiles.
+
+    A grid ``(t, h, w)`` of a prompt is a picture of ``t`` tiles, the thumbnail among them.
+
+    Raises:
+        ValueError: placeholders and tiles do not match, or tiles are of several sizes.
+    """
+    batch = collate_text(prompts, pad_id, pad_to)
+    grids = [grid for p in prompts for grid in p.grids]
+    if len({grid[1:] for grid in grids} | {(g[2], g[1]) for g in grids}) > 1:
+        raise ValueError("tiles are not squares of one size")
+    for i, p in enumerate(prompts):
+        wanted = sum(t * h * w for t, h, w in p.grids) // config.merge**2
+        found = p.input_ids.count(image_token)
+        if wanted != found:
+            raise ValueError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+    if not grids:
+        return batch
+    visual = (batch.order >= 0) & (batch.input_ids == image_token)
+    index = np.zeros_like(batch.visual_index)
+    index[visual] = np.arange(visual.sum())  # tiles come in the order of their placeholders
+    return dataclasses.replace(
+        batch,
+        token_class=np.where(visual, 1, batch.token_class).astype(np.int32),
+        visual_index=index,
+        vision=pack_vision(np.concatenate([p.patches for p in prompts if p.grids]), grids[0][1]),
+    )
+
+
+def placeholder(config: InternVLConfig) -> int:
+    """The placeholder's id; any, where only the tokenizer knows it and there is none."""
+    last = config.language.vocab_size - 1
+    return last if config.image_token_id is None else config.image_token_id
+
+
+def reference_prompts(inputs: dict[str, Any], config: InternVLConfig) -> tuple[list[Prompt], int]:
+    """The rows of a golden's inputs as prompts, and the placeholder's id."""
+    token = config.image_token_id
+    if "img_context_token_id" in inputs:
+        token = int(inputs["img_context_token_id"][0])
+    if token is None:
+        raise KeyError("img_context_token_id (config.json does not tell it either)")
+    patches = patchify(inputs["pixel_values"], config.patch_size)
+    side = inputs["pixel_values"].shape[-1] // config.patch_size
+    prompts, first = [], 0
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        ids = ids[mask == 1].tolist()
+        tiles = ids.count(token) // (side // config.merge) ** 2
+        part = patches[first : first + tiles].reshape(-1, patches.shape[-1])
+        prompts.append(Prompt(ids, [(tiles, side, side)] if tiles else [], part))
+        first += tiles
+    if first != len(patches):
+        raise ValueError(f"{len(patches)} tiles given, placeholders for {first}")
+    return prompts, token
+
+
+def reference_batch(config: InternVLConfig, inputs: dict[str, np.ndarray]) -> Batch:
+    """A golden's inputs as one batch of the same padded length."""
+    prompts, token = reference_prompts(inputs, config)
+    return collate(prompts, config, token, pad_to=inputs["input_ids"].shape[1])
+
+
+def example_prompt(config: InternVLConfig, text_tokens: int, side: int) -> Prompt:
+    """Arbitrary tokens and one noise picture, for measurements.
+
+    ``side`` pixels make the nearest number of tiles, without a thumbnail; 0: no picture.
+    """
+    rng = np.random.default_rng(0)
+    token = placeholder(config)
+    text = rng.integers(0, token, text_tokens).tolist()
+    if side == 0:
+        return Prompt(text, [], np.zeros((0, config.vision.patch_dim), np.float32))
+    tiles = max(1, round((side / config.tile_size) ** 2))
+    edge = config.tile_size // config.patch_size
+    patches = rng.standard_normal((tiles * edge * edge, config.vision.patch_dim), np.float32)
+    half = text_tokens // 2
+    ids = [*text[:half], *[token] * (tiles * config.tile_tokens), *text[half:]]
+    return Prompt(ids, [(tiles, edge, edge)], patches)

@@ -1,0 +1,242 @@
+"""InternVL: files, chat messages and pictures in; token ids and patches out.
+
+Nothing here touches the network or runs code from the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.base import Batch, Prompt
+from models.chat import ChatFolder, Message, check_count, normalised, read_json
+from models.images import load_image
+from models.internvl.config import CHAT, InternVLConfig
+from models.internvl.processing import collate, patchify
+from models.internvl.tiles import MEAN, STD, Tiling
+from mquant_jax.errors import UserError
+
+START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"
+MARKS = {"image": CONTEXT, "video": "<video>"}  # one per picture in a chat's text
+_MARKED = re.compile("|".join(map(re.escape, MARKS.values())))
+_STOP = "<|im_end|>"
+_V2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+_V2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
+    "多模态大语言模型。"
+)
+# Published prompt templates: the system's message, and what ends a turn. "" is the native layout's
+# own, for folders that carry no chat template.
+_TEMPLATES = {
+    "internlm2-chat": (_V2, _STOP),
+    "Hermes-2": (_V2, _STOP),
+    "internvl2_5": (_V2_5, f"{_STOP}\n"),
+    "": (None, f"{_STOP}\n"),
+}
+
+
+class InternVLProcessor(ChatFolder):
+    """From pictures and text to a ``Batch``, and from tokens back to text.
+
+    Args:
+        folder: holds tokenizer.json; in the native layout preprocessor_config.json, and as
+            published tokenizer_config.json, generation_config.json and the chat template.
+        config: the model's config.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+    """
+
+    config: InternVLConfig
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The folder's tokenizer, its special tokens checked."""
+        tokenizer = super().tokenizer
+        known = tokenizer.get_vocab()
+        where = self.folder / "tokenizer.json"
+        missing = [token for token in (START, CONTEXT, END) if token not in known]
+        if missing:
+            raise UserError(f"{where}: no token {missing[0]}; it is of another model")
+        wanted, found = self.config.image_token_id, known[CONTEXT]
+        if wanted not in (None, found):
+            raise UserError(f"{where}: {CONTEXT} is token {found}, config.json says {wanted}")
+        return tokenizer
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder's id."""
+        return self.tokenizer.convert_tokens_to_ids(CONTEXT)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer; the published layout stops at its template's alone."""
+        stop = self.tokenizer.get_vocab().get(_STOP)
+        return (stop,) if self.config.layout == CHAT and stop is not None else super().stop_ids
+
+    @functools.cached_property
+    def tiling(self) -> Tiling:
+        """How pictures are cut: as config.json says, or preprocessor_config.json (native).
+
+        transformers cuts pictures into tiles whatever the file says of ``crop_to_patches``.
+
+        Raises:
+            UserError: tiles that the model's patches do not fill.
+        """
+        c = self.config
+        if c.layout == CHAT:
+            return Tiling(c.tile_size, c.min_tiles, c.max_tiles, c.thumbnail)
+        path = self.folder / "preprocessor_config.json"
+        settings = read_json(path)
+        if not settings:
+            whole = read_json(self.folder / "processor_config.json")
+            settings = whole.get("image_processor") or {}
+        size = settings.get("size") or {"height": c.tile_size, "width": c.tile_size}
+        sides, unit = {size.get("height"), size.get("width")}, c.patch_size * c.merge
+        side = sides.pop()
+        if sides or not isinstance(side, int) or side % unit:
+            raise UserError(f"{path}: size is {size}; expected a square, a multiple of {unit}")
+        return Tiling(
+            side,
+            settings.get("min_patches", c.min_tiles),
+            settings.get("max_patches", c.max_tiles),
+            c.thumbnail,
+            tuple(settings.get("image_mean") or MEAN),
+            tuple(settings.get("image_std") or STD),
+        )
+
+    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
+        """One user turn in the chat template.
+
+        Args:
+            text: pictures stand in front of it, or where it says ``<image>`` or ``<video>``.
+            images: PIL images, uint8 ``[H, W, 3]`` arrays or paths.
+            videos: sequences of frames, each like an image.
+
+        Raises:
+            UserError: as :meth:`messages`.
+        """
+        text = _inline(text)
+        content = [
+            {"type": kind}
+            for kind, pictures in (("image", images), ("video", videos))
+            if MARKS[kind] not in text
+            for _ in pictures
+        ]
+        content.append({"type": "text", "text": text})
+        return self.messages([{"role": "user", "content": content}], images, videos)
+
+    def messages(
+        self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Prompt:
+        """A whole conversation, answered next by the assistant.
+
+        Args:
+            messages: ``{"role": ..., "content": text or parts}``; a part is ``{"type": "text",
+                "text": ...}``, ``{"type": "image"}`` or ``{"type": "video"}``. A text may say
+                ``<image>`` or ``<video>`` itself.
+            images, videos: in the order of their parts and placeholders.
+
+        Raises:
+            UserError: pictures and places differ in number (both are named); a picture that
+                cannot be read; a malformed message.
+        """
+        chat = [normalised(message, i, None) for i, message in enumerate(messages)]
+        for part in (part for message in chat for part in message["content"]):
+            if part["type"] == "text":
+                part["text"] = _inline(part["text"])
+        text = self._render(chat)
+        given = {"image": images, "video": videos}
+        for kind, pictures in given.items():
+            found = text.count(MARKS[kind])
+            check_count(f"the prompt has {found}", kind, found, pictures)
+        return self._expand(text, {kind: iter(x) for kind, x in given.items()})
+
+    def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
+        """Left-pad prompts and pack their pictures into one :class:`Batch`."""
+        return collate(prompts, self.config, self.image_token_id, self.pad_id, pad_to)
+
+    def _render(self, chat: list[dict[str, Any]]) -> str:
+        """The chat's text with one mark per picture."""
+        if self.config.layout != CHAT and self.chat_template is not None:
+            return self.render(chat, self.chat_template)
+        return render_published(chat, self.config.template)
+
+    def _expand(self, text: str, pictures: Mapping[str, Iterator[Any]]) -> Prompt:
+        """Marks become a placeholder per visual token, between the tags."""
+        tiling, tiles = self.tiling, []
+
+        def place(match: re.Match[str]) -> str:
+            kind = "image" if match[0] == CONTEXT else "video"
+            name = f"{kind} {sum(k == kind for k, _ in tiles)}"
+            tiles.append((kind, made := self._tiles(next(pictures[kind]), kind, name)))
+            return "\n".join(
+                (f"Frame{i}: " if kind == "video" else "") + START + CONTEXT * n + END
+                for i, n in enumerate((len(x) * self._tile_tokens for x in made), 1)
+            )
+
+        text = _MARKED.sub(place, text)
+        bos = self.tokenizer.bos_token
+        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))
+        edge = tiling.size // self.config.patch_size
+        pixels = [x for _, made in tiles for x in made]
+        patches = [patchify(x, self.config.patch_size) for x in pixels]
+        flat = [x.reshape(-1, x.shape[-1]) for x in patches]
+        empty = np.zeros((0, self.config.vision.patch_dim), np.float32)
+        return Prompt(
+            list(ids["input_ids"]),
+            [(len(x), edge, edge) for x in patches],
+            np.concatenate([empty, *flat]),
+        )
+
+    @property
+    def _tile_tokens(self) -> int:
+        return (self.tiling.size // self.config.patch_size // self.config.merge) ** 2
+
+    def _tiles(self, picture: Any, kind: str, name: str) -> list[np.ndarray]:
+        """Tiles ``[n, 3, S, S]`` of a picture, or one tile of each frame of a clip."""
+        if kind == "image":
+            return [self.tiling.pixels(load_image(picture, name))]
+        if isinstance(picture, str | Path) or len(picture) == 0:
+            raise UserError(f"{name}: expected a sequence of frames, one at least")
+        frames = [load_image(f, f"{name}, frame {i}") for i, f in enumerate(picture)]
+        return [self.tiling.whole().pixels(frame) for frame in frames]
+
+
+def _inline(text: str) -> str:
+    """A text with its ``<image>`` as the mark that a chat template writes."""
+    return text.replace("<image>", CONTEXT)
+
+
+def render_published(chat: Sequence[Message], template: str) -> str:
+    """A chat in one of the templates that InternVL was released with.
+
+    Args:
+        chat: messages whose content is a list of parts.
+        template: as config.json names it; "" for ChatML without a system message.
+
+    Raises:
+        UserError: a template that is not known.
+    """
+    if template not in _TEMPLATES:
+        known = ", ".join(t for t in _TEMPLATES if t)
+        raise UserError(f"config.json: template {template!r} is not supported; known: {known}")
+    system, end = _TEMPLATES[template]
+    if system is not None and (not chat or chat[0]["role"] != "system"):
+        chat = [{"role": "system", "content": [{"type": "text", "text": system}]}, *chat]
+    turns = []
+    for message in chat:
+        parts = [
+            part["text"] if part["type"] == "text" else MARKS[part["type"]] + "\n"
+            for part in message["content"]
+        ]
+        turns.append(f"<|im_start|>{message['role']}\n{''.join(parts)}{end}")
+    return "".join(turns) + "<|im_start|>assistant\n"

@@ -1,0 +1,78 @@
+"""A picture of any shape as square tiles and a thumbnail, normalised (numpy and PIL alone)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How pictures are cut.
+
+    Attributes:
+        size: side of a tile in pixels.
+        least, most: tiles of a picture, the thumbnail not counted.
+        thumbnail: the whole picture follows its tiles, if there is more than one.
+        mean, std: of the colours, for values between 0 and 1.
+    """
+
+    size: int
+    least: int
+    most: int
+    thumbnail: bool
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Columns and rows of tiles: the shape nearest to the picture's.
+
+        Of shapes equally near a larger one is taken if the picture has more than half of its
+        pixels.
+        """
+        shapes = [
+            (cols, rows)
+            for cols in range(1, self.most + 1)
+            for rows in range(1, self.most + 1)
+            if self.least <= cols * rows <= self.most
+        ]
+        best, least = (1, 1), float("inf")
+        for cols, rows in sorted(shapes, key=_area):
+            difference = abs(width / height - cols / rows)
+            enough = width * height > 0.5 * self.size**2 * cols * rows
+            if difference < least or (difference == least and enough):
+                best, least = (cols, rows), difference
+        return best
+
+    def whole(self) -> Tiling:
+        """Pictures in one tile each."""
+        return dataclasses.replace(self, least=1, most=1)
+
+    def cut(self, image: Image.Image) -> list[Image.Image]:
+        """RGB tiles, row by row, and the thumbnail."""
+        size = self.size
+        cols, rows = self.grid(*image.size)
+        whole = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
+        tiles = [
+            whole.crop((x * size, y * size, (x + 1) * size, (y + 1) * size))
+            for y in range(rows)
+            for x in range(cols)
+        ]
+        if self.thumbnail and len(tiles) > 1:
+            tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
+        return tiles
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """float32 ``[tiles, 3, size, size]`` of an RGB picture."""
+        x = np.stack([np.asarray(tile, np.uint8) for tile in self.cut(image)])
+        x = (x / 255).astype(np.float32)
+        x = (x - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+
+
+def _area(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
