@@ -42,10 +42,11 @@ def links(params: Params, streams: Streams) -> Iterator[Link]:
 
     for stream in streams.streams:
         for read in stream.reads:
-            columns = np.tile(np.arange(stream.width), read.blocks)
             for norm in expand(read.norm, params):
+                width = len(params[f"{norm}/weight"])  # that of all blocks, if it spans them
+                columns = np.tile(np.arange(width), stream.width * read.blocks // width)
                 readers = tuple(readers_of(read, norm))
-                yield Link(present(norm, "weight", "bias"), readers, columns, stream.width)
+                yield Link(present(norm, "weight", "bias"), readers, columns, width)
     for attention in streams.attentions:
         pairs = zip(expand(attention.value, params), expand(attention.output, params), strict=True)
         for value, output in pairs:

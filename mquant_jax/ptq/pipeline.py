@@ -105,7 +105,7 @@ def quantize_params(
             out[name] = round_weight(params[name], s.w_bits, s.group_size, recipe.weights.clip)
             report["weights"][name] = relative_error(out[name], params[name])
         else:
-            out[name] = params[name].astype(dtypes[name])
+            out[name] = params[name].astype(dtypes.get(name, np.float32))
     return out, report
 
 

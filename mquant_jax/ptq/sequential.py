@@ -38,6 +38,12 @@ def _run(graphdef, state, *args):
     return nnx.merge(graphdef, state)(*args)
 
 
+def _copy(module: nnx.Module):
+    """A module split, with variables of its own: those of the original will be rounded."""
+    graphdef, state = nnx.split(module)
+    return graphdef, jax.tree.map(lambda leaf: leaf, state)
+
+
 @dataclasses.dataclass
 class Part:
     """A module in hand.
@@ -114,7 +120,7 @@ class QuantizingRunner(Runner):
             part = Part(f"{name}/{i}", block, self._target(name), (x, context),
                         context.token_class)  # fmt: skip
             if twin is not None:
-                part.twin = nnx.split(block), (twin, context)
+                part.twin = _copy(block), (twin, context)
                 twin = self._outputs(block, (twin, context))
             x = self._quantise(part)
         return x
@@ -125,7 +131,7 @@ class QuantizingRunner(Runner):
             return module(x)
         part = Part(name, module, self._target(name), (x,), classes)
         if self.float_inputs:
-            part.twin = nnx.split(module), (self.float_inputs[name],)
+            part.twin = _copy(module), (self.float_inputs[name],)
         return self._quantise(part)
 
     def _target(self, name: str) -> nnx.Module:
