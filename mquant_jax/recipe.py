@@ -65,7 +65,8 @@ class Weights:
             quantised model's that GPTQ makes up for (GPTAQ).
         refit: rounds in which the scales are fitted to the rounded integers, by the layer's output
             error, and the integers rounded anew.
-        visual_weight: weight of a visual token in the Hessians of the language model; text has 1.
+        visual_weight, sink_weight: weight of a visual token and of a sink in the Hessians of the
+            language model; text has 1.
     """
 
     method: str = "rtn"
@@ -75,6 +76,7 @@ class Weights:
     asymmetry: float = 0.0
     refit: int = 0
     visual_weight: float = 1.0
+    sink_weight: float = 1.0
 
     @property
     def needs_float_inputs(self) -> bool:

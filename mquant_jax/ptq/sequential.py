@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from mquant_jax.errors import UserError
-from mquant_jax.nn.act_quant import TEXT, TOKEN_CLASSES, VISUAL
+from mquant_jax.nn.act_quant import SINK, TEXT, TOKEN_CLASSES, VISUAL
 from mquant_jax.nn.params import Params, assign, variables
 from mquant_jax.nn.stack import Runner, num_layers
 from mquant_jax.numerics import INT_MAX, QWeight
@@ -243,7 +243,8 @@ class QuantizingRunner(Runner):
         seen = Seen([Histogram() for _ in TOKEN_CLASSES], [Sampler() for _ in TOKEN_CLASSES])
         graphdef, state = nnx.split(part.module)
         importance = np.ones(len(TOKEN_CLASSES) + 1, np.float32)  # the last entry: padding
-        importance[VISUAL] = options.visual_weight if part.name.startswith("language/") else 1.0
+        if part.name.startswith("language/"):
+            importance[VISUAL], importance[SINK] = options.visual_weight, options.sink_weight
         importance[-1] = 0.0
         for rows, args in chunks(part.args, self.chunk):
             value = tapped(graphdef, point, state, *args)
