@@ -183,7 +183,8 @@ class Prompt:
     """One prompt made ready for a model: token ids with placeholders, and its pictures.
 
     Attributes:
-        input_ids: token ids, visual placeholders already repeated once per visual token.
+        input_ids: token ids, visual placeholders already repeated once per visual token. Where no
+            id is set aside for them, families use a number that is no id.
         grids: ``(t, h, w)`` patches of each picture or clip, in order of appearance.
         patches: float32 ``[sum(t*h*w), patch_dim]``.
     """

@@ -45,10 +45,11 @@ class Keys(nnx.Module):
     Positions enter keys alone, behind the norm. That is why a rotated model keeps this LayerNorm:
     had its weight gone into ``k_proj``, the positions would have to be divided by it, and small
     weights would make them huge. Keys and values are rotated online instead.
+
+    Features as wide as the decoder are not projected; such a model stays float (see ``streams``).
     """
 
     POINTS: ClassVar[Points] = {"kv_in": ("kv_proj",), "k_in": ("k_proj",), "v_in": ("v_proj",)}
-    WITHOUT_PROJECTION: ClassVar[Points] = {k: v for k, v in POINTS.items() if k != "kv_in"}
 
     def __init__(self, config: MiniCPMVConfig, place: Placement, *, rngs: nnx.Rngs):
         into, out = config.vision.hidden_size, config.language.hidden_size
@@ -61,8 +62,6 @@ class Keys(nnx.Module):
             self.kv_proj = Dense(
                 into, out, bias=place.rotated, section=section, dtype=dtype, rngs=rngs
             )
-        else:
-            self.POINTS = self.WITHOUT_PROJECTION
         self.norm = LayerNorm(out, NORM_EPS, dtype)
         rotation = place.online_rotation(out)
         self.k_in = ActQuant("k_in", section, rotation=rotation)
@@ -110,9 +109,7 @@ class Resampler(nnx.Module):
         self.norm = tower_norm(width, NORM_EPS, place)
         self.proj_in = ActQuant("proj_in", section)
         # Published without a bias; the one of the rotated model is what the norm leaves behind.
-        self.proj = Dense(
-            width, width, bias=place.rotated, section=section, dtype=dtype, rngs=rngs
-        )
+        self.proj = Dense(width, width, bias=place.rotated, section=section, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: tuple[jax.Array, jax.Array, jax.Array], tap: Tap | None = None

@@ -41,9 +41,7 @@ def position_buckets(n: int, grid: int) -> np.ndarray:
     return np.searchsorted(boundaries, _ramp(0.0, step, n), side="right").astype(np.int32)
 
 
-def pack_vision(
-    patches: np.ndarray, sizes: Sequence[tuple[int, int]], grid: int
-) -> VisionInput:
+def pack_vision(patches: np.ndarray, sizes: Sequence[tuple[int, int]], grid: int) -> VisionInput:
     """One row per slice, padded to a common bucket of patches and a bucket of slices.
 
     Args:
@@ -69,9 +67,7 @@ def pack_vision(
     return VisionInput(out, coords, valid, table_rows)
 
 
-def collate(
-    config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | None = None
-) -> Batch:
+def collate(config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | None = None) -> Batch:
     """Left-pad prompts to one length and pack all their slices.
 
     A grid ``(1, h, w)`` of a prompt is a slice. Tokens of id 0 are masked wherever they stand, as

@@ -133,9 +133,7 @@ def test_other_sizes_of_the_published_layout() -> None:
     inputs = golden(FOLDER, "public")[1]
     for changes in (ODD, {"vision_config": {"hidden_size": 256}}, {"drop_vision_last_layer": True}):
         config = MiniCPMVConfig.from_hf(changed_config(**changes))
-        logits = forward(
-            model_of(config, random_params(config)), reference_batch(config, inputs)
-        )
+        logits = forward(model_of(config, random_params(config)), reference_batch(config, inputs))
         assert np.isfinite(logits).all()
     assert config.vision.num_layers == 1
     wide = MiniCPMVConfig.from_hf(changed_config(vision_config={"hidden_size": 256}))

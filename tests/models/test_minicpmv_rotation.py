@@ -97,5 +97,4 @@ def test_w4a8_is_close() -> None:
     points = ("keys/kv_in", "keys/k_in", "keys/v_in", "queries/q_in", "merger/proj_in")
     assert {f"vision/{point}" for point in points} <= set(report["points"])
     error = relative(got, outputs["logits"][real])
-    print(error)
-    assert 0.01 < error < 0.3, error  # random weights of 48 channels
+    assert 0.01 < error < 0.3, error  # random weights of 48 channels; measured 0.19
