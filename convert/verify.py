@@ -27,6 +27,8 @@ from mquant_jax.nn.stack import Runner
 from mquant_jax.recipe import SECTIONS
 
 FLOAT_RTOL = 1e-3
+# Arrays that a reference may record with padding -> the output that is 1 where there is none.
+_PADDED = {"vision_pre": "vision_patch_mask"}
 Arrays = dict[str, np.ndarray]
 
 
@@ -79,7 +81,8 @@ def capture(model: VLM, batch: Batch) -> Arrays:
     out = {"logits": logits, "embeds": stream[0]}
     out |= {f"hidden_{i}": x for i, x in enumerate(stream)}
     if batch.vision is not None:
-        out["vision_pre"] = seen["vision/layers"][-1][real["vision/layers"]]
+        last = seen.get("vision/final", seen["vision/layers"][-1])
+        out["vision_pre"] = last[real["vision/layers"]]
         out["vision"] = seen["vision/merger"][real["vision/merger"]]
     return out
 
@@ -116,7 +119,10 @@ def compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> di
     for name in [n for n in outputs if n in ours]:
         got, ref = ours[name], outputs[name]
         if name in ("vision", "vision_pre"):  # recorded flat, or picture by picture
+            padding = outputs.get(_PADDED.get(name, ""))
             ref = ref.reshape(-1, ref.shape[-1])
+            if padding is not None:
+                ref = ref[padding.reshape(-1) == 1]
         else:
             if ref.shape[:2] == mask.shape:
                 ref = ref[mask]

@@ -34,7 +34,9 @@ class Batch:
 
     Attributes:
         input_ids: int32 ``[B, T]``.
-        order: int32 ``[B, T]``, 0, 1, 2, ... for real tokens and -1 for padding.
+        order: int32 ``[B, T]``, 0, 1, 2, ... for real tokens and -1 for padding. A masked token
+            inside a prompt (class -1 too) has the order of the real token before it: it is not
+            seen, but sees.
         positions: int32 ``[streams, B, T]``, rotary positions.
         token_class: int32 ``[B, T]``: 0 text, 1 visual, -1 padding.
         visual_index: int32 ``[B, T]``, the row of the (flattened) visual features that replaces a
@@ -52,7 +54,7 @@ class Batch:
     @property
     def next_position(self) -> jax.Array:
         """int32 ``[B]``: the rotary position of the first generated token."""
-        return jnp.max(jnp.where(self.order >= 0, self.positions, -1), axis=(0, 2)) + 1
+        return jnp.max(jnp.where(self.token_class >= 0, self.positions, -1), axis=(0, 2)) + 1
 
     @property
     def lengths(self) -> jax.Array:
@@ -153,6 +155,7 @@ class WeightRule:
         shape: shape of our tensor.
         src_shape: shape that the source must have.
         rows: the part of the source that is ours; ``None``: all of it.
+        transposed: the source, a matrix, stands the other way round (``x @ W``).
     """
 
     dst: str
@@ -160,14 +163,17 @@ class WeightRule:
     shape: tuple[int, ...]
     src_shape: tuple[int, ...]
     rows: Rows | None = None
+    transposed: bool = False
 
     def apply(self, source: np.ndarray) -> np.ndarray:
         """The source's part of our tensor, in our shape."""
+        source = source.T if self.transposed else source
         source = source if self.rows is None else self.rows.view(source)
         return source.reshape(self.shape)
 
     def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
         """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
+        source = source.T if self.transposed else source
         part = source if self.rows is None else self.rows.view(source)
         part[...] = ours.reshape(part.shape)
 
@@ -177,7 +183,8 @@ class Prompt:
     """One prompt made ready for a model: token ids with placeholders, and its pictures.
 
     Attributes:
-        input_ids: token ids, visual placeholders already repeated once per visual token.
+        input_ids: token ids, visual placeholders already repeated once per visual token. Where no
+            id is set aside for them, families use a number that is no id.
         grids: ``(t, h, w)`` patches of each picture or clip, in order of appearance.
         patches: float32 ``[sum(t*h*w), patch_dim]``.
     """

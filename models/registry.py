@@ -14,6 +14,7 @@ _BY_MODEL_TYPE = {
     "internvl": "models.internvl",
     "internvl_chat": "models.internvl",
     "llama": "models.llama",
+    "minicpmv": "models.minicpmv",
     "qwen2": "models.llama",
     "qwen2_vl": "models.qwen2_vl",
 }

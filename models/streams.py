@@ -80,10 +80,10 @@ class ValueOutput:
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """An MLP's last layer behind an online rotation.
+    """A dense layer behind an online rotation: an MLP's last, mostly.
 
     Attributes:
-        reader: path of the last layer.
+        reader: path of the layer.
         width: its inputs.
         sign_carrier: a layer that enters the hidden activation linearly (``up_proj`` of a gated
             MLP) and takes the rotation's signs; ``None``: the signs are applied online.

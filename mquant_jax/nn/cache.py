@@ -52,6 +52,9 @@ def empty_cache(
     )
 
 
-def key_order(order: jax.Array) -> jax.Array:
-    """Order of keys from the order of tokens: padding (-1) can never be seen."""
-    return jnp.where(order < 0, NEVER, order)
+def key_order(order: jax.Array, token_class: jax.Array) -> jax.Array:
+    """Order of keys from the order and class of tokens: padding (class -1) can never be seen.
+
+    Padding with an order of its own still sees what stands up to there.
+    """
+    return jnp.where((order < 0) | (token_class < 0), NEVER, order)

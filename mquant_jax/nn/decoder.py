@@ -225,7 +225,7 @@ class Decoder(nnx.Module):
         angles = multi_axis_angles(
             positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling
         )
-        keys = key_order(order) if keys is None else keys
+        keys = key_order(order, token_class) if keys is None else keys
         return DecoderContext(angles, keys[:, None, :] <= order[:, :, None], token_class)
 
     def __call__(self, x, positions, order, token_class, runner: Runner = SCAN) -> jax.Array:
@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
             Residual stream before the final norm, and the cache with the tokens in it.
         """
         at = (0, cache.cursor)
-        slots = jax.lax.dynamic_update_slice(cache.order, key_order(order), at)
+        slots = jax.lax.dynamic_update_slice(cache.order, key_order(order, token_class), at)
         ctx = self.context(positions, order, token_class, None if fresh else slots)
         graphdef, state = nnx.split(self.layers)
 

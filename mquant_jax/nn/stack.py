@@ -47,6 +47,7 @@ class Runner:
     def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
         """Call one module that stands outside the stacks (patch embedding, merger).
 
+        ``x``: an array, or a tuple of arrays with the same leading axis.
         ``classes``: int32, the token class of each row that its first quantisation point sees;
         -1 marks padding. Only calibration looks at it.
         """

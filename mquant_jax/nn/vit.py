@@ -32,9 +32,15 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
 }
 
 
@@ -47,13 +53,15 @@ class ViTConfig:
         activation: a key of :data:`ACTIVATIONS`.
         rope_theta: base of the 2-D rotary positions; ``None``: the tower has none.
         position_grid: side of the square table of learned positions, in patches; 0: no table. A
-            picture is then a square of patches in row-major order, and a picture of another side
-            sees the table resampled.
+            picture says which rows its patches take; without that, it is a square of patches in
+            row-major order, and a picture of another side sees the table resampled.
         class_token: a learned token stands in front of the patches, with a position of its own.
         layer_scale: what a sub-layer adds to the stream is multiplied by a learned vector.
         rms_norm: the norms are RMSNorms and not LayerNorms.
         qk_norm_eps: queries and keys, all heads side by side, pass an RMSNorm of this epsilon;
             ``None``: they do not.
+        final_norm: a norm stands behind the last block; its reader, in the connector, absorbs its
+            weight and bias in a rotated tower.
         keeps_mean: what stands behind the tower sees the mean of its stream, which a rotation must
             therefore not take out.
     """
@@ -73,6 +81,7 @@ class ViTConfig:
     qk_norm_eps: float | None = None
     patch_bias: bool = False
     qkv_bias: bool = True
+    final_norm: bool = False
     keeps_mean: bool = False
 
     @property
@@ -81,7 +90,9 @@ class ViTConfig:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["patches", "coords", "valid"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["patches", "coords", "valid", "position_rows"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class VisionInput:
@@ -93,11 +104,14 @@ class VisionInput:
         patches: float32 ``[N, P, patch_dim]``.
         coords: int32 ``[N, P, 2]``, row and column of each patch in its picture.
         valid: bool ``[N, P]``.
+        position_rows: int32 ``[N, P]``, the row of the table of learned positions that each patch
+            takes, for families that choose them; only in towers without a class token.
     """
 
     patches: jax.Array
     coords: jax.Array
     valid: jax.Array
+    position_rows: jax.Array | None = None
 
     @property
     def token_class(self) -> jax.Array:
@@ -212,6 +226,18 @@ class ViTBlock(nnx.Module):
         return x + (h * self.mlp_gain.get_value() if self.has_gains else h)
 
 
+class FinalNorm(nnx.Module):
+    """The norm behind the last block."""
+
+    POINTS: ClassVar[Points] = {}
+
+    def __init__(self, cfg: ViTConfig, place: Placement):
+        self.norm = tower_norm(cfg.hidden_size, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
+
+    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        return self.norm(x)
+
+
 class ViT(nnx.Module):
     """Patch embedding and blocks. A family's vision module extends it with its connector, and
     stands as ``vision`` in the model: the names given to the runner are those of the parameters.
@@ -226,6 +252,8 @@ class ViT(nnx.Module):
             rows = cfg.position_grid**2 + cfg.class_token
             self.positions = nnx.Param(jnp.zeros((rows, cfg.hidden_size), place.dtype))
         self.layers = stack_layers(lambda r: ViTBlock(cfg, place, rngs=r), cfg.num_layers, rngs)
+        if cfg.final_norm:
+            self.final = FinalNorm(cfg, place)
 
     def features(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """Patches -> features ``[N, P, hidden]``; the class token, if there is one, is the first.
@@ -242,12 +270,19 @@ class ViT(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
             classes = jnp.concatenate([jnp.max(classes, axis=1, keepdims=True), classes], axis=1)
         if cfg.position_grid:
-            x = x + self._positions(vision.patches.shape[1])
-        return runner.layers("vision/layers", self.layers, x, VisionContext(angles, classes))
+            x = x + self._positions(vision)
+        x = runner.layers("vision/layers", self.layers, x, VisionContext(angles, classes))
+        return runner.module("vision/final", self.final, x, classes) if cfg.final_norm else x
 
-    def _positions(self, patches: int) -> jax.Array:
-        """The table for a square of ``patches``: the class token's row, then ``[P, hidden]``."""
-        table, grid, side = self.positions.get_value(), self.cfg.position_grid, isqrt(patches)
+    def _positions(self, vision: VisionInput) -> jax.Array:
+        """Positions ``[N, P, hidden]`` as the pictures choose them, or the table for squares: the
+        class token's row, then ``[P, hidden]``."""
+        table, grid, patches = (
+            self.positions.get_value(), self.cfg.position_grid, vision.patches.shape[1]
+        )  # fmt: skip
+        if vision.position_rows is not None:
+            return table[vision.position_rows]
+        side = isqrt(patches)
         if side * side != patches:
             raise ValueError(f"a picture of {patches} patches is not square")
         if side == grid:

@@ -1,0 +1,232 @@
+"""MiniCPM-V: files, chat messages and pictures in; token ids and patches out.
+
+Nothing here touches the network or runs code from the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from models.base import Batch, Prompt
+from models.chat import ChatFolder, Message, check_count, normalised, read_json
+from models.images import load_image
+from models.minicpmv.config import MiniCPMVConfig
+from models.minicpmv.processing import MASKED, VISUAL, collate
+from models.minicpmv.slices import MEAN, STD, Slicing
+from mquant_jax.errors import UserError
+
+MARK = "(<image>./</image>)"  # where a picture stands in a chat's text, as the published code says
+_FRAME_SLICES = 2  # of a video's frame, as the model card has it
+_STOP = ("<|im_end|>", "<|endoftext|>")
+_SYSTEM = "You are a helpful assistant."
+# Special tokens by their keys in preprocessor_config.json.
+_TOKENS = {
+    "im_start": "<image>", "im_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>",
+    "unk": "<unk>", "im_id_start": "<image_id>", "im_id_end": "</image_id>",
+}  # fmt: skip
+Picture = tuple[Image.Image, bool]  # and whether it is a video's frame
+
+
+class MiniCPMVProcessor(ChatFolder):
+    """From pictures and text to a ``Batch``, and from tokens back to text.
+
+    Args:
+        folder: holds tokenizer.json, and as published preprocessor_config.json,
+            tokenizer_config.json and the chat template.
+        config: the model's config.
+
+    Raises:
+        UserError: a file is missing or unreadable, or of another model.
+    """
+
+    config: MiniCPMVConfig
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """preprocessor_config.json, checked against the model.
+
+        Raises:
+            UserError: its patches or visual tokens are not the model's, or pictures are not cut.
+        """
+        path, c = self.folder / "preprocessor_config.json", self.config
+        settings = read_json(path)
+        for key, wanted in (("patch_size", c.patch_size), ("image_feature_size", c.queries)):
+            if settings.get(key, wanted) != wanted:
+                raise UserError(f"{path}: {key} is {settings[key]}, the model's is {wanted}")
+        if not settings.get("slice_mode", True):
+            raise UserError(f"{path}: slice_mode false is not supported (pictures would keep their "
+                            "size, whatever it is); set it to true")  # fmt: skip
+        return settings
+
+    @functools.cached_property
+    def tokens(self) -> dict[str, str]:
+        """The special tokens around pictures, by their published keys."""
+        return {key: self.settings.get(key, token) for key, token in _TOKENS.items()}
+
+    @functools.cached_property
+    def slicing(self) -> Slicing:
+        """How pictures are cut."""
+        s, c = self.settings, self.config
+        return Slicing(
+            s.get("scale_resolution", c.scale_size),
+            c.patch_size,
+            s.get("max_slice_nums", c.max_slices),
+            tuple(s.get("norm_mean") or MEAN),
+            tuple(s.get("norm_std") or STD),
+        )
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The folder's tokenizer, its special tokens checked."""
+        tokenizer = super().tokenizer
+        known = tokenizer.get_vocab()
+        for token in self.tokens.values():
+            if token not in known:
+                path = self.folder / "tokenizer.json"
+                raise UserError(f"{path}: no token {token}; it is of another model")
+        return tokenizer
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those that the published code stops at."""
+        known = self.tokenizer.get_vocab()
+        return tuple(known[t] for t in _STOP if t in known) or super().stop_ids
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token is fixed: whatever has its id is masked."""
+        return MASKED
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens. Those of id 0, "!", are dropped, as the published code does."""
+        return super().decode([i for i in ids if int(i) != MASKED])
+
+    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
+        """One user turn in the chat template.
+
+        Args:
+            text: pictures stand in front of it, or images where it says ``(<image>./</image>)``.
+            images: PIL images, uint8 ``[H, W, 3]`` arrays or paths.
+            videos: sequences of frames, each like an image.
+
+        Raises:
+            UserError: as :meth:`messages`.
+        """
+        content = [] if MARK in text else [{"type": "image"} for _ in images]
+        content += [{"type": "video"} for _ in videos]
+        content.append({"type": "text", "text": text})
+        return self.messages([{"role": "user", "content": content}], images, videos)
+
+    def messages(
+        self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Prompt:
+        """A whole conversation, answered next by the assistant.
+
+        Args:
+            messages: ``{"role": ..., "content": text or parts}``; a part is ``{"type": "text",
+                "text": ...}``, ``{"type": "image"}`` or ``{"type": "video"}``. Parts stand on lines
+                of their own. A text may say ``(<image>./</image>)`` itself.
+            images, videos: in the order of their parts and placeholders.
+
+        Raises:
+            UserError: pictures and places differ in number (both are named); a picture that
+                cannot be read; a malformed message.
+        """
+        chat = [normalised(message, i, None) for i, message in enumerate(messages)]
+        parts = [part for message in chat for part in message["content"]]
+        text_marks = sum(part["text"].count(MARK) for part in parts if part["type"] == "text")
+        kinds = [part["type"] for part in parts]
+        counts = {"image": kinds.count("image") + text_marks, "video": kinds.count("video")}
+        for kind, given in (("image", images), ("video", videos)):
+            check_count(f"the prompt has {counts[kind]}", kind, counts[kind], given)
+        loaded = iter([load_image(x, f"image {i}") for i, x in enumerate(images)])
+        clips = iter([_frames(x, f"video {i}") for i, x in enumerate(videos)])
+        turns, pictures = [], []
+        for message in chat:
+            lines = []
+            for part in message["content"]:
+                clip = next(clips) if part["type"] == "video" else None
+                lines.append(_line(part, clip))
+                marks = lines[-1].count(MARK)
+                pictures += [(x, True) for x in clip] if clip else [
+                    (next(loaded), False) for _ in range(marks)
+                ]  # fmt: skip
+            turns.append({"role": message["role"], "content": "\n".join(lines)})
+        return self._expand(self._render(turns), pictures)
+
+    def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
+        """Left-pad prompts and pack their pictures into one :class:`Batch`."""
+        return collate(self.config, prompts, pad_to)
+
+    def _render(self, chat: list[dict[str, str]]) -> str:
+        if self.chat_template is None:
+            return render_published(chat)
+        return self.render(chat, self.chat_template)
+
+    def _expand(self, text: str, pictures: Sequence[Picture]) -> Prompt:
+        """Marks become slices. Pictures are numbered from 0 through the conversation."""
+        chunks = text.split(MARK)
+        check_count(f"{self.folder}: the chat template made {len(chunks) - 1}", "image",
+                    len(chunks) - 1, pictures)  # fmt: skip
+        ids = self.encode(chunks[0])
+        grids, patches = [], [np.zeros((0, self.config.vision.patch_dim), np.float32)]
+        # A picture's text begins and ends with special tokens, at which tokenizers cut anyway.
+        for number, (picture, chunk) in enumerate(zip(pictures, chunks[1:], strict=True)):
+            image, is_frame = picture
+            most = min(self.slicing.most, _FRAME_SLICES) if is_frame else self.slicing.most
+            slicing = Slicing(**(vars(self.slicing) | {"most": most}))
+            slices, grid = slicing.cut(image)
+            for part, (h, w) in map(slicing.patches, slices):
+                patches.append(part)
+                grids.append((1, h, w))
+            numbered = not is_frame and self.settings.get("use_image_id", self.config.use_image_id)
+            ids += self._picture_ids(number if numbered else None, grid)
+            ids += self.encode(chunk)
+        return Prompt(ids, grids, np.concatenate(patches))
+
+    def _picture_ids(self, number: int | None, grid: tuple[int, int] | None) -> list[int]:
+        """Ids of one picture's text: its number, the whole, then slices row by row."""
+        t = self.tokens
+        one = t["slice_start"] + t["slice_end"]
+        text = "" if number is None else f"{t['im_id_start']}{number}{t['im_id_end']}"
+        text += t["im_start"] + t["im_end"]
+        if grid:
+            text += "\n".join([one * grid[0]] * grid[1])
+        starts = self.tokenizer.convert_tokens_to_ids([t["im_start"], t["slice_start"]])
+        out: list[int] = []
+        for token in self.encode(text):
+            out.append(token)
+            if token in starts:
+                out += [VISUAL] * self.config.queries
+        return out
+
+
+def _line(part: dict[str, Any], clip: list[Image.Image] | None) -> str:
+    """A part of a message as text."""
+    if clip is not None:
+        return "\n".join([MARK] * len(clip))
+    return MARK if part["type"] == "image" else part["text"]
+
+
+def _frames(video: Any, name: str) -> list[Image.Image]:
+    if isinstance(video, str | Path) or len(video) == 0:
+        raise UserError(f"{name}: expected a sequence of frames, one at least")
+    return [load_image(frame, f"{name}, frame {i}") for i, frame in enumerate(video)]
+
+
+def render_published(chat: Sequence[Message]) -> str:
+    """The template that MiniCPM-V 2.6 was released with, for folders that carry none.
+
+    Args:
+        chat: messages whose content is a text.
+    """
+    if chat and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": _SYSTEM}, *chat]
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat]
+    return "".join(turns) + "<|im_start|>assistant\n"

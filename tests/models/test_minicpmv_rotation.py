@@ -1,0 +1,100 @@
+"""MiniCPM-V rotated: the function stays, resampler included; W4A8 comes out close."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.minicpmv import FAMILY
+from models.minicpmv.config import MiniCPMVConfig
+from mquant_jax.nn.norm import LayerNorm
+from mquant_jax.nn.params import get_params
+from mquant_jax.presets import PRESETS
+from mquant_jax.ptq.pipeline import float_model, quantize_params
+from mquant_jax.recipe import Recipe
+from tests.helpers import golden, quantised, relative
+from tests.minicpmv_cases import CASES, FOLDER, ODD, changed_config, golden_case, random_params
+
+ROTATED = Recipe("rotated", rotate=True, seed=3)
+
+
+def hardened(params, seed=0):
+    """Norm weights far from one, biases and means everywhere: what rotation must survive."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, value in params.items():
+        value = np.asarray(value, np.float32)
+        if "norm/weight" in name:
+            value = value * rng.lognormal(0, 0.7, value.shape)
+        elif name.endswith("bias"):
+            value = value + rng.normal(0.3, 0.5, value.shape)
+        elif name.endswith(("positions", "query", "patch_embed/proj/kernel", "fc2/kernel")):
+            value = value + 0.05
+        out[name] = value.astype(np.float32)
+    return out
+
+
+def batch_of(case, config):
+    inputs = golden(FOLDER, case)[1]
+    return jax.tree.map(jax.numpy.asarray, FAMILY.reference_batch(config, inputs)), inputs
+
+
+def logits(config, recipe, params, case):
+    batch, inputs = batch_of(case, config)
+    model = float_model(FAMILY, config, recipe, params)
+    out = np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
+    return out[inputs["attention_mask"] == 1], model
+
+
+def check(config, params, case, recipe=ROTATED):
+    expected, _ = logits(config, Recipe(), params, case)
+    rotated, _ = quantize_params(FAMILY, config, recipe, params)
+    got, twin = logits(config, recipe, rotated, case)
+    assert relative(got, expected) < 1e-4
+    return twin
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_rotated_model_equals_the_original(case) -> None:
+    model, config, _, _ = golden_case(case)
+    twin = check(config, hardened(get_params(model)), case)
+    norms = [m for _, m in nnx.iter_modules(twin) if isinstance(m, LayerNorm)]
+    assert norms == [twin.vision.keys.norm]  # no rotated stream runs through that one
+
+
+def test_odd_widths_and_a_padded_mlp() -> None:
+    config = MiniCPMVConfig.from_hf(changed_config(**ODD))
+    twin = check(config, hardened(random_params(config)), "public")
+    block = jax.tree.map(lambda x: x[0], nnx.state(twin.vision.layers))
+    assert block["fc2"]["kernel"].get_value().shape == (40, 88)
+    unsigned = Recipe("unsigned", rotate=True, seed=3, online_signs=False)
+    check(config, hardened(random_params(config)), "public", unsigned)
+
+
+def test_every_part_takes_part() -> None:
+    """Each rotated tensor differs from the original."""
+    model, config, _, _ = golden_case("public")
+    params = hardened(get_params(model))
+    rotated, _ = quantize_params(FAMILY, config, ROTATED, params)
+    same = [n for n, x in params.items() if n in rotated and np.array_equal(x, rotated[n])]
+    keys = {"vision/keys/norm/weight", "vision/keys/norm/bias", "vision/keys/k_proj/bias"}
+    language = {n for n in same if n.startswith("language/") and n.endswith("bias")}
+    assert set(same) == keys | language  # rope forbids to touch q and k
+    assert {n.split("/")[-2] for n in language} == {"q_proj", "k_proj"}
+    assert {"vision/merger/proj/bias", "vision/keys/kv_proj/bias"} <= set(rotated) - set(params)
+
+
+def test_w4a8_is_close() -> None:
+    model, config, inputs, outputs = golden_case("public")
+    batch, _ = batch_of("public", config)
+    real = inputs["attention_mask"] == 1
+    made, report = quantize_params(FAMILY, config, PRESETS["w4a8"], get_params(model), batch)
+    got = quantised(FAMILY, config, PRESETS["w4a8"], made, batch)[real]
+    assert np.isfinite(got).all()
+    parts = ("keys/kv_proj", "keys/k_proj", "keys/v_proj", "queries/q_proj", "merger/out_proj",
+             "merger/proj", "patch_embed/proj")  # fmt: skip
+    assert {f"vision/{part}/kernel" for part in parts} <= set(report["weights"])
+    points = ("keys/kv_in", "keys/k_in", "keys/v_in", "queries/q_in", "merger/proj_in")
+    assert {f"vision/{point}" for point in points} <= set(report["points"])
+    error = relative(got, outputs["logits"][real])
+    assert 0.01 < error < 0.3, error  # random weights of 48 channels; measured 0.19
