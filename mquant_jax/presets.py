@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from mquant_jax.errors import UserError
-from mquant_jax.recipe import Recipe, Section, Weights
+from mquant_jax.recipe import Calibration, Recipe, Section, Weights
 
 
 def _uniform(name: str, section: Section, **changes) -> Recipe:
@@ -21,7 +21,13 @@ _W8A8 = Section(8, None, "static")
 _GPTQ = Weights(method="gptq")
 # The head stays at 8 bits: it is small in compute, large in bytes read per generated token, and
 # its errors go straight into the logits.
-_MQUANT = {"head": _W8A8, "weights": _GPTQ, "rotate": True, "sink_class": True}
+_MQUANT = {
+    "head": _W8A8,
+    "weights": _GPTQ,
+    "rotate": True,
+    "sink_class": True,
+    "calibration": Calibration(headroom=1.1),
+}
 
 PRESETS: dict[str, Recipe] = {
     "float": Recipe(),

@@ -110,10 +110,13 @@ class Calibration:
     Attributes:
         observer: ``minmax``; ``percentile`` (99.99 %); ``mse``, the clip with the least squared
             rounding error; or ``output``, the clip with the least error in the layers' outputs.
+        headroom: factor on the clip: what the model meets later may be larger than what a small
+            calibration set showed, and cutting it off costs more than a coarser step.
         max_samples: calibration samples used at most.
     """
 
     observer: str = "minmax"
+    headroom: float = 1.0
     max_samples: int = 128
 
 

@@ -218,7 +218,7 @@ class QuantizingRunner(Runner):
             if not hist.empty:
                 rows = [r for c in group if (r := seen.samples[c].rows) is not None]
                 rows = np.concatenate(rows) if gram is not None else None
-                clip = choose_clip(hist, observer, rows, gram)
+                clip = self.recipe.calibration.headroom * choose_clip(hist, observer, rows, gram)
                 clips |= dict.fromkeys(group, clip)
         if not clips:
             raise UserError(f"calibration data holds no tokens at {path}")
