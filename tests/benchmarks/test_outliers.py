@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from benchmarks.accuracy import interval
+from benchmarks.demo_bed import interval
 from benchmarks.outliers import HIGH, LOW, with_outliers
 from models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
