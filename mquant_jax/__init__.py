@@ -11,7 +11,7 @@ __all__ = ["Model", "PRESETS", "Recipe", "Sampling", "UserError", "load"]
 _HOMES = {
     "Model": "mquant_jax.api",
     "load": "mquant_jax.api",
-    "PRESETS": "mquant_jax.recipe",
+    "PRESETS": "mquant_jax.presets",
     "Recipe": "mquant_jax.recipe",
     "Sampling": "mquant_jax.runtime.sampling",
     "UserError": "mquant_jax.errors",

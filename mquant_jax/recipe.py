@@ -7,6 +7,7 @@ shapes of all its tensors. Presets are in :mod:`mquant_jax.presets`.
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 from mquant_jax.errors import UserError
@@ -204,7 +205,8 @@ class Recipe:
         return weights or any(s.activations == "static" for s in parts)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain dictionaries, lists, numbers and strings: what a JSON file would give back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, data: dict[str, Any], origin: str = "recipe") -> Recipe:
