@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from flax import nnx
 from models.streams import Streams
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
+from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.recipe import Recipe
@@ -63,14 +65,30 @@ class Batch:
 
 
 class VLM(nnx.Module):
-    """A vision module in front of a decoder. Families subclass it and build the two parts.
+    """A vision module in front of a decoder. Families subclass it and name their vision module.
 
     ``vision(VisionInput, runner) -> [N, M, hidden]`` gives the visual tokens of each row. A family
-    without pictures builds the decoder alone: ``vision`` stays ``None``, as in all its batches.
+    without pictures names none: ``vision`` stays ``None``, as in all its batches.
     """
 
+    VISION: ClassVar[Callable[..., nnx.Module] | None] = None  # (config, recipe, dtype, rngs=)
     vision: nnx.Module | None = None
     language: Decoder
+
+    def __init__(
+        self,
+        config: Any,
+        recipe: Recipe | None = None,
+        dtype=jnp.float32,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        recipe = recipe or Recipe()
+        self.config = config
+        if self.VISION is not None:
+            self.vision = self.VISION(config, recipe, dtype, rngs=rngs)
+        place = Placement.of(recipe, "language", dtype)
+        self.language = Decoder(config.language, place, recipe.head, rngs=rngs)
 
     def embed(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
         """Merged embeddings ``[B, T, hidden]``: visual tokens take the place of placeholders."""
@@ -222,10 +240,11 @@ class Family:
         name: our name of the family.
         config_from_hf: Hugging Face config dictionary -> the family's config object, which has a
             field ``language: DecoderConfig``.
-        build: ``(config, recipe, dtype, rngs) -> VLM``.
+        model: the family's :class:`VLM`.
         weight_rules: ``config -> rules``.
         ignored: whether a checkpoint tensor of this name is known and not needed.
-        processor: ``(folder, config) -> Processor``.
+        processor_class: ``module:Class`` of its :class:`Processor`, made from a folder and the
+            config. Imported on first use: weights convert and verify without it.
         reference_batch: ``(config, arrays of a golden's inputs) -> Batch``.
         example_prompt: ``(config, text tokens, picture side in pixels) -> Prompt``: arbitrary
             content of the asked size, for measurements; side 0 leaves the picture out, and so
@@ -239,16 +258,25 @@ class Family:
 
     name: str
     config_from_hf: Callable[[dict], Any]
-    build: Callable[[Any, Recipe, Any, nnx.Rngs], VLM]
+    model: type[VLM]
     weight_rules: Callable[[Any], list[WeightRule]]
     ignored: Callable[[str], bool]
-    processor: Callable[[Any, Any], Processor]
+    processor_class: str
     reference_batch: Callable[[Any, dict[str, np.ndarray]], Batch]
     example_prompt: Callable[[Any, int, int], Prompt]
     collate: Callable[[Any, Sequence[Prompt]], Batch]
     streams: Callable[[Any], Streams]
     canonical_name: Callable[[str], str] = str
     pictures: bool = True
+
+    def build(self, config: Any, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
+        """The model with fresh weights."""
+        return self.model(config, recipe, dtype, rngs=rngs)
+
+    def processor(self, folder: Any, config: Any) -> Processor:
+        """The processor of a checkpoint folder."""
+        module, _, name = self.processor_class.partition(":")
+        return getattr(importlib.import_module(module), name)(folder, config)
 
 
 def bucket(n: int, multiple: int) -> int:

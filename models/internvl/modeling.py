@@ -6,13 +6,11 @@ from math import isqrt
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from models.base import VLM
 from models.internvl.config import InternVLConfig
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
@@ -76,16 +74,4 @@ class InternVLVision(ViT):
 class InternVL(VLM):
     """InternVL of any size, float or quantised as ``recipe`` says."""
 
-    def __init__(
-        self,
-        config: InternVLConfig,
-        recipe: Recipe | None = None,
-        dtype=jnp.float32,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        recipe = recipe or Recipe()
-        self.config = config
-        self.vision = InternVLVision(config, recipe, dtype, rngs=rngs)
-        place = Placement.of(recipe, "language", dtype)
-        self.language = Decoder(config.language, place, recipe.head, rngs=rngs)
+    VISION = InternVLVision

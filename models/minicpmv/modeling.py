@@ -11,7 +11,6 @@ from flax import nnx
 from models.base import VLM
 from models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
@@ -160,16 +159,4 @@ class MiniCPMVVision(ViT):
 class MiniCPMV(VLM):
     """MiniCPM-V of any size, float or quantised as ``recipe`` says."""
 
-    def __init__(
-        self,
-        config: MiniCPMVConfig,
-        recipe: Recipe | None = None,
-        dtype=jnp.float32,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        recipe = recipe or Recipe()
-        self.config = config
-        self.vision = MiniCPMVVision(config, recipe, dtype, rngs=rngs)
-        place = Placement.of(recipe, "language", dtype)
-        self.language = Decoder(config.language, place, recipe.head, rngs=rngs)
+    VISION = MiniCPMVVision

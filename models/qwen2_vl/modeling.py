@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from models.base import VLM
 from models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
@@ -62,16 +60,4 @@ class Qwen2VLVision(ViT):
 class Qwen2VL(VLM):
     """Qwen2-VL of any size, float or quantised as ``recipe`` says."""
 
-    def __init__(
-        self,
-        config: Qwen2VLConfig,
-        recipe: Recipe | None = None,
-        dtype=jnp.float32,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        recipe = recipe or Recipe()
-        self.config = config
-        self.vision = Qwen2VLVision(config, recipe, dtype, rngs=rngs)
-        place = Placement.of(recipe, "language", dtype)
-        self.language = Decoder(config.language, place, recipe.head, rngs=rngs)
+    VISION = Qwen2VLVision
