@@ -155,7 +155,7 @@ class Collator:
         order = np.full((n, LENGTH), -1, np.int32)
         positions = np.zeros((3, n, LENGTH), np.int32)
         token_class = np.full((n, LENGTH), -1, np.int32)
-        visual_index = np.zeros((n, LENGTH), np.int32)
+        visual_index = np.full((n, LENGTH), -1, np.int32)
         targets = np.full((n, LENGTH), -1, np.int32)
         early = np.full((n, LENGTH), -1, np.int32)
         places = np.full((n, LENGTH, len(PLACE_CLASSES)), -1, np.int32)

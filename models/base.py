@@ -42,7 +42,7 @@ class Batch:
         positions: int32 ``[streams, B, T]``, rotary positions.
         token_class: int32 ``[B, T]``: 0 text, 1 visual, -1 padding.
         visual_index: int32 ``[B, T]``, the row of the (flattened) visual features that replaces a
-            visual token's embedding; 0 elsewhere.
+            token's embedding; -1: the token keeps its own.
         vision: the pictures, or ``None`` for text alone.
     """
 
@@ -97,7 +97,7 @@ class VLM(nnx.Module):
             return x
         visual = self.vision(batch.vision, runner)
         visual = visual.reshape(-1, visual.shape[-1])[batch.visual_index]
-        return jnp.where((batch.token_class == 1)[..., None], visual.astype(x.dtype), x)
+        return jnp.where((batch.visual_index >= 0)[..., None], visual.astype(x.dtype), x)
 
     def stream(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
         """Residual stream before the final norm, ``[B, T, hidden]``; no cache."""

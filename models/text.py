@@ -27,6 +27,6 @@ def collate(prompts: Sequence[Prompt], pad_id: int = 0, pad_to: int | None = Non
         order=np.where(real, order, -1),
         positions=np.where(real, order, 0)[None],
         token_class=np.where(real, 0, -1).astype(np.int32),
-        visual_index=np.zeros_like(ids),
+        visual_index=np.full_like(ids, -1),
         vision=None,
     )

@@ -65,7 +65,7 @@ def collate(
     if not grids:
         return batch
     visual = (batch.order >= 0) & (batch.input_ids == image_token)
-    index = np.zeros_like(batch.visual_index)
+    index = batch.visual_index.copy()
     index[visual] = np.arange(visual.sum())  # tiles come in the order of their placeholders
     return dataclasses.replace(
         batch,

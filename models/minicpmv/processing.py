@@ -84,7 +84,7 @@ def collate(config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | Non
     batch = collate_text(prompts, MASKED, pad_to)
     real, visual = batch.input_ids != MASKED, batch.input_ids == VISUAL
     order = np.cumsum(real, axis=1, dtype=np.int32) - 1
-    index = np.zeros_like(batch.visual_index)
+    index = batch.visual_index.copy()
     index[visual] = np.arange(visual.sum())  # slices come in the order of their placeholders
     sizes = [grid[1:] for p in prompts for grid in p.grids]
     vision = None

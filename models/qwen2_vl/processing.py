@@ -103,7 +103,7 @@ def collate(
     order = np.full((b, t), -1, np.int32)
     positions = np.zeros((3, b, t), np.int32)
     token_class = np.full((b, t), -1, np.int32)
-    visual_index = np.zeros((b, t), np.int32)
+    visual_index = np.full((b, t), -1, np.int32)
     grids = [g for p in prompts for g in p.grids]
     vision = None
     if grids:
