@@ -69,9 +69,7 @@ def quantize_params(
     dtypes = {name: value.dtype for name, value in params.items()}
     streams, report = family.streams(config), {"weights": {}, "points": {}}
     if recipe.rotate:
-        params = rotate_params(
-            params, streams, recipe.seed, recipe.online_signs, recipe.orthogonal
-        )
+        params = rotate_params(params, streams, recipe.seed, recipe.online_signs, recipe.orthogonal)
 
     def run(params: Params, runner: Runner) -> None:
         sinks = {} if "language/sinks/ids" in params else sink_rule([], [])
