@@ -104,7 +104,7 @@ class DecoderBlock(nnx.Module):
         self.up_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
         # The signs of the rotation are folded into up_proj.
         rotation = place.online_rotation(cfg.intermediate_size)
-        self.mlp_hidden = point("mlp_hidden", rotation=rotation and rotation.unsigned)
+        self.mlp_hidden = point("mlp_hidden", rotation=rotation and rotation.without_signs())
         hidden = rotation.n if rotation else cfg.intermediate_size
         self.down_proj = dense(hidden, d, bias=cfg.mlp_bias, split=place.split)
 
