@@ -18,7 +18,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import DynamicScaling, Llama3Scaling, apply_rope, multi_axis_angles
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, stack_layers
 from mquant_jax.numerics import QWeight
-from mquant_jax.ops.attention import attend
+from mquant_jax.ops.attention import attend, split_heads
 from mquant_jax.recipe import Section
 
 
@@ -112,7 +112,7 @@ class DecoderBlock(nnx.Module):
         """Normed, projected and rotated ``q [B, heads, T, d]``, ``k`` and ``v [B, kv, T, d]``."""
         h = self.attn_in(self.attn_norm(x), ctx.token_class, tap)
         q, k, v = (
-            jnp.swapaxes(y.reshape(*y.shape[:-1], -1, self.cfg.head_dim), 1, 2)
+            split_heads(y, self.cfg.head_dim)
             for y in (self.q_proj(h), self.k_proj(h), self.v_proj(h))
         )
         if self.cfg.qk_norm:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.ops.dense import platform
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
@@ -108,5 +110,14 @@ def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotate ``x [B, heads, T, d]`` by ``angles [B, T, d/2]``, in float32; keeps ``x.dtype``."""
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    if platform() == "tpu" and x.dtype == jnp.bfloat16 and x.shape[2] > 1:
+        # Halves of a vector register are costly to cut and join; a product with a signed
+        # permutation exchanges them exactly, next to free.
+        half = x.shape[-1] // 2
+        one = np.eye(half)
+        swap = np.block([[np.zeros_like(one), one], [-one, np.zeros_like(one)]])
+        other = jnp.matmul(x, jnp.asarray(swap, x.dtype), preferred_element_type=jnp.float32)
+        twice = [jnp.concatenate([y, y], axis=-1) for y in (cos, sin)]
+        return (x.astype(jnp.float32) * twice[0] + other * twice[1]).astype(x.dtype)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
