@@ -20,7 +20,7 @@ from benchmarks.aot.hlo import parse
 from models.base import Batch, Family
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import held, target_platform
-from mquant_jax.ptq.pipeline import abstract_model, untied
+from mquant_jax.ptq.pipeline import abstract_model
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import decode, prefill
 
@@ -87,7 +87,11 @@ def build(
     setup: Setup, recipe: Recipe, program: str, where: Sharding | None
 ) -> tuple[Callable, tuple, tuple[int, ...]]:
     """The function to compile, shapes of its arguments, and which of them to donate."""
-    config = untied(setup.config, {})[0] if recipe.rotate else setup.config
+    config = setup.config
+    if recipe.rotate:  # the final norm goes into the head and not into the embedding
+        config = dataclasses.replace(
+            config, language=dataclasses.replace(config.language, tied_head=False)
+        )
     model = abstract_model(setup.family, config, recipe, jnp.bfloat16)
     graphdef, state = nnx.split(jax.eval_shape(loaded, model))
 

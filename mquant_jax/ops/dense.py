@@ -83,7 +83,9 @@ def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
     if isinstance(x, QTensor):
         scale = x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1)
         flat = QTensor(flat, scale)
-    if w.storage == "int4" and platform() == "cpu":
-        w = w.unpacked()  # XLA's CPU backend widens int4 operands to int32 and multiplies naively
+    if w.storage == "int4" and platform() != "tpu":
+        # XLA's CPU backend widens int4 operands to int32 and multiplies naively; its GPU backend
+        # does as well, but fuses a conversion to int8 into the product.
+        w = w.unpacked()
     form = _FORMS[select_path(isinstance(x, QTensor), rows)]
     return form(flat, w).reshape(*lead, w.out_features)
