@@ -53,7 +53,9 @@ WIDE: dict[str, dict[str, Any]] = {
     },
     "internvl2/public": {"llm_config": _LLM, "vision_config": _VIT},
     "internvl/public": {"text_config": _LLM | {"head_dim": 64}, "vision_config": _VIT},
-    "minicpmv2_6/public": _LLM | {"vision_config": _VIT | {"hidden_size": 576, "intermediate_size": 1080}},
+    "minicpmv2_6/public": _LLM | {
+        "vision_config": _VIT | {"hidden_size": 576, "intermediate_size": 1080},
+    },
     "qwen_vl/public": {
         "hidden_size": 512, "intermediate_size": 2816, "num_attention_heads": 8,
         "kv_channels": 64, "visual": {"width": 512, "heads": 8, "output_dim": 512},
