@@ -81,7 +81,8 @@ def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_params(family: Family, config: Any, seed: int) -> Params:
-    """Weights that keep activations near one; norms and biases that are not trivial."""
+    """Weights of a model that is not chaotic: each layer adds a little to the residual stream, as
+    in trained ones. Norms and biases are not trivial."""
     rng = np.random.default_rng(seed)
     out: Params = {}
     for rule in family.weight_rules(config):
@@ -91,8 +92,8 @@ def random_params(family: Family, config: Any, seed: int) -> Params:
         elif rule.dst.endswith("frequencies"):
             value = 1e4 ** -(np.arange(rule.shape[0]) / rule.shape[0])
         elif rule.dst.endswith("kernel") and len(rule.shape) == 2:
-            value *= rule.shape[1] ** -0.5
-        else:
+            value *= 0.5 * rule.shape[1] ** -0.5
+        elif not rule.dst.endswith("embedding"):
             value *= 0.1
         out[rule.dst] = value.astype(np.float32)
     return out
