@@ -174,6 +174,7 @@ class WeightRule:
         src_shape: shape that the source must have.
         rows: the part of the source that is ours; ``None``: all of it.
         transposed: the source, a matrix, stands the other way round (``x @ W``).
+        order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
     """
 
     dst: str
@@ -182,17 +183,26 @@ class WeightRule:
     src_shape: tuple[int, ...]
     rows: Rows | None = None
     transposed: bool = False
+    order: tuple[int, ...] | None = None
 
     def apply(self, source: np.ndarray) -> np.ndarray:
         """The source's part of our tensor, in our shape."""
         source = source.T if self.transposed else source
         source = source if self.rows is None else self.rows.view(source)
-        return source.reshape(self.shape)
+        source = source.reshape(self.shape)
+        if self.order is None:
+            return source
+        return source.reshape(-1, len(self.order), *self.shape[1:])[:, self.order].reshape(
+            self.shape
+        )
 
     def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
         """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
         source = source.T if self.transposed else source
         part = source if self.rows is None else self.rows.view(source)
+        if self.order is not None:
+            back = np.argsort(self.order)
+            ours = ours.reshape(-1, len(back), *self.shape[1:])[:, back]
         part[...] = ours.reshape(part.shape)
 
 

@@ -141,6 +141,8 @@ class Recipe:
             at run time.
         online_signs: the online rotations have random signs, which spread what a plain Hadamard
             gathers in one channel; ``False`` is the paper's form.
+        online_reads: layers that read a residual stream which takes no rotation (that of a
+            post-norm tower) rotate it online.
         split: see :class:`Split`.
         seed: of the rotations' signs.
         calibration: see :class:`Calibration`.
@@ -158,6 +160,7 @@ class Recipe:
     rotate: bool = False
     orthogonal: bool = False
     online_signs: bool = True
+    online_reads: bool = True
     split: Split = Split()
     seed: int = 0
     calibration: Calibration = Calibration()

@@ -26,9 +26,9 @@ from mquant_jax.recipe import Section
 class DecoderConfig:
     """Shape of a language model.
 
-    ``rope_sections`` are the rotary slots that follow each position stream; they add up to
-    ``head_dim / 2`` and a single entry is ordinary rope. ``qk_norm``: queries and keys pass an
-    RMSNorm per head before the rotation.
+    ``rope_sections`` are the rotary slots that follow each position stream; a single entry is
+    ordinary rope. They add up to ``head_dim / 2``, or less: the other channels do not turn.
+    ``qk_norm``: queries and keys pass an RMSNorm per head before the rotation.
     """
 
     hidden_size: int
@@ -49,6 +49,11 @@ class DecoderConfig:
     rope_scaling: Llama3Scaling | DynamicScaling | None = None
     qk_norm: bool = False
 
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that turn."""
+        return 2 * sum(self.rope_sections)
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -60,7 +65,7 @@ class DecoderContext:
     """What every block needs beside the residual stream.
 
     Attributes:
-        angles: rotary angles float32 ``[B, T, head_dim/2]``.
+        angles: rotary angles float32 ``[B, T, rotary slots]``.
         mask: bool ``[B, T, S]``, which keys a query may see.
         token_class: int32 ``[B, T]``, sinks marked.
     """
@@ -223,7 +228,7 @@ class Decoder(nnx.Module):
         """
         cfg = self.cfg
         angles = multi_axis_angles(
-            positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling
+            positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling
         )
         keys = key_order(order, token_class) if keys is None else keys
         return DecoderContext(angles, keys[:, None, :] <= order[:, :, None], token_class)

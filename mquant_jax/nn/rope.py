@@ -106,7 +106,12 @@ def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate ``x [B, heads, T, d]`` by ``angles [B, T, d/2]``, in float32; keeps ``x.dtype``."""
+    """Rotate ``x [B, heads, T, d]`` by ``angles [B, T, r/2]``, in float32; keeps ``x.dtype``.
+
+    Only the first ``r`` channels of a head turn, as two halves; the others (``r < d``) pass.
+    """
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    half = angles.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)
