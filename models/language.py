@@ -87,12 +87,12 @@ def internlm2_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
         yield direct("language/head/kernel", f"{prefix}output.weight", c.vocab_size, d)
 
 
-def decoder_stream(c: DecoderConfig, *writers: str) -> Stream:
-    """The decoder's residual stream; ``writers`` are the layers that bring in visual tokens."""
+def decoder_stream(c: DecoderConfig, *writers: str, tables: tuple[str, ...] = ()) -> Stream:
+    """The decoder's residual stream; ``writers`` and ``tables`` bring in visual tokens."""
     return Stream(
         "language",
         c.hidden_size,
-        tables=("language/embedding",),
+        tables=(*tables, "language/embedding"),
         writers=(*writers, f"{_L}/o_proj", f"{_L}/down_proj"),
         reads=(
             Read(f"{_L}/attn_norm", tuple(f"{_L}/{n}" for n in ("q_proj", "k_proj", "v_proj"))),

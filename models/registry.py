@@ -9,8 +9,10 @@ from typing import Any
 from models.base import Family
 from mquant_jax.errors import UserError
 
-# model_type in config.json -> package that exposes ``FAMILY``.
+# model_type in config.json -> package that exposes ``FAMILY``; and ``TEXT_FAMILY``, where the type
+# is also that of a language model alone, which has no ``vision_config``.
 _BY_MODEL_TYPE = {
+    "chatglm": "models.glm4v",
     "internvl": "models.internvl",
     "internvl_chat": "models.internvl",
     "llama": "models.llama",
@@ -36,4 +38,6 @@ def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") ->
         raise UserError(f"{origin}: no 'model_type'; is this a Hugging Face model? known: {known}")
     if not isinstance(found, str) or found not in _BY_MODEL_TYPE:
         raise UserError(f"{origin}: model_type {found!r} is not supported; known: {known}")
-    return importlib.import_module(_BY_MODEL_TYPE[found]).FAMILY
+    package = importlib.import_module(_BY_MODEL_TYPE[found])
+    text_alone = None if hf_config.get("vision_config") else getattr(package, "TEXT_FAMILY", None)
+    return text_alone or package.FAMILY
