@@ -94,9 +94,7 @@ class Reader:
         for file in sorted(set(wanted.values())):
             path = self.folder / file
             if not path.is_file():
-                raise UserError(
-                    f"{path}: shard is missing, {INDEX} names it; download it again"
-                )
+                raise UserError(f"{path}: shard is missing, {INDEX} names it; download it again")
             for name, info in self._header(path).items():
                 if name in found:
                     raise UserError(

@@ -160,9 +160,7 @@ def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Arr
     asked = targets["early"] >= 0
     early = cross_entropy(logits, jnp.maximum(targets["early"], 0))
     early = (early * asked).sum() / asked.sum()
-    cells = hint_loss(
-        params["cells"], listener.visual, targets["cells"], demo_tasks.CELL_CLASSES
-    )
+    cells = hint_loss(params["cells"], listener.visual, targets["cells"], demo_tasks.CELL_CLASSES)
     places = hint_loss(params["places"], listener.thoughts, targets["places"], PLACE_CLASSES)
     return loss + hint * (early + cells + places), (loss, early, cells, places)
 

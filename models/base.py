@@ -28,7 +28,7 @@ from mquant_jax.recipe import Recipe
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["input_ids", "order", "positions", "token_class", "visual_index", "vision"],
-    meta_fields=[],
+    meta_fields=["visual_slots"],
 )
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -44,6 +44,8 @@ class Batch:
         visual_index: int32 ``[B, T]``, the row of the (flattened) visual features that replaces a
             token's embedding; -1: the token keeps its own.
         vision: the pictures, or ``None`` for text alone.
+        visual_slots: columns before this one hold visual tokens and padding only, the others
+            hold none (AIFS, ``runtime/tokens.py``); ``None``: they stand as they were written.
     """
 
     input_ids: jax.Array
@@ -52,6 +54,7 @@ class Batch:
     token_class: jax.Array
     visual_index: jax.Array
     vision: VisionInput | None
+    visual_slots: int | None = None
 
     @property
     def next_position(self) -> jax.Array:
@@ -90,37 +93,66 @@ class VLM(nnx.Module):
         place = Placement.of(recipe, "language", dtype)
         self.language = Decoder(config.language, place, recipe.head, rngs=rngs)
 
-    def embed(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
-        """Merged embeddings ``[B, T, hidden]``: visual tokens take the place of placeholders."""
-        x = self.language.embed(batch.input_ids)
+    def visual(self, batch: Batch, runner: Runner = SCAN) -> jax.Array | None:
+        """Visual features ``[N * M, hidden]``, which ``visual_index`` counts."""
         if batch.vision is None:
+            return None
+        features = self.vision(batch.vision, runner)
+        return features.reshape(-1, features.shape[-1])
+
+    def embed(
+        self, batch: Batch, runner: Runner = SCAN, visual: jax.Array | None = None
+    ) -> jax.Array:
+        """Merged embeddings ``[B, T, hidden]``: visual tokens take the place of placeholders.
+
+        ``visual``: features computed before; by default :meth:`visual`.
+        """
+        x = self.language.embed(batch.input_ids)
+        visual = self.visual(batch, runner) if visual is None else visual
+        if visual is None:
             return x
-        visual = self.vision(batch.vision, runner)
-        visual = visual.reshape(-1, visual.shape[-1])[batch.visual_index]
-        return jnp.where((batch.visual_index >= 0)[..., None], visual.astype(x.dtype), x)
+        index = batch.visual_index
+        return jnp.where((index >= 0)[..., None], visual[index].astype(x.dtype), x)
 
     def stream(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
         """Residual stream before the final norm, ``[B, T, hidden]``; no cache."""
         x = self.embed(batch, runner)
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
-        return self.language(x, batch.positions, batch.order, classes, runner)
+        return self.language(
+            x, batch.positions, batch.order, classes, runner, visual_slots=batch.visual_slots
+        )
 
     def __call__(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
         """Logits of every position, float32 ``[B, T, vocab]``; no cache."""
         x = self.stream(batch, runner)
         return self.language.logits(x, batch.token_class, runner)
 
-    def prefill(self, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Fill an empty cache with the prompts.
+    def prefill(
+        self,
+        batch: Batch,
+        cache: KVCache,
+        *,
+        fresh: bool = True,
+        visual: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Put prompts into the cache.
+
+        Args:
+            fresh: the cache is empty; else the prompts go on from what it holds.
+            visual: features computed before; by default :meth:`visual`.
 
         Returns:
-            Logits of the last position, float32 ``[B, vocab]``, and the cache.
+            Logits of each row's last token, float32 ``[B, vocab]``, and the cache.
         """
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
         x, cache = self.language.step(
-            self.embed(batch), batch.positions, batch.order, classes, cache, fresh=True
-        )
-        return self.language.logits(x[:, -1]), cache
+            self.embed(batch, visual=visual), batch.positions, batch.order, classes, cache,
+            fresh=fresh, visual_slots=batch.visual_slots,
+        )  # fmt: skip
+        # Of equals the rightmost: a masked token stands behind the real one whose order it has.
+        last = batch.order.shape[1] - 1 - jnp.argmax(batch.order[:, ::-1], axis=1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        return self.language.logits(x), cache
 
     def decode(
         self, tokens: jax.Array, order: jax.Array, position: jax.Array, cache: KVCache

@@ -16,9 +16,7 @@ def direct(dst: str, src: str, *shape: int) -> WeightRule:
     return WeightRule(dst, src, shape, shape)
 
 
-def dense_rules(
-    dst: str, src: str, out: int, into: int, bias: bool = True
-) -> Iterator[WeightRule]:
+def dense_rules(dst: str, src: str, out: int, into: int, bias: bool = True) -> Iterator[WeightRule]:
     """Kernel ``[out, into]`` and bias ``[out]`` of a dense layer."""
     yield direct(f"{dst}/kernel", f"{src}.weight", out, into)
     if bias:

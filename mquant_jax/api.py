@@ -101,8 +101,7 @@ class Model:
         if stream is not None and not single:
             raise UserError("stream works with one prompt, not with a batch")
         prompts = [
-            self.processor.prompt(t, i, v)
-            for t, i, v in zip(texts, per_prompt, clips, strict=True)
+            self.processor.prompt(t, i, v) for t, i, v in zip(texts, per_prompt, clips, strict=True)
         ]
         out = self.generate_prompts(
             prompts, max_new_tokens, Sampling(temperature, top_k, top_p), key, stream

@@ -105,9 +105,7 @@ def _cleaned_up(partial: Path, dst: Path, needed: int) -> Iterator[None]:
         if partial.exists():  # Orbax's threads were still writing
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(e, Exception) and _disk_full(e):
-            raise UserError(
-                f"{dst}: the disk is full; the checkpoint needs {needed} bytes"
-            ) from e
+            raise UserError(f"{dst}: the disk is full; the checkpoint needs {needed} bytes") from e
         raise
 
 

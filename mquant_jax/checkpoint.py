@@ -1,9 +1,9 @@
 """Checkpoint folders: written whole or not at all, and checked when read.
 
-    DST/config.json     the Hugging Face config, as it was
-    DST/mquant.json     manifest: format version, family, recipe, one entry per tensor with its hash
-    DST/params/         Orbax checkpoint; layers separate, int4 two values per byte
-    DST/*.json          tokenizer, preprocessor and generation files, as they were
+DST/config.json     the Hugging Face config, as it was
+DST/mquant.json     manifest: format version, family, recipe, one entry per tensor with its hash
+DST/params/         Orbax checkpoint; layers separate, int4 two values per byte
+DST/*.json          tokenizer, preprocessor and generation files, as they were
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ def load_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def load_params(
-    folder: str | Path, verify_hashes: bool = False
-) -> tuple[Params, dict[str, Any]]:
+def load_params(folder: str | Path, verify_hashes: bool = False) -> tuple[Params, dict[str, Any]]:
     """All tensors by name (NumPy; ``QWeight`` as stored), and the manifest.
 
     Args:
@@ -145,8 +143,7 @@ def load_params(
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise UserError(f"{folder / PARAMS}: damaged ({reason}); {_CONVERT_AGAIN}") from e
     params = {
-        name: _from_tree(tree, name, entry, folder)
-        for name, entry in manifest["tensors"].items()
+        name: _from_tree(tree, name, entry, folder) for name, entry in manifest["tensors"].items()
     }
     if verify_hashes:
         for name, found in _hashes(params).items():

@@ -27,9 +27,7 @@ INT_MAX = {4: 7, 8: 127}
 _TINY = 1e-30  # below this a scale would overflow 1/scale in float32
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class QTensor:
     """A quantised activation.

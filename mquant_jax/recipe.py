@@ -196,8 +196,10 @@ class Recipe:
     @property
     def changes_weights(self) -> bool:
         """Whether the checkpoint holds anything else than the source's tensors."""
-        return self.rotate or self.smooth or any(
-            s.quantised or s.activations != "none" for s in map(self.section, SECTIONS)
+        return (
+            self.rotate
+            or self.smooth
+            or any(s.quantised or s.activations != "none" for s in map(self.section, SECTIONS))
         )
 
     @property

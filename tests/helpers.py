@@ -14,12 +14,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
+from models.base import VLM, Family
 from models.llama.config import LlamaConfig
 from models.llama.modeling import Llama
 from models.llama.weights import weight_rules as llama_rules
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.modeling import Qwen2VL
 from models.qwen2_vl.weights import weight_rules
+from models.registry import family_for
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight
 from mquant_jax.ptq.pipeline import abstract_model
@@ -42,6 +44,18 @@ def golden(family: str, case: str) -> tuple[dict[str, Any], Arrays, Arrays]:
     names = ("inputs", "outputs")
     inputs, outputs = (load_file(folder / f"{name}.safetensors") for name in names)
     return config, inputs, outputs
+
+
+def golden_model(case: str) -> tuple[Family, VLM, Any, Arrays, Arrays]:
+    """``family/case`` -> the family, its float model, config, inputs and outputs."""
+    hf, inputs, outputs = golden(*case.split("/"))
+    family = family_for(hf, "config.json")
+    config = family.config_from_hf(hf)
+    source = load_file(GOLDENS / case / "model.safetensors")
+    model = abstract_model(family, config, Recipe())
+    rules = family.weight_rules(config)
+    set_params(model, {r.dst: r.apply(source[r.src]) for r in rules})
+    return family, model, config, inputs, outputs
 
 
 def golden_qwen2_vl(case: str) -> tuple[Qwen2VL, Qwen2VLConfig, Arrays, Arrays]:

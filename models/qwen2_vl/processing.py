@@ -150,9 +150,7 @@ def reference_prompts(inputs: dict[str, Any], config: Qwen2VLConfig) -> Iterator
                 i += 1
         patches = [part for _, part in pictures]
         empty = np.zeros((0, config.vision.patch_dim), np.float32)
-        yield Prompt(
-            ids, [g for g, _ in pictures], np.concatenate(patches) if patches else empty
-        )
+        yield Prompt(ids, [g for g, _ in pictures], np.concatenate(patches) if patches else empty)
 
 
 def reference_batch(config: Qwen2VLConfig, inputs: dict[str, np.ndarray]) -> Batch:

@@ -58,7 +58,7 @@ class DecoderConfig:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["angles", "mask", "token_class"],
-    meta_fields=[],
+    meta_fields=["visual_slots"],
 )
 @dataclasses.dataclass(frozen=True)
 class DecoderContext:
@@ -68,11 +68,14 @@ class DecoderContext:
         angles: rotary angles float32 ``[B, T, rotary slots]``.
         mask: bool ``[B, T, S]``, which keys a query may see.
         token_class: int32 ``[B, T]``, sinks marked.
+        visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
+            ``None``: they stand anywhere.
     """
 
     angles: jax.Array
     mask: jax.Array
     token_class: jax.Array
+    visual_slots: int | None = None
 
 
 class DecoderBlock(nnx.Module):
@@ -184,9 +187,7 @@ class Decoder(nnx.Module):
         if cfg.tied_head and head.quantised:
             table = empty_qweight(cfg.vocab_size, cfg.hidden_size, head)
         self.embedding = nnx.Param(table)
-        self.layers = stack_layers(
-            lambda r: DecoderBlock(cfg, place, rngs=r), cfg.num_layers, rngs
-        )
+        self.layers = stack_layers(lambda r: DecoderBlock(cfg, place, rngs=r), cfg.num_layers, rngs)
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
         if place.sink_class:
             self.sinks = SinkRule()
@@ -221,7 +222,9 @@ class Decoder(nnx.Module):
         kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()
         return linear(h, kernel, self.dtype).astype(jnp.float32)
 
-    def context(self, positions, order, token_class, keys=None) -> DecoderContext:
+    def context(
+        self, positions, order, token_class, keys=None, visual_slots: int | None = None
+    ) -> DecoderContext:
         """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
 
         ``keys``: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
@@ -231,12 +234,15 @@ class Decoder(nnx.Module):
             positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling
         )
         keys = key_order(order, token_class) if keys is None else keys
-        return DecoderContext(angles, keys[:, None, :] <= order[:, :, None], token_class)
+        mask = keys[:, None, :] <= order[:, :, None]
+        return DecoderContext(angles, mask, token_class, visual_slots)
 
-    def __call__(self, x, positions, order, token_class, runner: Runner = SCAN) -> jax.Array:
+    def __call__(
+        self, x, positions, order, token_class, runner: Runner = SCAN, *, visual_slots=None
+    ) -> jax.Array:
         """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache."""
-        return runner.layers("language/layers", self.layers, x,
-                             self.context(positions, order, token_class))  # fmt: skip
+        ctx = self.context(positions, order, token_class, visual_slots=visual_slots)
+        return runner.layers("language/layers", self.layers, x, ctx)
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         cfg = self.cfg
@@ -244,19 +250,23 @@ class Decoder(nnx.Module):
             num_layers(self.layers), batch, cfg.num_kv_heads, slots, cfg.head_dim, self.dtype
         )
 
-    def step(self, x, positions, order, token_class, cache: KVCache, *, fresh: bool = False):
+    def step(
+        self, x, positions, order, token_class, cache: KVCache, *, fresh=False, visual_slots=None
+    ):
         """Run ``T`` new tokens against the cache.
 
         Args:
             x: ``[B, T, hidden]``.
             fresh: the cache holds nothing yet (a first prefill).
+            visual_slots: see :class:`DecoderContext`.
 
         Returns:
             Residual stream before the final norm, and the cache with the tokens in it.
         """
         at = (0, cache.cursor)
         slots = jax.lax.dynamic_update_slice(cache.order, key_order(order, token_class), at)
-        ctx = self.context(positions, order, token_class, None if fresh else slots)
+        keys = None if fresh else slots
+        ctx = self.context(positions, order, token_class, keys, visual_slots)
         graphdef, state = nnx.split(self.layers)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in

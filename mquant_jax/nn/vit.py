@@ -123,9 +123,7 @@ class VisionInput:
         return jnp.where(self.valid, 0, -1)
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["angles", "token_class"], meta_fields=[]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["angles", "token_class"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class VisionContext:
     """Rotary angles ``[N, P, head_dim/2]``, if the tower has such positions, and token classes

@@ -114,9 +114,7 @@ class Inputs:
 
 
 @partial(jax.jit, static_argnames=("act_order",))
-def prepare(
-    hessian: jax.Array, cross: jax.Array | None = None, act_order: bool = True
-) -> Inputs:
+def prepare(hessian: jax.Array, cross: jax.Array | None = None, act_order: bool = True) -> Inputs:
     """Factor a Hessian.
 
     Args:

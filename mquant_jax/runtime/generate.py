@@ -53,6 +53,22 @@ def prefill(model: VLM, batch: Batch, slots: int) -> tuple[jax.Array, DecodeStat
     return logits, DecodeState(cache, batch.lengths, batch.next_position)
 
 
+def extend(
+    model: VLM, batch: Batch, state: DecodeState, visual: jax.Array | None = None
+) -> tuple[jax.Array, DecodeState]:
+    """Run further prompt tokens: a next turn, or the next chunk of a long prompt. Pure.
+
+    Args:
+        batch: tokens whose order and positions go on from the state's
+            (:func:`mquant_jax.runtime.tokens.follow`).
+        state: donate it; its cache needs as many free slots as ``batch`` has columns.
+        visual: features of the batch's pictures, when they are known already.
+    """
+    logits, cache = model.prefill(batch, state.cache, fresh=False, visual=visual)
+    order = jnp.maximum(state.order, batch.lengths)
+    return logits, DecodeState(cache, order, jnp.maximum(state.position, batch.next_position))
+
+
 def decode(model: VLM, tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
     """Run one token per row, int32 ``[B]``. Pure; jit it and donate ``state``."""
     logits, cache = model.decode(tokens, state.order, state.position, state.cache)
@@ -105,9 +121,7 @@ class Generator:
         self.stop_ids = stop_ids
         self.graphdef, self.params = nnx.split(model)
         self.start = jax.jit(self._start_loop, static_argnames=("slots", "limit", "how"))
-        self.run = jax.jit(
-            self._run_loop, static_argnames=("how",), donate_argnames=("loop",)
-        )
+        self.run = jax.jit(self._run_loop, static_argnames=("how",), donate_argnames=("loop",))
 
     def _stopped(self, tokens: jax.Array) -> jax.Array:
         return jnp.isin(tokens, jnp.asarray(self.stop_ids, jnp.int32))

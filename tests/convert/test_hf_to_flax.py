@@ -69,9 +69,7 @@ def test_bf16_shards_stay_bf16(tmp_path, capsys):
 
 
 def test_a_tied_checkpoint_needs_no_head(tmp_path, capsys):
-    src = hf_folder(
-        tmp_path / "src", lambda t: t.pop("lm_head.weight"), tie_word_embeddings=False
-    )
+    src = hf_folder(tmp_path / "src", lambda t: t.pop("lm_head.weight"), tie_word_embeddings=False)
     assert main([str(src), str(tmp_path / "dst")]) == 0
     assert capsys.readouterr().err.startswith("warning: config.json says the head is not tied")
     assert load_manifest(tmp_path / "dst")["tied_head"]

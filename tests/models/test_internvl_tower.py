@@ -31,6 +31,7 @@ def rms(x, weight, eps):
 
 def layer(x, p, heads, eps):
     """One block of the tower of RMSNorms: ``x [1 + P, d]``."""
+
     def dense(x, name):
         return x @ p[f"{name}/kernel"].T + p.get(f"{name}/bias", 0)
 

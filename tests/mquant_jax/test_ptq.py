@@ -71,9 +71,7 @@ def test_every_point_is_seen_and_padding_is_not(golden) -> None:
     assert point == "attn_in" and counts == [*(n * width for n in tokens), 0]
 
 
-@pytest.mark.parametrize(
-    ("name", "error"), [("w8a8", 0.12), ("w4a8-rtn", 0.6), ("w4a8", 0.45)]
-)
+@pytest.mark.parametrize(("name", "error"), [("w8a8", 0.12), ("w4a8-rtn", 0.6), ("w4a8", 0.45)])
 def test_error_of_presets_on_random_weights(golden, name, error) -> None:
     # Noise weights are the worst case for rounding; trained ones are measured by the benchmarks.
     logits, _, _ = quantised_logits(golden, PRESETS[name])

@@ -1,0 +1,140 @@
+"""The order in which a prompt's tokens stand (AIFS, paper section 3.2), turns and chunks.
+
+The decoder follows ``order`` and ``positions``, never the column of a token: causality is
+``order[key] <= order[query]``. So tokens may stand in any column. AIFS puts the visual tokens in
+front, and with them each modality is one slice: one static scale, one expert's weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.base import Batch, bucket
+from mquant_jax.nn.act_quant import SINK, VISUAL
+
+Array = np.ndarray | jax.Array
+
+
+def arrange(
+    batch: Batch,
+    visual_slots: int | None = None,
+    text_slots: int | None = None,
+    classes: Array | None = None,
+) -> tuple[Batch, Array]:
+    """The AIFS layout of a batch: ``[visual | text]``, each slice padded on its left.
+
+    Within a slice tokens keep their order, but sinks stand first among the text. The cache that a
+    prefill of the result fills is in the same order.
+
+    Args:
+        batch: prompts in any layout; arrays on the host, unless both slices' lengths are given
+            (then this can be traced).
+        visual_slots, text_slots: lengths of the slices; by default the least bucket that holds
+            the fullest row.
+        classes: int32 ``[B, T]``, token classes with sinks marked; default ``batch.token_class``.
+
+    Returns:
+        The batch, whose ``visual_slots`` says where the text begins, and int32 columns ``[B, T']``:
+        where each of its tokens stood, -1 for padding; :func:`restore` takes them.
+
+    Raises:
+        ValueError: a row has more tokens of a kind than slots (arrays on the host only).
+    """
+    np_like = np if isinstance(batch.order, np.ndarray) else jnp
+    real = batch.order >= 0
+    visual = real & (batch.token_class == VISUAL)
+    text = real & ~visual
+    n_visual, n_text = visual.sum(axis=1), text.sum(axis=1)
+    if visual_slots is None:
+        visual_slots = bucket(int(n_visual.max()), 16) if n_visual.max() else 0
+    if text_slots is None:
+        text_slots = bucket(max(1, int(n_text.max())), 16)
+    for name, n, slots in (("visual", n_visual, visual_slots), ("text", n_text, text_slots)):
+        if isinstance(n, np.ndarray) and n.max() > slots:
+            raise ValueError(f"{int(n.max())} {name} tokens in a row, but {slots} {name} slots")
+
+    # Every row gets its own missing padding, so that both slices are full; a stable sort by slice
+    # then leaves each token in its turn.
+    rows, length = batch.order.shape
+    total = visual_slots + text_slots
+    spare = np_like.arange(total)[None]
+    before = np_like.where(spare < (visual_slots - n_visual)[:, None], 0, 2)
+    unused = (spare >= (total - n_visual - n_text)[:, None]) * 9
+    kind = np_like.asarray(batch.token_class if classes is None else classes)
+    key = np_like.where(visual, 1, np_like.where(text, np_like.where(kind == SINK, 3, 4), 9))
+    key = np_like.concatenate([np_like.maximum(before, unused), key], axis=1)
+    taken = np_like.argsort(key, axis=1, stable=True)[:, :total]
+    columns = np_like.where(taken < total, -1, taken - total).astype(np_like.int32)
+
+    def pick(values: Array, fill: int) -> Array:
+        moved = np_like.take_along_axis(values, np_like.maximum(columns, 0), axis=1)
+        return np_like.where(columns < 0, fill, moved).astype(values.dtype)
+
+    return dataclasses.replace(
+        batch,
+        input_ids=pick(batch.input_ids, 0),
+        order=pick(batch.order, -1),
+        positions=np_like.stack([pick(p, 0) for p in batch.positions]),
+        token_class=pick(batch.token_class, -1),
+        visual_index=pick(batch.visual_index, -1),
+        visual_slots=visual_slots,
+    ), columns
+
+
+def restore(values: Array, columns: Array, length: int) -> Array:
+    """Undo :func:`arrange` for per-token results.
+
+    Args:
+        values: ``[B, T', ...]``, in the arranged order.
+        columns: what ``arrange`` returned.
+        length: ``T`` of the batch before.
+
+    Returns:
+        ``[B, length, ...]``; zeros where there was padding.
+    """
+    rows = np.arange(values.shape[0])[:, None]
+    out = jnp.zeros((values.shape[0], length + 1, *values.shape[2:]), values.dtype)
+    # Padding (-1) lands in one column too many.
+    return out.at[rows, jnp.asarray(columns) % (length + 1)].set(values)[:, :length]
+
+
+def follow(batch: Batch, order: Array, position: Array) -> Batch:
+    """A batch of further tokens, placed behind what the cache holds already.
+
+    Args:
+        batch: the next turn's prompts, as if they began a conversation.
+        order, position: int32 ``[B]``, of the next token: fields of a ``DecodeState``.
+    """
+    xp = np if isinstance(order, np.ndarray) and isinstance(batch.order, np.ndarray) else jnp
+    real = batch.order >= 0
+    return dataclasses.replace(
+        batch,
+        order=xp.where(real, batch.order + order[:, None], -1),
+        positions=xp.where(real[None], batch.positions + position[None, :, None], 0),
+    )
+
+
+def chunks(batch: Batch, size: int) -> list[Batch]:
+    """A long prompt as pieces of ``size`` columns, first to last; pictures stay whole.
+
+    Every piece carries the same pictures: compute their features once (``VLM.visual``). Pieces
+    must be cut before they are arranged: a visual token may see text that stands before it.
+    """
+    if batch.visual_slots is not None:
+        raise ValueError("cut a batch into chunks first, arrange each chunk then")
+    starts = range(0, batch.order.shape[1], size)
+    return [
+        dataclasses.replace(
+            batch,
+            input_ids=batch.input_ids[:, i : i + size],
+            order=batch.order[:, i : i + size],
+            positions=batch.positions[:, :, i : i + size],
+            token_class=batch.token_class[:, i : i + size],
+            visual_index=batch.visual_index[:, i : i + size],
+        )
+        for i in starts
+    ]
