@@ -73,11 +73,20 @@ class ValueOutput:
     Attributes:
         value, output: paths.
         head_dim: width of a head; all heads share the rotation, so grouped queries fit.
+        twin: value and output of a second expert. One attention mixes the values of both, so that
+            they are rotated alike.
     """
 
     value: str
     output: str
     head_dim: int
+    twin: tuple[str, str] | None = None
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Values with their outputs."""
+        own = (self.value, self.output)
+        return (own, self.twin) if self.twin else (own,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,8 +47,9 @@ class Section:
         return self.w_bits < 16
 
     def mode(self, point: str) -> str:
-        """Activation mode of one quantisation point."""
-        dynamic = self.activations == "static" and point in self.dynamic_points
+        """Activation mode of one quantisation point, whichever expert's it is."""
+        name = point.rpartition("/")[2]
+        dynamic = self.activations == "static" and name in self.dynamic_points
         return "dynamic" if dynamic else self.activations
 
 

@@ -81,13 +81,18 @@ def multi_axis_angles(
     Returns:
         float32 ``[B, T, dim/2]``.
     """
-    stream = np.repeat(np.arange(len(sections)), sections)
-    per_slot = positions.astype(jnp.float32)[stream]  # [dim/2, B, T]
+    per_slot = slot_positions(positions, sections)
     if isinstance(scaling, DynamicScaling):
         freq = scaling(jnp.max(positions) + 1, dim, theta)
     else:
         freq = frequencies(dim, theta, scaling)
-    return jnp.moveaxis(per_slot, 0, -1) * freq
+    return per_slot * freq
+
+
+def slot_positions(positions: jax.Array, sections: tuple[int, ...]) -> jax.Array:
+    """The position that each frequency slot follows: float32 ``[B, T, sum(sections)]``."""
+    stream = np.repeat(np.arange(len(sections)), sections)
+    return jnp.moveaxis(positions.astype(jnp.float32)[stream], 0, -1)
 
 
 def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:

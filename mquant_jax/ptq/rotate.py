@@ -169,8 +169,9 @@ def _rotate_stream(p: Params, stream: Stream, rotation: Rotation | Orthogonal) -
 
 
 def _rotate_heads(p: Params, attention: ValueOutput, rotation: Rotation | Orthogonal) -> None:
-    for value in expand(attention.value, p):
-        output = _beside(attention.output, value)
+    pairs = ((v, o) for value, o in attention.pairs for v in expand(value, p))
+    for value, output in pairs:
+        output = _beside(output, value)
         p[f"{value}/kernel"] = times(p[f"{value}/kernel"].T, rotation).T
         if f"{value}/bias" in p:
             p[f"{value}/bias"] = times(p[f"{value}/bias"], rotation)
