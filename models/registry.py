@@ -20,6 +20,8 @@ _BY_MODEL_TYPE = {
     "qwen2": "models.llama",
     "qwen2_vl": "models.qwen2_vl",
 }
+# Whose remote code defines no model_type: the class in ``architectures`` tells.
+_BY_ARCHITECTURE = {"CogVLMForCausalLM": "models.cogvlm2"}
 
 
 def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") -> Family:
@@ -30,10 +32,13 @@ def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") ->
         origin: where it was read, for the message.
 
     Raises:
-        UserError: no ``model_type``, or one that no family here reads.
+        UserError: neither ``model_type`` nor ``architectures`` names a model that a family reads.
     """
+    for name in hf_config.get("architectures") or ():
+        if name in _BY_ARCHITECTURE:
+            return importlib.import_module(_BY_ARCHITECTURE[name]).FAMILY
     found = hf_config.get("model_type")
-    known = ", ".join(_BY_MODEL_TYPE)
+    known = ", ".join((*_BY_MODEL_TYPE, *_BY_ARCHITECTURE))
     if found is None:
         raise UserError(f"{origin}: no 'model_type'; is this a Hugging Face model? known: {known}")
     if not isinstance(found, str) or found not in _BY_MODEL_TYPE:

@@ -9,15 +9,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from models.base import Batch, Prompt
-from models.chat import ChatFolder, Message, check_count, import_transformers, normalised, read_json
+from models.chat import Message, import_transformers, read_json
 from models.eva2 import VISUAL
+from models.eva2_chat import OnePictureChat, pixels_of, text_of
 from models.glm4v.config import GLM4VConfig
 from models.glm4v.processing import collate
-from models.images import load_image
-from models.squares import patchify, squeeze
 from models.tiktoken import build_tokenizer, read_ranks
 from mquant_jax.errors import UserError
 
@@ -36,7 +33,7 @@ _SPECIAL = (
 )  # fmt: skip
 
 
-class GLM4VProcessor(ChatFolder):
+class GLM4VProcessor(OnePictureChat):
     """From a picture and text to a ``Batch``, and from tokens back to text.
 
     Args:
@@ -83,20 +80,6 @@ class GLM4VProcessor(ChatFolder):
             self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         )
 
-    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
-        """One user turn.
-
-        Args:
-            text: the picture stands in front of it.
-            images: none or one: a PIL image, a uint8 ``[H, W, 3]`` array or a path.
-            videos: none.
-
-        Raises:
-            UserError: as :meth:`messages`.
-        """
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-        return self.messages([{"role": "user", "content": content}], images, videos)
-
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
@@ -113,18 +96,7 @@ class GLM4VProcessor(ChatFolder):
             UserError: pictures and places differ in number; several pictures, or videos, which
                 the model does not take; a picture that cannot be read; a malformed message.
         """
-        chat = [normalised(message, i, None) for i, message in enumerate(messages)]
-        kinds = [part["type"] for message in chat for part in message["content"]]
-        if "video" in kinds or len(videos):
-            raise UserError(f"{self.folder}: this model takes no videos")
-        places = kinds.count("image")
-        check_count(f"the prompt has {places}", "image", places, images)
-        if places and self.config.vision is None:
-            raise UserError(f"{self.folder}: this is a language model without a vision part; "
-                            "leave the picture out")  # fmt: skip
-        if places > 1:
-            raise UserError(f"{self.folder}: this model takes one picture per conversation, "
-                            f"{places} were given")  # fmt: skip
+        chat = self.checked(messages, images, videos)
         token = self.tokenizer.convert_tokens_to_ids
         ids = token(list(_PREFIX))
         for i, (message, given) in enumerate(zip(chat, messages, strict=True)):
@@ -133,7 +105,7 @@ class GLM4VProcessor(ChatFolder):
                                 f"{', '.join(ROLES)}")  # fmt: skip
             if given.get("tools"):
                 raise UserError(f"message {i}: tools are not supported; say them in the text")
-            text = "".join(p["text"] for p in message["content"] if p["type"] == "text")
+            text = text_of(message)
             picture = any(p["type"] == "image" for p in message["content"])
             if not text and not picture:
                 continue
@@ -142,17 +114,8 @@ class GLM4VProcessor(ChatFolder):
             ids += [VISUAL] * self.config.vision.tokens if picture else []
             ids += self.encode(text)
         ids.append(token("<|assistant|>"))
-        return Prompt(ids, *self._pictures(images))
+        return Prompt(ids, *pixels_of(self.config.vision, images))
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""
         return collate(self.config, prompts, self.pad_id, pad_to)
-
-    def _pictures(self, images: Sequence[Any]) -> tuple[list[tuple[int, int, int]], np.ndarray]:
-        """Grids, and patches float32 ``[pictures * side^2, patch_dim]``."""
-        c = self.config.vision
-        pixels = [squeeze(load_image(x, f"image {i}"), c.image_size) for i, x in enumerate(images)]
-        if not pixels:
-            return [], np.zeros((0, 0), np.float32)
-        patches = patchify(np.stack(pixels), c.patch_size)
-        return [(1, c.side, c.side)] * len(pixels), patches.reshape(-1, patches.shape[-1])
