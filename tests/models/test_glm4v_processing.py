@@ -148,7 +148,7 @@ def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
     """With the bundled pictures; the recipe is the preset, but cheaper to make."""
     src = make_folder(tmp_path / "src")
     recipe = PRESETS["w4a8"].to_json()
-    recipe["calibration"]["max_samples"] = 4
+    recipe["calibration"]["max_samples"] = 3
     recipe["weights"]["method"] = "rtn"
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     args = [str(src), str(tmp_path / "dst"), "--recipe", str(tmp_path / "recipe.json"), "--json"]
