@@ -142,6 +142,15 @@ def round_to_grid(x: jax.Array, scale: jax.Array, bits: int = 8) -> jax.Array:
     return jnp.clip(q, -qmax - 1, qmax).astype(jnp.int8)
 
 
+def simulate_static(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """What :func:`quantize_static` keeps of ``x``, in float and with gradients for both arguments.
+
+    The rounding passes gradients straight through; a clipped value has none.
+    """
+    v = jnp.clip(x.astype(jnp.float32) / scale, -INT_MAX[8] - 1, INT_MAX[8])
+    return (v + jax.lax.stop_gradient(jnp.round(v) - v)) * scale
+
+
 def quantize_static(x: jax.Array, scale: jax.Array) -> QTensor:
     """int8 with a scale known beforehand (paper section 3.1): no pass over ``x`` to find it.
 

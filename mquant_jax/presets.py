@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from mquant_jax.errors import UserError
-from mquant_jax.recipe import Calibration, Recipe, Section, Weights
+from mquant_jax.recipe import Calibration, Recipe, Section, Tuning, Weights
 
 
 def _uniform(name: str, section: Section, **changes) -> Recipe:
@@ -32,6 +32,8 @@ _MQUANT = {
 PRESETS: dict[str, Recipe] = {
     "float": Recipe(),
     "w4a8": _uniform("w4a8", _W4A8, **_MQUANT),
+    # Needs the float and the quantised language model in memory, and time for gradients.
+    "w4a8-tuned": _uniform("w4a8-tuned", _W4A8, tune=Tuning(epochs=2), **_MQUANT),
     "w4a8-v8": _uniform("w4a8-v8", _W4A8, vision=_W8A8, connector=_W8A8, **_MQUANT),
     "w4a8-rtn": _uniform("w4a8-rtn", _W4A8, head=_W8A8),
     "w4a8-dynamic": _uniform(
@@ -44,12 +46,12 @@ PRESETS: dict[str, Recipe] = {
 }
 
 _RTN = _uniform("rtn", _W4A8, head=_W8A8, weights=Weights(clip=False), modality_scales=False)
-# What the literature calls by these names, all W4A8 and static; ``mquant`` is the preset w4a8.
+# What the literature calls by these names, all W4A8 and static; ``mquant`` is all that we have.
 METHODS: dict[str, Recipe] = {
     "rtn": _RTN,
     "smoothquant": dataclasses.replace(_RTN, name="smoothquant", smooth=True),
     "quarot": dataclasses.replace(_RTN, name="quarot", weights=_GPTQ, rotate=True),
-    "mquant": dataclasses.replace(PRESETS["w4a8"], name="mquant"),
+    "mquant": dataclasses.replace(PRESETS["w4a8-tuned"], name="mquant"),
 }
 RECIPES = PRESETS | METHODS
 

@@ -123,6 +123,20 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Learned scales (:mod:`mquant_jax.ptq.tune`): the integers stay, the language model's scales
+    and gains follow the gradient of the divergence from the float model.
+
+    Attributes:
+        epochs: passes over the calibration prompts; 0 learns nothing.
+        rate: Adam's first step, relative to the size of what is learned; it decays to zero.
+    """
+
+    epochs: int = 0
+    rate: float = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """The whole plan.
 
@@ -147,6 +161,7 @@ class Recipe:
         split: see :class:`Split`.
         seed: of the rotations' signs.
         calibration: see :class:`Calibration`.
+        tune: see :class:`Tuning`.
     """
 
     name: str = "float"
@@ -165,6 +180,7 @@ class Recipe:
     split: Split = Split()
     seed: int = 0
     calibration: Calibration = Calibration()
+    tune: Tuning = Tuning()
 
     @property
     def class_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -204,10 +220,15 @@ class Recipe:
         )
 
     @property
+    def learns(self) -> bool:
+        """Whether scales are learned after rounding."""
+        return self.tune.epochs > 0 and self.language.quantised
+
+    @property
     def needs_calibration(self) -> bool:
         parts = [self.section(s) for s in SECTIONS]
         gptq = self.weights.method == "gptq" and any(s.quantised for s in parts)
-        weights = gptq or self.smooth or self.split.wanted
+        weights = gptq or self.smooth or self.split.wanted or self.learns
         return weights or any(s.activations == "static" for s in parts)
 
     def to_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
+from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static, simulate_static
 from mquant_jax.recipe import Section
 
 # Token classes of the language model's input; -1 is padding. A sink is one of the few tokens (the
@@ -41,6 +41,7 @@ class ActQuant(nnx.Module):
         self.name = name
         self.rotation = rotation
         self.mode = section.mode(name)
+        self.simulated = False  # round, but go on in float: for gradients (ptq/tune.py)
         self.n_classes = n_classes
         if self.mode == "static":
             self.act_scale = nnx.Param(jnp.ones((n_classes,), jnp.float32))
@@ -59,8 +60,10 @@ class ActQuant(nnx.Module):
         if self.mode == "none":
             return x
         if self.mode == "dynamic":
+            if self.simulated:
+                return x + jax.lax.stop_gradient(quantize_dynamic(x).dequantize() - x)
             return quantize_dynamic(x)
-        table = self.act_scale.get_value()
-        if self.n_classes == 1 or token_class is None:
-            return quantize_static(x, table[TEXT])
-        return quantize_static(x, table[token_class][..., None])
+        scale = self.act_scale.get_value()
+        shared = self.n_classes == 1 or token_class is None
+        scale = scale[TEXT] if shared else scale[token_class][..., None]
+        return (simulate_static if self.simulated else quantize_static)(x, scale)

@@ -50,5 +50,9 @@ def padded_int_dot(x: QTensor, w: QWeight) -> jax.Array:
 
 def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     """Float activations by quantised weights (W4A16): float ``[rows, in]`` -> float32."""
+    if w.groups == 1:  # the integers are exact in any float type
+        whole = w.unpacked().values.astype(x.dtype)
+        y = jax.lax.dot_general(x, whole, _LAST_ON_LAST, preferred_element_type=jnp.float32)
+        return y * w.scale[:, 0]
     dense = w.dequantize().astype(x.dtype)
     return jax.lax.dot_general(x, dense, _LAST_ON_LAST, preferred_element_type=jnp.float32)

@@ -10,20 +10,22 @@ import numpy as np
 from flax import nnx
 
 
-@partial(jax.jit, static_argnums=0)
-def run_tapped(graphdef, state, *args):
-    """A module's output, and the input of each of its quantisation points by name."""
+def _tapped(graphdef, state, args):
     taps: dict[str, jax.Array] = {}
     out = nnx.merge(graphdef, state)(*args, tap=taps.__setitem__)
     return out, taps
 
 
+@partial(jax.jit, static_argnums=0)
+def run_tapped(graphdef, state, *args):
+    """A module's output, and the input of each of its quantisation points by name."""
+    return _tapped(graphdef, state, args)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def tapped(graphdef, point, state, *args):
     """The input of one quantisation point; nothing behind it is computed."""
-    taps: dict[str, jax.Array] = {}
-    nnx.merge(graphdef, state)(*args, tap=taps.__setitem__)
-    return taps[point]
+    return _tapped(graphdef, state, args)[1][point]
 
 
 @jax.jit

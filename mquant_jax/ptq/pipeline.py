@@ -23,6 +23,7 @@ from mquant_jax.ptq.sequential import Progress, QuantizingRunner
 from mquant_jax.ptq.sinks import find_sinks
 from mquant_jax.ptq.smooth import smooth_params
 from mquant_jax.ptq.statistics import StatisticsRunner
+from mquant_jax.ptq.tune import tune
 from mquant_jax.recipe import Recipe, Section
 
 
@@ -79,18 +80,17 @@ def quantize_params(
         )
 
     def run(params: Params, runner: Runner) -> None:
-        sinks = {} if "language/sinks/ids" in params else sink_rule([], [])
-        float_model(family, config, recipe, params | sinks)(batch, runner)
+        float_model(family, config, recipe, params)(batch, runner)
 
     target = abstract_model(family, config, recipe)
     done: Params = {}
     if recipe.needs_calibration:
-        batch, look = jax.tree.map(jnp.asarray, batch), StatisticsRunner()
+        batch, look = jax.tree.map(jnp.asarray, batch), StatisticsRunner(columns=False)
         if recipe.smooth:
-            run(params, look)
-            params, strengths = smooth_params(params, streams, recipe, look, section_of)
+            by_column = StatisticsRunner(columns=True)
+            run(params, by_column)
+            params, strengths = smooth_params(params, streams, recipe, by_column, section_of)
             report["smoothing"] = strengths
-            look = StatisticsRunner()
         if recipe.marks_sinks or recipe.weights.needs_float_inputs:
             run(params, look)
         if recipe.marks_sinks:
@@ -111,6 +111,14 @@ def quantize_params(
             report["weights"][name] = relative_error(out[name], params[name])
         else:
             out[name] = params[name].astype(dtypes.get(name, np.float32))
+    if recipe.learns:
+        student = abstract_model(family, config, recipe)
+        set_params(student, dict(out))
+        teacher = float_model(family, config, recipe, params)
+        learned, report["tuning"] = tune(student, teacher, batch, recipe.tune, progress)
+        for name, value in learned.items():
+            old = out[name]
+            out[name] = dataclasses.replace(old, scale=value) if isinstance(old, QWeight) else value
     return out, report
 
 
@@ -139,6 +147,7 @@ def float_model(family: Family, config: Any, recipe: Recipe, params: Params):
     model = abstract_model(family, config, Recipe(**{k: getattr(recipe, k) for k in kept}))
     if recipe.marks_sinks:  # as the quantised model will: calibration goes by token class
         model.language.sinks = nnx.eval_shape(SinkRule)
+        params = sink_rule([], []) | params
     set_params(model, {k: np.asarray(v, _working_dtype(v)) for k, v in params.items()})
     return model
 

@@ -178,7 +178,7 @@ class QuantizingRunner(Runner):
             weight = kernel.get_value()
             name = f"{part.name}/{reader}"
             if getattr(find(part.target, reader), "has_split", False):
-                rounded = self._round_split(name, weight, seen, section)
+                rounded = self._round_split(name, weight, seen, inputs, section)
             else:
                 q = self._round(weight, inputs, section)
                 self.params[f"{name}/kernel"] = jax.tree.map(np.asarray, q.packed())
@@ -219,12 +219,10 @@ class QuantizingRunner(Runner):
                 clips |= dict.fromkeys(group, clip)
         if not clips:
             raise UserError(f"calibration data holds no tokens at {path}")
-        table = [clips.get(c, next(iter(clips.values()))) for group in groups for c in group]
-        ordered = np.zeros(len(table) if len(groups) > 1 else 1, np.float32)
-        for c, clip in zip((c for group in groups for c in group), table, strict=True):
-            if c < len(ordered):
-                ordered[c] = max(clip / INT_MAX[8], 1e-12)
-        self.params[f"{path}/act_scale"] = ordered
+        fallback = next(iter(clips.values()))
+        entries = range(len(TOKEN_CLASSES) if len(groups) > 1 else 1)
+        table = [max(clips.get(c, fallback) / INT_MAX[8], 1e-12) for c in entries]
+        self.params[f"{path}/act_scale"] = np.asarray(table, np.float32)
         known = [c for c in sorted(clips) if not seen.hists[c].empty]
         self.report["points"][path] = point_report(
             [seen.hists[c] for c in known],
@@ -270,18 +268,22 @@ class QuantizingRunner(Runner):
                 seen.cross = accumulate(seen.cross, value, weight, difference)
         return seen
 
-    def _round_split(self, name: str, weight, seen: Seen, section: Section) -> jax.Array:
+    def _round_split(self, name, weight, seen: Seen, inputs: Inputs | None, section) -> jax.Array:
         """Round a weight that may lose a channel; returns it as float."""
-        options = self.recipe.weights
+        hessian = None if inputs is None else seen.hessian
+        if inputs is not None and inputs.shift is not None:
+            weight = weight + weight @ inputs.shift
+            inputs = dataclasses.replace(inputs, shift=None)
 
-        def round_(w: jax.Array, hessian: jax.Array | None) -> QWeight:
-            inputs = None if hessian is None else prepare(hessian, None, options.act_order)
-            return jax.tree.map(jnp.asarray, self._round(w, inputs, section).unpacked())
+        def round_(w: jax.Array, left_out: int | None) -> QWeight:
+            known = inputs
+            if hessian is not None and left_out is not None:
+                # Without the channel in the Hessian nothing is pushed onto it: it stays zero.
+                rest = hessian.at[left_out].set(0.0).at[:, left_out].set(0.0)
+                known = prepare(rest, None, self.recipe.weights.act_order)
+            return jax.tree.map(jnp.asarray, self._round(w, known, section).unpacked())
 
-        if seen.cross is not None:
-            shift = prepare(seen.hessian, seen.cross, options.act_order).shift
-            weight = weight + weight @ shift
-        out = split_weight(weight, seen.hessian, round_, self.recipe.split)
+        out = split_weight(weight, hessian, round_, self.recipe.split)
         self.params[f"{name}/kernel"] = jax.tree.map(np.asarray, out.q.packed())
         self.params[f"{name}/split/index"] = out.index
         self.params[f"{name}/split/column"] = out.column

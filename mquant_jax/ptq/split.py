@@ -47,7 +47,7 @@ def _float(column: Any) -> jax.Array:
 def split_weight(
     weight: jax.Array,
     hessian: jax.Array | None,
-    round_: Callable[[jax.Array, jax.Array | None], QWeight],
+    round_: Callable[[jax.Array, int | None], QWeight],
     split: Split,
 ) -> SplitWeight:
     """Round a weight whole or split, whichever the criterion says.
@@ -58,7 +58,7 @@ def split_weight(
     Args:
         weight: float32 ``[out, K]``.
         hessian: float32 ``[K, K]`` of its inputs, or ``None`` (then weights count alike).
-        round_: ``(weight, hessian) -> QWeight`` (int8 storage).
+        round_: ``(weight, channel left out or None) -> QWeight`` (int8 storage).
     """
     leads = jnp.bincount(jnp.argmax(jnp.abs(weight), axis=1), length=weight.shape[1])
     index = int(jnp.argmax(leads))
@@ -73,17 +73,13 @@ def split_weight(
             return np.asarray(values[None], np.float32)
         return jax.tree.map(np.asarray, quantize_weight(values[None], split.bits).packed())
 
-    whole = round_(weight, hessian)
+    whole = round_(weight, None)
     report = {"channel": index, "rows_led": led, "error": error(whole)}
     zero = column_of(jnp.zeros(weight.shape[0]))
     kept = SplitWeight(whole, np.int32(0), zero, report | {"split": False})
     if split.criterion == "paper" and led < 0.5:
         return kept
-    # Without the channel in the Hessian nothing is pushed onto it, and it stays zero.
-    rest = hessian
-    if hessian is not None:
-        rest = hessian.at[index].set(0.0).at[:, index].set(0.0)
-    q = round_(weight.at[:, index].set(0.0), rest)
+    q = round_(weight.at[:, index].set(0.0), index)
     column = column_of(weight[:, index])
     apart = SplitWeight(q, np.int32(index), column, report)
     report["error_split"] = error(apart)

@@ -61,6 +61,10 @@ class Sampler:
 class StatisticsRunner(Runner):
     """Looks at every point of a float model.
 
+    Args:
+        columns: look at channels, too, and keep rows; else ``channels`` and ``samples`` stay empty.
+        chunk: rows of the batch that run at a time.
+
     Attributes:
         inputs: path of a part (``language/layers``, ``vision/merger``) -> what entered it.
         tokens: path of a point -> float32 ``[B, T]``, largest magnitude of each token; NaN for
@@ -70,8 +74,8 @@ class StatisticsRunner(Runner):
         point_of: path of a dense layer -> path of the point in front of it.
     """
 
-    def __init__(self, chunk: int = 16):
-        self.chunk = chunk
+    def __init__(self, columns: bool, chunk: int = 16):
+        self.columns, self.chunk = columns, chunk
         self.inputs: dict[str, jax.Array] = {}
         self.tokens: dict[str, np.ndarray] = {}
         self.channels: dict[str, np.ndarray] = {}
@@ -99,15 +103,17 @@ class StatisticsRunner(Runner):
             out, taps = run_tapped(graphdef, state, *part)
             outs.append(out)
             for point, value in taps.items():
+                path, per_token = f"{name}/{point}", np.asarray(jnp.max(jnp.abs(value), axis=-1))
                 real = np.asarray(classes_at(module, point, part, classes[rows])) >= 0
-                self._see(f"{name}/{point}", np.asarray(value), real)
+                per_token = np.where(real, per_token, np.nan)
+                known = self.tokens.get(path)
+                known = per_token if known is None else np.concatenate([known, per_token])
+                self.tokens[path] = known
+                if self.columns:
+                    self._see_columns(path, np.asarray(value)[real])
         return jnp.concatenate(outs)
 
-    def _see(self, path: str, value: np.ndarray, real: np.ndarray) -> None:
-        magnitudes = np.abs(value)
-        per_token = np.where(real, magnitudes.max(-1), np.nan)
-        known = self.tokens.get(path)
-        self.tokens[path] = per_token if known is None else np.concatenate([known, per_token])
-        per_channel = magnitudes[real].max(0, initial=0.0)
+    def _see_columns(self, path: str, rows: np.ndarray) -> None:
+        per_channel = np.abs(rows).max(0, initial=0.0)
         self.channels[path] = np.maximum(self.channels.get(path, 0.0), per_channel)
-        self.samples.setdefault(path, Sampler()).add(value[real])
+        self.samples.setdefault(path, Sampler()).add(rows)

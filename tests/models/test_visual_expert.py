@@ -185,7 +185,7 @@ def test_smoothing_moves_both_experts_together() -> None:
     config, batch = case()
     params = golden_params(FOLDER)
     recipe = dataclasses.replace(METHODS["smoothquant"], vision=Section(), connector=Section())
-    look = StatisticsRunner()
+    look = StatisticsRunner(columns=True)
     float_model(FAMILY, config, Recipe(), params)(jax.tree.map(jnp.asarray, batch), look)
     smooth, chosen = smooth_params(params, FAMILY.streams(config), recipe, look, section_of)
     assert {n.rpartition("/")[2] for n in chosen} == {"q_proj", "gate_proj", "o_proj", "down_proj"}

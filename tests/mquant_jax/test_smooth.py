@@ -24,7 +24,7 @@ def test_smoothing_keeps_the_function_and_lowers_the_error() -> None:
     config, params = untied(config, get_params(model))
     streams = FAMILY.streams(config)
     hard = with_outliers(params, streams, seed=0)
-    look = StatisticsRunner()
+    look = StatisticsRunner(columns=True)
     float_model(FAMILY, config, Recipe(), hard)(batch, look)
     smooth, strengths = smooth_params(hard, streams, PLAIN, look, section_of)
     got = np.asarray(float_model(FAMILY, config, Recipe(), smooth)(batch))[real]

@@ -1,0 +1,134 @@
+"""Learned scales: after rounding, by gradient on the divergence from the float model.
+
+GPTQ serves one layer at a time; this looks at the whole language model. The integers stay. The
+weights' scales, the static activation scales and the norms' gains, a few numbers per channel, move
+towards the least Kullback-Leibler divergence of the predicted tokens, activations rounded as they
+will be (the end-to-end stage of EfficientQAT, arXiv 2407.11062, with the float model in the place
+of labels; gradients pass the rounding straight through, for scales as in LSQ, arXiv 1902.08153).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from models.base import VLM, Batch
+from mquant_jax.nn.act_quant import TEXT, VISUAL, ActQuant
+from mquant_jax.nn.params import Params, get_params
+from mquant_jax.nn.stack import Runner
+from mquant_jax.numerics import QWeight
+from mquant_jax.ptq.sequential import Progress
+from mquant_jax.ptq.statistics import chunks
+from mquant_jax.recipe import Tuning
+
+ROWS = 2  # prompts per step
+
+
+class ChunkedRunner(Runner):
+    """Runs a few rows of the calibration batch at a time."""
+
+    def __init__(self, chunk: int = 16):
+        self.chunk = chunk
+
+    def layers(self, name, stack, x, context):
+        return self._run(super().layers, name, stack, (x, context))
+
+    def module(self, name, module, x, classes):
+        return self._run(lambda _, m, y: m(y), name, module, (x,))
+
+    def _run(self, call, name, module, args):
+        graphdef, state = nnx.split(module)
+        run = jax.jit(lambda state, *args: call(name, nnx.merge(graphdef, state), *args))
+        return jnp.concatenate([run(state, *a) for _, a in chunks(args, self.chunk)])
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, QWeight)
+
+
+def _learned(path: tuple, leaf: Any) -> jax.Array | None:
+    """The part of a block's parameter that is learned, if there is one."""
+    names = [str(getattr(p, "key", p)) for p in path]
+    if isinstance(leaf, QWeight):
+        return leaf.scale if "layers" in names else None
+    return leaf if "act_scale" in names or any(n.endswith("norm") for n in names) else None
+
+
+def _scaled(leaf: Any, factor: jax.Array | None) -> Any:
+    """A parameter with its learned part multiplied by ``exp(factor)``: no sign can flip."""
+    if factor is None:
+        return leaf
+    if isinstance(leaf, QWeight):
+        return dataclasses.replace(leaf, scale=leaf.scale * jnp.exp(factor))
+    return leaf * jnp.exp(factor)
+
+
+def tune(
+    student: VLM, teacher: VLM, batch: Batch, plan: Tuning, progress: Progress
+) -> tuple[Params, dict[str, float]]:
+    """Learn the scales and gains of the language model.
+
+    Args:
+        student: the quantised model; used up.
+        teacher: the float model.
+        batch: calibration prompts; what counts is what is predicted at text tokens.
+
+    Returns:
+        The learned arrays by tensor name (of a quantised weight: its scale), and the divergence in
+        nats per token on the calibration prompts, ``first`` and ``last`` epoch.
+    """
+    runner, classes = ChunkedRunner(), batch.token_class
+    embedded, target = student.embed(batch, runner), teacher.stream(batch, runner)
+    marked = student.language.classes(batch.input_ids, batch.order, classes)
+    for _, node in nnx.iter_graph(student.language):
+        if isinstance(node, ActQuant):
+            node.simulated = True
+    graphdef, state = nnx.split(student.language)
+    unpack = partial(jax.tree.map, lambda w: w.unpacked() if _is_weight(w) else w)
+    state = unpack(state, is_leaf=_is_weight)
+    learned = jax.tree_util.tree_map_with_path(_learned, state, is_leaf=_is_weight)
+    factors = jax.tree.map(jnp.zeros_like, learned)
+    epoch = -(-classes.shape[0] // ROWS)
+    optimizer = optax.adam(optax.cosine_decay_schedule(plan.rate, plan.epochs * epoch))
+
+    @jax.jit
+    def prediction(x):
+        return jax.nn.log_softmax(teacher.language.logits(x))
+
+    def divergence(factors, state, rows, theirs):
+        language = nnx.merge(graphdef, jax.tree.map(_scaled, state, factors, is_leaf=_is_weight))
+        place = batch.positions[:, rows], batch.order[rows], marked[rows]
+        out = language(embedded[rows], *place, visual=classes[rows] == VISUAL)
+        ours = jax.nn.log_softmax(language.logits(out))
+        kl = (jnp.exp(theirs) * (theirs - ours)).sum(-1)
+        asked = classes[rows] == TEXT
+        return jnp.where(asked, kl, 0.0).sum() / asked.sum()
+
+    @jax.jit
+    def step(factors, moments, state, rows, theirs):
+        value, slope = jax.value_and_grad(divergence)(factors, state, rows, theirs)
+        change, moments = optimizer.update(slope, moments)
+        return optax.apply_updates(factors, change), moments, value
+
+    rng, moments, losses = np.random.default_rng(0), optimizer.init(factors), []
+    rounds = [rng.permutation(classes.shape[0]) for _ in range(plan.epochs)]
+    rows = np.concatenate([np.resize(r, epoch * ROWS) for r in rounds]).reshape(-1, ROWS)
+    for pair in progress(rows, "learn scales"):
+        theirs = prediction(target[pair])
+        factors, moments, value = step(factors, moments, state, pair, theirs)
+        losses.append(float(value))
+    nnx.update(student.language, jax.tree.map(_scaled, state, factors, is_leaf=_is_weight))
+    out = {
+        f"language/{name}": value.scale if _is_weight(value) else value
+        for name, value in get_params(student.language).items()
+        if name.endswith(("act_scale", "norm/weight")) or _is_weight(value)
+    }
+    report = {"first": float(np.mean(losses[:epoch])), "last": float(np.mean(losses[-epoch:]))}
+    return out, report
