@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
         "bfloat16": float_twin(family, config, loaded.model, jnp.bfloat16),
         recipe: loaded.model,
     }
-    timings = measure(variants, batch, args.new_tokens, args.repeats, progress)
+    prepared = {name: (module, batch) for name, module in variants.items()}
+    timings = measure(prepared, args.new_tokens, args.repeats, progress)
     table, ratios = summary(timings, args.batch, tokens, args.new_tokens, recipe)
     setup = {"prompt_tokens": tokens, "batch": args.batch, "new_tokens": args.new_tokens}
     if args.json:

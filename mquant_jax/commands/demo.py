@@ -62,7 +62,7 @@ def speeds(models: dict[str, Model], sample: Sample, rows: int) -> tuple[list[di
     first = next(iter(models.values()))
     prompt = first.processor.prompt(sample.question, sample.images)
     batch = first.collate([prompt] * rows)
-    timings = measure({n: m.module for n, m in models.items()}, batch, 16, 5)
+    timings = measure({n: (m.module, batch) for n, m in models.items()}, 16, 5)
     return summary(timings, rows, len(prompt.input_ids), 16, "w4a8")
 
 

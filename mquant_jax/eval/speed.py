@@ -47,8 +47,10 @@ def float_twin(family: Family, config: Any, module: VLM, dtype) -> VLM:
 
 @dataclasses.dataclass
 class Timings:
-    """Seconds of every repeat: one prefill, one decode of ``new_tokens`` steps."""
+    """Seconds of every repeat: the vision module alone (none: no pictures), one prefill with it,
+    one decode of ``new_tokens`` steps."""
 
+    vision: list[float] = dataclasses.field(default_factory=list)
     prefill: list[float] = dataclasses.field(default_factory=list)
     decode: list[float] = dataclasses.field(default_factory=list)
 
@@ -58,6 +60,7 @@ class _Variant:
 
     def __init__(self, module: VLM, batch: Batch, new_tokens: int):
         self.generator = Generator(module, NEVER_STOP)
+        self.module, self.visual = module, jax.jit(lambda m, b: m.visual(b))
         self.batch = jax.tree.map(jnp.asarray, batch)
         self.until = jnp.int32(new_tokens + 1)
         self.limit = bucket(new_tokens + 1, 16)
@@ -66,6 +69,8 @@ class _Variant:
 
     def run(self, record: bool) -> None:
         g = self.generator
+        start = time.perf_counter()
+        jax.block_until_ready(self.visual(self.module, self.batch))
         t0 = time.perf_counter()
         loop = g.start(
             g.params, self.batch, jax.random.key(0), slots=self.slots, limit=self.limit,
@@ -76,25 +81,26 @@ class _Variant:
         jax.block_until_ready(g.run(g.params, loop, self.until, how=Sampling()))
         t2 = time.perf_counter()
         if record:
+            if self.batch.vision is not None:
+                self.timings.vision.append(t0 - start)
             self.timings.prefill.append(t1 - t0)
             self.timings.decode.append(t2 - t1)
 
 
 def measure(
-    variants: dict[str, VLM],
-    batch: Batch,
+    variants: dict[str, tuple[VLM, Batch]],
     new_tokens: int,
     repeats: int,
     progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
 ) -> dict[str, Timings]:
-    """Time every variant on the same prompts.
+    """Time every variant.
 
     Args:
-        variants: name -> model.
+        variants: name -> model and its prompts (the same, laid out as the variant wants them).
         new_tokens: decode steps after the first token.
         repeats: rounds after one warm-up (which compiles).
     """
-    prepared = {name: _Variant(m, batch, new_tokens) for name, m in variants.items()}
+    prepared = {name: _Variant(m, batch, new_tokens) for name, (m, batch) in variants.items()}
     for variant in progress(list(prepared.values()), "compile"):
         variant.run(record=False)
     for _ in progress(range(repeats), "measure"):
@@ -107,14 +113,15 @@ def summary(timings: dict[str, Timings], rows: int, tokens: int, new_tokens: int
     """Medians, spread (quartile range over median) and ratios against ``ours``.
 
     Returns:
-        ``(table, ratios)``: one dictionary per variant, and ``prefill_vs_X`` / ``decode_vs_X`` =
-        time of X / time of ours (more than 1: ours is faster).
+        ``(table, ratios)``: one dictionary per variant, and ``vision_vs_X``, ``prefill_vs_X``,
+        ``decode_vs_X`` = time of X / time of ours (more than 1: ours is faster).
     """
     table, ratios = [], {}
     for name, t in timings.items():
         prefill, decode = statistics.median(t.prefill), statistics.median(t.decode)
         table.append({
             "variant": name,
+            "vision_seconds": statistics.median(t.vision) if t.vision else None,
             "prefill_seconds": prefill,
             "prefill_tokens_per_second": rows * tokens / prefill,
             "prefill_spread": _spread(t.prefill),
@@ -123,8 +130,10 @@ def summary(timings: dict[str, Timings], rows: int, tokens: int, new_tokens: int
             "decode_spread": _spread(t.decode),
         })  # fmt: skip
         if name != ours:
-            for part in ("prefill", "decode"):
+            for part in ("vision", "prefill", "decode"):
                 theirs, own = getattr(t, part), getattr(timings[ours], part)
+                if not own:
+                    continue
                 ratios[f"{part}_vs_{name}"] = statistics.median(
                     a / b for a, b in zip(theirs, own, strict=True)
                 )

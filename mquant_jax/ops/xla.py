@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
 
+MANY_ROWS = 64
 _LAST_ON_LAST = (((1,), (1,)), ((), ()))
 
 
@@ -19,7 +20,8 @@ def int_dot(x: QTensor, w: QWeight) -> jax.Array:
     """s8 x s8 with s32 accumulation: int8 ``[rows, in]`` by int8 ``[out, in]`` -> float32.
 
     Per-channel scales cost one multiply per output. Group scales run one integer product per
-    group and add the scaled partial sums in float32.
+    group and add the scaled partial sums in float32: one after the other when there are many rows
+    (all partial sums at once would take ``groups`` times the memory of the result), else together.
     """
     w = w.unpacked()
     if w.groups == 1:
@@ -28,6 +30,18 @@ def int_dot(x: QTensor, w: QWeight) -> jax.Array:
         )
         return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
     rows, size = x.values.shape[0], w.in_features // w.groups
+    if rows >= MANY_ROWS:
+
+        def add(total, group):
+            at = group * size
+            a = jax.lax.dynamic_slice_in_dim(x.values, at, size, axis=1)
+            b = jax.lax.dynamic_slice_in_dim(w.values, at, size, axis=1)
+            acc = jax.lax.dot_general(a, b, _LAST_ON_LAST, preferred_element_type=jnp.int32)
+            scale = jax.lax.dynamic_index_in_dim(w.scale, group, axis=1, keepdims=False)
+            return total + acc.astype(jnp.float32) * scale, None
+
+        start = jnp.zeros((rows, w.out_features), jnp.float32)
+        return jax.lax.scan(add, start, jnp.arange(w.groups))[0] * x.scale
     xg = x.values.reshape(rows, w.groups, size)
     wg = w.values.reshape(w.out_features, w.groups, size)
     acc = jax.lax.dot_general(

@@ -49,6 +49,20 @@ class ChunkedRunner(Runner):
         return jnp.concatenate([run(state, *a) for _, a in chunks(args, self.chunk)])
 
 
+class _Recomputing(Runner):
+    """Keeps what enters each block and computes the rest again for the gradient: of the memory that
+    all blocks' insides would take, a hundredth is left."""
+
+    def layers(self, name, stack, x, context):
+        graphdef, state = nnx.split(stack)
+
+        @jax.checkpoint
+        def body(carry, layer):
+            return nnx.merge(graphdef, layer)(carry, context), None
+
+        return jax.lax.scan(body, x, state)[0]
+
+
 def _is_weight(leaf: Any) -> bool:
     return isinstance(leaf, QWeight)
 
@@ -105,8 +119,9 @@ def tune(
     def divergence(factors, state, rows, theirs):
         language = nnx.merge(graphdef, jax.tree.map(_scaled, state, factors, is_leaf=_is_weight))
         place = batch.positions[:, rows], batch.order[rows], marked[rows]
-        out = language(embedded[rows], *place, visual=classes[rows] == VISUAL)
-        ours = jax.nn.log_softmax(language.logits(out))
+        own = classes[rows] == VISUAL
+        x = language(embedded[rows], *place, _Recomputing(), visual=own)
+        ours = jax.nn.log_softmax(language.logits(x))
         kl = (jnp.exp(theirs) * (theirs - ours)).sum(-1)
         asked = classes[rows] == TEXT
         return jnp.where(asked, kl, 0.0).sum() / asked.sum()

@@ -14,10 +14,17 @@ from mquant_jax.nn.act_quant import SINK, VISUAL
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.presets import METHODS, PRESETS
 from mquant_jax.ptq import sequential
-from mquant_jax.ptq.pipeline import abstract_model, float_model, quantize_params, section_of
+from mquant_jax.ptq.pipeline import (
+    abstract_model,
+    float_model,
+    no_progress,
+    quantize_params,
+    section_of,
+)
 from mquant_jax.ptq.smooth import smooth_params
 from mquant_jax.ptq.statistics import StatisticsRunner
-from mquant_jax.recipe import Calibration, Recipe, Section, Weights
+from mquant_jax.ptq.tune import tune
+from mquant_jax.recipe import Calibration, Recipe, Section, Tuning, Weights
 from mquant_jax.runtime.generate import decode, prefill
 from mquant_jax.runtime.tokens import arrange, restore
 from tests.eva2_cases import changed_config, golden_case, golden_params
@@ -207,3 +214,15 @@ def test_experts_are_inspected_by_name() -> None:
     """A dynamic point is dynamic in both experts."""
     section = dataclasses.replace(PRESETS["w4a8"].language, dynamic_points=("mlp_hidden",))
     assert section.mode("visual/mlp_hidden") == "dynamic" and section.mode("mlp_in") == "static"
+
+
+def test_scales_of_both_experts_are_learned(quantised) -> None:
+    model, batch, params, _ = quantised
+    student = abstract_model(FAMILY, model.config, W8A8)
+    set_params(student, dict(params))
+    teacher = float_model(FAMILY, model.config, Recipe(), golden_params(FOLDER))
+    plan = Tuning(epochs=1)
+    learned, report = tune(student, teacher, jax.tree.map(jnp.asarray, batch), plan, no_progress)
+    assert np.isfinite(list(report.values())).all()
+    for path in ("language/layers/0/up_proj", "language/layers/0/visual/up_proj"):
+        assert relative(learned[f"{path}/kernel"], params[f"{path}/kernel"].scale) > 1e-6

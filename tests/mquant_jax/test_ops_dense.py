@@ -49,7 +49,7 @@ def close(got, expected) -> None:
 
 @few
 @given(
-    rows=st.sampled_from([1, 2, 3, 17]),
+    rows=st.sampled_from([1, 2, 3, 17, xla.MANY_ROWS + 3]),
     out=st.sampled_from([1, 5, 32]),
     shape=st.sampled_from([(1, 1), (1, 7), (1, 64), (3, 5), (4, 16), (6, 1)]),
     bits=st.sampled_from([4, 8]),

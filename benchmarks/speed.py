@@ -1,0 +1,288 @@
+"""Speed of every way to run one model, interleaved in one run, as ratios to ours.
+
+    python -m benchmarks.speed [--suite cpu-2b] [--json] [--save FILE] [--plot FILE]
+    python -m benchmarks.speed --sweep image-side 224,448,896
+    python -m benchmarks.speed --sweep batch 1,8,32
+
+The model has Qwen2-VL-2B's published layer shapes and random weights (speed does not depend on
+their values); both towers and the vocabulary are cut by one factor (``--layers`` of 28), so that
+every layer has its share of the whole. Each repeat runs all variants once:
+
+``float32``, ``bfloat16``   the original structure
+``w8a8-dynamic``, ``w4a8-dynamic``   one activation scale per token, found at run time
+``w4a8-shared``   static, one scale for all tokens
+``w4a8``          static, scales by token class (MSQ), tokens where they stand: what we ship
+``w4a8-aifs``     the same with the visual tokens moved to the front (AIFS)
+
+Ratios are time of the other / time of ``w4a8``: more than 1 means that we are faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.random_checkpoint import config_2b
+from models.base import VLM, Batch, Family
+from models.qwen2_vl import FAMILY
+from models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.cli_support import OK, Parser, progress, run_cli
+from mquant_jax.commands.bench import machine
+from mquant_jax.errors import UserError
+from mquant_jax.eval.speed import measure, summary
+from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes, set_params
+from mquant_jax.numerics import QWeight
+from mquant_jax.presets import PRESETS
+from mquant_jax.ptq.pipeline import abstract_model, sink_rule
+from mquant_jax.recipe import Recipe, Section
+from mquant_jax.runtime.tokens import arrange
+
+LAYERS, VOCAB = 28, 151936  # of the published model
+OURS, AIFS = "w4a8", "w4a8-aifs"
+SWEEPS = ("image-side", "text-tokens", "batch")
+
+
+def recipes() -> dict[str, tuple[Recipe, Any]]:
+    """Variant -> recipe and float type, the float baselines first."""
+    ours = PRESETS["w4a8"]
+
+    def dynamic(bits: int) -> Recipe:
+        section = Section(bits, None, "dynamic")
+        return dataclasses.replace(
+            ours, vision=section, connector=section, language=section,
+            head=Section(8, None, "dynamic"),
+        )  # fmt: skip
+
+    return {
+        "float32": (Recipe(), jnp.float32),
+        "bfloat16": (Recipe(), jnp.bfloat16),
+        "w8a8-dynamic": (dynamic(8), jnp.float32),
+        "w4a8-dynamic": (dynamic(4), jnp.float32),
+        "w4a8-shared": (
+            dataclasses.replace(ours, modality_scales=False, sink_class=False), jnp.float32
+        ),
+        OURS: (ours, jnp.float32),
+    }  # fmt: skip
+
+
+def random_model(family: Family, config: Any, recipe: Recipe, dtype: Any) -> VLM:
+    """A model with weights of sensible size; int4 unpacked on CPU, as loading does."""
+    model = abstract_model(family, config, recipe, dtype)
+    rng = np.random.default_rng(0)
+    keep_packed = jax.default_backend() != "cpu"
+
+    def tensor(name: str, like: Any) -> Any:
+        if isinstance(like, QWeight):
+            top = 2 ** (like.bits - 1) - 1
+            shape = (*like.values.shape[:-1], like.in_features)
+            values = rng.integers(-top, top + 1, shape, np.int8)
+            scale = np.full(like.scale.shape, 1.7 / top * like.in_features**-0.5, np.float32)
+            q = QWeight(values, scale, like.in_features, like.bits, "int8")
+            return q.packed() if keep_packed else q
+        if name.endswith("norm/weight"):
+            return np.ones(like.shape, like.dtype)
+        if name.endswith("act_scale"):
+            return np.full(like.shape, 0.03, like.dtype)
+        if len(like.shape) < 2:
+            return np.zeros(like.shape, like.dtype)
+        noise = rng.standard_normal(like.shape, np.float32) * like.shape[-1] ** -0.5
+        return noise.astype(like.dtype)
+
+    params = {name: tensor(name, like) for name, like in abstract_params(model).items()}
+    if recipe.marks_sinks:
+        params |= sink_rule([0], [])
+    set_params(model, params)
+    return model
+
+
+def cut_config(layers: int) -> Qwen2VLConfig:
+    """Qwen2-VL-2B with both towers and the vocabulary cut alike, head untied as rotations need."""
+    vocab = -(-VOCAB * layers // (LAYERS * 64)) * 64
+    config = Qwen2VLConfig.from_hf(config_2b(layers, max(vocab, 4096)))
+    language = dataclasses.replace(config.language, tied_head=False)
+    return dataclasses.replace(config, language=language)
+
+
+def example(config: Any, text_tokens: int, image_side: int, batch: int) -> tuple[Batch, int]:
+    """A batch of equal prompts, and the tokens of one."""
+    prompt = FAMILY.example_prompt(config, text_tokens, image_side)
+    return FAMILY.collate(config, [prompt] * batch), len(prompt.input_ids)
+
+
+def run_once(
+    config: Any, models: dict[str, nnx.Module], args: Any, text: int, side: int, batch: int
+) -> dict[str, Any]:
+    """One table and its ratios."""
+    prompts, tokens = example(config, text, side, batch)
+    variants = {name: (model, prompts) for name, model in models.items()}
+    if OURS in models and side:
+        variants[AIFS] = (models[OURS], arrange(prompts)[0])
+    timings = measure(variants, args.new_tokens, args.repeats, progress)
+    rows, ratios = summary(timings, batch, tokens, args.new_tokens, OURS)
+    for row in rows:
+        row["weight_bytes"] = parameter_bytes(get_params(variants[row["variant"]][0]))
+    return {
+        "prompt_tokens": tokens, "visual_tokens": int((prompts.token_class[0] == 1).sum()),
+        "image_side": side, "batch": batch, "rows": rows, "ratios": named(ratios),
+    }  # fmt: skip
+
+
+def named(ratios: dict[str, float]) -> dict[str, float]:
+    """The ratios under the names of the comparisons that they are."""
+    out = dict(ratios)
+    for part in ("prefill", "decode"):
+        for name, other in (
+            (f"static_vs_dynamic_{part}", f"{part}_vs_w4a8-dynamic"),
+            (f"msq_vs_shared_{part}", f"{part}_vs_w4a8-shared"),
+        ):
+            if other in ratios:
+                out[name] = ratios[other]
+        if f"{part}_vs_{AIFS}" in ratios:  # here AIFS is the one in question
+            out[f"aifs_vs_masked_{part}"] = 1 / ratios[f"{part}_vs_{AIFS}"]
+    return out
+
+
+def table(result: dict[str, Any]) -> str:
+    """One run as text."""
+    titles = ("vision ms", "prefill ms", "tok/s", "spread", "decode tok/s", "spread")
+    lines = [
+        f"{result['prompt_tokens']} tokens ({result['visual_tokens']} visual), batch "
+        f"{result['batch']}",
+        f"{'variant':<14}" + "".join(f"{t:>13}" for t in titles),
+    ]
+    for r in result["rows"]:
+        vision = f"{1e3 * r['vision_seconds']:.0f}" if r["vision_seconds"] else "-"
+        lines.append(
+            f"{r['variant']:<14}{vision:>13}{1e3 * r['prefill_seconds']:>13.0f}"
+            f"{r['prefill_tokens_per_second']:>13.0f}{r['prefill_spread']:>13.0%}"
+            f"{r['decode_tokens_per_second']:>13.1f}{r['decode_spread']:>13.0%}"
+        )
+    lines += [f"{name:<28}{value:>7.2f} x" for name, value in result["ratios"].items()]
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[dict[str, Any]], axis: str, path: Path) -> None:
+    """Prefill and decode speed: bars of one run, or lines over a sweep."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    names = [r["variant"] for r in results[0]["rows"]]
+    keys = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    for ax, key in zip(axes, keys, strict=True):
+        values = {n: [dict_of(r)[n][key] for r in results] for n in names}
+        if len(results) == 1:
+            bars = ax.barh(names, [v[0] for v in values.values()])
+            ax.bar_label(bars, fmt="%.0f", padding=3)
+            ax.invert_yaxis()
+            ax.margins(x=0.15)
+        else:
+            for name, v in values.items():
+                ax.plot([r[axis] for r in results], v, marker="o", label=name)
+            ax.set_xlabel(axis.replace("_", " "))
+            ax.set_ylim(bottom=0)
+            ax.legend(fontsize="small")
+        ax.set_title(key.replace("_per_second", " per second").replace("_", " "))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held; Linux counts in KiB, macOS in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def dict_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["variant"]: row for row in result["rows"]}
+
+
+def numbers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if not values or min(values) < 0:
+        raise ValueError(text)
+    return values
+
+
+def _sweep(args: Any) -> tuple[str, list[int]]:
+    if args.sweep is None:
+        return "image-side", [args.image_side]
+    name, values = args.sweep
+    try:
+        if name in SWEEPS:
+            return name, numbers(values)
+    except ValueError:
+        pass
+    raise UserError(
+        f"--sweep {name} {values}: expected one of {', '.join(SWEEPS)} and numbers with commas "
+        "between, as in --sweep batch 1,8,32"
+    )
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser("python -m benchmarks.speed", __doc__ or "")
+    add: Callable[..., Any] = parser.add_argument
+    add("--suite", choices=("cpu-2b",), default="cpu-2b", help="layer shapes (default cpu-2b)")
+    add("--layers", type=int, default=4, metavar="N", help="layers of each tower (default 4)")
+    add("--text-tokens", type=int, default=256, metavar="N", help="text of a prompt (default 256)")
+    add("--image-side", type=int, default=448, metavar="PX", help="picture (default 448; 0: none)")
+    add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
+    add("--new-tokens", type=int, default=16, metavar="N", help="decode steps (default 16)")
+    add("--repeats", type=int, default=5, metavar="N", help="rounds counted (default 5)")
+    add("--sweep", nargs=2, metavar=("WHAT", "VALUES"), help="several runs: " + ", ".join(SWEEPS))
+    add("--variant", action="append", metavar="NAME", help="only these, and ours; repeatable")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+    add("--plot", type=Path, metavar="FILE", help="draw the speeds (PNG)")
+    args = parser.parse_args(argv)
+    for name in ("layers", "text_tokens", "batch", "new_tokens", "repeats"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install -e '.[bench]'")
+    axis, values = _sweep(args)
+    known = recipes()
+    wanted = args.variant or list(known)
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"--variant {name}: expected one of {', '.join(known)}")
+    config = cut_config(args.layers)
+    chosen = {n: known[n] for n in known if n in wanted or n == OURS}
+    models = {
+        name: random_model(FAMILY, config, recipe, dtype)
+        for name, (recipe, dtype) in progress(list(chosen.items()), "random weights")
+    }
+    shape = {"text-tokens": args.text_tokens, "image-side": args.image_side, "batch": args.batch}
+    results = [
+        run_once(config, models, args, at["text-tokens"], at["image-side"], at["batch"])
+        for at in (shape | {axis: value} for value in values)
+    ]
+    out: dict[str, Any] = {
+        "machine": machine(), "suite": args.suite, "layers": args.layers, "of_layers": LAYERS,
+        "new_tokens": args.new_tokens, "repeats": args.repeats, "peak_process_bytes": peak_bytes(),
+    }  # fmt: skip
+    out |= results[0] if args.sweep is None else {"sweep": axis, "runs": results}
+    if args.save:
+        args.save.write_text(json.dumps(out, indent=1) + "\n")
+    if args.plot:
+        key = {"image-side": "image_side", "text-tokens": "prompt_tokens", "batch": "batch"}[axis]
+        plot(results, key, args.plot)
+    print(json.dumps(out) if args.json else "\n\n".join(map(table, results)))
+    return OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(_run))
