@@ -2,7 +2,8 @@
 
 DIR holds inputs.safetensors and outputs.safetensors. Compared are the arrays found there: vision
 (vision_pre, vision_conv), embeds, hidden_i, logits and the greedy tokens, and the same of a second
-batch under text_*. Only real tokens count."""
+batch under text_*. Only real tokens count. A rotated checkpoint works in a basis of its own: of it,
+only logits and greedy tokens can be compared."""
 
 from __future__ import annotations
 
@@ -114,7 +115,8 @@ def compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> di
     """Errors of every array that both sides have.
 
     Returns:
-        ``{"arrays": {name: {"max_abs", "rel", "shape"}}, "greedy_match": share or None}``.
+        ``{"arrays": {name: {"max_abs", "rel", "shape"}}, "greedy_match": share or None,
+        "other_basis": names}``; the last are the arrays that a rotation leaves incomparable.
 
     Raises:
         UserError: the reference does not belong to this model.
@@ -137,8 +139,10 @@ def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> d
     # A reference whose inputs hold one placeholder per picture records the mask that it had inside.
     mask = outputs.get("attention_mask_expanded", inputs["attention_mask"]) == 1
     ours = capture(loaded.model, batch)
-    arrays = {}
-    for name in [n for n in outputs if n in ours]:
+    arrays, shared = {}, [n for n in outputs if n in ours]
+    rotated = bool(loaded.manifest["recipe"].get("rotate"))
+    turned = [n for n in shared if rotated and n != "logits"]
+    for name in [n for n in shared if n not in turned]:
         got, ref = ours[name], outputs[name]
         if name in _BY_PICTURE:  # recorded flat, or picture by picture
             padding = outputs.get(_PADDED.get(name, ""))
@@ -161,7 +165,7 @@ def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> d
         match = float(np.mean(tokens == outputs["greedy"]))
     if not arrays and match is None:
         raise UserError(f"{origin}: outputs.safetensors holds nothing that can be compared")
-    return {"arrays": arrays, "greedy_match": match}
+    return {"arrays": arrays, "greedy_match": match, "other_basis": turned}
 
 
 def errors(got: np.ndarray, ref: np.ndarray) -> dict[str, float]:
@@ -244,6 +248,8 @@ def table(result: dict[str, Any]) -> str:
     rows = [f"{'array':<12} {'max abs':>10} {'relative':>10}  shape"]
     for name, a in result["arrays"].items():
         rows.append(f"{name:<12} {a['max_abs']:>10.2e} {a['rel']:>10.2e}  {a['shape']}")
+    if result["other_basis"]:
+        rows.append(f"rotated, hence in another basis: {', '.join(result['other_basis'])}")
     if result["greedy_match"] is not None:
         rows.append(f"greedy tokens equal: {result['greedy_match']:.1%}")
     rows.append("ok" if result["ok"] else "FAILED")
