@@ -68,14 +68,25 @@ class Stream:
 class ValueOutput:
     """An attention's value and output projections, rotated head by head.
 
+    Any two dense layers with nothing but sums between them will do: one head of full width.
+
     Attributes:
         value, output: paths.
         head_dim: width of a head; all heads share the rotation, so grouped queries fit.
+        twin: value and output of a second expert. One attention mixes the values of both, so that
+            they are rotated alike.
     """
 
     value: str
     output: str
     head_dim: int
+    twin: tuple[str, str] | None = None
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Values with their outputs."""
+        own = (self.value, self.output)
+        return (own, self.twin) if self.twin else (own,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +96,8 @@ class Hidden:
     Attributes:
         reader: path of the layer.
         width: its inputs.
+        reads_stream: its inputs are a residual stream that takes no rotation; whether there is an
+            online rotation is then the recipe's choice.
         sign_carrier: a layer that enters the hidden activation linearly (``up_proj`` of a gated
             MLP) and takes the rotation's signs; ``None``: the signs are applied online.
     """
@@ -92,6 +105,7 @@ class Hidden:
     reader: str
     width: int
     sign_carrier: str | None = None
+    reads_stream: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

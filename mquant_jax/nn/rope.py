@@ -81,13 +81,18 @@ def multi_axis_angles(
     Returns:
         float32 ``[B, T, dim/2]``.
     """
-    stream = np.repeat(np.arange(len(sections)), sections)
-    per_slot = positions.astype(jnp.float32)[stream]  # [dim/2, B, T]
+    per_slot = slot_positions(positions, sections)
     if isinstance(scaling, DynamicScaling):
         freq = scaling(jnp.max(positions) + 1, dim, theta)
     else:
         freq = frequencies(dim, theta, scaling)
-    return jnp.moveaxis(per_slot, 0, -1) * freq
+    return per_slot * freq
+
+
+def slot_positions(positions: jax.Array, sections: tuple[int, ...]) -> jax.Array:
+    """The position that each frequency slot follows: float32 ``[B, T, sum(sections)]``."""
+    stream = np.repeat(np.arange(len(sections)), sections)
+    return jnp.moveaxis(positions.astype(jnp.float32)[stream], 0, -1)
 
 
 def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:
@@ -106,7 +111,12 @@ def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate ``x [B, heads, T, d]`` by ``angles [B, T, d/2]``, in float32; keeps ``x.dtype``."""
+    """Rotate ``x [B, heads, T, d]`` by ``angles [B, T, r/2]``, in float32; keeps ``x.dtype``.
+
+    Only the first ``r`` channels of a head turn, as two halves; the others (``r < d``) pass.
+    """
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    half = angles.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)

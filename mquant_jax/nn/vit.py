@@ -1,4 +1,4 @@
-"""The vision transformer: pre-norm blocks over patches, configured per family."""
+"""The vision transformer: blocks over patches, configured per family."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ class ViTConfig:
             picture says which rows its patches take; without that, it is a square of patches in
             row-major order, and a picture of another side sees the table resampled.
         class_token: a learned token stands in front of the patches, with a position of its own.
+        post_norm: the norms stand behind the sub-layers and not in front of them: each norms what
+            it is about to add to the stream. No rotation commutes with the weights that are then
+            inside the stream, so these norms stay as they are in a rotated tower.
         layer_scale: what a sub-layer adds to the stream is multiplied by a learned vector.
         rms_norm: the norms are RMSNorms and not LayerNorms.
         qk_norm_eps: queries and keys, all heads side by side, pass an RMSNorm of this epsilon;
@@ -76,6 +79,7 @@ class ViTConfig:
     rope_theta: float | None = None
     position_grid: int = 0
     class_token: bool = False
+    post_norm: bool = False
     layer_scale: bool = False
     rms_norm: bool = False
     qk_norm_eps: float | None = None
@@ -167,8 +171,10 @@ class PatchEmbed(nnx.Module):
 class ViTBlock(nnx.Module):
     """``x += o_proj(attention(norm(x)))``, then ``x += fc2(act(fc1(norm(x))))``.
 
-    With layer scale, what is added is multiplied by ``attn_gain`` and ``mlp_gain [hidden]``; in a
-    rotated tower the output projections have absorbed them.
+    Post-norm, ``x += norm(o_proj(attention(x)))`` and ``x += norm(fc2(act(fc1(x))))``; a rotated
+    tower then rotates ``x`` online where it is read. With layer scale, what is added is multiplied
+    by ``attn_gain`` and ``mlp_gain [hidden]``; in a rotated tower the output projections have
+    absorbed them.
     """
 
     POINTS: ClassVar[Points] = {
@@ -183,13 +189,15 @@ class ViTBlock(nnx.Module):
         dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
         point = partial(ActQuant, section=place.section)
         d = cfg.hidden_size
-        self.attn_norm = tower_norm(d, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
-        self.attn_in = point("attn_in")
+        self.attn_norm = self._norm(place)
+        reading = place.read_rotation(d) if cfg.post_norm else None
+        into = reading.n if reading else d
+        self.attn_in = point("attn_in", rotation=reading)
         # A rotated LayerNorm has left its bias in the layers that read it.
-        bias = cfg.qkv_bias or (place.rotated and not cfg.rms_norm)
-        self.q_proj = dense(d, d, bias=bias)
-        self.k_proj = dense(d, d, bias=bias)
-        self.v_proj = dense(d, d, bias=bias)
+        bias = cfg.qkv_bias or (place.rotated and not cfg.rms_norm and not cfg.post_norm)
+        self.q_proj = dense(into, d, bias=bias)
+        self.k_proj = dense(into, d, bias=bias)
+        self.v_proj = dense(into, d, bias=bias)
         if cfg.qk_norm_eps is not None:
             self.q_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
             self.k_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
@@ -199,16 +207,25 @@ class ViTBlock(nnx.Module):
         if self.has_gains:
             self.attn_gain = nnx.Param(jnp.ones((d,), place.dtype))
             self.mlp_gain = nnx.Param(jnp.ones((d,), place.dtype))
-        self.mlp_norm = tower_norm(d, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
-        self.mlp_in = point("mlp_in")
-        self.fc1 = dense(d, cfg.intermediate_size)
+        self.mlp_norm = self._norm(place)
+        self.mlp_in = point("mlp_in", rotation=reading)
+        self.fc1 = dense(into, cfg.intermediate_size)
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = point("mlp_hidden", rotation=rotation)
         hidden = rotation.n if rotation else cfg.intermediate_size
         self.fc2 = dense(hidden, d, split=place.split)
 
+    def _norm(self, place: Placement) -> nnx.Module:
+        cfg = self.cfg
+        if cfg.post_norm:
+            return (RMSNorm if cfg.rms_norm else LayerNorm)(
+                cfg.hidden_size, cfg.norm_eps, place.dtype
+            )
+        return tower_norm(cfg.hidden_size, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
+
     def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:
-        h = self.attn_in(self.attn_norm(x), None, tap)
+        post = self.cfg.post_norm
+        h = self.attn_in(x if post else self.attn_norm(x), None, tap)
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if self.cfg.qk_norm_eps is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -218,9 +235,11 @@ class ViTBlock(nnx.Module):
         if ctx.angles is not None:
             q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
         h = self.o_proj(self.attn_out(attend(q, k, v, ctx.mask), None, tap))
+        h = self.attn_norm(h) if post else h
         x = x + (h * self.attn_gain.get_value() if self.has_gains else h)
-        h = self.fc1(self.mlp_in(self.mlp_norm(x), None, tap))
+        h = self.fc1(self.mlp_in(x if post else self.mlp_norm(x), None, tap))
         h = self.fc2(self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap))
+        h = self.mlp_norm(h) if post else h
         return x + (h * self.mlp_gain.get_value() if self.has_gains else h)
 
 

@@ -25,6 +25,7 @@ def rotate_params(
     seed: int,
     online_signs: bool = True,
     orthogonal: bool = False,
+    online_reads: bool = True,
 ) -> Params:
     """Fuse the norms and rotate every stream, attention and MLP that a family declares.
 
@@ -33,6 +34,7 @@ def rotate_params(
         seed: of all rotations' signs.
         online_signs: whether the online rotations have signs.
         orthogonal: rotate streams and heads by random orthogonal matrices instead of Hadamards.
+        online_reads: what is read from a stream that takes no rotation is rotated online.
 
     Returns:
         New tensors, float32: those of the model built with ``recipe.rotate``.
@@ -50,7 +52,7 @@ def rotate_params(
         _rotate_stream(out, stream, kind(stream.width, _seed(seed, stream.name)))
     for attention in streams.attentions:
         _rotate_heads(out, attention, kind(attention.head_dim, _seed(seed, attention.value)))
-    for hidden in streams.hiddens:
+    for hidden in (h for h in streams.hiddens if online_reads or not h.reads_stream):
         _rotate_hidden(out, hidden, seed if online_signs else None)
     return dict(out)
 
@@ -167,8 +169,9 @@ def _rotate_stream(p: Params, stream: Stream, rotation: Rotation | Orthogonal) -
 
 
 def _rotate_heads(p: Params, attention: ValueOutput, rotation: Rotation | Orthogonal) -> None:
-    for value in expand(attention.value, p):
-        output = _beside(attention.output, value)
+    pairs = ((v, o) for value, o in attention.pairs for v in expand(value, p))
+    for value, output in pairs:
+        output = _beside(output, value)
         p[f"{value}/kernel"] = times(p[f"{value}/kernel"].T, rotation).T
         if f"{value}/bias" in p:
             p[f"{value}/bias"] = times(p[f"{value}/bias"], rotation)
