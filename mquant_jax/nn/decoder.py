@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from mquant_jax.nn.cache import KVCache, empty_cache, key_order
 from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.rope import DynamicScaling, Llama3Scaling, apply_rope, multi_axis_angles
+from mquant_jax.nn.rope import Scaling, apply_rope, multi_axis_angles
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, stack_layers
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.attention import attend
@@ -28,7 +29,8 @@ class DecoderConfig:
 
     ``rope_sections`` are the rotary slots that follow each position stream; they add up to
     ``head_dim / 2`` and a single entry is ordinary rope. ``qk_norm``: queries and keys pass an
-    RMSNorm per head before the rotation.
+    RMSNorm per head before the rotation. ``logn_length``: queries from this position on grow with
+    the logarithm of their position; ``None``: they do not.
     """
 
     hidden_size: int
@@ -46,13 +48,14 @@ class DecoderConfig:
     tied_head: bool
     o_bias: bool = False
     mlp_bias: bool = False
-    rope_scaling: Llama3Scaling | DynamicScaling | None = None
+    rope_scaling: Scaling | None = None
     qk_norm: bool = False
+    logn_length: int | None = None
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["angles", "mask", "token_class"],
+    data_fields=["angles", "mask", "token_class", "query_gain"],
     meta_fields=["visual_slots"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,7 @@ class DecoderContext:
         angles: rotary angles float32 ``[B, T, head_dim/2]``.
         mask: bool ``[B, T, S]``, which keys a query may see.
         token_class: int32 ``[B, T]``, sinks marked.
+        query_gain: float32 ``[B, T]``, factor on the rotated queries; ``None``: there is none.
         visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
             ``None``: they stand anywhere.
     """
@@ -70,6 +74,7 @@ class DecoderContext:
     angles: jax.Array
     mask: jax.Array
     token_class: jax.Array
+    query_gain: jax.Array | None = None
     visual_slots: int | None = None
 
 
@@ -117,7 +122,10 @@ class DecoderBlock(nnx.Module):
         )
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rope(q, ctx.angles), apply_rope(k, ctx.angles), v
+        q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
+        if ctx.query_gain is not None:
+            q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
+        return q, k, v
 
     def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):
         """Output projection and MLP, each added to the residual stream ``x``."""
@@ -218,19 +226,29 @@ class Decoder(nnx.Module):
         return linear(h, kernel, self.dtype).astype(jnp.float32)
 
     def context(
-        self, positions, order, token_class, keys=None, visual_slots: int | None = None
+        self,
+        positions,
+        order,
+        token_class,
+        keys=None,
+        visual_slots: int | None = None,
+        span: jax.Array | None = None,
     ) -> DecoderContext:
         """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
 
         ``keys``: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
+        ``span``: as in the cache; by default, of the same tokens.
         """
-        cfg = self.cfg
+        cfg, gain = self.cfg, None
         angles = multi_axis_angles(
-            positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling
+            positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling, span
         )
+        if cfg.logn_length is not None:
+            length = jnp.max(positions, axis=0).astype(jnp.float32) + 1
+            gain = jnp.maximum(jnp.log(length) / math.log(cfg.logn_length), 1.0)
         keys = key_order(order, token_class) if keys is None else keys
         mask = keys[:, None, :] <= order[:, :, None]
-        return DecoderContext(angles, mask, token_class, visual_slots)
+        return DecoderContext(angles, mask, token_class, gain, visual_slots)
 
     def __call__(
         self, x, positions, order, token_class, runner: Runner = SCAN, *, visual_slots=None
@@ -261,7 +279,9 @@ class Decoder(nnx.Module):
         at = (0, cache.cursor)
         slots = jax.lax.dynamic_update_slice(cache.order, key_order(order, token_class), at)
         keys = None if fresh else slots
-        ctx = self.context(positions, order, token_class, keys, visual_slots)
+        span = jnp.max(positions, axis=(0, 2)) + 1
+        span = jnp.where(cache.cursor == 0, span, cache.span)
+        ctx = self.context(positions, order, token_class, keys, visual_slots, span)
         graphdef, state = nnx.split(self.layers)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
@@ -273,4 +293,4 @@ class Decoder(nnx.Module):
             return (x, k, v, i + 1), None
 
         (x, k, v, _), _ = jax.lax.scan(body, (x, cache.k, cache.v, jnp.int32(0)), state)
-        return x, KVCache(k, v, slots, cache.cursor + x.shape[1])
+        return x, KVCache(k, v, slots, cache.cursor + x.shape[1], span)
