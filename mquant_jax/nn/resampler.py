@@ -159,9 +159,7 @@ class Resampler(nnx.Module):
         # Published without a bias; the one of the rotated model is what the norm leaves behind.
         self.proj = Dense(width, width, bias=place.rotated, section=section, dtype=dtype, rngs=rngs)
 
-    def pool(
-        self, x: tuple[jax.Array, jax.Array, jax.Array], tap: Tap | None = None
-    ) -> jax.Array:
+    def pool(self, x: tuple[jax.Array, jax.Array, jax.Array], tap: Tap | None = None) -> jax.Array:
         """What attention makes of a picture, ``[N, Q, width]``, in front of the norm.
 
         Args:
