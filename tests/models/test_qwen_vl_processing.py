@@ -183,5 +183,5 @@ def test_a_quantised_folder_answers(tmp_path) -> None:
     args = [str(src), str(dst), "--recipe", "w4a8", "--calibration", str(tmp_path / "few.jsonl")]
     assert hf_to_flax.main(args) == 0
     model = mq.load(dst)
-    answers = model.generate([raw_images()[:2], []], ["What?", "Text alone"], max_new_tokens=3)
+    answers = model.generate([raw_images()[:2], []], ["What?", "Text alone"], max_new_tokens=2)
     assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
