@@ -17,6 +17,7 @@ _BY_MODEL_TYPE = {
     "internvl_chat": "models.internvl",
     "llama": "models.llama",
     "minicpmv": "models.minicpmv",
+    "qwen": "models.qwen_vl",
     "qwen2": "models.llama",
     "qwen2_vl": "models.qwen2_vl",
 }

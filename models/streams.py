@@ -14,14 +14,14 @@ class Read:
     """A norm and the dense layers that read its output.
 
     Attributes:
-        norm: path of the norm.
+        norm: path of the norm; ``None``: the stream is read as it is.
         readers: paths of the dense layers.
         blocks: the readers see this many neighbouring positions side by side (2x2 merges). The
             norm may stand before or behind that step; the size of its weight tells.
         centres: a LayerNorm on a stream that keeps its mean; rotated, a ``ProjectedNorm``.
     """
 
-    norm: str
+    norm: str | None
     readers: tuple[str, ...]
     blocks: int = 1
     centres: bool = False
@@ -48,7 +48,8 @@ class Stream:
         name: for reports; also part of the seed of its rotation.
         width: channels.
         tables: tensors whose rows enter the stream (token embeddings, class token, positions),
-            full parameter names.
+            full parameter names. What an :class:`~mquant_jax.nn.vit.InputNorm` lets in is not among
+            them: it is rotated online.
         writers: dense layers whose outputs are added to it.
         reads: norms with their readers.
         gains: layer scales of the writers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -16,13 +17,7 @@ from mquant_jax.nn.cache import KVCache, empty_cache, key_order
 from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.rope import (
-    DynamicScaling,
-    Llama3Scaling,
-    apply_rope,
-    multi_axis_angles,
-    slot_positions,
-)
+from mquant_jax.nn.rope import Scaling, apply_rope, multi_axis_angles, slot_positions
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, stack_layers
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.attention import attend
@@ -38,8 +33,10 @@ class DecoderConfig:
     ``rope_sections`` are the rotary slots that follow each position stream; a single entry is
     ordinary rope. They add up to ``head_dim / 2``, or less: the other channels do not turn.
     ``stored_rope``: the checkpoint holds the frequencies of each layer, and they are not computed.
-    ``qk_norm``: queries and keys pass an RMSNorm per head before the rotation. ``visual_expert``:
-    visual tokens have dense layers of their own, with biases on queries, keys and values.
+    ``qk_norm``: queries and keys pass an RMSNorm per head before the rotation. ``logn_length``:
+    queries from this position on grow with the logarithm of their position; ``None``: they do not.
+    ``visual_expert``: visual tokens have dense layers of their own, with biases on queries, keys
+    and values.
     """
 
     hidden_size: int
@@ -57,8 +54,9 @@ class DecoderConfig:
     tied_head: bool
     o_bias: bool = False
     mlp_bias: bool = False
-    rope_scaling: Llama3Scaling | DynamicScaling | None = None
+    rope_scaling: Scaling | None = None
     qk_norm: bool = False
+    logn_length: int | None = None
     stored_rope: bool = False
     visual_expert: bool = False
 
@@ -70,7 +68,7 @@ class DecoderConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["angles", "mask", "token_class", "visual"],
+    data_fields=["angles", "mask", "token_class", "query_gain", "visual"],
     meta_fields=["visual_slots"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +80,7 @@ class DecoderContext:
             frequencies of its own.
         mask: bool ``[B, T, S]``, which keys a query may see.
         token_class: int32 ``[B, T]``, sinks marked.
+        query_gain: float32 ``[B, T]``, factor on the rotated queries; ``None``: there is none.
         visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
             ``None``: they stand anywhere.
         visual: bool ``[B, T]``, which tokens are the visual expert's (sinks among them are no
@@ -91,6 +90,7 @@ class DecoderContext:
     angles: jax.Array
     mask: jax.Array
     token_class: jax.Array
+    query_gain: jax.Array | None = None
     visual: jax.Array | None = None
     visual_slots: int | None = None
 
@@ -181,7 +181,10 @@ class DecoderBlock(Projections):
         angles = ctx.angles
         if self.cfg.stored_rope:
             angles = angles * self.frequencies.get_value()
-        return apply_rope(q, angles), apply_rope(k, angles), v
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if ctx.query_gain is not None:
+            q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
+        return q, k, v
 
     def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):
         """Output projection and MLP, each added to the residual stream ``x``."""
@@ -323,24 +326,29 @@ class Decoder(nnx.Module):
         keys=None,
         visual_slots: int | None = None,
         visual: jax.Array | None = None,
+        span: jax.Array | None = None,
     ) -> DecoderContext:
         """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
 
         Args:
             keys: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
             visual_slots, visual: see :class:`DecoderContext`.
+            span: as in the cache; by default, of the same tokens.
         """
-        cfg = self.cfg
+        cfg, gain = self.cfg, None
         if cfg.stored_rope:
             angles = slot_positions(positions, cfg.rope_sections)
         else:
             angles = multi_axis_angles(
-                positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling
+                positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling, span
             )
+        if cfg.logn_length is not None:
+            length = jnp.max(positions, axis=0).astype(jnp.float32) + 1
+            gain = jnp.maximum(jnp.log(length) / math.log(cfg.logn_length), 1.0)
         keys = key_order(order, token_class) if keys is None else keys
         mask = keys[:, None, :] <= order[:, :, None]
         visual = visual if cfg.visual_expert else None
-        return DecoderContext(angles, mask, token_class, visual, visual_slots)
+        return DecoderContext(angles, mask, token_class, gain, visual, visual_slots)
 
     def __call__(
         self,
@@ -388,7 +396,9 @@ class Decoder(nnx.Module):
         at = (0, cache.cursor)
         slots = jax.lax.dynamic_update_slice(cache.order, key_order(order, token_class), at)
         keys = None if fresh else slots
-        ctx = self.context(positions, order, token_class, keys, visual_slots, visual)
+        span = jnp.max(positions, axis=(0, 2)) + 1
+        span = jnp.where(cache.cursor == 0, span, cache.span)
+        ctx = self.context(positions, order, token_class, keys, visual_slots, visual, span)
         graphdef, state = nnx.split(self.layers)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
@@ -400,4 +410,4 @@ class Decoder(nnx.Module):
             return (x, k, v, i + 1), None
 
         (x, k, v, _), _ = jax.lax.scan(body, (x, cache.k, cache.v, jnp.int32(0)), state)
-        return x, KVCache(k, v, slots, cache.cursor + x.shape[1])
+        return x, KVCache(k, v, slots, cache.cursor + x.shape[1], span)

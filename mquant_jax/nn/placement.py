@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mquant_jax.hadamard import Rotation, plan_rotation
+from mquant_jax.hadamard import Orthogonal, Rotation, plan_rotation, stream_rotation
 from mquant_jax.nn.dense import FLOAT
 from mquant_jax.recipe import Recipe, Section, Split
 
@@ -24,6 +24,8 @@ class Placement:
         rotation_seed: seed of the online rotations' signs; ``None``: they have none.
         sink_class: the model knows which tokens are sinks.
         split: whether MLPs' last layers have a split-off input channel.
+        seed: of the streams' rotations.
+        orthogonal: those are random orthogonal matrices.
     """
 
     section: Section = FLOAT
@@ -34,6 +36,8 @@ class Placement:
     rotation_seed: int | None = None
     sink_class: bool = False
     split: Split = Split()
+    seed: int = 0
+    orthogonal: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, section: str, dtype) -> Placement:
@@ -48,6 +52,8 @@ class Placement:
             rotation_seed=recipe.online_seed,
             sink_class=recipe.marks_sinks and language,
             split=recipe.split,
+            seed=recipe.seed,
+            orthogonal=recipe.orthogonal,
         )
 
     def online_rotation(self, width: int) -> Rotation | None:
@@ -57,3 +63,10 @@ class Placement:
     def read_rotation(self, width: int) -> Rotation | None:
         """The rotation in front of layers that read a stream which takes none itself."""
         return self.online_rotation(width) if self.rotates_reads else None
+
+    def entry_rotation(self, stream: str, width: int) -> Rotation | Orthogonal | None:
+        """The rotation of a stream, to be applied online where something enters it that no weight
+        writes."""
+        if not self.rotated:
+            return None
+        return stream_rotation(width, self.seed, stream, self.orthogonal)

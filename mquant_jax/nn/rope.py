@@ -56,6 +56,32 @@ class DynamicScaling:
         return frequencies(dim, theta) * growth**-slots
 
 
+@dataclasses.dataclass(frozen=True)
+class SteppedScaling:
+    """Qwen's dynamic NTK: the base grows by a step each time that a prompt's length doubles.
+
+    A prompt of up to ``original * 2^k`` positions has its base multiplied by
+    ``(2^(k+1) - 1) ^ (dim / (dim - 2))``. Tokens that follow it keep the base of the prompt.
+
+    Attributes:
+        original: positions that the model was trained for.
+    """
+
+    original: int
+
+    def __call__(self, length: jax.Array, dim: int, theta: float) -> jax.Array:
+        """Frequencies for prompts of ``length`` (int32 ``[B]``): float32 ``[B, dim/2]``."""
+        doublings = 31 - self.original.bit_length()  # as many as int32 can count
+        bounds = self.original * 2 ** np.arange(doublings, dtype=np.int64)
+        bases = (theta * (2.0 ** (k + 1) - 1) ** (dim / (dim - 2)) for k in range(doublings + 1))
+        table = np.stack([frequencies(dim, base) for base in bases])
+        step = jnp.sum(length[:, None] > bounds.astype(np.int32), axis=1)
+        return jnp.asarray(table)[step]
+
+
+Scaling = Llama3Scaling | DynamicScaling | SteppedScaling
+
+
 def frequencies(dim: int, theta: float, scaling: Llama3Scaling | None = None) -> np.ndarray:
     """``theta ** (-2j / dim)`` for ``j < dim/2``, then scaled; float32 ``[dim/2]``."""
     freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -67,7 +93,8 @@ def multi_axis_angles(
     dim: int,
     theta: float,
     sections: tuple[int, ...],
-    scaling: Llama3Scaling | DynamicScaling | None = None,
+    scaling: Scaling | None = None,
+    length: jax.Array | None = None,
 ) -> jax.Array:
     """Angles of M-RoPE: contiguous chunks of the frequency slots follow different position streams.
 
@@ -77,6 +104,8 @@ def multi_axis_angles(
         theta: base.
         sections: slots per stream; they add up to ``dim / 2``. One section is ordinary rope.
         scaling: of the frequencies.
+        length: int32 ``[B]``, positions of the rows' prompts, for :class:`SteppedScaling`; by
+            default those of ``positions``.
 
     Returns:
         float32 ``[B, T, dim/2]``.
@@ -84,6 +113,9 @@ def multi_axis_angles(
     per_slot = slot_positions(positions, sections)
     if isinstance(scaling, DynamicScaling):
         freq = scaling(jnp.max(positions) + 1, dim, theta)
+    elif isinstance(scaling, SteppedScaling):
+        length = jnp.max(positions, axis=(0, 2)) + 1 if length is None else length
+        freq = scaling(length, dim, theta)[:, None]
     else:
         freq = frequencies(dim, theta, scaling)
     return per_slot * freq

@@ -37,6 +37,7 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+STREAM = "vision"  # the name under which families declare a tower's residual stream
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": gelu,
@@ -63,6 +64,8 @@ class ViTConfig:
         rms_norm: the norms are RMSNorms and not LayerNorms.
         qk_norm_eps: queries and keys, all heads side by side, pass an RMSNorm of this epsilon;
             ``None``: they do not.
+        input_norm: a LayerNorm stands between the positions and the first block, and what it
+            gives begins the stream.
         final_norm: a norm stands behind the last block; its reader, in the connector, absorbs its
             weight and bias in a rotated tower.
         keeps_mean: what stands behind the tower sees the mean of its stream, which a rotation must
@@ -85,6 +88,7 @@ class ViTConfig:
     qk_norm_eps: float | None = None
     patch_bias: bool = False
     qkv_bias: bool = True
+    input_norm: bool = False
     final_norm: bool = False
     keeps_mean: bool = False
 
@@ -243,6 +247,25 @@ class ViTBlock(nnx.Module):
         return x + (h * self.mlp_gain.get_value() if self.has_gains else h)
 
 
+class InputNorm(nnx.Module):
+    """The LayerNorm in front of the first block.
+
+    Its output has a weight and a bias of its own and a mean, and no dense layer writes it. So a
+    rotated tower rotates it online on its way into the stream; patches and positions stay as they
+    are. (Its weight would have made any rotation of theirs a full matrix behind the norm.)
+    """
+
+    POINTS: ClassVar[Points] = {}
+
+    def __init__(self, cfg: ViTConfig, place: Placement):
+        self.norm = LayerNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
+        self.rotation = place.entry_rotation(STREAM, cfg.hidden_size)
+
+    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        x = self.norm(x)
+        return x if self.rotation is None else self.rotation(x)
+
+
 class FinalNorm(nnx.Module):
     """The norm behind the last block."""
 
@@ -269,6 +292,8 @@ class ViT(nnx.Module):
             rows = cfg.position_grid**2 + cfg.class_token
             self.positions = nnx.Param(jnp.zeros((rows, cfg.hidden_size), place.dtype))
         self.layers = stack_layers(lambda r: ViTBlock(cfg, place, rngs=r), cfg.num_layers, rngs)
+        if cfg.input_norm:
+            self.input = InputNorm(cfg, place)
         if cfg.final_norm:
             self.final = FinalNorm(cfg, place)
 
@@ -288,6 +313,8 @@ class ViT(nnx.Module):
             classes = jnp.concatenate([jnp.max(classes, axis=1, keepdims=True), classes], axis=1)
         if cfg.position_grid:
             x = x + self._positions(vision)
+        if cfg.input_norm:
+            x = runner.module("vision/input", self.input, x, classes)
         x = runner.layers("vision/layers", self.layers, x, VisionContext(angles, classes))
         return runner.module("vision/final", self.final, x, classes) if cfg.final_norm else x
 

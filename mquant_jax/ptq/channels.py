@@ -14,7 +14,7 @@ import numpy as np
 
 from models.streams import Streams
 from mquant_jax.nn.params import Params
-from mquant_jax.ptq.rotate import expand, readers_of
+from mquant_jax.ptq.rotate import expand, norms_of, readers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def links(params: Params, streams: Streams) -> Iterator[Link]:
 
     for stream in streams.streams:
         for read in stream.reads:
-            for norm in expand(read.norm, params):
+            for norm in norms_of(read, params):
                 width = len(params[f"{norm}/weight"])  # that of all blocks, if it spans them
                 columns = np.tile(np.arange(width), stream.width * read.blocks // width)
                 readers = tuple(readers_of(read, norm))
