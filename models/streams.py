@@ -69,8 +69,6 @@ class Stream:
 class ValueOutput:
     """An attention's value and output projections, rotated head by head.
 
-    Any two dense layers with nothing but sums between them will do: one head of full width.
-
     Attributes:
         value, output: paths.
         head_dim: width of a head; all heads share the rotation, so grouped queries fit.
