@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from models.base import Rows, WeightRule
 from models.streams import Hidden, Read, Stream, ValueOutput
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 
 _L = "language/layers/*"
 

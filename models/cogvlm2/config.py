@@ -7,7 +7,7 @@ from typing import Any
 
 from models.eva2 import EVA2Config
 from mquant_jax.errors import UserError
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 
 _BASE = 500000.0  # of the rotary positions; in no config
 TEMPLATES = ("chat", "vqa", "base")

@@ -8,7 +8,7 @@ from models.base import Rows, WeightRule
 from models.cogvlm2.config import CogVLM2Config
 from models.eva2 import eva2_rules
 from models.language import dense_rules, direct
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 
 
 def weight_rules(config: CogVLM2Config) -> list[WeightRule]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from models.eva2 import EVA2Config
 from mquant_jax.errors import UserError
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 
 _BASE = 10000.0
 # Keys that would change the numbers -> the value that the published models have.

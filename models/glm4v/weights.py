@@ -8,7 +8,7 @@ from models.base import Rows, WeightRule
 from models.eva2 import eva2_rules
 from models.glm4v.config import GLM4VConfig
 from models.language import dense_rules, direct
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 
 
 def weight_rules(config: GLM4VConfig) -> list[WeightRule]:

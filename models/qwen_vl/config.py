@@ -10,7 +10,7 @@ from math import isqrt
 from typing import Any
 
 from mquant_jax.errors import UserError
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.rope import SteppedScaling
 from mquant_jax.nn.vit import ViTConfig

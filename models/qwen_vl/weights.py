@@ -8,7 +8,7 @@ from models.base import Rows, WeightRule
 from models.language import dense_rules, direct
 from models.qwen_vl.config import QwenVLConfig
 from models.resampler import norm_rules, resampler_rules
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 
 _V = "transformer.visual"
 _QKV = ("q_proj", "k_proj", "v_proj")
