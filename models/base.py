@@ -303,6 +303,8 @@ class Family:
         canonical_name: a name in a checkpoint -> the name that the rules use (str -> str).
         pictures: whether prompts may hold pictures; ``False`` for language models alone, which
             cannot use the bundled calibration set.
+        most_pictures: pictures that one prompt may hold; ``None``: any number.
+        videos: whether prompts may hold videos.
     """
 
     name: str
@@ -317,6 +319,8 @@ class Family:
     streams: Callable[[Any], Streams]
     canonical_name: Callable[[str], str] = str
     pictures: bool = True
+    most_pictures: int | None = None
+    videos: bool = False
 
     def build(self, config: Any, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
         """The model with fresh weights."""

@@ -22,5 +22,6 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=collate,
     streams=streams,
+    most_pictures=1,
 )
 TEXT_FAMILY = dataclasses.replace(FAMILY, name="glm4", model=GLM4, pictures=False)
