@@ -31,7 +31,7 @@ from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.nn.params import set_params
 from mquant_jax.presets import METHODS
 from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
-from mquant_jax.recipe import Recipe, Section, Split
+from mquant_jax.recipe import Recipe, Section, Split, Tuning
 
 GROUP = 64
 
@@ -79,12 +79,14 @@ def ablation_rows() -> list[Row]:
         "+msq": {"modality_scales": True},
         "+sink": {"sink_class": True},
         "+rms": {"split": Split("measured")},
-        "+extras": {"weights": full.weights, "calibration": full.calibration},
+        "+headroom": {"weights": full.weights, "calibration": full.calibration},
+        "+learned scales": {"tune": full.tune},
     }
     for name, changes in steps.items():
         recipe = dataclasses.replace(recipe, **changes)
         rows.append(Row(name, recipe))
-    paper = dataclasses.replace(recipe, online_signs=False, weights=plain)
+    rows.append(Row("mquant", full))  # the same without the split
+    paper = dataclasses.replace(recipe, online_signs=False, tune=Tuning())
     rows.append(Row("plain Hadamard", dataclasses.replace(paper, split=Split())))
     rows.append(Row("plain Hadamard +rms", dataclasses.replace(paper, split=Split("paper"))))
     return rows

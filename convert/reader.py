@@ -21,6 +21,7 @@ SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "qwen.tiktoken",
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",

@@ -1,7 +1,9 @@
 """Compare a checkpoint, run in float32, with the recorded outputs of a reference implementation.
 
 DIR holds inputs.safetensors and outputs.safetensors. Compared are the arrays found there: vision
-(and vision_pre), embeds, hidden_i, logits, and the greedy tokens. Only real tokens count."""
+(vision_pre, vision_conv), embeds, hidden_i, logits and the greedy tokens, and the same of a second
+batch under text_*. Only real tokens count. A rotated checkpoint works in a basis of its own: of it,
+only logits and greedy tokens can be compared."""
 
 from __future__ import annotations
 
@@ -27,8 +29,11 @@ from mquant_jax.nn.stack import Runner
 from mquant_jax.recipe import SECTIONS
 
 FLOAT_RTOL = 1e-3
+_BY_PICTURE = ("vision", "vision_pre", "vision_conv")
 # Arrays that a reference may record with padding -> the output that is 1 where there is none.
 _PADDED = {"vision_pre": "vision_patch_mask"}
+# A reference may hold a second batch, of text alone, under the same names with this in front.
+_TEXT = "text_"
 Arrays = dict[str, np.ndarray]
 
 
@@ -83,7 +88,10 @@ def capture(model: VLM, batch: Batch) -> Arrays:
     if batch.vision is not None:
         last = seen.get("vision/final", seen["vision/layers"][-1])
         out["vision_pre"] = last[real["vision/layers"]]
-        out["vision"] = seen["vision/merger"][real["vision/merger"]]
+        merger = "vision/ends" if "vision/ends" in seen else "vision/merger"
+        out["vision"] = seen[merger][real[merger]]
+        if "vision/conv" in seen:
+            out["vision_conv"] = seen["vision/conv"][real["vision/conv"]]
     return out
 
 
@@ -107,18 +115,36 @@ def compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> di
     """Errors of every array that both sides have.
 
     Returns:
-        ``{"arrays": {name: {"max_abs", "rel", "shape"}}, "greedy_match": share or None}``.
+        ``{"arrays": {name: {"max_abs", "rel", "shape"}}, "greedy_match": share or None,
+        "other_basis": names}``; the last are the arrays that a rotation leaves incomparable.
 
     Raises:
         UserError: the reference does not belong to this model.
     """
+    result = _compare(loaded, inputs, outputs, origin)
+    if f"{_TEXT}input_ids" in inputs:
+        text = _compare(loaded, _text_part(inputs), _text_part(outputs), origin)
+        result["arrays"] |= {f"{_TEXT}{name}": a for name, a in text["arrays"].items()}
+        shares = [r["greedy_match"] for r in (result, text) if r["greedy_match"] is not None]
+        result["greedy_match"] = min(shares, default=None)
+    return result
+
+
+def _text_part(arrays: Arrays) -> Arrays:
+    return {k.removeprefix(_TEXT): v for k, v in arrays.items() if k.startswith(_TEXT)}
+
+
+def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> dict[str, Any]:
     batch = _batch(loaded, inputs, origin)
-    mask = inputs["attention_mask"] == 1
+    # A reference whose inputs hold one placeholder per picture records the mask that it had inside.
+    mask = outputs.get("attention_mask_expanded", inputs["attention_mask"]) == 1
     ours = capture(loaded.model, batch)
-    arrays = {}
-    for name in [n for n in outputs if n in ours]:
+    arrays, shared = {}, [n for n in outputs if n in ours]
+    rotated = bool(loaded.manifest["recipe"].get("rotate"))
+    turned = [n for n in shared if rotated and n != "logits"]
+    for name in [n for n in shared if n not in turned]:
         got, ref = ours[name], outputs[name]
-        if name in ("vision", "vision_pre"):  # recorded flat, or picture by picture
+        if name in _BY_PICTURE:  # recorded flat, or picture by picture
             padding = outputs.get(_PADDED.get(name, ""))
             ref = ref.reshape(-1, ref.shape[-1])
             if padding is not None:
@@ -139,7 +165,7 @@ def compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> di
         match = float(np.mean(tokens == outputs["greedy"]))
     if not arrays and match is None:
         raise UserError(f"{origin}: outputs.safetensors holds nothing that can be compared")
-    return {"arrays": arrays, "greedy_match": match}
+    return {"arrays": arrays, "greedy_match": match, "other_basis": turned}
 
 
 def errors(got: np.ndarray, ref: np.ndarray) -> dict[str, float]:
@@ -222,6 +248,8 @@ def table(result: dict[str, Any]) -> str:
     rows = [f"{'array':<12} {'max abs':>10} {'relative':>10}  shape"]
     for name, a in result["arrays"].items():
         rows.append(f"{name:<12} {a['max_abs']:>10.2e} {a['rel']:>10.2e}  {a['shape']}")
+    if result["other_basis"]:
+        rows.append(f"rotated, hence in another basis: {', '.join(result['other_basis'])}")
     if result["greedy_match"] is not None:
         rows.append(f"greedy tokens equal: {result['greedy_match']:.1%}")
     rows.append("ok" if result["ok"] else "FAILED")

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from models.streams import Streams
+from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.placement import Placement
@@ -119,7 +120,7 @@ class VLM(nnx.Module):
         x = self.embed(batch, runner)
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
         return self.language(
-            x, batch.positions, batch.order, classes, runner, visual_slots=batch.visual_slots
+            x, batch.positions, batch.order, classes, runner, **_layout(batch, batch.vision)
         )
 
     def __call__(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
@@ -147,7 +148,7 @@ class VLM(nnx.Module):
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
         x, cache = self.language.step(
             self.embed(batch, visual=visual), batch.positions, batch.order, classes, cache,
-            fresh=fresh, visual_slots=batch.visual_slots,
+            fresh=fresh, **_layout(batch, batch.vision if visual is None else visual),
         )  # fmt: skip
         # Of equals the rightmost: a masked token stands behind the real one whose order it has.
         last = batch.order.shape[1] - 1 - jnp.argmax(batch.order[:, ::-1], axis=1)
@@ -169,9 +170,15 @@ class VLM(nnx.Module):
         x = self.language.embed(tokens[:, None])
         positions = jnp.broadcast_to(position[None, :, None], (streams, tokens.shape[0], 1))
         x, cache = self.language.step(
-            x, positions, order[:, None], jnp.zeros_like(tokens)[:, None], cache
+            x, positions, order[:, None], jnp.zeros_like(tokens)[:, None], cache, visual_slots=0
         )
         return self.language.logits(x[:, 0]), cache
+
+
+def _layout(batch: Batch, pictures: Any) -> dict[str, Any]:
+    """What a decoder is told of where visual tokens stand; nowhere, without pictures."""
+    slots = batch.visual_slots if pictures is not None else 0
+    return {"visual_slots": slots, "visual": batch.token_class == VISUAL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +213,7 @@ class WeightRule:
         src_shape: shape that the source must have.
         rows: the part of the source that is ours; ``None``: all of it.
         transposed: the source, a matrix, stands the other way round (``x @ W``).
+        order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
     """
 
     dst: str
@@ -214,17 +222,26 @@ class WeightRule:
     src_shape: tuple[int, ...]
     rows: Rows | None = None
     transposed: bool = False
+    order: tuple[int, ...] | None = None
 
     def apply(self, source: np.ndarray) -> np.ndarray:
         """The source's part of our tensor, in our shape."""
         source = source.T if self.transposed else source
         source = source if self.rows is None else self.rows.view(source)
-        return source.reshape(self.shape)
+        source = source.reshape(self.shape)
+        if self.order is None:
+            return source
+        return source.reshape(-1, len(self.order), *self.shape[1:])[:, self.order].reshape(
+            self.shape
+        )
 
     def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
         """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
         source = source.T if self.transposed else source
         part = source if self.rows is None else self.rows.view(source)
+        if self.order is not None:
+            back = np.argsort(self.order)
+            ours = ours.reshape(-1, len(back), *self.shape[1:])[:, back]
         part[...] = ours.reshape(part.shape)
 
 
@@ -286,6 +303,8 @@ class Family:
         canonical_name: a name in a checkpoint -> the name that the rules use (str -> str).
         pictures: whether prompts may hold pictures; ``False`` for language models alone, which
             cannot use the bundled calibration set.
+        most_pictures: pictures that one prompt may hold; ``None``: any number.
+        videos: whether prompts may hold videos.
     """
 
     name: str
@@ -300,6 +319,8 @@ class Family:
     streams: Callable[[Any], Streams]
     canonical_name: Callable[[str], str] = str
     pictures: bool = True
+    most_pictures: int | None = None
+    videos: bool = False
 
     def build(self, config: Any, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
         """The model with fresh weights."""

@@ -32,12 +32,14 @@ class ChatFolder:
     """
 
     NEEDED: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
+    # What will do in the place of a needed file.
+    INSTEAD: ClassVar[Mapping[str, str]] = {"tokenizer.json": "tokenizer.model"}
 
     def __init__(self, folder: str | Path, config: Any):
         self.folder, self.config = Path(folder), config
         for name in self.NEEDED:
-            instead = name == "tokenizer.json" and (self.folder / "tokenizer.model").is_file()
-            if not instead and not (self.folder / name).is_file():
+            names = (name, self.INSTEAD.get(name, name))
+            if not any((self.folder / n).is_file() for n in names):
                 raise UserError(f"{self.folder / name}: no such file (the processor needs it)")
 
     @functools.cached_property

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from models.base import Rows, WeightRule
 from models.streams import Hidden, Read, Stream, ValueOutput
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 
 _L = "language/layers/*"
 
@@ -85,26 +85,42 @@ def internlm2_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
         yield direct("language/head/kernel", f"{prefix}output.weight", c.vocab_size, d)
 
 
-def decoder_stream(c: DecoderConfig, *writers: str) -> Stream:
-    """The decoder's residual stream; ``writers`` are the layers that bring in visual tokens."""
+def decoder_stream(c: DecoderConfig, *writers: str, tables: tuple[str, ...] = ()) -> Stream:
+    """The decoder's residual stream; ``writers`` and ``tables`` bring in visual tokens."""
+
+    def layers(*names: str) -> tuple[str, ...]:
+        return tuple(f"{expert}/{name}" for expert in _experts(c) for name in names)
+
     return Stream(
         "language",
         c.hidden_size,
-        tables=("language/embedding",),
-        writers=(*writers, f"{_L}/o_proj", f"{_L}/down_proj"),
+        tables=(*tables, "language/embedding"),
+        writers=(*writers, *layers("o_proj", "down_proj")),
         reads=(
-            Read(f"{_L}/attn_norm", tuple(f"{_L}/{n}" for n in ("q_proj", "k_proj", "v_proj"))),
-            Read(f"{_L}/mlp_norm", (f"{_L}/gate_proj", f"{_L}/up_proj")),
+            Read(f"{_L}/attn_norm", layers("q_proj", "k_proj", "v_proj")),
+            Read(f"{_L}/mlp_norm", layers("gate_proj", "up_proj")),
             Read("language/norm", ("language/head",)),
         ),
     )
 
 
 def decoder_attention(c: DecoderConfig) -> ValueOutput:
-    """Values and output projections of the decoder."""
-    return ValueOutput(f"{_L}/v_proj", f"{_L}/o_proj", c.head_dim)
+    """Values and output projections of the decoder, of both experts if there are two."""
+    pairs = [(f"{expert}/v_proj", f"{expert}/o_proj") for expert in _experts(c)]
+    return ValueOutput(*pairs[0], c.head_dim, pairs[1] if c.visual_expert else None)
 
 
 def decoder_hidden(c: DecoderConfig) -> Hidden:
     """The decoder's MLP behind its online rotation."""
-    return Hidden(f"{_L}/down_proj", c.intermediate_size, f"{_L}/up_proj")
+    return decoder_hiddens(c)[0]
+
+
+def decoder_hiddens(c: DecoderConfig) -> tuple[Hidden, ...]:
+    """The MLP of each expert behind its online rotation."""
+    inner = c.intermediate_size
+    return tuple(Hidden(f"{e}/down_proj", inner, f"{e}/up_proj") for e in _experts(c))
+
+
+def _experts(c: DecoderConfig) -> tuple[str, ...]:
+    """Where the dense layers of a block are: its own, and those for visual tokens alone."""
+    return (_L, f"{_L}/visual") if c.visual_expert else (_L,)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mquant_jax.errors import UserError
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.rope import DynamicScaling, Llama3Scaling
 
 

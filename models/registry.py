@@ -9,15 +9,20 @@ from typing import Any
 from models.base import Family
 from mquant_jax.errors import UserError
 
-# model_type in config.json -> package that exposes ``FAMILY``.
+# model_type in config.json -> package that exposes ``FAMILY``; and ``TEXT_FAMILY``, where the type
+# is also that of a language model alone, which has no ``vision_config``.
 _BY_MODEL_TYPE = {
+    "chatglm": "models.glm4v",
     "internvl": "models.internvl",
     "internvl_chat": "models.internvl",
     "llama": "models.llama",
     "minicpmv": "models.minicpmv",
+    "qwen": "models.qwen_vl",
     "qwen2": "models.llama",
     "qwen2_vl": "models.qwen2_vl",
 }
+# Whose remote code defines no model_type: the class in ``architectures`` tells.
+_BY_ARCHITECTURE = {"CogVLMForCausalLM": "models.cogvlm2"}
 
 
 def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") -> Family:
@@ -28,12 +33,17 @@ def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") ->
         origin: where it was read, for the message.
 
     Raises:
-        UserError: no ``model_type``, or one that no family here reads.
+        UserError: neither ``model_type`` nor ``architectures`` names a model that a family reads.
     """
+    for name in hf_config.get("architectures") or ():
+        if name in _BY_ARCHITECTURE:
+            return importlib.import_module(_BY_ARCHITECTURE[name]).FAMILY
     found = hf_config.get("model_type")
-    known = ", ".join(_BY_MODEL_TYPE)
+    known = ", ".join((*_BY_MODEL_TYPE, *_BY_ARCHITECTURE))
     if found is None:
         raise UserError(f"{origin}: no 'model_type'; is this a Hugging Face model? known: {known}")
     if not isinstance(found, str) or found not in _BY_MODEL_TYPE:
         raise UserError(f"{origin}: model_type {found!r} is not supported; known: {known}")
-    return importlib.import_module(_BY_MODEL_TYPE[found]).FAMILY
+    package = importlib.import_module(_BY_MODEL_TYPE[found])
+    text_alone = None if hf_config.get("vision_config") else getattr(package, "TEXT_FAMILY", None)
+    return text_alone or package.FAMILY

@@ -14,14 +14,14 @@ class Read:
     """A norm and the dense layers that read its output.
 
     Attributes:
-        norm: path of the norm.
+        norm: path of the norm; ``None``: the stream is read as it is.
         readers: paths of the dense layers.
         blocks: the readers see this many neighbouring positions side by side (2x2 merges). The
             norm may stand before or behind that step; the size of its weight tells.
         centres: a LayerNorm on a stream that keeps its mean; rotated, a ``ProjectedNorm``.
     """
 
-    norm: str
+    norm: str | None
     readers: tuple[str, ...]
     blocks: int = 1
     centres: bool = False
@@ -48,7 +48,8 @@ class Stream:
         name: for reports; also part of the seed of its rotation.
         width: channels.
         tables: tensors whose rows enter the stream (token embeddings, class token, positions),
-            full parameter names.
+            full parameter names. What an :class:`~mquant_jax.nn.vit.InputNorm` lets in is not among
+            them: it is rotated online.
         writers: dense layers whose outputs are added to it.
         reads: norms with their readers.
         gains: layer scales of the writers.
@@ -71,11 +72,20 @@ class ValueOutput:
     Attributes:
         value, output: paths.
         head_dim: width of a head; all heads share the rotation, so grouped queries fit.
+        twin: value and output of a second expert. One attention mixes the values of both, so that
+            they are rotated alike.
     """
 
     value: str
     output: str
     head_dim: int
+    twin: tuple[str, str] | None = None
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Values with their outputs."""
+        own = (self.value, self.output)
+        return (own, self.twin) if self.twin else (own,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +95,8 @@ class Hidden:
     Attributes:
         reader: path of the layer.
         width: its inputs.
+        reads_stream: its inputs are a residual stream that takes no rotation; whether there is an
+            online rotation is then the recipe's choice.
         sign_carrier: a layer that enters the hidden activation linearly (``up_proj`` of a gated
             MLP) and takes the rotation's signs; ``None``: the signs are applied online.
     """
@@ -92,6 +104,7 @@ class Hidden:
     reader: str
     width: int
     sign_carrier: str | None = None
+    reads_stream: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

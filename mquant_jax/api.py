@@ -13,6 +13,7 @@ from models.base import VLM, Batch, Processor, Prompt, bucket
 from mquant_jax.errors import UserError
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.sampling import Sampling
+from mquant_jax.runtime.tokens import uses_aifs
 
 
 @dataclasses.dataclass
@@ -24,19 +25,21 @@ class Model:
         config: the family's config object.
         manifest: what the checkpoint says of itself.
         processor: pictures and text to batches, tokens to text.
+        layout: where visual tokens stand while a prompt runs, see :class:`Generator`.
     """
 
     module: VLM
     config: Any
     manifest: dict[str, Any]
     processor: Processor
+    layout: str = "auto"
     _generator: Generator | None = None
 
     @property
     def generator(self) -> Generator:
         """The compiled programs; made at first use."""
         if self._generator is None:
-            self._generator = Generator(self.module, self.processor.stop_ids)
+            self._generator = Generator(self.module, self.processor.stop_ids, self.layout)
         return self._generator
 
     @property
@@ -144,13 +147,14 @@ class _TextStream:
             self.shown = text
 
 
-def load(folder: str | Path, dtype: Any = None) -> Model:
+def load(folder: str | Path, dtype: Any = None, layout: str = "auto") -> Model:
     """Load a checkpoint that ``python -m convert.hf_to_flax`` wrote.
 
     Args:
         folder: the checkpoint folder.
         dtype: float type of everything that is not integer; default float32 on CPU (where bfloat16
             is slower) and bfloat16 elsewhere.
+        layout: ``auto``, ``masked`` or ``aifs``, see :class:`Generator`.
 
     Raises:
         UserError: no such folder, not a checkpoint, another format version, damaged tensors.
@@ -159,4 +163,5 @@ def load(folder: str | Path, dtype: Any = None) -> Model:
 
     loaded = load_model(Path(folder), dtype)
     processor = loaded.family.processor(folder, loaded.config)
-    return Model(loaded.model, loaded.config, loaded.manifest, processor)
+    uses_aifs(loaded.model, layout)  # a bad name is refused here, not at the first answer
+    return Model(loaded.model, loaded.config, loaded.manifest, processor, layout)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,41 @@ class Rotation:
         x = x @ jnp.asarray(hadamard(self.inner) * scale, x.dtype)
         x = jnp.einsum("...oi,op->...pi", x, jnp.asarray(hadamard(self.outer), x.dtype))
         return x.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonal:
+    """A random orthogonal matrix, uniform over all such matrices."""
+
+    n: int
+    seed: int
+
+    @functools.cached_property
+    def matrix(self) -> np.ndarray:
+        """float64 ``[n, n]``."""
+        rng = np.random.default_rng((self.seed, self.n))
+        q, r = np.linalg.qr(rng.standard_normal((self.n, self.n)))
+        return q * np.sign(np.diagonal(r))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x [..., n] @ R``."""
+        return x @ jnp.asarray(self.matrix, x.dtype)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of one of a model's rotations."""
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def stream_rotation(
+    n: int, seed: int, name: str, orthogonal: bool = False
+) -> Rotation | Orthogonal:
+    """The rotation of a residual stream (or of heads), by the model's seed and the stream's name.
+
+    Args:
+        orthogonal: a random orthogonal matrix in place of a Hadamard.
+    """
+    return (Orthogonal if orthogonal else plan_rotation)(n, seed_of(seed, name))
 
 
 # A block at least so wide mixes well enough; narrower ones make way for a padded width.

@@ -47,8 +47,9 @@ class Section:
         return self.w_bits < 16
 
     def mode(self, point: str) -> str:
-        """Activation mode of one quantisation point."""
-        dynamic = self.activations == "static" and point in self.dynamic_points
+        """Activation mode of one quantisation point, whichever expert's it is."""
+        name = point.rpartition("/")[2]
+        dynamic = self.activations == "static" and name in self.dynamic_points
         return "dynamic" if dynamic else self.activations
 
 
@@ -155,6 +156,8 @@ class Recipe:
             at run time.
         online_signs: the online rotations have random signs, which spread what a plain Hadamard
             gathers in one channel; ``False`` is the paper's form.
+        online_reads: layers that read a residual stream which takes no rotation (that of a
+            post-norm tower) rotate it online.
         split: see :class:`Split`.
         seed: of the rotations' signs.
         calibration: see :class:`Calibration`.
@@ -173,6 +176,7 @@ class Recipe:
     rotate: bool = False
     orthogonal: bool = False
     online_signs: bool = True
+    online_reads: bool = True
     split: Split = Split()
     seed: int = 0
     calibration: Calibration = Calibration()

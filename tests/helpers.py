@@ -178,3 +178,25 @@ def _step(eqn: Any, ins: list[bool], use: WeightUse) -> list[bool]:
         if jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.ndim >= 2:
             use.float_copies.append(f"{name} -> {v.aval}")
     return [any(ins)] * len(eqn.outvars)
+
+
+def dot_flops(fn: Callable[..., Any], *args: Any) -> int:
+    """Floating-point operations of all matrix products in the trace of ``fn(*args)``.
+
+    A scan's body counts once per turn.
+    """
+    return _flops(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _flops(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        p = eqn.params
+        if eqn.primitive.name == "dot_general":
+            (left, _), _ = p["dimension_numbers"]
+            shared = np.prod([eqn.invars[0].aval.shape[i] for i in left])
+            total += int(2 * shared * np.prod(eqn.outvars[0].aval.shape))
+        inner = p.get("jaxpr", p.get("call_jaxpr"))
+        if inner is not None:
+            total += p.get("length", 1) * _flops(getattr(inner, "jaxpr", inner))
+    return total

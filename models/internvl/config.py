@@ -11,7 +11,7 @@ from typing import Any
 
 from models.language_config import decoder_config
 from mquant_jax.errors import UserError
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
 
 CHAT, NATIVE = "internvl_chat", "internvl"

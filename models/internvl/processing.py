@@ -1,4 +1,4 @@
-"""InternVL: tiles to rows of patches, token ids to batches."""
+"""InternVL: tiles and token ids to batches."""
 
 from __future__ import annotations
 
@@ -8,35 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from models.base import Batch, Prompt, bucket
+from models.base import Batch, Prompt
 from models.internvl.config import InternVLConfig
+from models.squares import pack_vision, patchify
 from models.text import collate as collate_text
-from mquant_jax.nn.vit import VisionInput
-
-
-def patchify(tiles: np.ndarray, patch: int) -> np.ndarray:
-    """float32 ``[n, 3, S, S]`` -> ``[n, (S/patch)^2, 3 * patch^2]``, patches row by row."""
-    n, channels, height, width = tiles.shape
-    h, w = height // patch, width // patch
-    x = tiles[:, :, : h * patch, : w * patch].reshape(n, channels, h, patch, w, patch)
-    return x.transpose(0, 2, 4, 1, 3, 5).reshape(n, h * w, channels * patch * patch)
-
-
-def pack_vision(patches: np.ndarray, side: int) -> VisionInput:
-    """One row per tile, padded to a bucket of tiles.
-
-    Args:
-        patches: float32 ``[tiles * side^2, patch_dim]``.
-        side: patches along a tile.
-    """
-    tiles = patches.reshape(-1, side * side, patches.shape[-1])
-    rows = bucket(len(tiles), multiple=1)
-    out = np.zeros((rows, *tiles.shape[1:]), np.float32)
-    out[: len(tiles)] = tiles
-    valid = np.zeros((rows, side * side), bool)
-    valid[: len(tiles)] = True
-    coords = np.indices((side, side), np.int32).reshape(2, -1).T
-    return VisionInput(out, np.broadcast_to(coords, (rows, *coords.shape)), valid)
 
 
 def collate(

@@ -17,8 +17,9 @@ from models.base import Batch, Prompt
 from models.chat import ChatFolder, Message, check_count, normalised, read_json
 from models.images import load_image
 from models.internvl.config import CHAT, InternVLConfig
-from models.internvl.processing import collate, patchify
+from models.internvl.processing import collate
 from models.internvl.tiles import MEAN, STD, Tiling
+from models.squares import patchify
 from mquant_jax.errors import UserError
 
 START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"

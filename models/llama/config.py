@@ -7,7 +7,7 @@ from typing import Any
 
 from models.language_config import decoder_config
 from mquant_jax.errors import UserError
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)

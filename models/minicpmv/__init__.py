@@ -20,4 +20,5 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=collate,
     streams=streams,
+    videos=True,
 )

@@ -10,7 +10,8 @@ from typing import Any
 
 from models.language_config import decoder_config
 from mquant_jax.errors import UserError
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
 
 HEAD_DIM = 128  # of the resampler, which has ``hidden_size // 128`` heads
@@ -45,9 +46,15 @@ class MiniCPMVConfig:
     use_image_id: bool
 
     @property
-    def has_kv_proj(self) -> bool:
-        """Features are projected to the decoder's width before the resampler's attention."""
-        return self.vision.hidden_size != self.language.hidden_size
+    def resampler(self) -> ResamplerConfig:
+        """The resampler's shape."""
+        return ResamplerConfig(
+            self.vision.hidden_size,
+            self.language.hidden_size,
+            self.heads,
+            self.queries,
+            kv_bias=True,
+        )
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> MiniCPMVConfig:

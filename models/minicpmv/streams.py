@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from models.language import decoder_attention, decoder_hidden, decoder_stream
 from models.minicpmv.config import MiniCPMVConfig
+from models.resampler import resampler_attention, resampler_hiddens, resampler_streams
 from models.streams import Hidden, Read, Stream, Streams, ValueOutput
-from mquant_jax.errors import UserError
 
 _V = "vision/layers/*"
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def streams(config: MiniCPMVConfig) -> Streams:
-    """The tower's, the decoder's, and the two inside the resampler that end in a norm.
-
-    There is no residual in the resampler, so its queries and its output have bases of their own
-    (paper's code, method notes 2.3). Inputs of its keys and values are rotated online, since
-    positions come between their norm and the keys.
+    """The tower's, which ends in the resampler's first projection, those inside the resampler and
+    the decoder's.
 
     Raises:
         UserError: a resampler that does not project the tower's features.
     """
     vision, language = config.vision, config.language
-    width = language.hidden_size
-    if not config.has_kv_proj:
-        raise UserError(
-            f"the tower is as wide as the decoder ({width}): the resampler has no kv_proj, which "
-            "rotating and quantising need. No released MiniCPM-V is built so; recipe float works"
-        )
     return Streams(
         streams=(
             Stream(
@@ -42,32 +33,17 @@ def streams(config: MiniCPMVConfig) -> Streams:
                 ),
                 centred=True,
             ),
-            Stream(
-                "queries",
-                width,
-                tables=("vision/query",),
-                writers=(),
-                reads=(Read("vision/queries/norm", ("vision/queries/q_proj",)),),
-                centred=True,
-            ),
-            Stream(
-                "resampled",
-                width,
-                writers=("vision/merger/out_proj",),
-                reads=(Read("vision/merger/norm", ("vision/merger/proj",)),),
-                centred=True,
-            ),
+            *resampler_streams(config.resampler),
             decoder_stream(language, "vision/merger/proj"),
         ),
         attentions=(
             ValueOutput(f"{_V}/v_proj", f"{_V}/o_proj", vision.head_dim),
-            ValueOutput("vision/keys/v_proj", "vision/merger/out_proj", width // config.heads),
+            resampler_attention(config.resampler),
             decoder_attention(language),
         ),
         hiddens=(
             Hidden(f"{_V}/fc2", vision.intermediate_size),
-            Hidden("vision/keys/k_proj", width),
-            Hidden("vision/keys/v_proj", width),
+            *resampler_hiddens(config.resampler),
             decoder_hidden(language),
         ),
     )

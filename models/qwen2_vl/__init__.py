@@ -27,5 +27,6 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=_collate,
     streams=streams,
+    videos=True,
     canonical_name=canonical_name,
 )

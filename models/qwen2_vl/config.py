@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from mquant_jax.errors import UserError
-from mquant_jax.nn.decoder import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit import ViTConfig
 
 

@@ -13,7 +13,7 @@ NEVER = jnp.iinfo(jnp.int32).max
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "order", "cursor"],
+    data_fields=["k", "v", "order", "cursor", "span"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,16 @@ class KVCache:
             which is causality, padding and any reordering of tokens (AIFS) in one rule.
         cursor: int32 scalar, the next free slot (the same for every row: prompts are padded on
             the left).
+        span: int32 ``[B]``, rotary positions of the prompts that were first written to the empty
+            cache. Stepped rope goes by it to the end: with it, a prompt longer than the training
+            length gives other numbers in chunks than in one piece.
     """
 
     k: jax.Array
     v: jax.Array
     order: jax.Array
     cursor: jax.Array
+    span: jax.Array
 
     @property
     def slots(self) -> int:
@@ -49,6 +53,7 @@ def empty_cache(
         jnp.zeros(shape, dtype),
         jnp.full((batch, slots), NEVER, jnp.int32),
         jnp.zeros((), jnp.int32),
+        jnp.zeros((batch,), jnp.int32),
     )
 
 

@@ -2,153 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
-from typing import ClassVar
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant, Points, Tap
+from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order
+from mquant_jax.nn.decoder_block import DecoderBlock, DecoderConfig, DecoderContext, ExpertBlock
 from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.rope import DynamicScaling, Llama3Scaling, apply_rope, multi_axis_angles
+from mquant_jax.nn.rope import multi_axis_angles, slot_positions
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, stack_layers
 from mquant_jax.numerics import QWeight
-from mquant_jax.ops.attention import attend, split_heads
 from mquant_jax.recipe import Section
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a language model.
-
-    ``rope_sections`` are the rotary slots that follow each position stream; they add up to
-    ``head_dim / 2`` and a single entry is ordinary rope. ``qk_norm``: queries and keys pass an
-    RMSNorm per head before the rotation.
-    """
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    norm_eps: float
-    rope_theta: float
-    rope_sections: tuple[int, ...]
-    max_positions: int
-    qkv_bias: bool
-    tied_head: bool
-    o_bias: bool = False
-    mlp_bias: bool = False
-    rope_scaling: Llama3Scaling | DynamicScaling | None = None
-    qk_norm: bool = False
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["angles", "mask", "token_class"],
-    meta_fields=["visual_slots"],
-)
-@dataclasses.dataclass(frozen=True)
-class DecoderContext:
-    """What every block needs beside the residual stream.
-
-    Attributes:
-        angles: rotary angles float32 ``[B, T, head_dim/2]``.
-        mask: bool ``[B, T, S]``, which keys a query may see.
-        token_class: int32 ``[B, T]``, sinks marked.
-        visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
-            ``None``: they stand anywhere.
-    """
-
-    angles: jax.Array
-    mask: jax.Array
-    token_class: jax.Array
-    visual_slots: int | None = None
-
-
-class DecoderBlock(nnx.Module):
-    """Pre-norm attention, then a gated MLP, each added to the residual stream."""
-
-    POINTS: ClassVar[Points] = {
-        "attn_in": ("q_proj", "k_proj", "v_proj"),
-        "attn_out": ("o_proj",),
-        "mlp_in": ("gate_proj", "up_proj"),
-        "mlp_hidden": ("down_proj",),
-    }
-
-    def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
-        self.cfg = cfg
-        dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
-        point = partial(ActQuant, section=place.section, n_classes=place.n_classes)
-        d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        self.attn_norm = RMSNorm(d, cfg.norm_eps, place.dtype)
-        self.attn_in = point("attn_in")
-        self.q_proj = dense(d, q, bias=cfg.qkv_bias)
-        self.k_proj = dense(d, kv, bias=cfg.qkv_bias)
-        self.v_proj = dense(d, kv, bias=cfg.qkv_bias)
-        if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
-            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
-        self.attn_out = point("attn_out")
-        self.o_proj = dense(q, d, bias=cfg.o_bias)
-        self.mlp_norm = RMSNorm(d, cfg.norm_eps, place.dtype)
-        self.mlp_in = point("mlp_in")
-        self.gate_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
-        self.up_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
-        # The signs of the rotation are folded into up_proj.
-        rotation = place.online_rotation(cfg.intermediate_size)
-        self.mlp_hidden = point("mlp_hidden", rotation=rotation and rotation.without_signs())
-        hidden = rotation.n if rotation else cfg.intermediate_size
-        self.down_proj = dense(hidden, d, bias=cfg.mlp_bias, split=place.split)
-
-    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):
-        """Normed, projected and rotated ``q [B, heads, T, d]``, ``k`` and ``v [B, kv, T, d]``."""
-        h = self.attn_in(self.attn_norm(x), ctx.token_class, tap)
-        q, k, v = (
-            split_heads(y, self.cfg.head_dim)
-            for y in (self.q_proj(h), self.k_proj(h), self.v_proj(h))
-        )
-        if self.cfg.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rope(q, ctx.angles), apply_rope(k, ctx.angles), v
-
-    def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):
-        """Output projection and MLP, each added to the residual stream ``x``."""
-        cls = ctx.token_class
-        x = x + self.o_proj(self.attn_out(attended, cls, tap))
-        h = self.mlp_in(self.mlp_norm(x), cls, tap)
-        h = jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)
-        return x + self.down_proj(self.mlp_hidden(h, cls, tap))
-
-    def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
-        """Without a cache: queries see the keys of the same call only."""
-        q, k, v = self.qkv(x, ctx, tap)
-        return self.rest(x, attend(q, k, v, ctx.mask), ctx, tap)
-
-    def cached(self, x, ctx: DecoderContext, k_all, v_all, layer, cursor, fresh: bool):
-        """With a cache: writes this call's keys and values at ``cursor`` of ``layer``.
-
-        Args:
-            fresh: the cache was empty; attend to this call's keys alone (``ctx.mask`` is square).
-
-        Returns:
-            The residual stream and the updated ``k_all``, ``v_all``.
-        """
-        q, k, v = self.qkv(x, ctx, None)
-        at = (layer, 0, 0, cursor, 0)
-        k_all = jax.lax.dynamic_update_slice(k_all, k[None].astype(k_all.dtype), at)
-        v_all = jax.lax.dynamic_update_slice(v_all, v[None].astype(v_all.dtype), at)
-        if not fresh:
-            k = jax.lax.dynamic_index_in_dim(k_all, layer, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(v_all, layer, keepdims=False)
-        return self.rest(x, attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
 
 
 class SinkRule(nnx.Module):
@@ -182,7 +51,8 @@ class Decoder(nnx.Module):
         if cfg.tied_head and head.quantised:
             table = empty_qweight(cfg.vocab_size, cfg.hidden_size, head)
         self.embedding = nnx.Param(table)
-        self.layers = stack_layers(lambda r: DecoderBlock(cfg, place, rngs=r), cfg.num_layers, rngs)
+        block = ExpertBlock if cfg.visual_expert else DecoderBlock
+        self.layers = stack_layers(lambda r: block(cfg, place, rngs=r), cfg.num_layers, rngs)
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
         if place.sink_class:
             self.sinks = SinkRule()
@@ -218,25 +88,50 @@ class Decoder(nnx.Module):
         return linear(h, kernel, self.dtype).astype(jnp.float32)
 
     def context(
-        self, positions, order, token_class, keys=None, visual_slots: int | None = None
+        self,
+        positions,
+        order,
+        token_class,
+        keys=None,
+        visual_slots: int | None = None,
+        visual: jax.Array | None = None,
+        span: jax.Array | None = None,
     ) -> DecoderContext:
         """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
 
-        ``keys``: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
+        Args:
+            keys: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
+            visual_slots, visual: see :class:`DecoderContext`.
+            span: as in the cache; by default, of the same tokens.
         """
-        cfg = self.cfg
-        angles = multi_axis_angles(
-            positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling
-        )
+        cfg, gain = self.cfg, None
+        if cfg.stored_rope:
+            angles = slot_positions(positions, cfg.rope_sections)
+        else:
+            angles = multi_axis_angles(
+                positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling, span
+            )
+        if cfg.logn_length is not None:
+            length = jnp.max(positions, axis=0).astype(jnp.float32) + 1
+            gain = jnp.maximum(jnp.log(length) / math.log(cfg.logn_length), 1.0)
         keys = key_order(order, token_class) if keys is None else keys
         mask = keys[:, None, :] <= order[:, :, None]
-        return DecoderContext(angles, mask, token_class, visual_slots)
+        visual = visual if cfg.visual_expert else None
+        return DecoderContext(angles, mask, token_class, gain, visual, visual_slots)
 
     def __call__(
-        self, x, positions, order, token_class, runner: Runner = SCAN, *, visual_slots=None
+        self,
+        x,
+        positions,
+        order,
+        token_class,
+        runner: Runner = SCAN,
+        *,
+        visual_slots: int | None = None,
+        visual: jax.Array | None = None,
     ) -> jax.Array:
         """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache."""
-        ctx = self.context(positions, order, token_class, visual_slots=visual_slots)
+        ctx = self.context(positions, order, token_class, None, visual_slots, visual)
         return runner.layers("language/layers", self.layers, x, ctx)
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
@@ -246,14 +141,23 @@ class Decoder(nnx.Module):
         )
 
     def step(
-        self, x, positions, order, token_class, cache: KVCache, *, fresh=False, visual_slots=None
+        self,
+        x,
+        positions,
+        order,
+        token_class,
+        cache: KVCache,
+        *,
+        fresh: bool = False,
+        visual_slots: int | None = None,
+        visual: jax.Array | None = None,
     ):
         """Run ``T`` new tokens against the cache.
 
         Args:
             x: ``[B, T, hidden]``.
             fresh: the cache holds nothing yet (a first prefill).
-            visual_slots: see :class:`DecoderContext`.
+            visual_slots, visual: see :class:`DecoderContext`.
 
         Returns:
             Residual stream before the final norm, and the cache with the tokens in it.
@@ -261,7 +165,9 @@ class Decoder(nnx.Module):
         at = (0, cache.cursor)
         slots = jax.lax.dynamic_update_slice(cache.order, key_order(order, token_class), at)
         keys = None if fresh else slots
-        ctx = self.context(positions, order, token_class, keys, visual_slots)
+        span = jnp.max(positions, axis=(0, 2)) + 1
+        span = jnp.where(cache.cursor == 0, span, cache.span)
+        ctx = self.context(positions, order, token_class, keys, visual_slots, visual, span)
         graphdef, state = nnx.split(self.layers)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
@@ -273,4 +179,4 @@ class Decoder(nnx.Module):
             return (x, k, v, i + 1), None
 
         (x, k, v, _), _ = jax.lax.scan(body, (x, cache.k, cache.v, jnp.int32(0)), state)
-        return x, KVCache(k, v, slots, cache.cursor + x.shape[1])
+        return x, KVCache(k, v, slots, cache.cursor + x.shape[1], span)

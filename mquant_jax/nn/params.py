@@ -75,6 +75,13 @@ def set_params(model: nnx.Module, params: Params) -> None:
         assign(model, path, value)
 
 
+def find(model: nnx.Module, path: str) -> Any:
+    """The module or parameter at a path."""
+    for part in path.split("/"):
+        model = getattr(model, part)
+    return model
+
+
 def assign(model: nnx.Module, path: tuple[str, ...], value: Any) -> None:
     """Set the parameter at ``path``."""
     node = model

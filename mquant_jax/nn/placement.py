@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mquant_jax.hadamard import Rotation, plan_rotation
+from mquant_jax.hadamard import Orthogonal, Rotation, plan_rotation, stream_rotation
 from mquant_jax.nn.dense import FLOAT
 from mquant_jax.recipe import Recipe, Section, Split
 
@@ -20,18 +20,24 @@ class Placement:
         n_classes: entries in each static scale table.
         dtype: float type of everything that is not integer.
         rotated: norms and rotations have been folded into the weights.
+        rotates_reads: streams that take no rotation are rotated online where they are read.
         rotation_seed: seed of the online rotations' signs; ``None``: they have none.
         sink_class: the model knows which tokens are sinks.
         split: whether MLPs' last layers have a split-off input channel.
+        seed: of the streams' rotations.
+        orthogonal: those are random orthogonal matrices.
     """
 
     section: Section = FLOAT
     n_classes: int = 1
     dtype: jnp.dtype = jnp.float32
     rotated: bool = False
+    rotates_reads: bool = False
     rotation_seed: int | None = None
     sink_class: bool = False
     split: Split = Split()
+    seed: int = 0
+    orthogonal: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, section: str, dtype) -> Placement:
@@ -42,11 +48,25 @@ class Placement:
             n_classes=recipe.n_classes if language else 1,
             dtype=dtype,
             rotated=recipe.rotate,
+            rotates_reads=recipe.rotate and recipe.online_reads,
             rotation_seed=recipe.online_seed,
             sink_class=recipe.marks_sinks and language,
             split=recipe.split,
+            seed=recipe.seed,
+            orthogonal=recipe.orthogonal,
         )
 
     def online_rotation(self, width: int) -> Rotation | None:
         """The rotation in front of an MLP's last layer, whose inputs it may pad."""
         return plan_rotation(width, self.rotation_seed, may_pad=True) if self.rotated else None
+
+    def read_rotation(self, width: int) -> Rotation | None:
+        """The rotation in front of layers that read a stream which takes none itself."""
+        return self.online_rotation(width) if self.rotates_reads else None
+
+    def entry_rotation(self, stream: str, width: int) -> Rotation | Orthogonal | None:
+        """The rotation of a stream, to be applied online where something enters it that no weight
+        writes."""
+        if not self.rotated:
+            return None
+        return stream_rotation(width, self.seed, stream, self.orthogonal)

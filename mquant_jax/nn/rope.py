@@ -58,6 +58,32 @@ class DynamicScaling:
         return frequencies(dim, theta) * growth**-slots
 
 
+@dataclasses.dataclass(frozen=True)
+class SteppedScaling:
+    """Qwen's dynamic NTK: the base grows by a step each time that a prompt's length doubles.
+
+    A prompt of up to ``original * 2^k`` positions has its base multiplied by
+    ``(2^(k+1) - 1) ^ (dim / (dim - 2))``. Tokens that follow it keep the base of the prompt.
+
+    Attributes:
+        original: positions that the model was trained for.
+    """
+
+    original: int
+
+    def __call__(self, length: jax.Array, dim: int, theta: float) -> jax.Array:
+        """Frequencies for prompts of ``length`` (int32 ``[B]``): float32 ``[B, dim/2]``."""
+        doublings = 31 - self.original.bit_length()  # as many as int32 can count
+        bounds = self.original * 2 ** np.arange(doublings, dtype=np.int64)
+        bases = (theta * (2.0 ** (k + 1) - 1) ** (dim / (dim - 2)) for k in range(doublings + 1))
+        table = np.stack([frequencies(dim, base) for base in bases])
+        step = jnp.sum(length[:, None] > bounds.astype(np.int32), axis=1)
+        return jnp.asarray(table)[step]
+
+
+Scaling = Llama3Scaling | DynamicScaling | SteppedScaling
+
+
 def frequencies(dim: int, theta: float, scaling: Llama3Scaling | None = None) -> np.ndarray:
     """``theta ** (-2j / dim)`` for ``j < dim/2``, then scaled; float32 ``[dim/2]``."""
     freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -69,7 +95,8 @@ def multi_axis_angles(
     dim: int,
     theta: float,
     sections: tuple[int, ...],
-    scaling: Llama3Scaling | DynamicScaling | None = None,
+    scaling: Scaling | None = None,
+    length: jax.Array | None = None,
 ) -> jax.Array:
     """Angles of M-RoPE: contiguous chunks of the frequency slots follow different position streams.
 
@@ -79,17 +106,27 @@ def multi_axis_angles(
         theta: base.
         sections: slots per stream; they add up to ``dim / 2``. One section is ordinary rope.
         scaling: of the frequencies.
+        length: int32 ``[B]``, positions of the rows' prompts, for :class:`SteppedScaling`; by
+            default those of ``positions``.
 
     Returns:
         float32 ``[B, T, dim/2]``.
     """
-    stream = np.repeat(np.arange(len(sections)), sections)
-    per_slot = positions.astype(jnp.float32)[stream]  # [dim/2, B, T]
+    per_slot = slot_positions(positions, sections)
     if isinstance(scaling, DynamicScaling):
         freq = scaling(jnp.max(positions) + 1, dim, theta)
+    elif isinstance(scaling, SteppedScaling):
+        length = jnp.max(positions, axis=(0, 2)) + 1 if length is None else length
+        freq = scaling(length, dim, theta)[:, None]
     else:
         freq = frequencies(dim, theta, scaling)
-    return jnp.moveaxis(per_slot, 0, -1) * freq
+    return per_slot * freq
+
+
+def slot_positions(positions: jax.Array, sections: tuple[int, ...]) -> jax.Array:
+    """The position that each frequency slot follows: float32 ``[B, T, sum(sections)]``."""
+    stream = np.repeat(np.arange(len(sections)), sections)
+    return jnp.moveaxis(positions.astype(jnp.float32)[stream], 0, -1)
 
 
 def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:
@@ -108,16 +145,23 @@ def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate ``x [B, heads, T, d]`` by ``angles [B, T, d/2]``, in float32; keeps ``x.dtype``."""
+    """Rotate ``x [B, heads, T, d]`` by ``angles [B, T, r/2]``, in float32; keeps ``x.dtype``.
+
+    Only the first ``r`` channels of a head turn, as two halves; the others (``r < d``) pass.
+    """
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    half = angles.shape[-1]
     if platform() == "tpu" and x.dtype == jnp.bfloat16 and x.shape[2] > 1:
         # Halves of a vector register are costly to cut and join; a product with a signed
         # permutation exchanges them exactly, next to free.
-        half = x.shape[-1] // 2
-        one = np.eye(half)
-        swap = np.block([[np.zeros_like(one), one], [-one, np.zeros_like(one)]])
+        rest = x.shape[-1] - 2 * half
+        swap = np.zeros((x.shape[-1], x.shape[-1]))
+        swap[:half, half : 2 * half], swap[half : 2 * half, :half] = np.eye(half), -np.eye(half)
         other = jnp.matmul(x, jnp.asarray(swap, x.dtype), preferred_element_type=jnp.float32)
-        twice = [jnp.concatenate([y, y], axis=-1) for y in (cos, sin)]
-        return (x.astype(jnp.float32) * twice[0] + other * twice[1]).astype(x.dtype)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+        tail = [(0, 0)] * (cos.ndim - 1) + [(0, rest)]
+        cos = jnp.pad(jnp.concatenate([cos, cos], axis=-1), tail, constant_values=1.0)
+        sin = jnp.pad(jnp.concatenate([sin, sin], axis=-1), tail)
+        return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)

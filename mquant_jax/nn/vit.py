@@ -1,4 +1,4 @@
-"""The vision transformer: pre-norm blocks over patches, configured per family."""
+"""The vision transformer: blocks over patches, configured per family."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+STREAM = "vision"  # the name under which families declare a tower's residual stream
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": gelu,
@@ -56,10 +57,15 @@ class ViTConfig:
             picture says which rows its patches take; without that, it is a square of patches in
             row-major order, and a picture of another side sees the table resampled.
         class_token: a learned token stands in front of the patches, with a position of its own.
+        post_norm: the norms stand behind the sub-layers and not in front of them: each norms what
+            it is about to add to the stream. No rotation commutes with the weights that are then
+            inside the stream, so these norms stay as they are in a rotated tower.
         layer_scale: what a sub-layer adds to the stream is multiplied by a learned vector.
         rms_norm: the norms are RMSNorms and not LayerNorms.
         qk_norm_eps: queries and keys, all heads side by side, pass an RMSNorm of this epsilon;
             ``None``: they do not.
+        input_norm: a LayerNorm stands between the positions and the first block, and what it
+            gives begins the stream.
         final_norm: a norm stands behind the last block; its reader, in the connector, absorbs its
             weight and bias in a rotated tower.
         keeps_mean: what stands behind the tower sees the mean of its stream, which a rotation must
@@ -76,11 +82,13 @@ class ViTConfig:
     rope_theta: float | None = None
     position_grid: int = 0
     class_token: bool = False
+    post_norm: bool = False
     layer_scale: bool = False
     rms_norm: bool = False
     qk_norm_eps: float | None = None
     patch_bias: bool = False
     qkv_bias: bool = True
+    input_norm: bool = False
     final_norm: bool = False
     keeps_mean: bool = False
 
@@ -167,8 +175,10 @@ class PatchEmbed(nnx.Module):
 class ViTBlock(nnx.Module):
     """``x += o_proj(attention(norm(x)))``, then ``x += fc2(act(fc1(norm(x))))``.
 
-    With layer scale, what is added is multiplied by ``attn_gain`` and ``mlp_gain [hidden]``; in a
-    rotated tower the output projections have absorbed them.
+    Post-norm, ``x += norm(o_proj(attention(x)))`` and ``x += norm(fc2(act(fc1(x))))``; a rotated
+    tower then rotates ``x`` online where it is read. With layer scale, what is added is multiplied
+    by ``attn_gain`` and ``mlp_gain [hidden]``; in a rotated tower the output projections have
+    absorbed them.
     """
 
     POINTS: ClassVar[Points] = {
@@ -183,13 +193,15 @@ class ViTBlock(nnx.Module):
         dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
         point = partial(ActQuant, section=place.section)
         d = cfg.hidden_size
-        self.attn_norm = tower_norm(d, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
-        self.attn_in = point("attn_in")
+        self.attn_norm = self._norm(place)
+        reading = place.read_rotation(d) if cfg.post_norm else None
+        into = reading.n if reading else d
+        self.attn_in = point("attn_in", rotation=reading)
         # A rotated LayerNorm has left its bias in the layers that read it.
-        bias = cfg.qkv_bias or (place.rotated and not cfg.rms_norm)
-        self.q_proj = dense(d, d, bias=bias)
-        self.k_proj = dense(d, d, bias=bias)
-        self.v_proj = dense(d, d, bias=bias)
+        bias = cfg.qkv_bias or (place.rotated and not cfg.rms_norm and not cfg.post_norm)
+        self.q_proj = dense(into, d, bias=bias)
+        self.k_proj = dense(into, d, bias=bias)
+        self.v_proj = dense(into, d, bias=bias)
         if cfg.qk_norm_eps is not None:
             self.q_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
             self.k_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
@@ -199,16 +211,25 @@ class ViTBlock(nnx.Module):
         if self.has_gains:
             self.attn_gain = nnx.Param(jnp.ones((d,), place.dtype))
             self.mlp_gain = nnx.Param(jnp.ones((d,), place.dtype))
-        self.mlp_norm = tower_norm(d, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
-        self.mlp_in = point("mlp_in")
-        self.fc1 = dense(d, cfg.intermediate_size)
+        self.mlp_norm = self._norm(place)
+        self.mlp_in = point("mlp_in", rotation=reading)
+        self.fc1 = dense(into, cfg.intermediate_size)
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = point("mlp_hidden", rotation=rotation)
         hidden = rotation.n if rotation else cfg.intermediate_size
         self.fc2 = dense(hidden, d, split=place.split)
 
+    def _norm(self, place: Placement) -> nnx.Module:
+        cfg = self.cfg
+        if cfg.post_norm:
+            return (RMSNorm if cfg.rms_norm else LayerNorm)(
+                cfg.hidden_size, cfg.norm_eps, place.dtype
+            )
+        return tower_norm(cfg.hidden_size, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
+
     def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:
-        h = self.attn_in(self.attn_norm(x), None, tap)
+        post = self.cfg.post_norm
+        h = self.attn_in(x if post else self.attn_norm(x), None, tap)
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if self.cfg.qk_norm_eps is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -216,10 +237,31 @@ class ViTBlock(nnx.Module):
         if ctx.angles is not None:
             q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
         h = self.o_proj(self.attn_out(attend(q, k, v, ctx.mask), None, tap))
+        h = self.attn_norm(h) if post else h
         x = x + (h * self.attn_gain.get_value() if self.has_gains else h)
-        h = self.fc1(self.mlp_in(self.mlp_norm(x), None, tap))
+        h = self.fc1(self.mlp_in(x if post else self.mlp_norm(x), None, tap))
         h = self.fc2(self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap))
+        h = self.mlp_norm(h) if post else h
         return x + (h * self.mlp_gain.get_value() if self.has_gains else h)
+
+
+class InputNorm(nnx.Module):
+    """The LayerNorm in front of the first block.
+
+    Its output has a weight and a bias of its own and a mean, and no dense layer writes it. So a
+    rotated tower rotates it online on its way into the stream; patches and positions stay as they
+    are. (Its weight would have made any rotation of theirs a full matrix behind the norm.)
+    """
+
+    POINTS: ClassVar[Points] = {}
+
+    def __init__(self, cfg: ViTConfig, place: Placement):
+        self.norm = LayerNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
+        self.rotation = place.entry_rotation(STREAM, cfg.hidden_size)
+
+    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        x = self.norm(x)
+        return x if self.rotation is None else self.rotation(x)
 
 
 class FinalNorm(nnx.Module):
@@ -248,6 +290,8 @@ class ViT(nnx.Module):
             rows = cfg.position_grid**2 + cfg.class_token
             self.positions = nnx.Param(jnp.zeros((rows, cfg.hidden_size), place.dtype))
         self.layers = stack_layers(lambda r: ViTBlock(cfg, place, rngs=r), cfg.num_layers, rngs)
+        if cfg.input_norm:
+            self.input = InputNorm(cfg, place)
         if cfg.final_norm:
             self.final = FinalNorm(cfg, place)
 
@@ -267,6 +311,8 @@ class ViT(nnx.Module):
             classes = jnp.concatenate([jnp.max(classes, axis=1, keepdims=True), classes], axis=1)
         if cfg.position_grid:
             x = x + self._positions(vision)
+        if cfg.input_norm:
+            x = runner.module("vision/input", self.input, x, classes)
         x = runner.layers("vision/layers", self.layers, x, VisionContext(angles, classes))
         return runner.module("vision/final", self.final, x, classes) if cfg.final_norm else x
 

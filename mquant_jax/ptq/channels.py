@@ -14,7 +14,7 @@ import numpy as np
 
 from models.streams import Streams
 from mquant_jax.nn.params import Params
-from mquant_jax.ptq.rotate import expand, readers_of
+from mquant_jax.ptq.rotate import expand, norms_of, readers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +42,23 @@ def links(params: Params, streams: Streams) -> Iterator[Link]:
 
     for stream in streams.streams:
         for read in stream.reads:
-            for norm in expand(read.norm, params):
+            for norm in norms_of(read, params):
                 width = len(params[f"{norm}/weight"])  # that of all blocks, if it spans them
                 columns = np.tile(np.arange(width), stream.width * read.blocks // width)
                 readers = tuple(readers_of(read, norm))
                 yield Link(present(norm, "weight", "bias"), readers, columns, width)
     for attention in streams.attentions:
-        pairs = zip(expand(attention.value, params), expand(attention.output, params), strict=True)
-        for value, output in pairs:
-            width = len(params[f"{value}/kernel"])
+        values, outputs = (
+            zip(*(expand(path, params) for path in paths), strict=True)
+            for paths in zip(*attention.pairs, strict=True)
+        )
+        for written, read in zip(values, outputs, strict=True):  # of one layer, each expert's
+            width = len(params[f"{written[0]}/kernel"])
             heads = np.arange(width).reshape(-1, attention.head_dim)
-            shared = params[f"{output}/kernel"].shape[1] // width
+            shared = params[f"{read[0]}/kernel"].shape[1] // width
             columns = np.repeat(heads, shared, axis=0).ravel()
-            yield Link(present(value, "kernel", "bias"), (output,), columns, width)
+            sources = tuple(name for value in written for name in present(value, "kernel", "bias"))
+            yield Link(sources, read, columns, width)
     for hidden in streams.hiddens:
         if not hidden.sign_carrier:
             continue

@@ -70,7 +70,14 @@ def quantize_params(
     dtypes = {name: value.dtype for name, value in params.items()}
     streams, report = family.streams(config), {"weights": {}, "points": {}}
     if recipe.rotate:
-        params = rotate_params(params, streams, recipe.seed, recipe.online_signs, recipe.orthogonal)
+        params = rotate_params(
+            params,
+            streams,
+            recipe.seed,
+            recipe.online_signs,
+            recipe.orthogonal,
+            recipe.online_reads,
+        )
 
     def run(params: Params, runner: Runner) -> None:
         float_model(family, config, recipe, params)(batch, runner)
@@ -136,7 +143,7 @@ def sink_rule(positions: list[int], ids: list[int]) -> Params:
 
 def float_model(family: Family, config: Any, recipe: Recipe, params: Params):
     """The unquantised model in float32, rotated if the recipe says so; ``params`` stays."""
-    kept = ("rotate", "online_signs", "seed")
+    kept = ("rotate", "orthogonal", "online_signs", "online_reads", "seed")
     model = abstract_model(family, config, Recipe(**{k: getattr(recipe, k) for k in kept}))
     if recipe.marks_sinks:  # as the quantised model will: calibration goes by token class
         model.language.sinks = nnx.eval_shape(SinkRule)

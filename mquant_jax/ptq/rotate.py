@@ -9,13 +9,12 @@ float32.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 
 from models.streams import Gain, Hidden, Read, Stream, Streams, ValueOutput
-from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
+from mquant_jax.hadamard import Orthogonal, Rotation, hadamard, plan_rotation, stream_rotation
 from mquant_jax.nn.params import Params
 
 
@@ -25,6 +24,7 @@ def rotate_params(
     seed: int,
     online_signs: bool = True,
     orthogonal: bool = False,
+    online_reads: bool = True,
 ) -> Params:
     """Fuse the norms and rotate every stream, attention and MLP that a family declares.
 
@@ -33,24 +33,26 @@ def rotate_params(
         seed: of all rotations' signs.
         online_signs: whether the online rotations have signs.
         orthogonal: rotate streams and heads by random orthogonal matrices instead of Hadamards.
+        online_reads: what is read from a stream that takes no rotation is rotated online.
 
     Returns:
         New tensors, float32: those of the model built with ``recipe.rotate``.
     """
     out = _Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
-    kind = Orthogonal if orthogonal else plan_rotation
     for stream in streams.streams:
         for gain in stream.gains:
             _absorb(out, gain)
         for read in stream.reads:
-            for norm in expand(read.norm, out):
+            for norm in norms_of(read, out):
                 _fuse(out, norm, read)
         if stream.centred:
             _centre(out, stream)
-        _rotate_stream(out, stream, kind(stream.width, _seed(seed, stream.name)))
+        rotation = stream_rotation(stream.width, seed, stream.name, orthogonal)
+        _rotate_stream(out, stream, rotation)
     for attention in streams.attentions:
-        _rotate_heads(out, attention, kind(attention.head_dim, _seed(seed, attention.value)))
-    for hidden in streams.hiddens:
+        rotation = stream_rotation(attention.head_dim, seed, attention.value, orthogonal)
+        _rotate_heads(out, attention, rotation)
+    for hidden in (h for h in streams.hiddens if online_reads or not h.reads_stream):
         _rotate_hidden(out, hidden, seed if online_signs else None)
     return dict(out)
 
@@ -65,14 +67,6 @@ class _Tensors(dict):
         super().__setitem__(name, value.astype(np.float32))
 
 
-class Orthogonal:
-    """A random orthogonal matrix, for the rotations that exist in weights only."""
-
-    def __init__(self, n: int, seed: int):
-        q, r = np.linalg.qr(np.random.default_rng((seed, n)).standard_normal((n, n)))
-        self.n, self.matrix = n, q * np.sign(np.diagonal(r))  # uniform over all such matrices
-
-
 def times(x: np.ndarray, rotation: Rotation | Orthogonal) -> np.ndarray:
     """``x R`` for float64 ``x [..., k * inputs]``: each run of ``inputs`` columns on its own."""
     if isinstance(rotation, Orthogonal):
@@ -85,10 +79,6 @@ def times(x: np.ndarray, rotation: Rotation | Orthogonal) -> np.ndarray:
     return (hadamard(r.outer).T.astype(np.float64) @ x).reshape(*lead, -1)
 
 
-def _seed(seed: int, name: str) -> int:
-    return zlib.crc32(f"{seed}/{name}".encode())
-
-
 def expand(pattern: str, params: Params) -> Iterator[str]:
     """Paths that a pattern stands for: ``*`` is every layer number."""
     if "*" not in pattern:
@@ -98,6 +88,11 @@ def expand(pattern: str, params: Params) -> Iterator[str]:
     while any(name.startswith(pattern.replace("*", str(i)) + "/") for name in params):
         yield pattern.replace("*", str(i))
         i += 1
+
+
+def norms_of(read: Read, params: Params) -> Iterator[str]:
+    """The norms that a read stands for; none where the stream is read as it is."""
+    return expand(read.norm, params) if read.norm is not None else iter(())
 
 
 def readers_of(read: Read, norm: str) -> Iterator[str]:
@@ -158,17 +153,19 @@ def _rotate_stream(p: Params, stream: Stream, rotation: Rotation | Orthogonal) -
             if f"{writer}/bias" in p:
                 p[f"{writer}/bias"] = times(p[f"{writer}/bias"], rotation)
     for read in stream.reads:
-        for norm in expand(read.norm, p):
-            for reader in readers_of(read, norm):
+        for pattern in read.readers:
+            for reader in expand(pattern, p):
                 p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
-            if read.centres:  # the direction of the mean, as the rotated stream sees it
-                even = np.full(stream.width * read.blocks, (stream.width * read.blocks) ** -0.5)
-                p[f"{norm}/weight"] = times(even, rotation)
+        for norm in norms_of(read, p) if read.centres else ():
+            # The direction of the mean, as the rotated stream sees it.
+            even = np.full(stream.width * read.blocks, (stream.width * read.blocks) ** -0.5)
+            p[f"{norm}/weight"] = times(even, rotation)
 
 
 def _rotate_heads(p: Params, attention: ValueOutput, rotation: Rotation | Orthogonal) -> None:
-    for value in expand(attention.value, p):
-        output = _beside(attention.output, value)
+    pairs = ((v, o) for value, o in attention.pairs for v in expand(value, p))
+    for value, output in pairs:
+        output = _beside(output, value)
         p[f"{value}/kernel"] = times(p[f"{value}/kernel"].T, rotation).T
         if f"{value}/bias" in p:
             p[f"{value}/bias"] = times(p[f"{value}/bias"], rotation)

@@ -20,14 +20,14 @@ from flax import nnx
 
 from mquant_jax.errors import UserError
 from mquant_jax.nn.act_quant import SINK, TEXT, TOKEN_CLASSES, VISUAL
-from mquant_jax.nn.params import Params, assign, variables
+from mquant_jax.nn.params import Params, assign, find, variables
 from mquant_jax.nn.stack import Runner, num_layers
 from mquant_jax.numerics import INT_MAX, QWeight
 from mquant_jax.ptq.gptq import Inputs, accumulate, fitted, prepare
 from mquant_jax.ptq.observe import Histogram, layer_of, tapped
 from mquant_jax.ptq.scales import choose_clip, clip_search, point_report, round_weight
 from mquant_jax.ptq.split import split_weight
-from mquant_jax.ptq.statistics import Sampler, chunks
+from mquant_jax.ptq.statistics import Sampler, chunks, classes_at
 from mquant_jax.recipe import Recipe, Section
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -135,10 +135,7 @@ class QuantizingRunner(Runner):
         return self._quantise(part)
 
     def _target(self, name: str) -> nnx.Module:
-        node = self.target
-        for part in name.split("/"):
-            node = getattr(node, part)
-        return node
+        return find(self.target, name)
 
     def _quantise(self, part: Part) -> jax.Array:
         """Quantise one module and return what the quantised module makes of its inputs."""
@@ -169,9 +166,9 @@ class QuantizingRunner(Runner):
         if not static and not readers:
             return
         seen = self._watch(part, point, bool(readers))
-        kernels = {reader: getattr(part.module, reader).kernel for reader in readers}
+        kernels = {reader: find(part.module, reader).kernel for reader in readers}
         if static:
-            self._set_scale(path, seen, [k.get_value() for k in kernels.values()])
+            self._set_scale(path, part, seen, [k.get_value() for k in kernels.values()])
         if not readers:
             return
         inputs = None
@@ -180,7 +177,7 @@ class QuantizingRunner(Runner):
         for reader, kernel in kernels.items():
             weight = kernel.get_value()
             name = f"{part.name}/{reader}"
-            if getattr(getattr(part.target, reader), "has_split", False):
+            if getattr(find(part.target, reader), "has_split", False):
                 rounded = self._round_split(name, weight, seen, inputs, section)
             else:
                 q = self._round(weight, inputs, section)
@@ -196,7 +193,7 @@ class QuantizingRunner(Runner):
             return self.recipe.class_groups
         return ((TEXT,),)  # one class in the tower; the head only ever predicts text
 
-    def _set_scale(self, path: str, seen: Seen, weights: list[jax.Array]) -> None:
+    def _set_scale(self, path: str, part: Part, seen: Seen, weights: list[jax.Array]) -> None:
         """``act_scale`` of one point: a class that calibration did not show takes text's.
 
         Raises:
@@ -207,7 +204,7 @@ class QuantizingRunner(Runner):
             gram = sum(w.T @ w for w in weights)
         groups = self.class_groups(path)
         multimodal = getattr(self.target, "vision", None) is not None
-        if multimodal and (VISUAL,) in groups and seen.hists[VISUAL].empty:
+        if multimodal and (VISUAL,) in groups and not (np.asarray(part.classes) == VISUAL).any():
             raise UserError(
                 f"calibration data holds no visual tokens (seen at {path}); "
                 "static scales need prompts with pictures and text"
@@ -244,9 +241,10 @@ class QuantizingRunner(Runner):
         if part.name.startswith("language/"):
             importance[VISUAL], importance[SINK] = options.visual_weight, options.sink_weight
         importance[-1] = 0.0
+        classes = np.asarray(classes_at(part.module, point, part.args, part.classes))
         for rows, args in chunks(part.args, self.chunk):
             value = tapped(graphdef, point, state, *args)
-            cls = np.asarray(part.classes)[rows]
+            cls = classes[rows]
             array = np.asarray(value)
             for c, hist in enumerate(seen.hists):
                 hist.add(array[cls == c])

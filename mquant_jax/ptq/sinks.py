@@ -24,8 +24,9 @@ def excess(tokens: Mapping[str, np.ndarray], ordinary: np.ndarray) -> np.ndarray
     """
     worst = np.zeros(ordinary.shape)
     for magnitudes in tokens.values():
-        usual = np.quantile(magnitudes[ordinary], 0.9) + 1e-30
-        worst = np.maximum(worst, magnitudes / usual)
+        served = magnitudes[ordinary & ~np.isnan(magnitudes)]
+        if served.size:
+            worst = np.fmax(worst, magnitudes / (np.quantile(served, 0.9) + 1e-30))
     return worst
 
 
@@ -44,7 +45,8 @@ def find_sinks(
     sequences (occurrences).
 
     Args:
-        tokens: point -> float ``[B, T]``, largest magnitude of each token in the language model.
+        tokens: point -> float ``[B, T]``, largest magnitude of each token in the language model;
+            NaN where the point does not serve the token.
         input_ids, order, token_class: int32 ``[B, T]`` of the calibration batch.
     """
     real = np.asarray(token_class) >= 0

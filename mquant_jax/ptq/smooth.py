@@ -53,23 +53,26 @@ def smooth_params(
     out = {name: np.asarray(value, np.float64) for name, value in params.items()}
     chosen: dict[str, float] = {}
     for link in links(params, streams):
-        point = look.point_of.get(link.readers[0])
         section = section_of(link.readers[0], recipe)
-        if point is None or section.activations == "none":
+        if link.readers[0] not in look.point_of or section.activations == "none":
             continue
-        alpha, gains = _search(out, link, look, point, section)
+        alpha, gains = _search(out, link, look, section)
         chosen[link.readers[0]] = alpha
         scale(out, link, 1.0 / gains)
     return {name: value.astype(np.float32) for name, value in out.items()}, chosen
 
 
-def _search(params: Params, link: Link, look: StatisticsRunner, point: str, section: Section):
-    """The strength with the least error, and its scales, float64 ``[width]``."""
-    columns = look.channels[point]
-    rows = jnp.asarray(look.samples[point].rows)
+def _search(params: Params, link: Link, look: StatisticsRunner, section: Section):
+    """The strength with the least error, and its scales, float64 ``[width]``.
+
+    Readers may stand behind several points: experts have one each.
+    """
     weights = [jnp.asarray(params[f"{r}/kernel"], jnp.float32) for r in link.readers]
+    points = [look.point_of[r] for r in link.readers]
+    seen = {p: (jnp.asarray(look.samples[p].rows), jnp.asarray(look.channels[p])) for p in points}
     x_amax, w_amax = np.zeros(link.width), np.zeros(link.width)
-    np.maximum.at(x_amax, link.columns, columns)
+    for _, columns in seen.values():
+        np.maximum.at(x_amax, link.columns, np.asarray(columns))
     for w in weights:
         np.maximum.at(w_amax, link.columns, np.abs(np.asarray(w)).max(0))
     best = 0.0, np.ones(link.width)
@@ -80,7 +83,9 @@ def _search(params: Params, link: Link, look: StatisticsRunner, point: str, sect
             gains = np.maximum(x_amax, 1e-5) ** alpha / np.maximum(w_amax, 1e-5) ** (1 - alpha)
             gains = np.clip(gains / np.exp(np.log(gains).mean()), 1e-4, 1e4)
         s = jnp.asarray(gains[link.columns], jnp.float32)
-        error = sum(float(_error(rows, jnp.asarray(columns), w, s, section)) for w in weights)
+        error = sum(
+            float(_error(*seen[p], w, s, section)) for p, w in zip(points, weights, strict=True)
+        )
         if error < least:
             least, best = error, (alpha, gains)
     return best

@@ -29,6 +29,16 @@ def chunks(args: Any, size: int) -> Iterator[tuple[slice, Any]]:
         yield slice(start, stop), jax.tree.map(lambda a, s=start, e=stop: a[s:e], args)
 
 
+def classes_at(module: nnx.Module, point: str, args: Any, classes: Any) -> Any:
+    """Classes of the rows that a point really serves, -1 for the others.
+
+    A module with experts says so itself: ``classes_at(point, context)``, both experts being shown
+    everything while somebody listens.
+    """
+    own = getattr(module, "classes_at", None)
+    return classes if own is None else own(point, args[-1])
+
+
 class Sampler:
     """A fair sample of up to ``size`` rows out of all that are shown."""
 
@@ -57,7 +67,8 @@ class StatisticsRunner(Runner):
 
     Attributes:
         inputs: path of a part (``language/layers``, ``vision/merger``) -> what entered it.
-        tokens: path of a point -> float32 ``[B, T]``, largest magnitude of each token.
+        tokens: path of a point -> float32 ``[B, T]``, largest magnitude of each token; NaN for
+            those that the point does not serve.
         channels: path of a point -> float32 ``[K]``, largest magnitude of each channel.
         samples: path of a point -> a :class:`Sampler` of its rows, padding left out.
         point_of: path of a dense layer -> path of the point in front of it.
@@ -91,9 +102,10 @@ class StatisticsRunner(Runner):
         for rows, part in chunks(args, self.chunk):
             out, taps = run_tapped(graphdef, state, *part)
             outs.append(out)
-            real = np.asarray(classes)[rows] >= 0
             for point, value in taps.items():
                 path, per_token = f"{name}/{point}", np.asarray(jnp.max(jnp.abs(value), axis=-1))
+                real = np.asarray(classes_at(module, point, part, classes[rows])) >= 0
+                per_token = np.where(real, per_token, np.nan)
                 known = self.tokens.get(path)
                 known = per_token if known is None else np.concatenate([known, per_token])
                 self.tokens[path] = known

@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 from models.base import VLM, Batch
-from mquant_jax.nn.act_quant import TEXT, ActQuant
+from mquant_jax.nn.act_quant import TEXT, VISUAL, ActQuant
 from mquant_jax.nn.params import Params, get_params
 from mquant_jax.nn.stack import Runner
 from mquant_jax.numerics import QWeight
@@ -119,7 +119,8 @@ def tune(
     def divergence(factors, state, rows, theirs):
         language = nnx.merge(graphdef, jax.tree.map(_scaled, state, factors, is_leaf=_is_weight))
         place = batch.positions[:, rows], batch.order[rows], marked[rows]
-        x = language(embedded[rows], *place, _Recomputing())
+        own = classes[rows] == VISUAL
+        x = language(embedded[rows], *place, _Recomputing(), visual=own)
         ours = jax.nn.log_softmax(language.logits(x))
         kl = (jnp.exp(theirs) * (theirs - ours)).sum(-1)
         asked = classes[rows] == TEXT

@@ -19,6 +19,7 @@ from flax import nnx
 from models.base import VLM, Batch, bucket
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.runtime.sampling import Sampling, sample
+from mquant_jax.runtime.tokens import arrange, uses_aifs
 
 
 @partial(
@@ -113,12 +114,15 @@ class Generation:
 class Generator:
     """A model with its compiled programs, one per bucket of prompt, pictures and cache.
 
+    ``layout``: ``masked`` leaves tokens where they stand, ``aifs`` puts the visual ones in front,
+    ``auto`` takes what is faster (:func:`mquant_jax.runtime.tokens.uses_aifs`).
+
     ``start(params, batch, key, slots=, limit=, how=) -> Loop`` runs the prompts and draws the first
     token; ``run(params, loop, until, how=) -> Loop`` goes on to token ``until``.
     """
 
-    def __init__(self, model: VLM, stop_ids: tuple[int, ...]):
-        self.stop_ids = stop_ids
+    def __init__(self, model: VLM, stop_ids: tuple[int, ...], layout: str = "auto"):
+        self.stop_ids, self.aifs = stop_ids, uses_aifs(model, layout)
         self.graphdef, self.params = nnx.split(model)
         self.start = jax.jit(self._start_loop, static_argnames=("slots", "limit", "how"))
         self.run = jax.jit(self._run_loop, static_argnames=("how",), donate_argnames=("loop",))
@@ -164,6 +168,8 @@ class Generator:
                 host round trip per token; without it the whole loop is one program). Rows that
                 have stopped repeat their stop token.
         """
+        if self.aifs and batch.visual_slots is None:
+            batch = arrange(batch)[0]
         limit = bucket(max_new_tokens, 16)
         slots = bucket(batch.input_ids.shape[1] + limit, 32)
         key = jax.random.key(0) if key is None else key

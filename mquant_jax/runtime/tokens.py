@@ -13,10 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.base import Batch, bucket
+from models.base import VLM, Batch, bucket
+from mquant_jax.errors import UserError
 from mquant_jax.nn.act_quant import SINK, VISUAL
 
 Array = np.ndarray | jax.Array
+LAYOUTS = ("auto", "masked", "aifs")
+
+
+def uses_aifs(model: VLM, layout: str) -> bool:
+    """Whether prompts are to be arranged before they run.
+
+    ``auto``: for models with a visual expert, whose two sets of weights then run on their own
+    tokens alone. Elsewhere both layouts run the same products with one scale per row, and moving
+    tokens costs a little (docs/speed.md has the measurements).
+
+    Raises:
+        UserError: an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    return layout == "aifs" or (layout == "auto" and model.language.cfg.visual_expert)
 
 
 def arrange(

@@ -24,12 +24,12 @@ def test_a_row_changes_groups_activations_and_head_and_nothing_else() -> None:
 def test_the_ablation_leads_from_rounding_to_the_whole_method() -> None:
     rows = {row.method: row.recipe for row in ablation_rows()}
     assert rows["rtn"] == METHODS["rtn"]
-    quarot, last = rows["+gptq"], rows["+extras"]
+    quarot, last = rows["+gptq"], rows["+learned scales"]
     assert quarot.rotate and quarot.n_classes == 1 and not quarot.split.wanted
-    assert (last.weights, last.calibration) == (
-        METHODS["mquant"].weights,
-        METHODS["mquant"].calibration,
-    )
+    full = METHODS["mquant"]
+    assert rows["mquant"] == full
+    for part in ("weights", "calibration", "tune"):
+        assert getattr(last, part) == getattr(full, part)
     assert last.modality_scales and last.sink_class and last.split.wanted
     assert not rows["plain Hadamard +rms"].online_signs
     assert len({Recipe.from_json(r.to_json() | {"name": "x"}) for r in rows.values()}) >= 8

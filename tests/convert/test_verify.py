@@ -112,3 +112,18 @@ def test_quantised_checkpoints_report_unless_a_tolerance_is_given():
 def test_errors_by_hand():
     got = errors(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
     assert got == {"max_abs": 0.5, "rel": 0.1}
+
+
+def test_a_rotated_checkpoint_is_judged_by_its_logits(tmp_path, capsys):
+    recipe = tmp_path / "rotated.json"
+    recipe.write_text('{"name": "rotated", "rotate": true}')
+    dst = str(tmp_path / "dst")
+    assert hf_to_flax.main([str(GOLDENS / "public"), dst, "--recipe", str(recipe)]) == 0
+    capsys.readouterr()
+    args = [dst, "--reference", str(GOLDENS / "public")]
+    assert main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["arrays"]) == {"logits"} and result["greedy_match"] == 1.0
+    assert {"embeds", "vision", "hidden_1"} <= set(result["other_basis"])
+    assert main(args) == 0
+    assert "rotated, hence in another basis" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """InternVL rotated: the function stays, whatever the tower's norms; W4A8 comes out close."""
 
-import jax
+from functools import partial
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,41 +11,14 @@ from models.internvl.config import InternVLConfig
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import float_model, quantize_params, untied
+from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.ptq.rotate import rotate_params
 from mquant_jax.recipe import Recipe
-from tests.helpers import golden, quantised, relative
+from tests.family_cases import ROTATED, batch_of, float_logits, hardened
+from tests.helpers import quantised, relative
 from tests.internvl_cases import BIG_TOWER, CASES, changed_config, golden_case, random_params
 
-ROTATED = Recipe("rotated", rotate=True, seed=3)
-
-
-def hardened(params, seed=0):
-    """Norm weights far from one, biases and means everywhere: what rotation must survive."""
-    rng = np.random.default_rng(seed)
-    out = {}
-    for name, value in params.items():
-        value = np.asarray(value, np.float32)
-        if "norm/weight" in name or name.endswith("gain"):
-            value = value * rng.lognormal(0, 0.7, value.shape)
-        elif name.endswith("bias"):
-            value = value + rng.normal(0.3, 0.5, value.shape)
-        elif name.endswith(("class_token", "positions", "patch_embed/proj/kernel", "fc2/kernel")):
-            value = value + 0.05
-        out[name] = value.astype(np.float32)
-    return out
-
-
-def batch_of(case, config):
-    inputs = golden(*case.split("/"))[1]
-    return jax.tree.map(jax.numpy.asarray, FAMILY.reference_batch(config, inputs)), inputs
-
-
-def logits(config, recipe, params, case):
-    batch, inputs = batch_of(case, config)
-    model = float_model(FAMILY, config, recipe, params)
-    out = np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
-    return out[inputs["attention_mask"] == 1], model
+logits = partial(float_logits, FAMILY)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,7 +61,7 @@ def test_readers_without_biases_get_them() -> None:
 def test_w4a8_is_close(case) -> None:
     model, config, inputs, outputs = golden_case(case)
     config, params = untied(config, get_params(model))
-    batch, _ = batch_of(case, config)
+    batch, _ = batch_of(FAMILY, config, case)
     real = inputs["attention_mask"] == 1
     made, report = quantize_params(FAMILY, config, PRESETS["w4a8"], params, batch)
     got = quantised(FAMILY, config, PRESETS["w4a8"], made, batch)[real]

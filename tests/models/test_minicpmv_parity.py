@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from convert import hf_to_flax, verify
 from models.minicpmv import FAMILY
 from models.minicpmv.config import MiniCPMVConfig
-from models.minicpmv.modeling import sincos
 from models.minicpmv.processing import (
     VISUAL,
     collate,
@@ -25,6 +24,7 @@ from models.minicpmv.processing import (
 from models.minicpmv.weights import ignored, weight_rules
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import get_params
+from mquant_jax.nn.resampler import sincos
 from tests.helpers import GOLDENS, golden, relative
 from tests.minicpmv_cases import (
     CASES,

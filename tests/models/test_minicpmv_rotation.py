@@ -10,48 +10,15 @@ from models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import float_model, quantize_params
+from mquant_jax.ptq.pipeline import quantize_params
 from mquant_jax.recipe import Recipe
-from tests.helpers import golden, quantised, relative
+from tests.family_cases import ROTATED, batch_of, hardened, rotated_twin
+from tests.helpers import quantised, relative
 from tests.minicpmv_cases import CASES, FOLDER, ODD, changed_config, golden_case, random_params
-
-ROTATED = Recipe("rotated", rotate=True, seed=3)
-
-
-def hardened(params, seed=0):
-    """Norm weights far from one, biases and means everywhere: what rotation must survive."""
-    rng = np.random.default_rng(seed)
-    out = {}
-    for name, value in params.items():
-        value = np.asarray(value, np.float32)
-        if "norm/weight" in name:
-            value = value * rng.lognormal(0, 0.7, value.shape)
-        elif name.endswith("bias"):
-            value = value + rng.normal(0.3, 0.5, value.shape)
-        elif name.endswith(("positions", "query", "patch_embed/proj/kernel", "fc2/kernel")):
-            value = value + 0.05
-        out[name] = value.astype(np.float32)
-    return out
-
-
-def batch_of(case, config):
-    inputs = golden(FOLDER, case)[1]
-    return jax.tree.map(jax.numpy.asarray, FAMILY.reference_batch(config, inputs)), inputs
-
-
-def logits(config, recipe, params, case):
-    batch, inputs = batch_of(case, config)
-    model = float_model(FAMILY, config, recipe, params)
-    out = np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
-    return out[inputs["attention_mask"] == 1], model
 
 
 def check(config, params, case, recipe=ROTATED):
-    expected, _ = logits(config, Recipe(), params, case)
-    rotated, _ = quantize_params(FAMILY, config, recipe, params)
-    got, twin = logits(config, recipe, rotated, case)
-    assert relative(got, expected) < 1e-4
-    return twin
+    return rotated_twin(FAMILY, config, params, f"{FOLDER}/{case}", recipe)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +53,7 @@ def test_every_part_takes_part() -> None:
 
 def test_w4a8_is_close() -> None:
     model, config, inputs, outputs = golden_case("public")
-    batch, _ = batch_of("public", config)
+    batch, _ = batch_of(FAMILY, config, f"{FOLDER}/public")
     real = inputs["attention_mask"] == 1
     made, report = quantize_params(FAMILY, config, PRESETS["w4a8"], get_params(model), batch)
     got = quantised(FAMILY, config, PRESETS["w4a8"], made, batch)[real]

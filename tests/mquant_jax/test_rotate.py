@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 
 from models.qwen2_vl import FAMILY
-from mquant_jax.hadamard import plan_rotation
+from mquant_jax.hadamard import plan_rotation, stream_rotation
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import abstract_model, float_model, quantize_params, untied
-from mquant_jax.ptq.rotate import _seed, times
+from mquant_jax.ptq.rotate import times
 from mquant_jax.recipe import Recipe
 from tests.helpers import golden_qwen2_vl, relative
 
@@ -78,7 +78,7 @@ def test_no_layer_norm_is_left_and_the_stream_has_no_mean(case) -> None:
     x = model.vision.features(batch.vision)
     assert abs(np.asarray(rotated["vision/patch_embed/proj/kernel"])).max() > 0
     width = config.vision.hidden_size
-    matrix = times(np.eye(width), plan_rotation(width, _seed(3, "vision")))
+    matrix = times(np.eye(width), stream_rotation(width, 3, "vision"))
     natural = np.asarray(x, np.float64) @ matrix.T
     assert abs(natural.mean(-1)).max() < 1e-4 * abs(natural).max()
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from models.base import Batch
+from mquant_jax.errors import UserError
 from mquant_jax.nn.act_quant import SINK
 from mquant_jax.runtime.generate import Generator, decode, extend, prefill
-from mquant_jax.runtime.tokens import arrange, chunks, follow, restore
+from mquant_jax.runtime.tokens import arrange, chunks, follow, restore, uses_aifs
 from tests.helpers import GOLDENS, golden_model, relative
 
 # Every family with pictures: one golden each, several pictures and unequal rows where it has them.
@@ -67,9 +68,9 @@ def test_whole_prompts_agree(case) -> None:
 
 def test_greedy_answers_agree(case) -> None:
     model, batch, outputs = case
-    moved, _ = arrange(batch)
     n = outputs["greedy"].shape[1]
-    assert np.array_equal(Generator(model, (-1,)).generate(moved, n).tokens, outputs["greedy"])
+    out = Generator(model, (-1,), layout="aifs").generate(batch, n)
+    assert np.array_equal(out.tokens, outputs["greedy"])
 
 
 @pytest.mark.parametrize("layout", ["masked", "aifs"])
@@ -149,6 +150,14 @@ def test_sinks_stand_first_among_the_text() -> None:
     np.testing.assert_array_equal(columns, [[-1, 2, 3, 5, -1, 0, 6, 1, 4, 7]])
     np.testing.assert_array_equal(moved.order, columns)
     np.testing.assert_array_equal(moved.visual_index, [[-1, 0, 1, 2, -1, -1, -1, -1, -1, -1]])
+
+
+def test_the_layout_follows_the_model_and_can_be_chosen() -> None:
+    expert, plain = (golden_model(f"{name}/public")[1] for name in ("cogvlm2", "qwen2_vl"))
+    assert [uses_aifs(m, "auto") for m in (expert, plain)] == [True, False]
+    assert uses_aifs(plain, "aifs") and not uses_aifs(expert, "masked")
+    with pytest.raises(UserError, match="expected one of auto, masked, aifs"):
+        uses_aifs(plain, "front")
 
 
 def test_misuse_is_refused() -> None:

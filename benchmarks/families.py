@@ -1,0 +1,237 @@
+"""Every family side by side: parity, and what each method costs on hard random weights.
+
+    python -m benchmarks.families [--case NAME] [--json] [--save FILE] [--docs FILE]
+
+For each golden case in tests/goldens:
+
+``float``     relative logits error against the numbers of the original code, and greedy tokens
+``rotated``   the same model with norms fused and everything rotated, against float
+``rtn``, ``quarot``, ``mquant``   W4A8 static: relative logits error against float on the case's
+              prompts, for a model of the same structure widened to 512 channels and more, random
+              weights, and channels made 10 to 100 times larger than the rest without a change of
+              function (benchmarks/outliers.py)
+
+Calibration sees other text and other pictures than the evaluated prompts. Random weights have no
+redundancy: read the columns against each other, not as what a trained model would lose. ``--docs``
+writes the table and what each family can do into a Markdown file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+from benchmarks.outliers import with_outliers
+from models.base import Batch, Family
+from models.registry import family_for
+from mquant_jax.cli_support import OK, Parser, progress, run_cli
+from mquant_jax.errors import UserError
+from mquant_jax.nn.params import Params, set_params
+from mquant_jax.presets import METHODS
+from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
+from mquant_jax.recipe import Recipe, Tuning
+from mquant_jax.runtime.generate import Generator
+
+GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
+COMPARED = ("rtn", "quarot", "mquant")
+_VIT = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
+_EVA = {"hidden_size": 512, "intermediate_size": 1536, "num_heads": 8}
+_LLM = {
+    "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+# Case -> what to change in its config.json, dictionaries merged.
+WIDE: dict[str, dict[str, Any]] = {
+    "qwen2_vl/public": _LLM | {
+        "rope_scaling": {"mrope_section": [8, 12, 12]},
+        "vision_config": {"embed_dim": 512, "num_heads": 8, "hidden_size": 512},
+    },
+    "internvl2/public": {"llm_config": _LLM, "vision_config": _VIT},
+    "internvl/public": {"text_config": _LLM | {"head_dim": 64}, "vision_config": _VIT},
+    "minicpmv2_6/public": _LLM | {
+        "vision_config": _VIT | {"hidden_size": 576, "intermediate_size": 1080},
+    },
+    "qwen_vl/public": {
+        "hidden_size": 512, "intermediate_size": 2816, "num_attention_heads": 8,
+        "kv_channels": 64, "visual": {"width": 512, "heads": 8, "output_dim": 512},
+    },
+    "glm4v/public": {
+        "hidden_size": 512, "ffn_hidden_size": 1408, "num_attention_heads": 8,
+        "kv_channels": 64, "multi_query_group_num": 2, "vision_config": _EVA,
+    },
+    "cogvlm2/public": {
+        "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8,
+        "num_multi_query_heads": 2, "vision_config": _EVA,
+    },
+}  # fmt: skip
+
+
+def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A config with ``changes``; dictionaries are merged, whole values replaced."""
+    out = dict(config)
+    for key, value in changes.items():
+        known = out.get(key)
+        out[key] = merged(known, value) if isinstance(value, dict) and known else value
+    return out
+
+
+def random_params(family: Family, config: Any, seed: int) -> Params:
+    """Weights of a model that is not chaotic: each layer adds a little to the residual stream, as
+    in trained ones. Norms and biases are not trivial."""
+    rng = np.random.default_rng(seed)
+    out: Params = {}
+    for rule in family.weight_rules(config):
+        value = rng.standard_normal(rule.shape)
+        if rule.dst.endswith("norm/weight"):
+            value = np.exp(0.2 * value)
+        elif rule.dst.endswith("frequencies"):
+            value = 1e4 ** -(np.arange(rule.shape[0]) / rule.shape[0])
+        elif rule.dst.endswith("kernel") and len(rule.shape) == 2:
+            value *= 0.5 * rule.shape[1] ** -0.5
+        elif not rule.dst.endswith("embedding"):
+            value *= 0.1
+        out[rule.dst] = value.astype(np.float32)
+    return out
+
+
+def other_content(batch: Batch, vocab: int, seed: int) -> Batch:
+    """The same places, other text and other pictures."""
+    rng = np.random.default_rng(seed)
+    text = np.asarray(batch.token_class) == 0
+    ids = np.where(text, rng.integers(0, vocab, text.shape), batch.input_ids).astype(np.int32)
+    vision = batch.vision
+    if vision is not None:
+        noise = rng.standard_normal(vision.patches.shape).astype(np.float32)
+        vision = dataclasses.replace(vision, patches=noise)
+    return dataclasses.replace(batch, input_ids=ids, vision=vision)
+
+
+def logits(family: Family, config: Any, recipe: Recipe, params: Params, batch: Batch):
+    """float32 ``[real tokens, vocab]`` of the model that ``recipe`` describes."""
+    model = abstract_model(family, config, recipe)
+    set_params(model, dict(params))
+    real = np.asarray(batch.token_class) >= 0
+    return np.asarray(jax.jit(lambda m, b: m(b))(model, batch))[real]
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    """``||got - expected|| / ||expected||``."""
+    got, expected = got.astype(np.float64), expected.astype(np.float64)
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def parity(case: str) -> dict[str, Any]:
+    """The golden case in float, and rotated in float."""
+    hf = json.loads((GOLDENS / case / "config.json").read_text())
+    family = family_for(hf, case)
+    config = family.config_from_hf(hf)
+    arrays = {n: load_file(GOLDENS / case / f"{n}.safetensors")
+              for n in ("model", "inputs", "outputs")}  # fmt: skip
+    rules = family.weight_rules(config)
+    params = {r.dst: r.apply(arrays["model"][r.src]) for r in rules}
+    batch = family.reference_batch(config, arrays["inputs"])
+    model = abstract_model(family, config, Recipe())
+    set_params(model, dict(params))
+    greedy = arrays["outputs"]["greedy"]
+    answers = np.asarray(Generator(model, (-1,)).generate(batch, greedy.shape[1]).tokens)
+    plain = logits(family, config, Recipe(), params, batch)
+    reference = arrays["outputs"]["logits"]
+    if reference.shape[:2] == batch.order.shape:
+        reference = reference[np.asarray(batch.token_class) >= 0]
+    rotating = Recipe(rotate=True)
+    config, params = untied(config, params)
+    turned = quantize_params(family, config, rotating, params)[0]
+    return {
+        "family": family.name,
+        "pictures": {None: "any number"}.get(family.most_pictures, str(family.most_pictures)),
+        "videos": "yes" if family.videos else "no",
+        "rows_in_case": int(batch.order.shape[0]),
+        "float": error(plain, reference.reshape(plain.shape)),
+        "greedy_equal": bool((answers == greedy).all()),
+        "rotated": error(logits(family, config, rotating, turned, batch), plain),
+    }
+
+
+def widened(case: str) -> dict[str, float]:
+    """Relative logits error of every method on the widened case."""
+    hf = json.loads((GOLDENS / case / "config.json").read_text())
+    hf = merged(hf, WIDE[case])
+    family = family_for(hf, case)
+    config = family.config_from_hf(hf)
+    inputs = load_file(GOLDENS / case / "inputs.safetensors")
+    batch = family.reference_batch(config, inputs)
+    config, params = untied(config, random_params(family, config, 0))
+    plain = logits(family, config, Recipe(), params, batch)
+    params = with_outliers(params, family.streams(config), 0)
+    vocab = config.language.vocab_size
+    calibration = other_content(batch, vocab, 1)
+    out = {"outliers": error(logits(family, config, Recipe(), params, batch), plain)}
+    for name in progress(COMPARED, case):
+        # Nothing can be learned from a random model's predictions.
+        recipe = dataclasses.replace(METHODS[name], tune=Tuning())
+        made = quantize_params(family, config, recipe, params, calibration)[0]
+        out[name] = error(logits(family, config, recipe, made, batch), plain)
+    return out
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| case | pictures per prompt | videos | rows | float | greedy | rotated | rtn | quarot "
+        "| mquant |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        greedy = "equal" if r["greedy_equal"] else "**differs**"
+        costs = " | ".join(f"{r[name]:.3f}" for name in COMPARED)
+        lines.append(
+            f"| {r['case']} | {r['pictures']} | {r['videos']} | {r['rows_in_case']} "
+            f"| {r['float']:.1e} | {greedy} | {r['rotated']:.1e} | {costs} |"
+        )
+    return "\n".join(lines)
+
+
+DOCS = """# Families
+
+Written by `python -m benchmarks.families --docs docs/families.md`; do not edit.
+
+`float`: relative error of the logits against the numbers of the original code, on prompts of
+several rows with padding. `greedy`: whether all generated tokens are those of the original.
+`rotated`: the same weights with norms fused and rotations folded in, against float. The last three:
+relative logits error of W4A8 with static scales in every dense layer, vision tower and connector
+included, for the same structure widened to 512 channels, with random weights and channels 10 to 100
+times larger than the rest. Random weights have no redundancy, so these show the order of the
+methods, not what a trained model loses ([accuracy.md](accuracy.md) does).
+
+"""
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser("python -m benchmarks.families", __doc__ or "")
+    add = parser.add_argument
+    add("--case", action="append", metavar="NAME", help="only this case; repeatable")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+    add("--docs", type=Path, metavar="FILE", help="write the table into a Markdown file")
+    args = parser.parse_args(argv)
+    for name in args.case or ():
+        if name not in WIDE:
+            raise UserError(f"--case {name}: expected one of {', '.join(WIDE)}")
+    cases = args.case or [c for c in WIDE if (GOLDENS / c).is_dir()]
+    rows = [{"case": c, **parity(c), **widened(c)} for c in progress(cases, "families")]
+    if args.save:
+        args.save.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if args.docs:
+        args.docs.write_text(DOCS + table(rows) + "\n")
+    print(json.dumps({"rows": rows}) if args.json else table(rows))
+    return OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(_run))

@@ -1,0 +1,24 @@
+"""The CogVLM2 family: CogVLM2-Llama3-19B."""
+
+from __future__ import annotations
+
+from models.base import Family
+from models.cogvlm2.config import CogVLM2Config
+from models.cogvlm2.modeling import CogVLM2
+from models.cogvlm2.processing import collate, example_prompt, reference_batch
+from models.cogvlm2.streams import streams
+from models.cogvlm2.weights import ignored, weight_rules
+
+FAMILY = Family(
+    name="cogvlm2",
+    config_from_hf=CogVLM2Config.from_hf,
+    model=CogVLM2,
+    weight_rules=weight_rules,
+    ignored=ignored,
+    processor_class="models.cogvlm2.processor:CogVLM2Processor",
+    reference_batch=reference_batch,
+    example_prompt=example_prompt,
+    collate=collate,
+    streams=streams,
+    most_pictures=1,
+)

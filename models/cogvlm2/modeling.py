@@ -1,0 +1,16 @@
+"""CogVLM2: the EVA2-CLIP vision module and the generic decoder with a visual expert."""
+
+from __future__ import annotations
+
+from models.base import VLM
+from models.eva2 import EVA2Vision
+
+
+class CogVLM2(VLM):
+    """CogVLM2 of any size, float or quantised as ``recipe`` says.
+
+    The last vector of a run of pictures belongs to the language expert. The others are the visual
+    expert's: their ``token_class`` says so.
+    """
+
+    VISION = EVA2Vision

@@ -1,0 +1,114 @@
+"""CogVLM2: token ids and pictures to batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from models.base import Batch, Prompt
+from models.cogvlm2.config import CogVLM2Config
+from models.eva2 import VISUAL
+from models.eva2 import collate as collate_eva2
+from models.squares import patchify
+
+TEXT_TYPE, VISUAL_TYPE, PADDING = 0, 1, -1
+
+
+def _shifted(values: np.ndarray, by: int) -> np.ndarray:
+    """Each row's values one place on (``by`` 1) or back (-1); text comes in at the end."""
+    out = np.full_like(values, TEXT_TYPE)
+    if by > 0:
+        out[:, 1:] = values[:, :-1]
+    else:
+        out[:, :-1] = values[:, 1:]
+    return out
+
+
+def positions(types: np.ndarray) -> np.ndarray:
+    """Rotary positions as the published code gives them: int ``[B, T]``.
+
+    A picture between texts takes three: its first vector, all its patches together, its last.
+    Pictures side by side share theirs. What stands next to padding is no end of a picture, and a
+    row's first token behind padding has position 1.
+
+    Args:
+        types: int ``[B, T]``: 0 text, 1 a picture's vector, -1 padding.
+    """
+    beside_text = (_shifted(types, 1) == TEXT_TYPE) | (_shifted(types, -1) == TEXT_TYPE)
+    ends = (types == VISUAL_TYPE) & beside_text
+    types = np.where(ends, TEXT_TYPE, types)
+    first_patch = (types == VISUAL_TYPE) & (_shifted(types, 1) == TEXT_TYPE)
+    steps = (types == TEXT_TYPE) | first_patch
+    steps[:, 0] = False
+    return np.cumsum(steps, axis=1)
+
+
+def collate(config: CogVLM2Config, prompts: Sequence[Prompt], pad_to: int | None = None) -> Batch:
+    """Left-pad prompts to one length and pack their pictures, each row as if it stood alone.
+
+    Raises:
+        ValueError: placeholders and pictures do not match, or a picture has another size.
+    """
+    batch = collate_eva2(config.vision, prompts, config.placeholder, pad_to)
+    types = _types(batch)
+    # Padding counts as text, so that a picture may come first; it takes no positions.
+    places = positions(np.maximum(types, TEXT_TYPE))
+    start = np.take_along_axis(places, np.argmax(types >= 0, axis=1)[:, None], axis=1)
+    return _routed(batch, np.maximum(places - start, 0))
+
+
+def _types(batch: Batch) -> np.ndarray:
+    """Token types ``[B, T]`` of a batch whose visual tokens all are of class 1."""
+    return np.where(batch.order < 0, PADDING, batch.visual_index >= 0)
+
+
+def _routed(batch: Batch, places: np.ndarray) -> Batch:
+    """The batch with these positions; the last vector of a run is the language expert's."""
+    visual = batch.visual_index >= 0
+    followed = _shifted(visual.astype(np.int32), -1) == 1
+    classes = np.where(visual & ~followed, TEXT_TYPE, batch.token_class)
+    return dataclasses.replace(
+        batch,
+        positions=places[None].astype(np.int32),
+        token_class=classes.astype(np.int32),
+    )
+
+
+def reference_prompts(config: CogVLM2Config, inputs: dict[str, Any]) -> Iterator[Prompt]:
+    """The rows of a golden's inputs as prompts, the padding in front left out."""
+    c, ids, at = config.vision, inputs["input_ids"], 0
+    patches = np.zeros((0, c.side**2, c.tower.patch_dim), np.float32)
+    if (pixels := inputs.get("images")) is not None and len(pixels):
+        if pixels.shape[2:] != (c.image_size, c.image_size):
+            raise ValueError(f"pictures of {pixels.shape[2:]} pixels, not of {c.image_size}")
+        patches = patchify(pixels, c.patch_size)
+    types = inputs.get("token_type_ids", np.zeros_like(ids))
+    for row, kind, mask in zip(ids, types, inputs["attention_mask"], strict=True):
+        row = np.where(kind == VISUAL_TYPE, VISUAL, row)[mask == 1].tolist()
+        n = row.count(VISUAL) // c.tokens
+        part = patches[at : at + n]
+        at += n
+        yield Prompt(row, [(1, c.side, c.side)] * len(part), part.reshape(-1, patches.shape[-1]))
+    if at != len(patches):
+        raise ValueError(f"{len(patches)} pictures given, placeholders for {at}")
+
+
+def reference_batch(config: CogVLM2Config, inputs: dict[str, np.ndarray]) -> Batch:
+    """A golden's inputs as one batch of the same padded length."""
+    width = inputs["input_ids"].shape[1]
+    prompts = list(reference_prompts(config, inputs))
+    batch = collate_eva2(config.vision, prompts, config.placeholder, width)
+    return _routed(batch, positions(_types(batch)))
+
+
+def example_prompt(config: CogVLM2Config, text_tokens: int, side: int) -> Prompt:
+    """Arbitrary tokens and one noise picture, whose size is fixed; side 0: no picture."""
+    rng, c = np.random.default_rng(0), config.vision
+    text = rng.integers(0, config.language.vocab_size, text_tokens).tolist()
+    if side == 0:
+        return Prompt(text, [], np.zeros((0, 0), np.float32))
+    patches = rng.standard_normal((c.side**2, c.tower.patch_dim), np.float32)
+    return Prompt([text[0], *[VISUAL] * c.tokens, *text[1:]], [(1, c.side, c.side)], patches)

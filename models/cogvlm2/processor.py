@@ -1,0 +1,92 @@
+"""CogVLM2: files, chat messages and a picture in; token ids and patches out.
+
+Nothing here touches the network or runs code from the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from models.base import Batch, Prompt
+from models.chat import Message
+from models.cogvlm2.config import CogVLM2Config
+from models.cogvlm2.processing import collate
+from models.eva2 import VISUAL
+from models.eva2_chat import OnePictureChat, pixels_of, text_of
+from mquant_jax.errors import UserError
+
+_ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
+
+
+class CogVLM2Processor(OnePictureChat):
+    """From a picture and text to a ``Batch``, and from tokens back to text.
+
+    Args:
+        folder: holds tokenizer.json, and as published tokenizer_config.json and
+            generation_config.json.
+        config: the model's config.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+    """
+
+    config: CogVLM2Config
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The folder's tokenizer, which must have a token that begins a text."""
+        tokenizer = super().tokenizer
+        if tokenizer.bos_token_id is None:
+            raise UserError(f"{self.folder / 'tokenizer_config.json'}: names no bos_token; "
+                            "the tokenizer is of another model")  # fmt: skip
+        return tokenizer
+
+    def messages(
+        self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Prompt:
+        """A whole conversation, answered next by the assistant.
+
+        Args:
+            messages: ``{"role": ..., "content": text or parts}``, of ``user`` and ``assistant`` by
+                turns; a part is ``{"type": "text", "text": ...}`` or ``{"type": "image"}``. The
+                picture stands in front of the whole conversation, wherever its part is.
+            images: the picture, if a message has one.
+
+        Raises:
+            UserError: pictures and places differ in number; several pictures, or videos, which
+                the model does not take; a picture that cannot be read; a malformed message.
+        """
+        chat = self.checked(messages, images, videos)
+        for i, message in enumerate(chat):
+            wanted = ("user", "assistant")[i % 2]
+            if message["role"] != wanted:
+                raise UserError(f"message {i}: role {message['role']!r}, expected {wanted!r}: "
+                                "this model knows turns of these two only")  # fmt: skip
+        if len(chat) % 2 == 0:
+            raise UserError("the conversation must end with a message of role 'user'")
+        ids = [self.tokenizer.bos_token_id]
+        ids += [VISUAL] * (len(images) * self.config.vision.tokens)
+        ids += self.encode(render([text_of(message) for message in chat], self.config.template))
+        return Prompt(ids, *pixels_of(self.config.vision, images))
+
+    def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
+        """Left-pad prompts and pack their pictures into one :class:`Batch`."""
+        return collate(self.config, prompts, pad_to)
+
+
+def render(texts: Sequence[str], template: str) -> str:
+    """The published prompt of a conversation.
+
+    Args:
+        texts: questions and answers by turns, a question last.
+        template: ``chat``, ``vqa``, or ``base``: the last question as it is.
+    """
+    if template == "base":
+        return texts[-1]
+    answer = _ANSWER[template]
+    out = ""
+    for question, said in zip(texts[:-1:2], texts[1::2], strict=True):
+        out += f"Question: {question} {answer} {said}\n"
+    return f"{out}Question: {texts[-1]} {answer}"

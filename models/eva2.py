@@ -1,0 +1,331 @@
+"""EVA2-CLIP with a gated connector, as GLM-4V and CogVLM2 share it.
+
+A post-norm tower over pictures of one fixed size, a 2x2 convolution, a projection with a gated MLP,
+and a learned vector at either end of each picture's tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from math import isqrt
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.base import Batch, Prompt, Rows, WeightRule
+from models.language import dense_rules, direct
+from models.squares import pack_vision
+from models.streams import Hidden, ValueOutput
+from models.text import collate as collate_text
+from mquant_jax.errors import UserError
+from mquant_jax.nn.act_quant import ActQuant, Points, Tap
+from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.norm import LayerNorm
+from mquant_jax.nn.placement import Placement
+from mquant_jax.nn.stack import SCAN, Runner
+from mquant_jax.nn.vit import ACTIVATIONS, VisionInput, ViT, ViTConfig, gelu
+from mquant_jax.recipe import Recipe
+
+VISUAL = -1  # stands in a prompt for each vector of a picture, its ends included
+NORM_EPS = 1e-5  # of the connector's norm; in no config: the default of the reference's LayerNorm
+MERGE = 2  # side of the convolution
+_V = "vision/layers/*"
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class EVA2Config:
+    """Shape of the tower and its connector.
+
+    Attributes:
+        tower: the transformer.
+        patch_size: side of a patch in pixels.
+        conv_width: channels that the convolution makes.
+        hidden_size: width of the decoder.
+        inner: width of the connector's gated MLP.
+        scaling: what enters the decoder is divided by this.
+    """
+
+    tower: ViTConfig
+    patch_size: int
+    conv_width: int
+    hidden_size: int
+    inner: int
+    scaling: float = 1.0
+
+    @property
+    def side(self) -> int:
+        """Patches along a picture's side."""
+        return self.tower.position_grid
+
+    @property
+    def image_size(self) -> int:
+        """Side of a picture in pixels."""
+        return self.side * self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Vectors of a picture, the two ends included."""
+        return (self.side // MERGE) ** 2 + 2
+
+    @classmethod
+    def from_hf(
+        cls, vision: dict[str, Any], hidden: int, inner: int, conv_width: int | None = None
+    ) -> EVA2Config:
+        """Read a ``vision_config``.
+
+        Args:
+            conv_width: default: the tower's width.
+
+        Raises:
+            UserError: an unknown activation, or sizes that do not fit each other.
+            KeyError: a key is missing.
+        """
+        width, heads, patch = (vision[k] for k in ("hidden_size", "num_heads", "patch_size"))
+        act, image, side = vision["hidden_act"], vision["image_size"], 0
+        if act not in ACTIVATIONS:
+            raise UserError(f"config.json: vision_config.hidden_act {act!r} is not supported; "
+                            f"known: {', '.join(ACTIVATIONS)}")  # fmt: skip
+        if width % heads:
+            raise UserError(f"config.json: vision width {width} is no multiple of {heads} heads")
+        side = image // patch
+        if image % (MERGE * patch) or vision["num_positions"] != side * side + 1:
+            raise UserError(
+                f"config.json: vision_config: a picture of {image} pixels in patches of {patch} "
+                f"must be an even number of patches on a side, and num_positions "
+                f"({vision['num_positions']}) one more than all of them"
+            )
+        tower = ViTConfig(
+            hidden_size=width,
+            num_layers=vision["num_hidden_layers"],
+            num_heads=heads,
+            intermediate_size=vision["intermediate_size"],
+            patch_dim=vision.get("in_channels", 3) * patch * patch,
+            activation=act,
+            norm_eps=vision["layer_norm_eps"],
+            position_grid=side,
+            class_token=True,
+            post_norm=True,
+            patch_bias=True,
+        )
+        return cls(tower, patch, conv_width or width, hidden, inner)
+
+
+def squares_of(x: jax.Array) -> jax.Array:
+    """Squares of 2x2 patches as the kernel of a convolution sees them.
+
+    ``[N, P, d]``, patches of a square picture in row-major order, -> ``[N, P/4, 4 d]``: channel by
+    channel, and within a channel row by row.
+    """
+    n, p, d = x.shape
+    side = isqrt(p) // MERGE
+    x = x.reshape(n, side, MERGE, side, MERGE, d).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(n, side * side, d * MERGE * MERGE)
+
+
+class Convolution(nnx.Module):
+    """2x2 patches become one token; reads the tower's stream as it is."""
+
+    POINTS: ClassVar[Points] = {"conv_in": ("proj",)}
+
+    def __init__(self, c: EVA2Config, place: Placement, *, rngs: nnx.Rngs):
+        width = MERGE * MERGE * c.tower.hidden_size
+        rotation = place.read_rotation(width)
+        self.conv_in = ActQuant("conv_in", place.section, rotation=rotation)
+        self.proj = Dense(
+            rotation.n if rotation else width, c.conv_width, section=place.section,
+            dtype=place.dtype, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        """``[N, P, width]`` -> ``[N, P/4, conv_width]``."""
+        return self.proj(self.conv_in(squares_of(x), None, tap))
+
+
+class Adapter(nnx.Module):
+    """``y = gelu(norm(linear_proj(x)))``, then a gated MLP; no biases but the norm's.
+
+    The norm stands in front of an activation, so that nothing can take in its weight and bias.
+    """
+
+    POINTS: ClassVar[Points] = {
+        "merger_in": ("linear_proj",),
+        "mlp_in": ("gate_proj", "up_proj"),
+        "merger_hidden": ("down_proj",),
+    }
+
+    def __init__(self, c: EVA2Config, place: Placement, *, rngs: nnx.Rngs):
+        section, dtype, d = place.section, place.dtype, c.hidden_size
+
+        def dense(into: int, out: int) -> Dense:
+            return Dense(into, out, bias=False, section=section, dtype=dtype, rngs=rngs)
+
+        rotation = place.online_rotation(c.conv_width)
+        self.merger_in = ActQuant("merger_in", section, rotation=rotation)
+        self.linear_proj = dense(rotation.n if rotation else c.conv_width, d)
+        self.norm = LayerNorm(d, NORM_EPS, dtype)
+        rotation = place.online_rotation(d)
+        self.mlp_in = ActQuant("mlp_in", section, rotation=rotation)
+        into = rotation.n if rotation else d
+        self.gate_proj = dense(into, c.inner)
+        self.up_proj = dense(into, c.inner)
+        rotation = place.online_rotation(c.inner)  # up_proj has its signs
+        hidden = rotation and rotation.unsigned
+        self.merger_hidden = ActQuant("merger_hidden", section, rotation=hidden)
+        self.down_proj = dense(rotation.n if rotation else c.inner, d)
+
+    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        """``[N, T, conv_width]`` -> ``[N, T, hidden]``."""
+        y = gelu(self.norm(self.linear_proj(self.merger_in(x, None, tap))))
+        y = self.mlp_in(y, None, tap)
+        y = jax.nn.silu(self.gate_proj(y)) * self.up_proj(y)
+        return self.down_proj(self.merger_hidden(y, None, tap))
+
+
+class Ends(nnx.Module):
+    """A learned vector in front of each picture's tokens and one behind; then all are scaled."""
+
+    POINTS: ClassVar[Points] = {}
+
+    def __init__(self, c: EVA2Config, dtype):
+        self.scaling = c.scaling
+        self.boi = nnx.Param(jnp.zeros((1, c.hidden_size), dtype))
+        self.eoi = nnx.Param(jnp.zeros((1, c.hidden_size), dtype))
+
+    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        """``[N, T, hidden]`` -> ``[N, T + 2, hidden]``."""
+        boi, eoi = (
+            jnp.broadcast_to(v.get_value(), (len(x), 1, x.shape[-1])) for v in (self.boi, self.eoi)
+        )
+        return jnp.concatenate([boi, x, eoi], axis=1) / self.scaling
+
+
+class EVA2Vision(ViT):
+    """Tower and connector of a family whose config has an :class:`EVA2Config` as ``vision``."""
+
+    def __init__(self, config: Any, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
+        c = config.vision
+        super().__init__(c.tower, Placement.of(recipe, "vision", dtype), rngs=rngs)
+        place = Placement.of(recipe, "connector", dtype)
+        self.conv = Convolution(c, place, rngs=rngs)
+        self.merger = Adapter(c, place, rngs=rngs)
+        self.ends = Ends(c, dtype)
+
+    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+        """Pictures -> visual tokens ``[N, P/4 + 2, hidden]``; the class token is left behind."""
+        x = self.features(vision, runner)[:, 1:]
+        classes = vision.token_class[:, :: MERGE * MERGE]  # a picture is real as a whole
+        x = runner.module("vision/conv", self.conv, x, classes)
+        x = runner.module("vision/merger", self.merger, x, classes)
+        classes = jnp.pad(classes, ((0, 0), (1, 1)), mode="edge")
+        return runner.module("vision/ends", self.ends, x, classes)
+
+
+def eva2_rules(c: EVA2Config, prefix: str) -> Iterator[WeightRule]:
+    """The published names, which begin with ``prefix``."""
+    v, p = c.tower, c.patch_size
+    d, inner, out = v.hidden_size, v.intermediate_size, c.hidden_size
+    patch, src = "vision/patch_embed/proj", f"{prefix}patch_embedding"
+    kernel = (d, v.patch_dim // p**2, p, p)
+    yield WeightRule(f"{patch}/kernel", f"{src}.proj.weight", (d, v.patch_dim), kernel)
+    yield direct(f"{patch}/bias", f"{src}.proj.bias", d)
+    yield direct("vision/class_token", f"{src}.cls_embedding", 1, d)
+    rows = v.position_grid**2 + 1
+    yield direct("vision/positions", f"{src}.position_embedding.weight", rows, d)
+    for i in range(v.num_layers):
+        dst, src = f"vision/layers/{i}", f"{prefix}transformer.layers.{i}"
+        # Published names tell of pre-norm blocks; these norms stand behind.
+        yield from _norm(f"{dst}/attn_norm", f"{src}.input_layernorm", d)
+        yield from _norm(f"{dst}/mlp_norm", f"{src}.post_attention_layernorm", d)
+        for leaf, hf, tail in (("kernel", "weight", (d,)), ("bias", "bias", ())):
+            for k, name in enumerate(_QKV):
+                yield WeightRule(f"{dst}/{name}/{leaf}", f"{src}.attention.query_key_value.{hf}",
+                                 (d, *tail), (3 * d, *tail), Rows(k, k + 1, 3))  # fmt: skip
+        yield from dense_rules(f"{dst}/o_proj", f"{src}.attention.dense", d, d)
+        yield from dense_rules(f"{dst}/fc1", f"{src}.mlp.fc1", inner, d)
+        yield from dense_rules(f"{dst}/fc2", f"{src}.mlp.fc2", d, inner)
+    conv = (c.conv_width, d, MERGE, MERGE)
+    yield WeightRule("vision/conv/proj/kernel", f"{prefix}conv.weight",
+                     (c.conv_width, d * MERGE * MERGE), conv)  # fmt: skip
+    yield direct("vision/conv/proj/bias", f"{prefix}conv.bias", c.conv_width)
+    dst, src = "vision/merger", f"{prefix}linear_proj"
+    for name, hf, rows, columns in (
+        ("linear_proj", "linear_proj", out, c.conv_width),
+        ("gate_proj", "gate_proj", c.inner, out),
+        ("up_proj", "dense_h_to_4h", c.inner, out),
+        ("down_proj", "dense_4h_to_h", out, c.inner),
+    ):
+        yield from dense_rules(f"{dst}/{name}", f"{src}.{hf}", rows, columns, bias=False)
+    yield from _norm(f"{dst}/norm", f"{src}.norm1", out)
+    for end in ("boi", "eoi"):
+        yield WeightRule(f"vision/ends/{end}", f"{prefix}{end}", (1, out), (1, 1, out))
+
+
+def _norm(dst: str, src: str, width: int) -> Iterator[WeightRule]:
+    for leaf in ("weight", "bias"):
+        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
+
+
+# What of the tower and its connector belongs to the decoder's stream.
+STREAM_WRITERS = ("vision/merger/down_proj",)
+STREAM_TABLES = ("vision/ends/boi", "vision/ends/eoi")
+
+
+def eva2_attentions(c: EVA2Config) -> tuple[ValueOutput, ...]:
+    """Values and outputs of the tower."""
+    return (ValueOutput(f"{_V}/v_proj", f"{_V}/o_proj", c.tower.head_dim),)
+
+
+def eva2_hiddens(c: EVA2Config) -> tuple[Hidden, ...]:
+    """What is rotated online: MLPs before their last layers, and the tower's stream, which takes no
+    rotation, wherever it is read.
+
+    Between the convolution and the projection behind it a rotation would cost nothing in their
+    weights. But channels that stand out would then set the scales of all rows of the convolution:
+    with a few 30 times larger, the error was twice that of an online rotation.
+    """
+    width = c.tower.hidden_size
+    return (
+        *(Hidden(f"{_V}/{name}", width, reads_stream=True) for name in (*_QKV, "fc1")),
+        Hidden(f"{_V}/fc2", c.tower.intermediate_size),
+        Hidden("vision/conv/proj", MERGE * MERGE * width, reads_stream=True),
+        Hidden("vision/merger/linear_proj", c.conv_width),
+        Hidden("vision/merger/gate_proj", c.hidden_size),
+        Hidden("vision/merger/up_proj", c.hidden_size),
+        Hidden("vision/merger/down_proj", c.inner, "vision/merger/up_proj"),
+    )
+
+
+def collate(
+    c: EVA2Config | None, prompts: Sequence[Prompt], pad_id: int, pad_to: int | None = None
+) -> Batch:
+    """Left-pad prompts to one length and pack all their pictures, one grid each.
+
+    All of a picture's vectors are visual tokens; positions count tokens.
+
+    Raises:
+        ValueError: placeholders and pictures do not match, or a picture has another size.
+    """
+    for i, p in enumerate(prompts):
+        if p.grids and (c is None or set(p.grids) != {(1, c.side, c.side)}):
+            raise ValueError(f"prompt {i}: pictures are not {c and c.side} patches square")
+        wanted = len(p.grids) * c.tokens if c else 0
+        if (found := p.input_ids.count(VISUAL)) != wanted:
+            raise ValueError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+    batch = collate_text(prompts, pad_id, pad_to)
+    if c is None or not any(p.grids for p in prompts):
+        return batch
+    visual = batch.input_ids == VISUAL
+    index = batch.visual_index.copy()
+    index[visual] = np.arange(visual.sum())  # pictures come in the order of their placeholders
+    return dataclasses.replace(
+        batch,
+        input_ids=np.where(visual, pad_id, batch.input_ids).astype(np.int32),
+        token_class=np.where(visual, 1, batch.token_class).astype(np.int32),
+        visual_index=index,
+        vision=pack_vision(np.concatenate([p.patches for p in prompts if p.grids]), c.side),
+    )

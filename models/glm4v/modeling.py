@@ -1,0 +1,16 @@
+"""GLM-4V: the EVA2-CLIP vision module and the generic decoder."""
+
+from __future__ import annotations
+
+from models.base import VLM
+from models.eva2 import EVA2Vision
+
+
+class GLM4V(VLM):
+    """GLM-4V of any size, float or quantised as ``recipe`` says."""
+
+    VISION = EVA2Vision
+
+
+class GLM4(VLM):
+    """GLM-4, the language model alone."""

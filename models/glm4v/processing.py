@@ -1,0 +1,91 @@
+"""GLM-4V: token ids and pictures to batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from models.base import Batch, Prompt
+from models.eva2 import VISUAL
+from models.eva2 import collate as collate_eva2
+from models.glm4v.config import GLM4VConfig
+from models.squares import patchify
+
+PICTURE = 3  # tokens, and positions, that a picture has in a prompt as published
+
+
+def collate(
+    config: GLM4VConfig, prompts: Sequence[Prompt], pad_id: int = 0, pad_to: int | None = None
+) -> Batch:
+    """Left-pad prompts to one length and pack their pictures.
+
+    A picture takes three positions: its first vector, all its patches together, its last.
+
+    Raises:
+        ValueError: placeholders and pictures do not match, or a picture has another size.
+    """
+    batch = collate_eva2(config.vision, prompts, pad_id, pad_to)
+    if batch.vision is None:
+        return batch
+    place = batch.visual_index % config.vision.tokens  # within its picture
+    last = config.vision.tokens - 1
+    waits = (batch.visual_index >= 0) & (place > 1) & (place < last)
+    positions = np.cumsum((batch.order >= 0) & ~waits, axis=1) - 1
+    return dataclasses.replace(batch, positions=np.maximum(positions, 0)[None].astype(np.int32))
+
+
+def expand(config: GLM4VConfig, ids: Sequence[int]) -> list[int]:
+    """Published ids, begin, placeholder, end -> one ``VISUAL`` for each of the picture's vectors.
+
+    Raises:
+        ValueError: the first begin and the first end do not stand around one token.
+    """
+    ids = list(ids)
+    if config.boi not in ids and config.eoi not in ids:
+        return ids
+    begin = ids.index(config.boi)
+    end = ids.index(config.eoi)
+    if end - begin != PICTURE - 1:
+        raise ValueError(f"begin and end of the picture stand {end - begin} tokens apart, not 2")
+    return [*ids[:begin], *[VISUAL] * config.vision.tokens, *ids[end + 1 :]]
+
+
+def reference_prompts(config: GLM4VConfig, inputs: dict[str, Any]) -> Iterator[Prompt]:
+    """The rows of a golden's inputs as prompts, the padding in front left out."""
+    c, pictures = config.vision, None
+    if (pixels := inputs.get("pixel_values")) is not None:
+        if pixels.shape[2:] != (c.image_size, c.image_size):
+            raise ValueError(f"pictures of {pixels.shape[2:]} pixels, not of {c.image_size}")
+        pictures = patchify(pixels, c.patch_size)
+        if len(pictures) != len(inputs["input_ids"]):
+            raise ValueError("pixel_values must hold one picture per row")
+    rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    for i, (ids, mask) in enumerate(rows):
+        ids = ids[mask == 1].tolist()
+        if pictures is None:
+            yield Prompt(ids, [], np.zeros((0, 0), np.float32))
+        else:
+            yield Prompt(expand(config, ids), [(1, c.side, c.side)], pictures[i])
+
+
+def reference_batch(config: GLM4VConfig, inputs: dict[str, np.ndarray]) -> Batch:
+    """A golden's inputs as one batch; its rows, padding included, grow by their pictures."""
+    width = inputs["input_ids"].shape[1]
+    if "pixel_values" in inputs:
+        width += config.vision.tokens - PICTURE
+    return collate(config, list(reference_prompts(config, inputs)), pad_to=width)
+
+
+def example_prompt(config: GLM4VConfig, text_tokens: int, side: int) -> Prompt:
+    """Arbitrary tokens and one noise picture, whose size is fixed; side 0: no picture."""
+    rng, c = np.random.default_rng(0), config.vision
+    text = rng.integers(0, config.language.vocab_size, text_tokens).tolist()
+    if side == 0 or c is None:
+        return Prompt(text, [], np.zeros((0, 0), np.float32))
+    patches = rng.standard_normal((c.side**2, c.tower.patch_dim), np.float32)
+    half = text_tokens // 2
+    ids = [*text[:half], *[VISUAL] * c.tokens, *text[half:]]
+    return Prompt(ids, [(1, c.side, c.side)], patches)

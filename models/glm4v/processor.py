@@ -1,0 +1,121 @@
+"""GLM-4V: files, chat messages and a picture in; token ids and patches out.
+
+Nothing here touches the network or runs code from the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from models.base import Batch, Prompt
+from models.chat import Message, import_transformers, read_json
+from models.eva2 import VISUAL
+from models.eva2_chat import OnePictureChat, pixels_of, text_of
+from models.glm4v.config import GLM4VConfig
+from models.glm4v.processing import collate
+from models.tiktoken import build_tokenizer, read_ranks
+from mquant_jax.errors import UserError
+
+# What a word is to the tokenizer; in the published code, and in no file.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ROLES = ("system", "user", "assistant", "observation")
+BOI, EOI, END = "<|begin_of_image|>", "<|end_of_image|>", "<|endoftext|>"
+_PREFIX = ("[gMASK]", "<sop>")
+# Special tokens in the order of their ids, behind the ordinary ones, where no file tells them.
+_SPECIAL = (
+    END, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *(f"<|{role}|>" for role in ROLES),
+    BOI, EOI, "<|begin_of_video|>", "<|end_of_video|>",
+)  # fmt: skip
+
+
+class GLM4VProcessor(OnePictureChat):
+    """From a picture and text to a ``Batch``, and from tokens back to text.
+
+    Args:
+        folder: holds tokenizer.model (tiktoken) or tokenizer.json, and as published
+            tokenizer_config.json and generation_config.json.
+        config: the model's config.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+    """
+
+    config: GLM4VConfig
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The folder's tokenizer, its special tokens checked."""
+        if (self.folder / "tokenizer.json").is_file():
+            tokenizer = super().tokenizer
+        else:
+            ranks = read_ranks(self.folder / "tokenizer.model")
+            added = read_json(self.folder / "tokenizer_config.json").get("added_tokens_decoder")
+            special = {token: len(ranks) + i for i, token in enumerate(_SPECIAL)}
+            if added:
+                special = {token["content"]: int(i) for i, token in added.items()}
+            raw = build_tokenizer(ranks, PATTERN, special)
+            kind = import_transformers().PreTrainedTokenizerFast
+            tokenizer = kind(tokenizer_object=raw, eos_token=END, pad_token=END)
+        known = tokenizer.get_vocab()
+        c, needed = self.config, [*_PREFIX, *(f"<|{role}|>" for role in ROLES)]
+        wanted = {BOI: c.boi, EOI: c.eoi} if c.vision else {}
+        for token in (*needed, *wanted):
+            if token not in known:
+                raise UserError(f"{self.folder}: the tokenizer has no token {token}; "
+                                "it is of another model")  # fmt: skip
+        for token, i in wanted.items():
+            if known[token] != i:
+                raise UserError(f"{self.folder}: {token} is token {known[token]}, "
+                                f"config.json says {i}")  # fmt: skip
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, in which nothing is special: a text cannot end its turn."""
+        return list(
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )
+
+    def messages(
+        self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Prompt:
+        """A whole conversation, answered next by the assistant.
+
+        Args:
+            messages: ``{"role": ..., "content": text or parts}``, with a ``"metadata"`` text if
+                the role has any; a part is ``{"type": "text", "text": ...}`` or
+                ``{"type": "image"}``. A message's picture stands in front of its text, wherever
+                its part is. Messages of nothing are left out.
+            images: the picture, if a message has one.
+
+        Raises:
+            UserError: pictures and places differ in number; several pictures, or videos, which
+                the model does not take; a picture that cannot be read; a malformed message.
+        """
+        chat = self.checked(messages, images, videos)
+        token = self.tokenizer.convert_tokens_to_ids
+        ids = token(list(_PREFIX))
+        for i, (message, given) in enumerate(zip(chat, messages, strict=True)):
+            if message["role"] not in ROLES:
+                raise UserError(f"message {i}: role {message['role']!r} is not one of "
+                                f"{', '.join(ROLES)}")  # fmt: skip
+            if given.get("tools"):
+                raise UserError(f"message {i}: tools are not supported; say them in the text")
+            text = text_of(message)
+            picture = any(p["type"] == "image" for p in message["content"])
+            if not text and not picture:
+                continue
+            # Each piece is encoded on its own: a text's first line break joins no other.
+            ids += [token(f"<|{message['role']}|>"), *self.encode(f"{given.get('metadata', '')}\n")]
+            ids += [VISUAL] * self.config.vision.tokens if picture else []
+            ids += self.encode(text)
+        ids.append(token("<|assistant|>"))
+        return Prompt(ids, *pixels_of(self.config.vision, images))
+
+    def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
+        """Left-pad prompts and pack their pictures into one :class:`Batch`."""
+        return collate(self.config, prompts, self.pad_id, pad_to)

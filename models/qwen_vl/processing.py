@@ -1,0 +1,103 @@
+"""Qwen-VL: token ids and pictures to batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from models.base import Batch, Prompt
+from models.qwen_vl.config import QwenVLConfig
+from models.squares import pack_vision, patchify
+from models.text import collate as collate_text
+
+VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
+
+
+def collate(config: QwenVLConfig, prompts: Sequence[Prompt], pad_to: int | None = None) -> Batch:
+    """Left-pad prompts to one length and pack all their pictures.
+
+    Positions are those of the prompt on its own, and so are the lengths that rope and attention
+    are scaled by: a row's numbers do not depend on its company. (The published code counts the
+    padding of a batch; see :func:`reference_batch`.)
+
+    Raises:
+        ValueError: placeholders and pictures do not match.
+    """
+    for i, p in enumerate(prompts):
+        wanted, found = len(p.grids) * config.resampler.queries, p.input_ids.count(VISUAL)
+        if wanted != found:
+            raise ValueError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+    batch = collate_text(prompts, config.image_pad_id, pad_to)
+    visual = (batch.order >= 0) & (batch.input_ids == VISUAL)
+    index = batch.visual_index.copy()
+    index[visual] = np.arange(visual.sum())  # pictures come in the order of their placeholders
+    patches = [p.patches for p in prompts if p.grids]
+    return dataclasses.replace(
+        batch,
+        input_ids=np.where(visual, config.image_pad_id, batch.input_ids).astype(np.int32),
+        token_class=np.where(visual, 1, batch.token_class).astype(np.int32),
+        visual_index=index,
+        vision=pack_vision(np.concatenate(patches), config.side) if patches else None,
+    )
+
+
+def picture_ids(config: QwenVLConfig) -> list[int]:
+    """What stands for a picture in a prompt."""
+    slots = [VISUAL] * config.resampler.queries
+    return [config.image_start_id, *slots, config.image_end_id]
+
+
+def mark_pictures(ids: Sequence[int], config: QwenVLConfig) -> tuple[list[int], int]:
+    """Published ids, whose slots hold a file's name -> ours, and the number of pictures.
+
+    Raises:
+        ValueError: start and end tokens do not pair up, or are not as far apart as they must be.
+    """
+    ids = np.array(ids)
+    starts = np.flatnonzero(ids == config.image_start_id)
+    ends = np.flatnonzero(ids == config.image_end_id)
+    slots = config.resampler.queries
+    if len(starts) != len(ends) or (ends - starts != slots + 1).any():
+        raise ValueError(f"pictures from {starts.tolist()} to {ends.tolist()}; expected {slots} "
+                         "slots between each start and its end")  # fmt: skip
+    for start in starts:
+        ids[start + 1 : start + 1 + slots] = VISUAL
+    return ids.tolist(), len(starts)
+
+
+def reference_batch(config: QwenVLConfig, inputs: dict[str, Any]) -> Batch:
+    """A golden's inputs as one batch of the same padded length.
+
+    As in the published code, positions are columns, padding counted.
+    """
+    pixels = inputs.get("pixel_values", np.zeros((0, 3, config.image_size, config.image_size)))
+    patches = patchify(np.asarray(pixels, np.float32), config.patch_size)
+    prompts, first = [], 0
+    for row in inputs["input_ids"]:
+        ids, count = mark_pictures(row, config)
+        part = patches[first : first + count].reshape(-1, config.vision.patch_dim)
+        prompts.append(Prompt(ids, [(1, config.side, config.side)] * count, part))
+        first += count
+    if first != len(patches):
+        raise ValueError(f"{len(patches)} pictures given, places for {first}")
+    batch, real = collate(config, prompts), inputs["attention_mask"] == 1
+    return dataclasses.replace(
+        batch,
+        order=np.cumsum(real, axis=1, dtype=np.int32) - 1,
+        token_class=np.where(real, batch.token_class, -1).astype(np.int32),
+    )
+
+
+def example_prompt(config: QwenVLConfig, text_tokens: int, side: int) -> Prompt:
+    """Arbitrary tokens and one noise picture, whatever the ``side``; 0: no picture."""
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, config.image_start_id, text_tokens).tolist()
+    if side == 0:
+        return Prompt(text, [], np.zeros((0, config.vision.patch_dim), np.float32))
+    patches = rng.standard_normal((config.side**2, config.vision.patch_dim), np.float32)
+    half = text_tokens // 2
+    ids = [*text[:half], *picture_ids(config), *text[half:]]
+    return Prompt(ids, [(1, config.side, config.side)], patches)

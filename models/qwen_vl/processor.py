@@ -1,0 +1,251 @@
+"""Qwen-VL: files, chat messages and pictures in; token ids and patches out.
+
+Nothing here touches the network or runs code from the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from models.base import Batch, Prompt
+from models.chat import ChatFolder, Message, check_count, import_transformers, normalised, read_json
+from models.images import load_image
+from models.qwen_vl.config import QwenVLConfig
+from models.qwen_vl.processing import collate, picture_ids
+from models.squares import patchify, squeeze
+from models.tiktoken import build_tokenizer, read_ranks
+from mquant_jax.errors import UserError
+
+# What a word is to the tokenizer; in the published code, and in no file.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MARK = "<img></img>"  # where a picture stands in a text; a file's name between the two is skipped
+_PLACED = re.compile(r"<img>.*?</img>", re.DOTALL)
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_CHAT = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
+IMG, IMG_END, IMG_PAD = "<img>", "</img>", "<imgpad>"
+# These are special in a text, too; those of a chat are not: no text can end its own turn.
+_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", IMG, IMG_END, IMG_PAD)
+_TAG = re.compile(f"({'|'.join(map(re.escape, _TAGS))})")
+_SYSTEM = "You are a helpful assistant."
+_WINDOW = 6144  # tokens of context, beyond which the oldest turns are dropped
+
+
+class QwenVLProcessor(ChatFolder):
+    """From pictures and text to a ``Batch``, and from tokens back to text.
+
+    Args:
+        folder: holds qwen.tiktoken (or tokenizer.json), and as published generation_config.json.
+        config: the model's config.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+    """
+
+    config: QwenVLConfig
+    NEEDED = ("qwen.tiktoken",)
+    INSTEAD = {"qwen.tiktoken": "tokenizer.json"}
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The folder's tokenizer, its special tokens checked."""
+        path = self.folder / self.NEEDED[0]
+        if path.is_file():
+            ranks = read_ranks(path)
+            special = {token: len(ranks) + i for i, token in enumerate((*_CHAT, *_TAGS))}
+            kind = import_transformers().PreTrainedTokenizerFast
+            tokenizer = kind(
+                tokenizer_object=build_tokenizer(ranks, PATTERN, special), pad_token=END_OF_TEXT
+            )
+        else:
+            path, tokenizer = self.folder / self.INSTEAD[self.NEEDED[0]], super().tokenizer
+        known, c = tokenizer.get_vocab(), self.config
+        ids = {IMG: c.image_start_id, IMG_END: c.image_end_id, IMG_PAD: c.image_pad_id}
+        for token in (END_OF_TEXT, IM_START, IM_END, *ids):
+            if token not in known:
+                raise UserError(f"{path}: no token {token}; it is of another model")
+            if known[token] != ids.get(token, known[token]):
+                raise UserError(f"{path}: {token} is token {known[token]}, "
+                                f"config.json says {ids[token]}")  # fmt: skip
+        return tokenizer
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """generation_config.json.
+
+        Raises:
+            UserError: a format of prompts that is not known.
+        """
+        settings = read_json(self.folder / "generation_config.json")
+        kind = settings.get("chat_format", "chatml")
+        if kind not in ("chatml", "raw"):
+            raise UserError(f"{self.folder / 'generation_config.json'}: chat_format {kind!r} is "
+                            "not supported; known: chatml, raw")  # fmt: skip
+        return settings
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are turns of a chat, and not texts to be gone on with (Qwen-VL)."""
+        return self.settings.get("chat_format", "chatml") == "chatml"
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those that the published code stops at."""
+        stops = (IM_END, IM_START, END_OF_TEXT) if self.is_chat else (END_OF_TEXT,)
+        return tuple(self.tokenizer.convert_tokens_to_ids(list(stops)))
+
+    @functools.cached_property
+    def _chat_ids(self) -> set[int]:
+        """Special tokens that no answer shows."""
+        known = self.tokenizer.get_vocab()
+        return {known[token] for token in _CHAT if token in known}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, in which tags (``<ref>``, ``<box>``, ...) are special, alone."""
+        ids: list[int] = []
+        for i, part in enumerate(_TAG.split(unicodedata.normalize("NFC", text))):
+            if i % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(part))
+            elif part:
+                options = {"add_special_tokens": False, "split_special_tokens": True}
+                ids += self.tokenizer(part, **options)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens, stripped: tags stay, a chat's special tokens go."""
+        kept = [int(i) for i in ids if int(i) not in self._chat_ids]
+        return self.tokenizer.decode(kept, skip_special_tokens=False).strip()
+
+    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
+        """One user turn.
+
+        Args:
+            text: pictures stand in front of it, or where it says ``<img></img>`` (a file's name
+                between the two is skipped: it may be a published prompt).
+            images: PIL images, uint8 ``[H, W, 3]`` arrays or paths.
+            videos: none.
+
+        Raises:
+            UserError: as :meth:`messages`.
+        """
+        content = [] if _PLACED.search(text) else [{"type": "image"} for _ in images]
+        content.append({"type": "text", "text": text})
+        return self.messages([{"role": "user", "content": content}], images, videos)
+
+    def messages(
+        self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Prompt:
+        """A whole conversation, answered next by the assistant.
+
+        The oldest turns, and their pictures, are left out where all would exceed the window of
+        generation_config.json (6144 tokens).
+
+        Args:
+            messages: ``{"role": ..., "content": text or parts}``; a part is ``{"type": "text",
+                "text": ...}`` or ``{"type": "image"}``, numbered through its message and on a line
+                of its own. A text may say ``<img></img>`` itself, and is then not changed.
+            images: in the order of their parts and places.
+
+        Raises:
+            UserError: pictures and places differ in number (both are named); a picture that
+                cannot be read; a malformed message, or tags that do not pair up; videos; more
+                than one message, where the model is none for chats.
+        """
+        chat = [normalised(message, i, None) for i, message in enumerate(messages)]
+        parts = [part for message in chat for part in message["content"]]
+        if len(videos) or any(part["type"] == "video" for part in parts):
+            raise UserError(f"{self.folder}: Qwen-VL takes no videos; give frames as images")
+        texts = [_text(message["content"]) for message in chat]
+        counts = [len(_PLACED.findall(text)) for text in texts]
+        check_count(f"the prompt has {sum(counts)}", "image", sum(counts), images)
+        if self.is_chat:
+            roles = [message["role"] for message in chat]
+            ids, kept = self._chat(list(zip(roles, texts, strict=True)))
+        else:
+            if [message["role"] for message in chat] != ["user"]:
+                raise UserError(f"{self.folder}: this model is not made for chats; "
+                                "expected one message of the user")  # fmt: skip
+            ids, kept = self._with_pictures(0, texts[0]), [0]
+        owners = np.repeat(np.arange(len(chat)), counts)
+        seen = [i for i, owner in enumerate(owners) if owner in kept]
+        return Prompt(ids, *self._pictures({i: images[i] for i in seen}))
+
+    def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
+        """Left-pad prompts and pack their pictures into one :class:`Batch`."""
+        return collate(self.config, prompts, pad_to)
+
+    def _chat(self, chat: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Token ids of roles and texts, and the numbers of the messages that had room."""
+        first = 1 if chat and chat[0][0] == "system" else 0
+        newline = self.encode("\n")
+        head = self._message(0, "system", chat[0][1] if first else _SYSTEM)
+        turns: list[list[int]] = []  # a message of the user, and what follows it
+        for i in range(first, len(chat)):
+            if chat[i][0] == "user" or not turns:
+                turns.append([])
+            turns[-1].append(i)
+
+        def written(turn: Sequence[int]) -> list[int]:
+            return [t for i in turn for t in newline + self._message(i, *chat[i])]
+
+        last = turns.pop() if turns else []
+        context: list[int] = []
+        kept = [*range(first), *last]
+        for turn in reversed(turns):
+            ids = written(turn)
+            if len(head) + len(ids) + len(context) >= self.settings.get("max_window_size", _WINDOW):
+                break
+            context, kept = ids + context, kept + turn
+        start = self.tokenizer.convert_tokens_to_ids(IM_START)
+        answer = [*newline, start, *self.encode("assistant"), *newline]
+        return head + context + written(last) + answer, kept
+
+    def _message(self, number: int, role: str, text: str) -> list[int]:
+        """Token ids of one message; its role, the newline and the text are split on their own."""
+        start, end = self.tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+        text_ids = self._with_pictures(number, text)
+        return [start, *self.encode(role), *self.encode("\n"), *text_ids, end]
+
+    def _with_pictures(self, number: int, text: str) -> list[int]:
+        """Token ids of a message's text, a placeholder for every visual token."""
+        c, out, is_open = self.config, [], False
+        for token in self.encode(_PLACED.sub(MARK, text)):
+            if is_open != (token == c.image_end_id):
+                raise UserError(f"message {number}: {IMG} and {IMG_END} do not pair up")
+            is_open = token == c.image_start_id
+            if token == c.image_end_id:
+                out += picture_ids(c)
+            elif not is_open:
+                out.append(token)
+        if is_open:
+            raise UserError(f"message {number}: {IMG} and {IMG_END} do not pair up")
+        return out
+
+    def _pictures(self, images: Mapping[int, Any]) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+        """Grids, and patches float32 ``[pictures * side^2, patch_dim]``; images by their number."""
+        c = self.config
+        squares = [squeeze(load_image(x, f"image {i}"), c.image_size) for i, x in images.items()]
+        if not squares:
+            return [], np.zeros((0, c.vision.patch_dim), np.float32)
+        patches = patchify(np.stack(squares), c.patch_size)
+        return [(1, c.side, c.side)] * len(squares), patches.reshape(-1, c.vision.patch_dim)
+
+
+def _text(parts: Sequence[Mapping[str, Any]]) -> str:
+    """A message's parts as published: pictures are numbered, each on a line of its own."""
+    out, count = "", 0
+    for part in parts:
+        if part["type"] == "image":
+            count += 1
+            out += f"Picture {count}: {MARK}\n"
+        else:
+            out += part["text"]
+    return out

@@ -1,0 +1,84 @@
+"""What families share of their resamplers: published tensor names and streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from models.base import Rows, WeightRule
+from models.language import dense_rules, direct
+from models.streams import Hidden, Read, Stream, ValueOutput
+from mquant_jax.errors import UserError
+from mquant_jax.nn.resampler import ResamplerConfig
+
+
+def norm_rules(dst: str, src: str, width: int) -> Iterator[WeightRule]:
+    """Weight and bias of a LayerNorm."""
+    for leaf in ("weight", "bias"):
+        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
+
+
+def resampler_rules(c: ResamplerConfig, src: str, last: str) -> Iterator[WeightRule]:
+    """The resampler under ``src``, its last norm and projection under ``last``."""
+    d = c.width
+    yield direct("vision/query", f"{src}.query", c.queries, d)
+    if c.stored_positions:
+        for part in ("keys", "queries"):
+            yield direct(f"vision/{part}/positions", f"{src}.pos_embed", c.queries, d)
+    if c.projects:
+        yield from dense_rules("vision/keys/kv_proj", f"{src}.kv_proj", d, c.features, bias=False)
+    projections = ("vision/queries/q_proj", "vision/keys/k_proj", "vision/keys/v_proj")
+    for leaf, hf, tail in (("kernel", "weight", (d,)), ("bias", "bias", ())):
+        for i, dst in enumerate(projections):
+            yield WeightRule(f"{dst}/{leaf}", f"{src}.attn.in_proj_{hf}", (d, *tail),
+                             (3 * d, *tail), Rows(i, i + 1, 3))  # fmt: skip
+    yield from dense_rules("vision/merger/out_proj", f"{src}.attn.out_proj", d, d)
+    yield from norm_rules("vision/queries/norm", f"{src}.ln_q", d)
+    yield from norm_rules("vision/keys/norm", f"{src}.ln_kv", d)
+    yield from norm_rules("vision/merger/norm", f"{last}.ln_post", d)
+    # A bare parameter, multiplied from the right.
+    yield WeightRule("vision/merger/proj/kernel", f"{last}.proj", (d, d), (d, d), transposed=True)
+
+
+def resampler_streams(c: ResamplerConfig) -> Iterator[Stream]:
+    """The streams inside a resampler that end in a norm.
+
+    There is no residual in a resampler, so its queries and its output have bases of their own
+    (paper's code). Inputs of its keys and values, and of queries that have positions, are rotated
+    online, since the positions come between their norm and what reads it.
+
+    Raises:
+        UserError: a resampler that does not project the tower's features.
+    """
+    if not c.projects:
+        raise UserError(
+            f"the tower is as wide as the decoder ({c.width}): the resampler has no kv_proj, which "
+            "rotating and quantising need. No released model is built so; recipe float works"
+        )
+    if not c.stored_positions:
+        yield Stream(
+            "queries",
+            c.width,
+            tables=("vision/query",),
+            writers=(),
+            reads=(Read("vision/queries/norm", ("vision/queries/q_proj",)),),
+            centred=True,
+        )
+    yield Stream(
+        "resampled",
+        c.width,
+        writers=("vision/merger/out_proj",),
+        reads=(Read("vision/merger/norm", ("vision/merger/proj",)),),
+        centred=True,
+    )
+
+
+def resampler_attention(c: ResamplerConfig) -> ValueOutput:
+    """Values and output projection."""
+    return ValueOutput("vision/keys/v_proj", "vision/merger/out_proj", c.width // c.heads)
+
+
+def resampler_hiddens(c: ResamplerConfig) -> tuple[Hidden, ...]:
+    """The layers behind online rotations."""
+    readers = ["vision/keys/k_proj", "vision/keys/v_proj"]
+    readers += ["vision/queries/q_proj"] if c.stored_positions else []
+    return tuple(Hidden(reader, c.width) for reader in readers)

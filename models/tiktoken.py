@@ -1,0 +1,90 @@
+"""Tokenizers from a tiktoken file: lines of a token in base64 and its rank.
+
+Built anew as a byte-level BPE of the ``tokenizers`` library. Such files hold neither the pattern
+that cuts a text into words nor the special tokens: they come from the family.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from mquant_jax.errors import UserError
+
+Ranks = dict[bytes, int]
+
+
+def read_ranks(path: Path) -> Ranks:
+    """Token -> rank, which is its id; in the order of the file.
+
+    Raises:
+        UserError: no such file, or a line of another form.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from e
+    ranks: Ranks = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as e:
+            raise UserError(f"{path}:{number}: expected a token in base64 and its rank") from e
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing or len(set(ranks.values())) < len(ranks):
+        raise UserError(f"{path}: not a tiktoken vocabulary: a byte is missing or a rank is double")
+    return ranks
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter that a byte-level BPE writes for each byte."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = (b for b in range(256) if b not in plain)
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+def build_tokenizer(ranks: Ranks, pattern: str, special: Mapping[str, int]) -> Tokenizer:
+    """The tokenizer; a text's own ``<|...|>`` are special tokens unless the caller says otherwise.
+
+    A pair of tokens is merged when both together are a token, the one of least rank first. Every
+    split of a token into two others is therefore a merge.
+
+    Args:
+        pattern: regular expression of a word.
+        special: special token -> id.
+
+    Raises:
+        UserError: a special token's id or text is taken.
+    """
+    letters = byte_letters()
+    text = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
+    vocab = {text[token]: rank for token, rank in ranks.items()}
+    taken = set(vocab.values())
+    for name, i in special.items():
+        if i in taken or name in vocab:
+            raise UserError(f"special token {name}: id {i} or its text is that of another token")
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        splits = [
+            (ranks[token[:i]], ranks[token[i:]], token[:i], token[i:])
+            for i in range(1, len(token))
+            if token[:i] in ranks and token[i:] in ranks
+        ]
+        merges += [(text[left], text[right]) for *_, left, right in sorted(splits)]
+    bpe = models.BPE(vocab | dict(special), merges, fuse_unk=False, ignore_merges=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    names = sorted(special, key=special.__getitem__)
+    tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
+    return tokenizer

@@ -1,0 +1,246 @@
+"""The decoder's blocks, with or without a visual expert: shape, context, layers, attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mquant_jax.nn.act_quant import ActQuant, Points, Tap
+from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.norm import RMSNorm
+from mquant_jax.nn.placement import Placement
+from mquant_jax.nn.rope import Scaling, apply_rope
+from mquant_jax.ops.attention import attend, split_heads
+
+Phase = Callable[["Projections", jax.Array, jax.Array, Tap | None], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a language model.
+
+    ``rope_sections`` are the rotary slots that follow each position stream; a single entry is
+    ordinary rope. They add up to ``head_dim / 2``, or less: the other channels do not turn.
+    ``stored_rope``: the checkpoint holds the frequencies of each layer, and they are not computed.
+    ``qk_norm``: queries and keys pass an RMSNorm per head before the rotation. ``logn_length``:
+    queries from this position on grow with the logarithm of their position; ``None``: they do not.
+    ``visual_expert``: visual tokens have dense layers of their own, with biases on queries, keys
+    and values.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_sections: tuple[int, ...]
+    max_positions: int
+    qkv_bias: bool
+    tied_head: bool
+    o_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: Scaling | None = None
+    qk_norm: bool = False
+    logn_length: int | None = None
+    stored_rope: bool = False
+    visual_expert: bool = False
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that turn."""
+        return 2 * sum(self.rope_sections)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["angles", "mask", "token_class", "query_gain", "visual"],
+    meta_fields=["visual_slots"],
+)
+@dataclasses.dataclass(frozen=True)
+class DecoderContext:
+    """What every block needs beside the residual stream.
+
+    Attributes:
+        angles: rotary angles float32 ``[B, T, rotary slots]``; positions where each layer has
+            frequencies of its own.
+        mask: bool ``[B, T, S]``, which keys a query may see.
+        token_class: int32 ``[B, T]``, sinks marked.
+        query_gain: float32 ``[B, T]``, factor on the rotated queries; ``None``: there is none.
+        visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
+            ``None``: they stand anywhere.
+        visual: bool ``[B, T]``, which tokens are the visual expert's (sinks among them are no
+            exception); ``None`` where there is no such expert, or nothing for it to do.
+    """
+
+    angles: jax.Array
+    mask: jax.Array
+    token_class: jax.Array
+    query_gain: jax.Array | None = None
+    visual: jax.Array | None = None
+    visual_slots: int | None = None
+
+
+class Projections(nnx.Module):
+    """The dense layers of a block and the points in front of them."""
+
+    POINTS: ClassVar[Points] = {
+        "attn_in": ("q_proj", "k_proj", "v_proj"),
+        "attn_out": ("o_proj",),
+        "mlp_in": ("gate_proj", "up_proj"),
+        "mlp_hidden": ("down_proj",),
+    }
+
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        place: Placement,
+        qkv_bias: bool,
+        prefix: str = "",
+        *,
+        rngs: nnx.Rngs,
+    ):
+        """``prefix`` stands in front of the points' names."""
+        dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
+
+        def point(name: str, rotation=None) -> ActQuant:
+            return ActQuant(prefix + name, place.section, place.n_classes, rotation)
+
+        d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        self.attn_in = point("attn_in")
+        self.q_proj = dense(d, q, bias=qkv_bias)
+        self.k_proj = dense(d, kv, bias=qkv_bias)
+        self.v_proj = dense(d, kv, bias=qkv_bias)
+        self.attn_out = point("attn_out")
+        self.o_proj = dense(q, d, bias=cfg.o_bias)
+        self.mlp_in = point("mlp_in")
+        self.gate_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.up_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
+        # The signs of the rotation are folded into up_proj.
+        rotation = place.online_rotation(cfg.intermediate_size)
+        self.mlp_hidden = point("mlp_hidden", rotation and rotation.without_signs())
+        hidden = rotation.n if rotation else cfg.intermediate_size
+        self.down_proj = dense(hidden, d, bias=cfg.mlp_bias, split=place.split)
+
+    def project(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> tuple[jax.Array, ...]:
+        """Queries, keys and values ``[B, T, heads * d]`` of the normed stream."""
+        h = self.attn_in(h, cls, tap)
+        return self.q_proj(h), self.k_proj(h), self.v_proj(h)
+
+    def output(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> jax.Array:
+        """What attention adds to the stream."""
+        return self.o_proj(self.attn_out(h, cls, tap))
+
+    def mlp(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> jax.Array:
+        """What the MLP adds to the stream."""
+        h = self.mlp_in(h, cls, tap)
+        h = jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)
+        return self.down_proj(self.mlp_hidden(h, cls, tap))
+
+
+class DecoderBlock(Projections):
+    """Pre-norm attention, then a gated MLP, each added to the residual stream."""
+
+    def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        super().__init__(cfg, place, cfg.qkv_bias, rngs=rngs)
+        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
+        if cfg.stored_rope:  # positions times these are too large for a narrower type
+            self.frequencies = nnx.Param(jnp.zeros((cfg.rotary_dim // 2,), jnp.float32))
+
+    def run(self, phase: Phase, h: jax.Array, ctx: DecoderContext, tap: Tap | None) -> Any:
+        """One of the :class:`Projections`' methods, on all tokens."""
+        return phase(self, h, ctx.token_class, tap)
+
+    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):
+        """Normed, projected and rotated ``q [B, heads, T, d]``, ``k`` and ``v [B, kv, T, d]``."""
+        q, k, v = (
+            split_heads(y, self.cfg.head_dim)
+            for y in self.run(Projections.project, self.attn_norm(x), ctx, tap)
+        )
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        angles = ctx.angles
+        if self.cfg.stored_rope:
+            angles = angles * self.frequencies.get_value()
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if ctx.query_gain is not None:
+            q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
+        return q, k, v
+
+    def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):
+        """Output projection and MLP, each added to the residual stream ``x``."""
+        x = x + self.run(Projections.output, attended, ctx, tap)
+        return x + self.run(Projections.mlp, self.mlp_norm(x), ctx, tap)
+
+    def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
+        """Without a cache: queries see the keys of the same call only."""
+        q, k, v = self.qkv(x, ctx, tap)
+        return self.rest(x, attend(q, k, v, ctx.mask), ctx, tap)
+
+    def cached(self, x, ctx: DecoderContext, k_all, v_all, layer, cursor, fresh: bool):
+        """With a cache: writes this call's keys and values at ``cursor`` of ``layer``.
+
+        Args:
+            fresh: the cache was empty; attend to this call's keys alone (``ctx.mask`` is square).
+
+        Returns:
+            The residual stream and the updated ``k_all``, ``v_all``.
+        """
+        q, k, v = self.qkv(x, ctx, None)
+        at = (layer, 0, 0, cursor, 0)
+        k_all = jax.lax.dynamic_update_slice(k_all, k[None].astype(k_all.dtype), at)
+        v_all = jax.lax.dynamic_update_slice(v_all, v[None].astype(v_all.dtype), at)
+        if not fresh:
+            k = jax.lax.dynamic_index_in_dim(k_all, layer, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(v_all, layer, keepdims=False)
+        return self.rest(x, attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
+
+
+class ExpertBlock(DecoderBlock):
+    """A block whose visual tokens have dense layers of their own; all tokens share the attention.
+
+    Where the visual tokens stand in one slice (``ctx.visual_slots``), each expert runs on its own
+    slice, and where there are none, one alone. Otherwise both run on everything.
+    """
+
+    POINTS: ClassVar[Points] = {
+        f"{expert}{point}": tuple(f"{expert}{reader}" for reader in readers)
+        for point, readers in Projections.POINTS.items()
+        for expert in ("", "visual/")
+    }
+
+    def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
+        super().__init__(cfg, place, rngs=rngs)
+        self.visual = Projections(cfg, place, True, "visual/", rngs=rngs)
+
+    def classes_at(self, point: str, ctx: DecoderContext) -> jax.Array:
+        """int32 ``[B, T]``: token classes, -1 for tokens that are not of the point's expert."""
+        own = ctx.visual if point.startswith("visual/") else ~ctx.visual
+        return jnp.where(own, ctx.token_class, -1)
+
+    def run(self, phase: Phase, h: jax.Array, ctx: DecoderContext, tap: Tap | None) -> Any:
+        """A phase of each token's own expert; with a ``tap``, both experts see everything."""
+        at, cls = ctx.visual_slots, ctx.token_class
+        if at == 0:
+            return phase(self, h, cls, tap)
+        if at is None or tap is not None:
+            text, visual = phase(self, h, cls, tap), phase(self.visual, h, cls, tap)
+            own = ctx.visual[..., None]
+            return jax.tree.map(lambda v, t: jnp.where(own, v, t), visual, text)
+        front = phase(self.visual, h[:, :at], cls[:, :at], None)
+        back = phase(self, h[:, at:], cls[:, at:], None)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), front, back)

@@ -1,0 +1,207 @@
+"""The perceiver resampler: learned queries attend to a picture's features, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from math import isqrt
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mquant_jax.nn.act_quant import ActQuant, Points, Tap
+from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.norm import LayerNorm
+from mquant_jax.nn.placement import Placement
+from mquant_jax.nn.resample import resample_grid
+from mquant_jax.nn.stack import SCAN, Runner
+from mquant_jax.nn.vit import VisionInput, ViT, ViTConfig, tower_norm
+from mquant_jax.ops.attention import attend
+from mquant_jax.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class ResamplerConfig:
+    """Shape of a resampler.
+
+    Attributes:
+        features: width of the tower's features.
+        width: of the queries, of everything inside and of what comes out.
+        heads: of the attention.
+        queries: visual tokens of a picture.
+        norm_eps: of its LayerNorms.
+        stored_positions: keys and queries add a learned table, ``[queries, width]`` of a square of
+            queries, resampled to the square of patches for the keys. Without it keys alone have
+            positions, fixed sines and cosines.
+        kv_bias: a rotated ``kv_proj`` has a bias, left there by the norm behind the tower.
+    """
+
+    features: int
+    width: int
+    heads: int
+    queries: int
+    norm_eps: float = 1e-6
+    stored_positions: bool = False
+    kv_bias: bool = False
+
+    @property
+    def projects(self) -> bool:
+        """Whether features are projected to the resampler's width first."""
+        return self.features != self.width
+
+
+def sincos(coords: jax.Array, width: int) -> jax.Array:
+    """Fixed positions: int32 ``[N, P, 2]`` (row, column) -> float32 ``[N, P, width]``.
+
+    The first half tells the column, the second the row; each is its sines, then its cosines.
+    """
+    rates = 10000.0 ** -(jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
+    angles = coords[..., ::-1, None].astype(jnp.float32) * rates  # [N, P, 2, width / 4]
+    halves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return halves.reshape(*coords.shape[:-1], width)
+
+
+def _heads(x: jax.Array, heads: int) -> jax.Array:
+    """``[N, T, heads * d]`` -> ``[N, heads, T, d]``."""
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], heads, -1), 1, 2)
+
+
+class Keys(nnx.Module):
+    """Features and where they stand -> keys and values, side by side.
+
+    Positions enter keys alone, behind the norm. That is why a rotated model keeps this LayerNorm:
+    had its weight gone into ``k_proj``, the positions would have to be divided by it, and small
+    weights would make them huge. Keys and values are rotated online instead.
+
+    Features as wide as the queries are not projected; such a model stays float.
+    """
+
+    POINTS: ClassVar[Points] = {"kv_in": ("kv_proj",), "k_in": ("k_proj",), "v_in": ("v_proj",)}
+
+    def __init__(self, cfg: ResamplerConfig, place: Placement, *, rngs: nnx.Rngs):
+        self.cfg, out = cfg, cfg.width
+        section, dtype = place.section, place.dtype
+        if cfg.projects:
+            self.kv_in = ActQuant("kv_in", section)
+            bias = cfg.kv_bias and place.rotated
+            self.kv_proj = Dense(
+                cfg.features, out, bias=bias, section=section, dtype=dtype, rngs=rngs
+            )
+        self.norm = LayerNorm(out, cfg.norm_eps, dtype)
+        if cfg.stored_positions:
+            self.positions = nnx.Param(jnp.zeros((cfg.queries, out), dtype))
+        rotation = place.online_rotation(out)
+        self.k_in = ActQuant("k_in", section, rotation=rotation)
+        self.v_in = ActQuant("v_in", section, rotation=rotation)
+        inner = rotation.n if rotation else out
+        self.k_proj = Dense(inner, out, section=section, dtype=dtype, rngs=rngs)
+        self.v_proj = Dense(inner, out, section=section, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: tuple[jax.Array, jax.Array], tap: Tap | None = None) -> jax.Array:
+        """Features ``[N, P, features]`` and int32 ``[N, P, 2]`` -> ``[N, P, 2 * width]``."""
+        features, coords = x
+        if self.cfg.projects:
+            features = self.kv_proj(self.kv_in(features, None, tap))
+        h = self.norm(features)
+        placed = h + self._places(coords).astype(h.dtype)
+        k = self.k_proj(self.k_in(placed, None, tap))
+        return jnp.concatenate([k, self.v_proj(self.v_in(h, None, tap))], axis=-1)
+
+    def _places(self, coords: jax.Array) -> jax.Array:
+        """float32 ``[N, P, width]``; or ``[P, width]``, of a square of patches row by row."""
+        if not self.cfg.stored_positions:
+            return sincos(coords, self.cfg.width)
+        table = self.positions.get_value().astype(jnp.float32)
+        side, old = isqrt(coords.shape[1]), isqrt(self.cfg.queries)
+        return table if side == old else resample_grid(table, old, side)
+
+
+class Queries(nnx.Module):
+    """The learned queries, normed, placed and projected; with positions as in :class:`Keys`."""
+
+    POINTS: ClassVar[Points] = {"q_in": ("q_proj",)}
+
+    def __init__(self, cfg: ResamplerConfig, place: Placement, *, rngs: nnx.Rngs):
+        width, section = cfg.width, place.section
+        self.placed = cfg.stored_positions
+        rotation = None
+        if self.placed:
+            self.norm = LayerNorm(width, cfg.norm_eps, place.dtype)
+            self.positions = nnx.Param(jnp.zeros((cfg.queries, width), place.dtype))
+            rotation = place.online_rotation(width)
+        else:
+            self.norm = tower_norm(width, cfg.norm_eps, place)
+        self.q_in = ActQuant("q_in", section, rotation=rotation)
+        inner = rotation.n if rotation else width
+        self.q_proj = Dense(inner, width, section=section, dtype=place.dtype, rngs=rngs)
+
+    def __call__(self, query: jax.Array, tap: Tap | None = None) -> jax.Array:
+        """``[1, Q, width]``, and so is what comes out."""
+        h = self.norm(query)
+        if self.placed:
+            h = h + self.positions.get_value()
+        return self.q_proj(self.q_in(h, None, tap))
+
+
+class Resampler(nnx.Module):
+    """Queries attend to a picture's keys; output projection, norm and a last projection."""
+
+    POINTS: ClassVar[Points] = {"attn_out": ("out_proj",), "proj_in": ("proj",)}
+
+    def __init__(self, cfg: ResamplerConfig, place: Placement, *, rngs: nnx.Rngs):
+        width, section, dtype = cfg.width, place.section, place.dtype
+        self.heads = cfg.heads
+        self.attn_out = ActQuant("attn_out", section)
+        self.out_proj = Dense(width, width, section=section, dtype=dtype, rngs=rngs)
+        self.norm = tower_norm(width, cfg.norm_eps, place)
+        self.proj_in = ActQuant("proj_in", section)
+        # Published without a bias; the one of the rotated model is what the norm leaves behind.
+        self.proj = Dense(width, width, bias=place.rotated, section=section, dtype=dtype, rngs=rngs)
+
+    def pool(self, x: tuple[jax.Array, jax.Array, jax.Array], tap: Tap | None = None) -> jax.Array:
+        """What attention makes of a picture, ``[N, Q, width]``, in front of the norm.
+
+        Args:
+            x: queries ``[N, Q, width]``; keys and values ``[N, P, 2 * width]``; bool ``[N, P]``,
+                which keys are real.
+        """
+        q, kv, valid = x
+        k, v = jnp.split(kv, 2, axis=-1)
+        h = attend(*(_heads(y, self.heads) for y in (q, k, v)), valid[:, None])
+        return self.out_proj(self.attn_out(h, None, tap))
+
+    def __call__(
+        self, x: tuple[jax.Array, jax.Array, jax.Array], tap: Tap | None = None
+    ) -> jax.Array:
+        """Visual tokens of each picture, ``[N, Q, width]``; ``x`` as in :meth:`pool`."""
+        return self.proj(self.proj_in(self.norm(self.pool(x, tap)), None, tap))
+
+
+class ResampledViT(ViT):
+    """Vision tower and resampler.
+
+    The resampler is three modules, as a module's points all see the same rows: patches, the
+    queries, or the queries of every picture.
+    """
+
+    def __init__(
+        self, tower: ViTConfig, cfg: ResamplerConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs
+    ):
+        super().__init__(tower, Placement.of(recipe, "vision", dtype), rngs=rngs)
+        place = Placement.of(recipe, "connector", dtype)
+        self.query = nnx.Param(jnp.zeros((cfg.queries, cfg.width), dtype))
+        self.keys = Keys(cfg, place, rngs=rngs)
+        self.queries = Queries(cfg, place, rngs=rngs)
+        self.merger = Resampler(cfg, place, rngs=rngs)
+
+    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+        """Pictures -> visual tokens ``[N, Q, width]`` of the decoder."""
+        x = self.features(vision, runner)
+        kv = runner.module("vision/keys", self.keys, (x, vision.coords), vision.token_class)
+        query = self.query.get_value()[None]
+        q = runner.module("vision/queries", self.queries, query, jnp.zeros(query.shape[:2], int))
+        q = jnp.broadcast_to(q, (len(x), *q.shape[1:]))
+        pictures = jnp.max(vision.token_class, axis=1, keepdims=True)  # -1: all of it is padding
+        classes = jnp.broadcast_to(pictures, q.shape[:2])
+        return runner.module("vision/merger", self.merger, (q, kv, vision.valid), classes)

@@ -1,0 +1,99 @@
+"""Models of any family for tests: the goldens, variations with random weights, rotated twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from models.base import VLM, Batch, Family
+from mquant_jax.nn.params import set_params
+from mquant_jax.ptq.pipeline import abstract_model, float_model, quantize_params
+from mquant_jax.recipe import Recipe
+from tests.helpers import Arrays, golden, golden_model, relative
+
+ROTATED = Recipe("rotated", rotate=True, seed=3)
+
+
+def model_of(family: Family, config: Any, params: Arrays) -> VLM:
+    """The float model with these tensors."""
+    model = abstract_model(family, config, Recipe())
+    set_params(model, dict(params))
+    return model
+
+
+def golden_case(case: str) -> tuple[VLM, Any, Arrays, Arrays]:
+    """``folder/case`` -> the float model of a golden, its config, inputs and outputs."""
+    return golden_model(case)[1:]
+
+
+def changed_config(case: str, **changes: Any) -> dict[str, Any]:
+    """A golden's config.json; dictionaries among ``changes`` are merged into its own."""
+    hf = golden(*case.split("/"))[0]
+    for key, value in changes.items():
+        hf[key] = hf[key] | value if isinstance(value, dict) else value
+    return hf
+
+
+def random_params(family: Family, config: Any, seed: int = 0) -> Arrays:
+    """Tensors of the right shapes: norms and gains away from one, means and biases everywhere."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for rule in family.weight_rules(config):
+        value = rng.normal(0, 1, rule.shape)
+        if rule.dst.endswith("norm/weight"):
+            value = np.exp(0.5 * value)
+        elif rule.dst.endswith("gain"):
+            value = 0.5 + 0.1 * value
+        elif len(rule.shape) == 2 and rule.dst.endswith("kernel"):
+            value = value * rule.shape[1] ** -0.5 + 0.02
+        out[rule.dst] = value.astype(np.float32)
+    return out
+
+
+# Tables and kernels that write to a stream: what a test of rotations gives a mean.
+_WRITERS = ("class_token", "positions", "query", "patch_embed/proj/kernel", "fc2/kernel")
+
+
+def hardened(params: Arrays, seed: int = 0) -> Arrays:
+    """Norm weights far from one, biases and means everywhere: what rotation must survive."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, value in params.items():
+        value = np.asarray(value, np.float32)
+        if "norm/weight" in name or name.endswith("gain"):
+            value = value * rng.lognormal(0, 0.7, value.shape)
+        elif name.endswith("bias"):
+            value = value + rng.normal(0.3, 0.5, value.shape)
+        elif name.endswith(_WRITERS):
+            value = value + 0.05
+        out[name] = value.astype(np.float32)
+    return out
+
+
+def batch_of(family: Family, config: Any, case: str) -> tuple[Batch, Arrays]:
+    """A golden's inputs as a batch, and as they are."""
+    inputs = golden(*case.split("/"))[1]
+    return jax.tree.map(jax.numpy.asarray, family.reference_batch(config, inputs)), inputs
+
+
+def float_logits(
+    family: Family, config: Any, recipe: Recipe, params: Arrays, case: str
+) -> tuple[np.ndarray, VLM]:
+    """Logits of a golden's real tokens by an unquantised model, rotated or not; and the model."""
+    batch, inputs = batch_of(family, config, case)
+    model = float_model(family, config, recipe, params)
+    out = np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
+    return out[inputs["attention_mask"] == 1], model
+
+
+def rotated_twin(
+    family: Family, config: Any, params: Arrays, case: str, recipe: Recipe = ROTATED
+) -> VLM:
+    """The rotated model, once it was found to equal the original."""
+    expected, _ = float_logits(family, config, Recipe(), params, case)
+    rotated, _ = quantize_params(family, config, recipe, params)
+    got, twin = float_logits(family, config, recipe, rotated, case)
+    assert relative(got, expected) < 1e-4
+    return twin

@@ -1,0 +1,123 @@
+"""CogVLM2: a picture's pixels, prompts from messages, a checkpoint that answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mquant_jax as mq
+from convert import hf_to_flax
+from models.cogvlm2.config import CogVLM2Config
+from models.cogvlm2.processor import CogVLM2Processor, render
+from models.eva2 import VISUAL
+from models.squares import squeeze
+from mquant_jax.errors import UserError
+from mquant_jax.presets import PRESETS
+from tests.helpers import GOLDENS, golden
+from tests.hf_folders import write_tokenizer
+
+FOLDER = "cogvlm2"
+TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>")
+BOS = 368  # as the goldens number it
+
+
+def raw_images() -> list[np.ndarray]:
+    inputs = golden(FOLDER, "public")[1]
+    return [inputs[n] for n in sorted(inputs) if n.startswith("raw_image_")]
+
+
+def make_folder(folder: Path, **config) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(GOLDENS / FOLDER / "public" / name, folder / name)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    write_tokenizer(folder, TOKENS, BOS, bos_token=TOKENS[0], eos_token=TOKENS[1])
+    return folder
+
+
+def processor_of(folder: Path) -> CogVLM2Processor:
+    config = CogVLM2Config.from_hf(json.loads((folder / "config.json").read_text()))
+    return CogVLM2Processor(folder, config)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory) -> CogVLM2Processor:
+    return processor_of(make_folder(tmp_path_factory.mktemp("cog") / "src"))
+
+
+def test_pixels_match_the_reference_bit_by_bit() -> None:
+    inputs = golden(FOLDER, "public")[1]
+    for raw, pixels in zip(raw_images(), inputs["images"], strict=True):
+        np.testing.assert_array_equal(squeeze(Image.fromarray(raw), 84), pixels)
+
+
+def test_a_question_as_published(processor) -> None:
+    prompt = processor.prompt("What?", raw_images()[:1])
+    n = processor.config.vision.tokens
+    assert prompt.input_ids[: n + 1] == [BOS] + [VISUAL] * n
+    text = processor.tokenizer.decode(prompt.input_ids[n + 1 :])
+    assert text == "Question: What? Answer:"
+    assert prompt.grids == [(1, 6, 6)] and prompt.patches.shape == (36, 588)
+    batch = processor.collate([prompt, processor.prompt("Text alone")])
+    assert batch.positions[0, 0, :14].tolist() == [0, 1, *[2] * 9, 3, 4, 5]
+    assert batch.token_class[0, :13].tolist() == [0, *[1] * 10, 0, 0]
+    assert processor.stop_ids == (369, 377)
+    assert processor.decode([*processor.encode("yes"), 369]) == "yes"
+
+
+def test_conversations(processor, tmp_path) -> None:
+    chat = [
+        {"role": "user", "content": "A?"},
+        {"role": "assistant", "content": "B."},
+        {"role": "user", "content": [{"type": "text", "text": "C?"}, {"type": "image"}]},
+    ]
+    prompt = processor.messages(chat, raw_images()[:1])
+    n = processor.config.vision.tokens
+    assert prompt.input_ids[1 : n + 1] == [VISUAL] * n  # in front, wherever it was shown
+    said = "Question: A? Answer: B.\nQuestion: C? Answer:"
+    assert processor.tokenizer.decode(prompt.input_ids[n + 1 :]) == said
+    short = processor_of(make_folder(tmp_path / "vqa", template_version="vqa"))
+    ids = short.messages(chat[:1]).input_ids
+    assert short.tokenizer.decode(ids[1:]) == "Question: A? Short answer:"
+    assert render(["A?", "B.", "C?"], "base") == "C?"
+
+
+def test_bad_input_is_named(processor, tmp_path) -> None:
+    def fails(word, call):
+        with pytest.raises(UserError, match=word):
+            call()
+
+    image = np.zeros((40, 40, 3), np.uint8)
+    fails("one picture per conversation, 2", lambda: processor.prompt("x", [image, image]))
+    fails("takes no videos", lambda: processor.prompt("x", videos=[[image]]))
+    fails("no such file", lambda: processor.prompt("x", [tmp_path / "none.png"]))
+    system = {"role": "system", "content": "x"}
+    fails("message 0: role 'system', expected 'user'", lambda: processor.messages([system]))
+    turns = [{"role": r, "content": "x"} for r in ("user", "assistant")]
+    fails("must end", lambda: processor.messages(turns))
+    fails("must end", lambda: processor.messages([]))
+    folder = make_folder(tmp_path / "src")
+    write_tokenizer(folder, TOKENS, BOS)
+    fails("names no bos_token", lambda: processor_of(folder).prompt("x"))
+
+
+def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
+    """With the bundled pictures; the recipe is the preset, but cheaper to make."""
+    src = make_folder(tmp_path / "src")
+    recipe = PRESETS["w4a8"].to_json()
+    recipe["calibration"]["max_samples"] = 3
+    recipe["vision"] = {}
+    recipe["weights"]["method"] = "rtn"
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    args = [str(src), str(tmp_path / "dst"), "--recipe", str(tmp_path / "recipe.json"), "--json"]
+    assert hf_to_flax.main(args) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "cogvlm2"
+    model = mq.load(tmp_path / "dst")
+    answers = model.generate([raw_images()[:1], []], ["What?", "Text alone"], max_new_tokens=2)
+    assert len(answers) == 2 and all(isinstance(a, str) for a in answers)

@@ -1,0 +1,232 @@
+"""The float GLM-4V against the published code's own numbers (tests/goldens/glm4v)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from convert import hf_to_flax, verify
+from models.eva2 import VISUAL
+from models.glm4v import FAMILY, TEXT_FAMILY
+from models.glm4v.config import GLM4VConfig
+from models.glm4v.processing import collate, expand, reference_batch, reference_prompts
+from models.glm4v.weights import ignored, rope_order, weight_rules
+from models.registry import family_for
+from mquant_jax.errors import UserError
+from mquant_jax.nn.params import abstract_params, get_params
+from mquant_jax.nn.rope import apply_rope, frequencies
+from mquant_jax.ptq.pipeline import abstract_model
+from mquant_jax.recipe import Recipe
+from tests.eva2_cases import ODD_TOWER, changed_config, golden_case, model_of, random_params
+from tests.helpers import GOLDENS, golden, relative
+
+FOLDER = "glm4v"
+RTOL = 1e-5  # float32 noise of a few layers; measured 2.1e-6
+forward = nnx.jit(lambda model, batch: model(batch))
+
+
+def test_every_array_and_the_greedy_tokens(tmp_path, capsys) -> None:
+    """Through the converter and the verifier, as users go."""
+    folder, dst = str(GOLDENS / FOLDER / "public"), str(tmp_path / "dst")
+    assert hf_to_flax.main([folder, dst]) == 0
+    capsys.readouterr()
+    assert verify.main([dst, "--reference", folder, "--rtol", str(RTOL), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    wanted = {"vision_pre", "vision_conv", "vision", "embeds", "hidden_2", "logits"}
+    assert wanted <= set(result["arrays"])
+    assert result["greedy_match"] == 1.0
+
+
+def test_positions_and_masks_of_the_reference() -> None:
+    model, config, inputs, outputs = golden_case(FOLDER)
+    batch = reference_batch(config, inputs)
+    real = outputs["attention_mask_expanded"] == 1
+    np.testing.assert_array_equal(batch.token_class >= 0, real)
+    np.testing.assert_array_equal(batch.token_class == 1, outputs["is_visual"] == 1)
+    np.testing.assert_array_equal(batch.visual_index >= 0, outputs["is_visual"] == 1)
+    np.testing.assert_array_equal(batch.positions[0], outputs["position_ids"])
+    np.testing.assert_array_equal(batch.next_position, inputs["position_ids"].max(1) + 1)
+    context = model.language.context(batch.positions, batch.order, batch.token_class)
+    seen = outputs["attention_allowed"] == 1
+    np.testing.assert_array_equal(np.asarray(context.mask)[real], seen[real])
+
+
+def test_what_only_the_golden_records() -> None:
+    model, config, inputs, outputs = golden_case(FOLDER)
+    batch = reference_batch(config, inputs)
+    real = outputs["attention_mask_expanded"] == 1
+    final = model.language.norm(nnx.jit(lambda m, b: m.stream(b))(model, batch))
+    assert relative(final[real], outputs["hidden_final"][real]) < RTOL
+    rows, width = batch.input_ids.shape
+    cache = model.language.init_cache(rows, width + 8)
+    logits, cache = model.prefill(batch, cache)
+    step = nnx.jit(lambda m, *args: m.decode(*args))
+    for i in range(8):
+        assert relative(logits, outputs["greedy_logits"][:, i]) < RTOL
+        tokens = outputs["greedy"][:, i]
+        logits, cache = step(model, tokens, batch.lengths + i, batch.next_position + i, cache)
+
+
+def test_a_picture_anywhere_and_rows_without() -> None:
+    """Rows do not depend on their company; the published code cannot mix such rows."""
+    model, config, inputs, _ = golden_case(FOLDER)
+    first, second = reference_prompts(config, inputs)
+    text = dataclasses.replace(first, input_ids=[5, 6, 7], grids=[], patches=np.zeros((0, 0)))
+    picture = [VISUAL] * config.vision.tokens
+    late = dataclasses.replace(first, input_ids=[*range(9), *picture])
+    prompts = [first, second, text, late]
+    batch = collate(config, prompts)
+    together = forward(model, batch)
+    for row, prompt in enumerate(prompts):
+        n = len(prompt.input_ids)
+        alone = forward(model, collate(config, [prompt]))
+        assert relative(alone[0], together[row, -n:]) < RTOL
+    assert batch.positions[0, 3, -3:].tolist() == [10, 10, 11]
+    assert batch.next_position.tolist()[2:] == [3, 12]
+
+
+def test_a_second_batch_of_text_is_verified(tmp_path, capsys) -> None:
+    """Recorded as ``text_*`` beside the pictures; here from our own numbers."""
+    model, config, inputs, outputs = golden_case(FOLDER)
+    ids = inputs["input_ids"][:, -7:].copy()
+    ids[0, :2] = config.boi - 10
+    mask = np.ones_like(ids)
+    mask[1, :3] = 0
+    text = {"input_ids": ids, "attention_mask": mask}
+    batch = reference_batch(config, text)
+    text_out = {"text_logits": np.asarray(forward(model, batch)),
+                "text_greedy": verify.greedy_tokens(model, batch, 4)}  # fmt: skip
+    save_file(inputs | {f"text_{k}": v for k, v in text.items()}, tmp_path / "inputs.safetensors")
+    dst = tmp_path / "dst"
+    assert hf_to_flax.main([str(GOLDENS / FOLDER / "public"), str(dst)]) == 0
+    for wrong, status in ((0, 0), (1, 1)):
+        text_out["text_greedy"] = text_out["text_greedy"] + wrong
+        save_file(outputs | text_out, tmp_path / "outputs.safetensors")
+        capsys.readouterr()
+        args = [str(dst), "--reference", str(tmp_path), "--json"]
+        assert verify.main(args) == status
+    assert "text_logits" in json.loads(capsys.readouterr().out)["arrays"]
+
+
+def test_bad_references_are_said() -> None:
+    _, config, inputs, _ = golden_case(FOLDER)
+    with pytest.raises(ValueError, match="tokens apart"):
+        expand(config, [1, config.boi, 7, 7, config.eoi])
+    with pytest.raises(ValueError, match="one picture per row"):
+        reference_batch(config, inputs | {"pixel_values": inputs["pixel_values"][:1]})
+    with pytest.raises(ValueError, match="not of 84"):
+        reference_batch(config, inputs | {"pixel_values": inputs["pixel_values"][..., :56, :56]})
+    prompt = next(reference_prompts(config, inputs))
+    with pytest.raises(ValueError, match="11 placeholders, but 0"):
+        collate(config, [dataclasses.replace(prompt, grids=[])])
+    with pytest.raises(ValueError, match="6 patches square"):
+        collate(config, [dataclasses.replace(prompt, grids=[(1, 4, 9)])])
+
+
+def test_partial_rope_turns_neighbouring_pairs() -> None:
+    """The published form, computed by complex numbers, on queries as published."""
+    rng, d = np.random.default_rng(0), 24
+    published = rng.normal(size=(2, 5, d)).astype(np.float32)  # [B, T, d]
+    angles = np.arange(5)[:, None] * frequencies(d // 2, 30000.0)  # [T, d/4]
+    pairs = published[..., : d // 2].reshape(2, 5, d // 4, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
+    expected = np.concatenate(
+        [np.stack([turned.real, turned.imag], -1).reshape(2, 5, -1), published[..., d // 2 :]], -1
+    )
+    ours = published[..., rope_order(d)][:, None]
+    got = apply_rope(jnp.asarray(ours), jnp.asarray(np.broadcast_to(angles, (2, *angles.shape))))
+    np.testing.assert_allclose(got[:, 0], expected[..., rope_order(d)], atol=1e-5)
+
+
+def test_every_tensor_of_the_checkpoint_is_used_whole() -> None:
+    config = GLM4VConfig.from_hf(changed_config(FOLDER))
+    source = load_file(GOLDENS / FOLDER / "public" / "model.safetensors")
+    out = {r.src: np.full(r.src_shape, np.nan) for r in weight_rules(config)}
+    assert set(source) - set(out) == {"transformer.rotary_pos_emb.inv_freq"}
+    for rule in weight_rules(config):
+        rule.scatter(rule.apply(source[rule.src]), out[rule.src])
+    for name, value in source.items():
+        if ignored(name):
+            continue
+        np.testing.assert_array_equal(out[name], value)
+    assert sum(map(ignored, source)) == 1
+
+
+def test_other_sizes_and_settings() -> None:
+    inputs = golden(FOLDER, "public")[1]
+    changes = {
+        "hidden_size": 88, "num_attention_heads": 6, "multi_query_group_num": 3, "kv_channels": 20,
+        "ffn_hidden_size": 90, "add_qkv_bias": False, "vision_config": ODD_TOWER,
+    }  # fmt: skip
+    config = GLM4VConfig.from_hf(changed_config(FOLDER, **changes))
+    assert not any("q_proj/bias" in r.dst for r in weight_rules(config) if "language" in r.dst)
+    params = random_params(FAMILY, config)
+    batch = reference_batch(config, inputs)
+    one = forward(model_of(FAMILY, config, params), batch)
+    assert np.isfinite(one).all()
+    for other in ({"rope_ratio": 3}, {"vision_config": ODD_TOWER | {"scaling_factor": 5}}):
+        config = GLM4VConfig.from_hf(changed_config(FOLDER, **(changes | other)))
+        assert relative(forward(model_of(FAMILY, config, params), batch), one) > 1e-3
+
+
+def test_the_language_model_alone() -> None:
+    """GLM-4 is published under the same model_type."""
+    hf = changed_config(FOLDER)
+    del hf["vision_config"]
+    assert family_for(hf) is TEXT_FAMILY and family_for(changed_config(FOLDER)) is FAMILY
+    model, full, inputs, _ = golden_case(FOLDER)
+    config = GLM4VConfig.from_hf(hf)
+    params = {k: v for k, v in get_params(model).items() if k.startswith("language/")}
+    assert {r.dst for r in weight_rules(config)} == set(params)
+    text = {"input_ids": inputs["input_ids"][:, -4:], "attention_mask": np.ones((2, 4), np.int32)}
+    got = forward(model_of(TEXT_FAMILY, config, params), reference_batch(config, text))
+    expected = forward(model, reference_batch(full, text))
+    np.testing.assert_array_equal(got, expected)
+    assert TEXT_FAMILY.example_prompt(config, 4, 84).grids == []
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    config = GLM4VConfig.from_hf(changed_config(FOLDER))
+    model = abstract_model(FAMILY, config, Recipe(), jnp.bfloat16)
+    assert all(v.dtype == jnp.bfloat16 for v in abstract_params(model).values())
+    batch = reference_batch(config, golden(FOLDER, "public")[1])
+    assert jax.eval_shape(lambda m, b: m.embed(b), model, batch).dtype == jnp.bfloat16
+
+
+def test_measurements_need_no_tokenizer() -> None:
+    model, config, _, _ = golden_case(FOLDER)
+    prompt = FAMILY.example_prompt(config, 10, 448)
+    assert prompt.input_ids.count(VISUAL) == config.vision.tokens == 11
+    batch = FAMILY.collate(config, [prompt, FAMILY.example_prompt(config, 7, 0)])
+    assert np.isfinite(model.embed(batch)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"rmsnorm": False}, "rmsnorm False"),
+        ({"original_rope": False}, "original_rope"),
+        ({"add_bias_linear": True}, "add_bias_linear"),
+        ({"pre_seq_len": 64}, "pre_seq_len"),
+        ({"multi_query_group_num": 3}, "in 3 groups"),
+        ({"vision_config": {"hidden_act": "relu"}}, "'relu'"),
+        ({"vision_config": {"num_heads": 5}}, "5 heads"),
+        ({"vision_config": {"num_positions": 26}}, "num_positions"),
+        ({"vision_config": {"image_size": 70, "num_positions": 26}}, "even number"),
+        ({"vision_config": {"scaling_factor": 0}}, "scaling_factor"),
+    ],
+)
+def test_what_is_not_handled_is_said(changes, word) -> None:
+    with pytest.raises(UserError, match=word):
+        GLM4VConfig.from_hf(changed_config(FOLDER, **changes))
+    hf = changed_config(FOLDER)
+    del hf["kv_channels"]
+    with pytest.raises(UserError, match="kv_channels"):
+        GLM4VConfig.from_hf(hf)

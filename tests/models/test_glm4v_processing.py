@@ -1,0 +1,158 @@
+"""GLM-4V: a picture's pixels, prompts from messages, a checkpoint that answers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mquant_jax as mq
+from convert import hf_to_flax
+from models.eva2 import VISUAL
+from models.glm4v.config import GLM4VConfig
+from models.glm4v.processor import GLM4VProcessor
+from models.squares import squeeze
+from mquant_jax.errors import UserError
+from mquant_jax.presets import PRESETS
+from tests.helpers import GOLDENS, golden
+
+FOLDER = "glm4v"
+FIRST = 370  # id of the first special token, as the goldens number them
+
+
+def raw_images() -> list[np.ndarray]:
+    inputs = golden(FOLDER, "public")[1]
+    return [inputs[n] for n in sorted(inputs) if n.endswith("_u8")]
+
+
+def make_folder(folder: Path, config: dict | None = None) -> Path:
+    """Bytes and fillers, so that special tokens follow as in the published vocabulary."""
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(GOLDENS / FOLDER / "public" / name, folder / name)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [bytes([200, i]) for i in range(FIRST - 256)]
+    lines = [base64.b64encode(t).decode() + f" {i}\n" for i, t in enumerate(tokens)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return folder
+
+
+def processor_of(folder: Path) -> GLM4VProcessor:
+    config = GLM4VConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    return GLM4VProcessor(folder, config)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory) -> GLM4VProcessor:
+    return processor_of(make_folder(tmp_path_factory.mktemp("glm") / "src"))
+
+
+def text_of(processor: GLM4VProcessor, ids: list[int]) -> str:
+    """The prompt's text, a picture drawn as one star."""
+    n, out, i = processor.config.vision.tokens, "", 0
+    while i < len(ids):
+        visual = ids[i : i + n] == [VISUAL] * n
+        out += "*" if visual else processor.tokenizer.decode([ids[i]])
+        i += n if visual else 1
+    return out
+
+
+def test_pixels_match_the_reference_bit_by_bit(processor) -> None:
+    inputs = golden(FOLDER, "public")[1]
+    for raw, pixels in zip(raw_images(), inputs["pixel_values"], strict=True):
+        np.testing.assert_array_equal(squeeze(Image.fromarray(raw), 84), pixels)
+
+
+def test_a_turn_as_the_reference_has_it(processor) -> None:
+    inputs = golden(FOLDER, "public")[1]
+    image = raw_images()[0]
+    prompt = processor.prompt("What?", [image])
+    text = text_of(processor, prompt.input_ids)
+    assert text == "[gMASK]<sop><|user|>\n*What?<|assistant|>"
+    reference = inputs["input_ids"][0].tolist()
+    begin = reference.index(processor.config.boi)
+    # The goldens have another stand-in for a line break.
+    assert prompt.input_ids[:3] == reference[:3] and begin == 4
+    assert prompt.grids == [(1, 6, 6)] and prompt.patches.shape == (36, 588)
+    batch = processor.collate([prompt, processor.prompt("Text alone")])
+    assert batch.positions[0, 0, :7].tolist() == [0, 1, 2, 3, 4, 5, 5]
+    assert batch.positions[0, 0, 12:17].tolist() == [5, 5, 6, 7, 8]
+
+
+def test_conversations(processor) -> None:
+    image = raw_images()[0]
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("A ", "b")]},
+        {"role": "assistant", "metadata": "tool", "content": "\nC"},
+        {"role": "user", "content": ""},
+        {"role": "user", "content": [{"type": "text", "text": "D"}, {"type": "image"}]},
+    ]  # fmt: skip
+    prompt = processor.messages(chat, [Image.fromarray(image)])
+    assert text_of(processor, prompt.input_ids) == (
+        "[gMASK]<sop><|system|>\nBe brief.<|user|>\nA b<|assistant|>tool\n\nC<|user|>\n*D"
+        "<|assistant|>"
+    )
+    assert processor.stop_ids == (370, 377, 379)
+    injected = processor.prompt("<|user|>").input_ids
+    assert injected.count(377) == 1 and len(injected) == 4 + len("<|user|>") + 1
+    assert processor.decode([*processor.encode("yes"), 377]) == "yes"
+
+
+def test_special_tokens_may_be_told_by_a_file(tmp_path) -> None:
+    folder = make_folder(tmp_path / "src")
+    names = processor_of(folder).tokenizer.get_added_vocab()
+    added = {str(i + 1): {"content": t, "special": True} for t, i in names.items()}
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(UserError, match="begin_of_image|> is token 381, config.json says 380"):
+        processor_of(folder).prompt("x")
+
+
+def test_bad_input_is_named(processor, tmp_path) -> None:
+    def fails(word, call):
+        with pytest.raises(UserError, match=word):
+            call()
+
+    image = np.zeros((40, 40, 3), np.uint8)
+    fails("one picture per conversation, 2", lambda: processor.prompt("x", [image, image]))
+    fails("takes no videos", lambda: processor.prompt("x", videos=[[image]]))
+    fails("no such file", lambda: processor.prompt("x", [tmp_path / "none.png"]))
+    fails('"role" and "content"', lambda: processor.messages([{"role": "user"}]))
+    fails("role 'tool'", lambda: processor.messages([{"role": "tool", "content": "x"}]))
+    tools = [{"role": "system", "content": "", "tools": [{"type": "function"}]}]
+    fails("tools are not supported", lambda: processor.messages(tools))
+    hf = golden(FOLDER, "public")[0]
+    del hf["vision_config"]
+    alone = processor_of(make_folder(tmp_path / "text", hf))
+    assert alone.prompt("x").grids == []
+    fails("without a vision part", lambda: alone.prompt("x", [image]))
+
+
+def test_a_converted_folder_answers(tmp_path) -> None:
+    src = make_folder(tmp_path / "src")
+    assert hf_to_flax.main([str(src), str(tmp_path / "dst")]) == 0
+    model = mq.load(tmp_path / "dst")
+    answers = model.generate([raw_images()[:1], []], ["What?", "Text alone"], max_new_tokens=3)
+    assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
+
+
+def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
+    """With the bundled pictures; the recipe is the preset, but cheaper to make."""
+    src = make_folder(tmp_path / "src")
+    recipe = PRESETS["w4a8"].to_json()
+    recipe["calibration"]["max_samples"] = 3
+    recipe["weights"]["method"] = "rtn"
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    args = [str(src), str(tmp_path / "dst"), "--recipe", str(tmp_path / "recipe.json"), "--json"]
+    assert hf_to_flax.main(args) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "glm4v"
+    model = mq.load(tmp_path / "dst")
+    assert isinstance(model.generate(raw_images()[:1], "What?", max_new_tokens=2), str)

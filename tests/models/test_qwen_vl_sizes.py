@@ -1,0 +1,62 @@
+"""The published Qwen-VL-Chat in full size, as shapes: its count, and W4A8 prefill and decode."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from models.base import Batch
+from models.registry import family_for
+from mquant_jax.nn.params import abstract_params
+from mquant_jax.nn.vit import VisionInput
+from mquant_jax.numerics import QWeight
+from mquant_jax.presets import PRESETS
+from mquant_jax.ptq.pipeline import abstract_model
+
+PUBLISHED = {
+    "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "bf16": True,
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "kv_channels": 128,
+    "intermediate_size": 22016, "vocab_size": 151936, "layer_norm_epsilon": 1e-6,
+    "max_position_embeddings": 8192, "seq_length": 2048, "no_bias": True, "rotary_emb_base": 10000,
+    "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False,
+    "use_dynamic_ntk": True, "use_logn_attn": True, "use_flash_attn": False,
+    "visual": {
+        "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48,
+        "mlp_ratio": 4.9231, "output_dim": 4096, "patch_size": 14, "width": 1664,
+    },
+}  # fmt: skip
+TENSORS, PARAMETERS = 853, 9_656_935_168  # half the bytes that the published index tells
+
+
+def test_full_size_w4a8() -> None:
+    family = family_for(PUBLISHED)
+    config = family.config_from_hf(PUBLISHED)
+    shapes = {r.src: r.src_shape for r in family.weight_rules(config)}
+    assert len(shapes) == TENSORS and sum(map(math.prod, shapes.values())) == PARAMETERS
+    model = abstract_model(family, config, PRESETS["w4a8"], jnp.bfloat16)
+    held = abstract_params(model)
+    assert sum(isinstance(v, QWeight) for v in held.values()) == 32 * 7 + 48 * 6 + 1 + 6 + 1
+    assert held["vision/layers/0/fc2/kernel"].in_features == 8192
+    assert held["language/layers/0/down_proj/kernel"].in_features == 11008
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+    assert 6.0e9 < size < 6.2e9  # int4, int8 head, bf16 embedding; 19.3e9 as published
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    pictures, patches, tokens = 2, 1024, 2 * 258 + 100
+    vision = VisionInput(
+        jax.ShapeDtypeStruct((pictures, patches, 588), jnp.float32),
+        ints(pictures, patches, 2),
+        jax.ShapeDtypeStruct((pictures, patches), jnp.bool_),
+    )
+    row = ints(1, tokens)
+    batch = Batch(row, row, ints(1, 1, tokens), row, row, vision)
+    cache = jax.eval_shape(lambda m: m.language.init_cache(1, tokens + 32), model)
+    logits, cache = jax.eval_shape(lambda m, b, c: m.prefill(b, c), model, batch, cache)
+    assert logits.shape == (1, 151936) and logits.dtype == jnp.float32
+    one = ints(1)
+    logits, _ = jax.eval_shape(lambda m, *a: m.decode(*a), model, one, one, one, cache)
+    assert logits.shape == (1, 151936)
