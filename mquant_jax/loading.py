@@ -17,6 +17,7 @@ from mquant_jax.checkpoint import CONFIG, load_json, load_manifest, load_params
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.numerics import QWeight
+from mquant_jax.ops.dense import held
 from mquant_jax.recipe import Recipe
 
 
@@ -42,8 +43,8 @@ def load_model(
 
     Args:
         dtype: type of everything that is not integer; default float32 on CPU, else bfloat16.
-        keep_packed: hold int4 two values per byte; default everywhere but on CPU, where unpacking
-            at every use costs more than the memory.
+        keep_packed: hold int4 two values per byte, as in the checkpoint; ``False``: one int8 per
+            value. The default is the form that the platform's products want.
         verify_hashes: see :func:`load_params`.
 
     Raises:
@@ -52,7 +53,6 @@ def load_model(
     folder = Path(folder)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-    keep_packed = (not on_cpu) if keep_packed is None else keep_packed
     family, config, recipe, hf_config = _describe(folder)
     params, manifest = load_params(folder, verify_hashes)
     try:
@@ -75,7 +75,7 @@ def _describe(folder: Path) -> tuple[Family, Any, Recipe, dict[str, Any]]:
     return family, dataclasses.replace(config, language=language), recipe, hf_config
 
 
-def _fitted(params: Params, expected: Params, keep_packed: bool, folder: Path) -> Params:
+def _fitted(params: Params, expected: Params, keep_packed: bool | None, folder: Path) -> Params:
     """The tensors checked against the model's and cast to its types; ``params`` is emptied."""
     if params.keys() != expected.keys():
         odd = sorted(params.keys() ^ expected.keys())
@@ -93,6 +93,8 @@ def _fitted(params: Params, expected: Params, keep_packed: bool, folder: Path) -
             )
         if not isinstance(value, QWeight):
             out[name] = np.asarray(value).astype(like.dtype)
+        elif keep_packed is None:
+            out[name] = held(value)
         else:
             out[name] = value if keep_packed else value.unpacked()
     return out

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Storage = Literal["packed", "int8"]
+Storage = Literal["packed", "int8", "int4"]
 INT_MAX = {4: 7, 8: 127}
 _TINY = 1e-30  # below this a scale would overflow 1/scale in float32
 
@@ -57,7 +57,9 @@ class QWeight:
 
     Attributes:
         values: ``storage == "packed"``: uint8 ``[..., out, ceil(in/2)]`` (4 bits only);
-            ``storage == "int8"``: int8 ``[..., out, in]``, whatever ``bits`` says of the range.
+            ``storage == "int8"``: int8 ``[..., out, in]``, whatever ``bits`` says of the range;
+            ``storage == "int4"``: int4 ``[..., out, in]`` (4 bits only), which accelerators hold
+            two per byte and feed to their matrix units as they are.
         scale: float32 ``[..., out, groups]``; group ``g`` covers columns
             ``[g * in/groups, (g+1) * in/groups)``. One group means per-channel scales.
         in_features: the true contraction length.
@@ -83,14 +85,25 @@ class QWeight:
         """The same weight with one int8 per value (a no-op when it already is)."""
         if self.storage == "int8":
             return self
-        values = unpack_int4(self.values, self.in_features)
+        if self.storage == "int4":
+            values = self.values.astype(jnp.int8)
+        else:
+            values = unpack_int4(self.values, self.in_features)
         return dataclasses.replace(self, values=values, storage="int8")
 
     def packed(self) -> QWeight:
         """The same weight with two values per byte; 8-bit weights are returned unchanged."""
         if self.storage == "packed" or self.bits == 8:
             return self
-        return dataclasses.replace(self, values=pack_int4(self.values), storage="packed")
+        values = pack_int4(self.unpacked().values)
+        return dataclasses.replace(self, values=values, storage="packed")
+
+    def native(self) -> QWeight:
+        """The same weight as an array of int4; 8-bit weights are returned unchanged."""
+        if self.storage == "int4" or self.bits == 8:
+            return self
+        values = self.unpacked().values.astype(jnp.int4)
+        return dataclasses.replace(self, values=values, storage="int4")
 
     def dequantize(self) -> jax.Array:
         """float32 ``[..., out, in]``."""

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mquant_jax.hadamard import Rotation
 from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static, simulate_static
+from mquant_jax.ops.rotate import rotate, rotate_quantize
 from mquant_jax.recipe import Section
 
 # Token classes of the language model's input; -1 is padding. A sink is one of the few tokens (the
@@ -36,7 +38,7 @@ class ActQuant(nnx.Module):
         name: str,
         section: Section,
         n_classes: int = 1,
-        rotation: Callable[[jax.Array], jax.Array] | None = None,
+        rotation: Rotation | None = None,
     ):
         self.name = name
         self.rotation = rotation
@@ -53,8 +55,11 @@ class ActQuant(nnx.Module):
 
         Padding carries class -1 and may get any scale: nothing real ever reads it.
         """
+        plain = tap is None and not self.simulated
+        if self.mode == "static" and self.rotation is not None and plain:
+            return rotate_quantize(x, self.rotation, self._scale(token_class))
         if self.rotation is not None:
-            x = self.rotation(x)
+            x = rotate(x, self.rotation)
         if tap is not None:
             tap(self.name, x)
         if self.mode == "none":
@@ -63,7 +68,11 @@ class ActQuant(nnx.Module):
             if self.simulated:
                 return x + jax.lax.stop_gradient(quantize_dynamic(x).dequantize() - x)
             return quantize_dynamic(x)
+        scale = self._scale(token_class)
+        return (simulate_static if self.simulated else quantize_static)(x, scale)
+
+    def _scale(self, token_class: jax.Array | None) -> jax.Array:
+        """float32, one number or ``[..., T, 1]``."""
         scale = self.act_scale.get_value()
         shared = self.n_classes == 1 or token_class is None
-        scale = scale[TEXT] if shared else scale[token_class][..., None]
-        return (simulate_static if self.simulated else quantize_static)(x, scale)
+        return scale[TEXT] if shared else scale[token_class][..., None]

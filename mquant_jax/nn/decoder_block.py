@@ -16,7 +16,7 @@ from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, apply_rope
-from mquant_jax.ops.attention import attend
+from mquant_jax.ops.attention import attend, split_heads
 
 Phase = Callable[["Projections", jax.Array, jax.Array, Tap | None], Any]
 
@@ -127,7 +127,7 @@ class Projections(nnx.Module):
         self.up_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
         # The signs of the rotation are folded into up_proj.
         rotation = place.online_rotation(cfg.intermediate_size)
-        self.mlp_hidden = point("mlp_hidden", rotation and rotation.unsigned)
+        self.mlp_hidden = point("mlp_hidden", rotation and rotation.without_signs())
         hidden = rotation.n if rotation else cfg.intermediate_size
         self.down_proj = dense(hidden, d, bias=cfg.mlp_bias, split=place.split)
 
@@ -168,7 +168,7 @@ class DecoderBlock(Projections):
     def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):
         """Normed, projected and rotated ``q [B, heads, T, d]``, ``k`` and ``v [B, kv, T, d]``."""
         q, k, v = (
-            jnp.swapaxes(y.reshape(*y.shape[:-1], -1, self.cfg.head_dim), 1, 2)
+            split_heads(y, self.cfg.head_dim)
             for y in self.run(Projections.project, self.attn_norm(x), ctx, tap)
         )
         if self.cfg.qk_norm:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.numerics import QTensor, QWeight, grouped
-from mquant_jax.ops.dense import quantized_dot
+from mquant_jax.ops.dense import float_dot, quantized_dot
 from mquant_jax.recipe import Section, Split
 
 FLOAT = Section()
@@ -26,10 +26,7 @@ def linear(x: jax.Array | QTensor, kernel: jax.Array | QWeight, dtype) -> jax.Ar
     """``x @ kernel.T``: float32 where the kernel is quantised, ``dtype`` where it is float."""
     if isinstance(kernel, QWeight):
         return quantized_dot(x, kernel)
-    x = (x.dequantize() if isinstance(x, QTensor) else x).astype(dtype)
-    # Rows are flattened: the gradient of a product with several leading axes is twice as slow.
-    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (1,)), ((), ())))
-    return y.reshape(*x.shape[:-1], kernel.shape[0])
+    return float_dot((x.dequantize() if isinstance(x, QTensor) else x).astype(dtype), kernel)
 
 
 class SplitColumn(nnx.Module):

@@ -19,7 +19,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
-from mquant_jax.ops.attention import attend
+from mquant_jax.ops.attention import attend, split_heads
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -233,9 +233,7 @@ class ViTBlock(nnx.Module):
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if self.cfg.qk_norm_eps is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (
-            jnp.swapaxes(y.reshape(*y.shape[:-1], -1, self.cfg.head_dim), 1, 2) for y in (q, k, v)
-        )
+        q, k, v = (split_heads(y, self.cfg.head_dim) for y in (q, k, v))
         if ctx.angles is not None:
             q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
         h = self.o_proj(self.attn_out(attend(q, k, v, ctx.mask), None, tap))

@@ -5,6 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mquant_jax.ops.dense import platform
+
+
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    """``[B, T, heads * d]`` -> ``[B, heads, T, d]``."""
+    if platform() == "tpu" and x.shape[1] > 1:
+        # Else XLA moves the transposition up, to where the values still are float32.
+        x = jax.lax.optimization_barrier(x)
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, head_dim), 1, 2)
+
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled dot-product attention.

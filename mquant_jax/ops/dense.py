@@ -42,9 +42,23 @@ def select_path(quantised_input: bool, rows: int) -> str:
     """Name of the form that :func:`quantized_dot` runs for these operands."""
     if not quantised_input:
         return "weight_only"
-    if rows == 1 and platform() == "cpu":
+    if rows == 1 and platform() in ("cpu", "tpu"):
         return "padded_int_dot"
     return "int_dot"
+
+
+def held(w: QWeight) -> QWeight:
+    """A weight in the form that the platform's products want: int8 on CPU, where unpacking at
+    every use costs more than the memory; elsewhere int4, if it has 4 bits."""
+    return w.unpacked() if platform() == "cpu" else w.native()
+
+
+def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x @ w.T``: float ``[..., in]`` by ``[out, in]`` -> ``[..., out]`` in their type."""
+    # Rows are flattened: the gradient of a product with several leading axes is twice as slow.
+    flat = x.reshape(-1, x.shape[-1])
+    form = xla.padded_float_dot if len(flat) == 1 and platform() == "tpu" else xla.float_dot
+    return form(flat, w).reshape(*x.shape[:-1], w.shape[0])
 
 
 def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
@@ -52,7 +66,7 @@ def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
 
     Args:
         x: a :class:`QTensor` ``[..., in]``, or float ``[..., in]`` for weight-only layers.
-        w: one layer's weight, ``[out, in]``.
+        w: one layer's weight, ``[out, in]``, in any storage.
 
     Returns:
         float32 ``[..., out]``.
@@ -69,5 +83,9 @@ def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
     if isinstance(x, QTensor):
         scale = x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1)
         flat = QTensor(flat, scale)
+    if w.storage == "int4" and platform() != "tpu":
+        # XLA's CPU backend widens int4 operands to int32 and multiplies naively; its GPU backend
+        # does as well, but fuses a conversion to int8 into the product.
+        w = w.unpacked()
     form = _FORMS[select_path(isinstance(x, QTensor), rows)]
     return form(flat, w).reshape(*lead, w.out_features)

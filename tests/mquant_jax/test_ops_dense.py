@@ -18,7 +18,13 @@ from models.qwen2_vl.processing import reference_batch
 from mquant_jax.nn.dense import Dense
 from mquant_jax.numerics import QTensor, QWeight, quantize_dynamic, quantize_weight
 from mquant_jax.ops import xla
-from mquant_jax.ops.dense import quantized_dot, select_path, target_platform
+from mquant_jax.ops.dense import (
+    float_dot,
+    held,
+    quantized_dot,
+    select_path,
+    target_platform,
+)
 from mquant_jax.presets import PRESETS
 from mquant_jax.recipe import Section
 from tests.helpers import golden, integer_dots, random_quantised, relative
@@ -85,13 +91,44 @@ def test_lengths_must_agree() -> None:
 
 
 def test_the_chosen_form() -> None:
-    with target_platform("cpu"):
-        assert select_path(True, 1) == "padded_int_dot"
-        assert select_path(True, 2) == "int_dot"
-        assert select_path(False, 2) == "weight_only"
-    for name in ("gpu", "tpu"):
+    for name in ("cpu", "tpu"):
         with target_platform(name):
-            assert select_path(True, 1) == "int_dot"
+            assert select_path(True, 1) == "padded_int_dot"
+            assert select_path(True, 2) == "int_dot"
+            assert select_path(False, 2) == "weight_only"
+    with target_platform("gpu"):
+        assert select_path(True, 1) == "int_dot"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_int4_arrays(rows, groups) -> None:
+    """What accelerators hold; on CPU the products take them as int8."""
+    x, w, expected = operands(rows, 5, groups, 6, 4, True)
+    native = w.packed().native()
+    assert native.storage == "int4" and native.values.dtype == jnp.int4
+    for same in (native.unpacked(), native.packed().unpacked()):
+        np.testing.assert_array_equal(same.values, w.values)
+    close(quantized_dot(x, native), expected)
+    close(xla.int_dot(x, native), expected)
+    close(xla.weight_only_dot(x.dequantize(), native), expected)
+    with target_platform("tpu"):
+        text = str(jax.make_jaxpr(quantized_dot)(x, native))
+        assert held(w.packed()).storage == "int4"
+        close(quantized_dot(x, native), expected)
+    assert f"i4[5,{groups * 6}]" in text and "i8[5," not in text
+    with target_platform("cpu"):
+        assert held(native).storage == held(w.packed()).storage == "int8"
+
+
+def test_a_float_row_on_tpu() -> None:
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 1, 24), (5, 24)))
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    with target_platform("tpu"):
+        assert "f32[2,5]" in str(jax.make_jaxpr(float_dot)(x, w))
+        assert relative(float_dot(x, w), expected) < EXACT
+    assert relative(float_dot(x, w), expected) < EXACT
 
 
 @pytest.mark.parametrize("rows", [1, 4])

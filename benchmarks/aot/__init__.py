@@ -1,0 +1,1 @@
+"""Ahead-of-time gates: ``python -m benchmarks.aot`` (see ``__main__``)."""

@@ -1,0 +1,246 @@
+"""What a compiled program costs: XLA's cycle estimates and bytes moved, loops multiplied out.
+
+``estimated_cycles`` in a TPU program's text are of compute alone, for one run of the instruction.
+Three kinds of work carry none and are charged here, so that nothing is left out:
+
+* data movement (reshapes, gathers; and copies, whose estimates are often impossibly low): at
+  least the bytes read and written at the memory's rate;
+* Pallas kernels: operations and bytes of their own cost estimate at the published rates;
+* transfers that run beside compute: bytes alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from typing import Any
+
+from benchmarks.aot.devices import Device
+from benchmarks.aot.hlo import Array, Computation, Instruction, Module, trip_count
+
+HBM = 0
+# They name or wait for what others make.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
+    "copy-done", "slice-done", "async-done", "async-update", "partition-id", "replica-id",
+    "opt-barrier", "broadcast",
+}  # fmt: skip
+_FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "LayoutConstraint"}
+_STARTS = {"copy-start", "slice-start", "async-start"}
+_MOVES = {"copy", "reshape", "transpose", "concatenate", "reverse", "gather"}
+_KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2", "mosaic_gpu"}
+_SMALL = 4096  # bytes; the scalar unit's arithmetic is no data movement
+
+
+@dataclasses.dataclass
+class Cost:
+    """Sums over a program.
+
+    Attributes:
+        cycles: compute, with everything below; 0 on targets without estimates.
+        charged: the part of ``cycles`` that is not XLA's own: movement by bytes.
+        kernel_cycles: the part that Pallas kernels' cost estimates stand for.
+        bytes: read from and written to the large memory.
+        top: cycles by instruction, with the loops it stands in: ``(cycles, name, what)``.
+    """
+
+    cycles: float = 0.0
+    charged: float = 0.0
+    kernel_cycles: float = 0.0
+    bytes: float = 0.0
+    top: list[tuple[float, str, str]] = dataclasses.field(default_factory=list)
+
+
+def program_cost(module: Module, device: Device, trips: dict[int, int] | None = None) -> Cost:
+    """Cost of one run of a compiled program.
+
+    Args:
+        trips: trip counts to put in place of others: a program compiled with fewer equal layers
+            stands for the whole one.
+
+    Raises:
+        ValueError: a loop of unknown length, or a kernel without a cost estimate.
+    """
+    total = Cost()
+    _add(total, module, module.entry, device, 1, trips or {})
+    total.top.sort(reverse=True)
+    return total
+
+
+def _add(
+    total: Cost, module: Module, body: Computation, device: Device, times: int, trips: dict
+) -> None:
+    for i in body.instructions.values():
+        if i.opcode == "while":
+            n = trip_count(module, i)
+            for role in ("condition", "body"):
+                inner = module.computations[i.called[role][0]]
+                _add(total, module, inner, device, times * trips.get(n, n), trips)
+        elif i.opcode == "conditional":
+            costs = []
+            for name in [n for names in i.called.values() for n in names]:
+                costs.append(branch := Cost())
+                _add(branch, module, module.computations[name], device, times, trips)
+            worst = max(costs, key=lambda c: (c.cycles, c.bytes))
+            for field in ("cycles", "charged", "kernel_cycles", "bytes", "top"):
+                setattr(total, field, getattr(total, field) + getattr(worst, field))
+        elif i.opcode == "call":
+            inner = module.computations[i.called["to_apply"][0]]
+            _add(total, module, inner, device, times, trips)
+        else:
+            _add_one(total, module, body, i, device, times)
+
+
+def _add_one(
+    total: Cost, module: Module, body: Computation, i: Instruction, device: Device, times: int
+) -> None:
+    target = i.attribute("custom_call_target")
+    if i.opcode in _FREE or target in _FREE_CALLS:
+        return
+    moved, in_memory = _traffic(module, body, i)
+    cycles = float(i.cycles or 0)
+    total.bytes += in_memory * times
+    if device.clock is None:
+        return
+    if target in _KERNELS:
+        cycles = kernel_cycles(i, operand_arrays(body, i), device)
+        total.kernel_cycles += cycles * times
+    elif i.opcode in _MOVES or (i.cycles is None and i.opcode not in _STARTS):
+        least = moved / device.bytes_per_cycle if moved > _SMALL else 0.0
+        total.charged += max(0.0, least - cycles) * times
+        cycles = max(cycles, least)
+    total.cycles += cycles * times
+    if cycles:
+        what = " ".join(_short(a) for a in i.arrays[:2])
+        total.top.append((cycles * times, i.name, f"{what} {i.source[-60:]}"))
+
+
+def _short(a: Array) -> str:
+    return f"{a.dtype}[{','.join(map(str, a.dims))}]" + ("" if a.space == HBM else f"@{a.space}")
+
+
+def kernel_cycles(i: Instruction, operands: list[Array], device: Device) -> float:
+    """A Pallas kernel's cycles: the larger of its operations and its bytes at published rates.
+
+    Operations count as int8 where an operand is int8 or int4, else as bf16.
+
+    Raises:
+        ValueError: the kernel came without a cost estimate.
+    """
+    estimate = kernel_estimate(i.config)
+    if estimate is None:
+        raise ValueError(f"kernel %{i.name} has no cost estimate; give its pallas_call one")
+    integer = any(a.dtype in ("s8", "u8", "s4", "u4") for a in operands)
+    flops = float(estimate.get("flops", 0)) / device.rates["int8" if integer else "bf16"]
+    return max(flops, float(estimate.get("bytes_accessed", 0)) / device.bandwidth) * device.clock
+
+
+def kernel_estimate(config: Any) -> dict | None:
+    """The ``cost_estimate`` somewhere in a custom call's notes."""
+    if isinstance(config, dict):
+        if isinstance(config.get("cost_estimate"), dict):
+            return config["cost_estimate"]
+        found = (kernel_estimate(v) for v in config.values())
+        return next((f for f in found if f is not None), None)
+    return None
+
+
+def operand_arrays(body: Computation, i: Instruction) -> list[Array]:
+    """Arrays that an instruction reads, tuples flattened."""
+    return [a for name in i.operands for a in body.instructions[name].arrays]
+
+
+def _traffic(module: Module, body: Computation, i: Instruction) -> tuple[float, float]:
+    """Bytes that an instruction reads and writes: anywhere, and in the large memory."""
+    if i.opcode in _STARTS:
+        # (destination, source, context): what is in the large memory is read or written.
+        whole = operand_arrays(body, i)
+        size = min(sum(a.bytes for a in whole), _largest_result(i, whole))
+        there = [a for a in i.arrays if a.bytes and a.space == HBM]
+        return 0.0, float(size * min(2, len(there)))
+    if i.opcode == "fusion":
+        inner = module.computations[i.called["calls"][0]]
+        pairs = [*_fusion_reads(module, body, i, inner), *_fusion_writes(i, inner)]
+    elif i.opcode in ("dynamic-slice", "slice", "gather"):
+        operand = body.instructions[i.operands[0]].arrays[0]
+        pairs = [(operand, i.arrays[0].bytes), (i.arrays[0], i.arrays[0].bytes)]
+    elif i.opcode == "dynamic-update-slice":
+        update = body.instructions[i.operands[1]].arrays[0]
+        pairs = [(update, update.bytes), (i.arrays[0], update.bytes)]
+    else:
+        pairs = [(a, a.bytes) for a in [*operand_arrays(body, i), *i.arrays]]
+    anywhere = sum(n for _, n in pairs)
+    return float(anywhere), float(sum(n for a, n in pairs if a.space == HBM))
+
+
+def _largest_result(i: Instruction, operands: list[Array]) -> int:
+    """Bytes that a transfer delivers: its result that is no operand, or a whole copy of it."""
+    rest = collections.Counter((a.dtype, a.dims) for a in i.arrays)
+    rest.subtract((a.dtype, a.dims) for a in operands)
+    new = [a.bytes for a in i.arrays if rest[a.dtype, a.dims] > 0]
+    return max(new, default=math.inf)
+
+
+def _fusion_reads(module: Module, body: Computation, i: Instruction, inner: Computation):
+    """What a fusion reads of each operand: slices only, where it takes nothing else."""
+    parameters = {int(p.arguments): p for p in _parameters(inner)}
+    for k, name in enumerate(i.operands):
+        for array in body.instructions[name].arrays:
+            part = _read_of(module, inner, parameters[k].name) if k in parameters else None
+            yield array, array.bytes if part is None else min(part, array.bytes)
+
+
+def _read_of(module: Module, inner: Computation, name: str) -> int | None:
+    """Bytes read of a value inside a fusion, ``None`` for all of it."""
+    if inner.instructions[name].root:
+        return None
+    total = 0
+    for user in inner.instructions.values():
+        if name not in user.operands:
+            continue
+        part: int | None = None
+        first = user.operands[0] == name
+        if user.opcode in ("dynamic-slice", "slice", "gather") and first:
+            part = user.arrays[0].bytes
+        elif user.opcode == "dynamic-update-slice" and first and user.operands.count(name) == 1:
+            part = 0  # written in place
+        elif user.opcode in ("bitcast", "copy", "convert"):
+            part = _read_of(module, inner, user.name)
+        elif user.opcode == "fusion":
+            part = _read_of_nested(module, inner, user, name)
+        if part is None:
+            return None
+        total += part
+    return total
+
+
+def _read_of_nested(module: Module, inner: Computation, user: Instruction, name: str) -> int | None:
+    """:func:`_read_of` where the user is a fusion in a fusion: a change of layout, mostly."""
+    nested = module.computations[user.called["calls"][0]]
+    parameters = {int(p.arguments): p for p in _parameters(nested)}
+    taken = [parameters[k] for k, operand in enumerate(user.operands) if operand == name]
+    parts = [_read_of(module, nested, p.name) for p in taken]
+    if None not in parts:
+        return sum(parts)
+    same = len(user.operands) == 1 and user.arrays[0].size == taken[0].arrays[0].size
+    return _read_of(module, inner, user.name) if same else None
+
+
+def _parameters(body: Computation) -> list[Instruction]:
+    return [i for i in body.instructions.values() if i.opcode == "parameter"]
+
+
+def _fusion_writes(i: Instruction, inner: Computation):
+    """What a fusion writes of each result: the update alone, where it updates in place."""
+    root = inner.root
+    parts = [inner.instructions[n] for n in root.operands] if root.opcode == "tuple" else [root]
+    if len(parts) != len(i.arrays):
+        parts = [root] * len(i.arrays)
+    for array, part in zip(i.arrays, parts, strict=True):
+        while part.opcode == "bitcast":
+            part = inner.instructions[part.operands[0]]
+        if part.opcode == "dynamic-update-slice":
+            yield array, inner.instructions[part.operands[1]].arrays[0].bytes
+        else:
+            yield array, array.bytes

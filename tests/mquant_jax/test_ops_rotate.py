@@ -1,0 +1,79 @@
+"""The TPU's rotation kernel, interpreted, against the plain form; and which one is chosen."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
+from mquant_jax.numerics import quantize_static
+from mquant_jax.ops import pallas_tpu
+from mquant_jax.ops.dense import target_platform
+from mquant_jax.ops.rotate import rotate, rotate_quantize, select_path
+
+
+@pytest.mark.parametrize(("rows", "outer"), [(1, 2), (64, 12), (65, 20), (130, 1)])
+def test_kernel(rows, outer) -> None:
+    rng = np.random.default_rng(0)
+    n = 128 * outer
+    x = jnp.asarray(rng.normal(size=(rows, n)), jnp.bfloat16)
+    scale = jnp.asarray(rng.uniform(0.005, 0.05, (rows, 1)), jnp.float32)
+    matrix = np.kron(hadamard(outer), hadamard(128)) * n**-0.5
+    exact = np.asarray(x, np.float64) @ matrix
+    got = np.asarray(pallas_tpu.rotate(x, outer, interpret=True), np.float64)
+    assert np.abs(got - exact).max() < 0.02 * np.abs(exact).max()  # bfloat16 on the way
+    q = pallas_tpu.rotate(x, outer, scale, interpret=True)
+    assert q.dtype == jnp.int8 and q.shape == (rows, n)
+    expected = np.clip(exact / np.asarray(scale), -128, 127)
+    # Half a step of rounding, and bfloat16's error in front of it.
+    assert np.abs(np.asarray(q) - expected).max() < 0.5 + 0.02 * 128
+
+
+def test_kernel_saturates() -> None:
+    x = jnp.zeros((1, 128), jnp.bfloat16).at[0, 1].set(1e4)  # a column with both signs
+    q = np.asarray(pallas_tpu.rotate(x, 1, jnp.full((1, 1), 0.1), interpret=True))
+    assert set(q.ravel().tolist()) == {-128, 127}
+
+
+def test_plans_fill_the_lanes_where_that_is_cheap() -> None:
+    for n, outer in ((18944, 148), (5120, 40), (14336, 112)):
+        assert (plan_rotation(n).outer, plan_rotation(n).inner) == (outer, 128)
+    assert plan_rotation(1536).inner == 48  # 12 x 128 costs 1.75 times as much
+    assert plan_rotation(8960).inner == 112  # there is no order 70
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_forms_agree(monkeypatch, seed) -> None:
+    """The whole path that a TPU takes, with the kernel interpreted."""
+    rotation = Rotation(512, 1, 4, 128, seed, padding=12)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 40, 500)), jnp.bfloat16)
+    scale = jnp.asarray(rng.uniform(0.02, 0.05, (2, 40, 1)), jnp.float32)
+    plain, q = rotate(x, rotation), rotate_quantize(x, rotation, scale)
+    np.testing.assert_array_equal(q.values, quantize_static(rotation(x), scale).values)
+    kernel = pallas_tpu.rotate
+    monkeypatch.setattr(pallas_tpu, "rotate", lambda *a: kernel(*a, interpret=True))
+    with target_platform("tpu"):
+        assert select_path(rotation, 80, x.dtype) == "pallas_tpu"
+        theirs, shared = rotate(x, rotation), rotate_quantize(x, rotation, jnp.float32(0.03))
+        per_row = rotate_quantize(x, rotation, scale)
+    assert theirs.dtype == plain.dtype and theirs.shape == (2, 40, 512)
+    np.testing.assert_allclose(theirs.astype(float), plain.astype(float), atol=0.05)
+    off = np.abs(per_row.values.astype(int) - q.values.astype(int))
+    assert off.max() <= 1 and per_row.scale is scale
+    assert shared.values.dtype == jnp.int8
+
+
+def test_the_chosen_form() -> None:
+    wide, narrow = plan_rotation(18944), plan_rotation(1536)
+    assert select_path(wide, 1024, jnp.bfloat16) == "xla"  # on CPU
+    with target_platform("tpu"):
+        assert select_path(wide, 1024, jnp.bfloat16) == "pallas_tpu"
+        assert select_path(wide, 1, jnp.bfloat16) == "xla"
+        assert select_path(wide, 1024, jnp.float32) == "xla"
+        assert select_path(narrow, 1024, jnp.bfloat16) == "xla"
+        x = jax.ShapeDtypeStruct((128, 18944), jnp.bfloat16)
+        text = str(jax.make_jaxpr(lambda x: rotate(x, wide))(x))
+        assert "pallas_call" in text
