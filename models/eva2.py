@@ -174,7 +174,7 @@ class Adapter(nnx.Module):
         self.gate_proj = dense(into, c.inner)
         self.up_proj = dense(into, c.inner)
         rotation = place.online_rotation(c.inner)  # up_proj has its signs
-        hidden = rotation and rotation.unsigned
+        hidden = rotation and rotation.without_signs()
         self.merger_hidden = ActQuant("merger_hidden", section, rotation=hidden)
         self.down_proj = dense(rotation.n if rotation else c.inner, d)
 

@@ -150,18 +150,15 @@ def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
     Only the first ``r`` channels of a head turn, as two halves; the others (``r < d``) pass.
     """
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    half = angles.shape[-1]
-    if platform() == "tpu" and x.dtype == jnp.bfloat16 and x.shape[2] > 1:
+    half, whole = angles.shape[-1], x.shape[-1] == 2 * angles.shape[-1]
+    if platform() == "tpu" and x.dtype == jnp.bfloat16 and x.shape[2] > 1 and whole:
         # Halves of a vector register are costly to cut and join; a product with a signed
         # permutation exchanges them exactly, next to free.
-        rest = x.shape[-1] - 2 * half
-        swap = np.zeros((x.shape[-1], x.shape[-1]))
-        swap[:half, half : 2 * half], swap[half : 2 * half, :half] = np.eye(half), -np.eye(half)
+        one = np.eye(half)
+        swap = np.block([[np.zeros_like(one), one], [-one, np.zeros_like(one)]])
         other = jnp.matmul(x, jnp.asarray(swap, x.dtype), preferred_element_type=jnp.float32)
-        tail = [(0, 0)] * (cos.ndim - 1) + [(0, rest)]
-        cos = jnp.pad(jnp.concatenate([cos, cos], axis=-1), tail, constant_values=1.0)
-        sin = jnp.pad(jnp.concatenate([sin, sin], axis=-1), tail)
-        return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+        twice = [jnp.concatenate([y, y], axis=-1) for y in (cos, sin)]
+        return (x.astype(jnp.float32) * twice[0] + other * twice[1]).astype(x.dtype)
     a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
     turned = [a * cos - b * sin, b * cos + a * sin]
     return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)

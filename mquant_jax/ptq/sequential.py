@@ -174,18 +174,35 @@ class QuantizingRunner(Runner):
         inputs = None
         if seen.hessian is not None:
             inputs = prepare(seen.hessian, seen.cross, self.recipe.weights.act_order)
+        whole = [r for r in readers if not getattr(find(part.target, r), "has_split", False)]
+        together = self._round_together(whole, kernels, inputs, section)
         for reader, kernel in kernels.items():
             weight = kernel.get_value()
             name = f"{part.name}/{reader}"
-            if getattr(find(part.target, reader), "has_split", False):
-                rounded = self._round_split(name, weight, seen, inputs, section)
-            else:
-                q = self._round(weight, inputs, section)
+            if reader in together:
+                q = together[reader]
                 self.params[f"{name}/kernel"] = jax.tree.map(np.asarray, q.packed())
                 rounded = q.dequantize()
+            else:
+                rounded = self._round_split(name, weight, seen, inputs, section)
             error = jnp.linalg.norm(rounded - weight) / (jnp.linalg.norm(weight) + 1e-30)
             self.report["weights"][f"{name}/kernel"] = float(error)
             kernel.set_value(rounded.astype(weight.dtype))
+
+    def _round_together(self, readers, kernels, inputs, section: Section) -> dict[str, QWeight]:
+        """Layers that read one point as one matrix: rows are rounded each on its own, and the long
+        loop over the columns runs once."""
+        if not readers:
+            return {}
+        weights = [kernels[reader].get_value() for reader in readers]
+        q = self._round(jnp.concatenate(weights), inputs, section).unpacked()
+        ends = np.cumsum([w.shape[0] for w in weights])
+        return {
+            reader: dataclasses.replace(
+                q, values=q.values[end - w.shape[0] : end], scale=q.scale[end - w.shape[0] : end]
+            )
+            for reader, w, end in zip(readers, weights, ends, strict=True)
+        }
 
     def class_groups(self, path: str) -> tuple[tuple[int, ...], ...]:
         """The token classes that share an entry of the point's scale table."""
