@@ -12,11 +12,11 @@ from mquant_jax.ops.attention import split_heads
 from mquant_jax.ops.dense import target_platform
 
 
-@pytest.mark.parametrize(("width", "slots"), [(2, 1), (80, 40), (128, 64), (16, 4)])
-def test_tpu_form(width, slots) -> None:
+@pytest.mark.parametrize("width", [2, 80, 128])
+def test_tpu_form(width) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 3, 5, width)), jnp.bfloat16)
-    angles = jnp.asarray(rng.uniform(-4, 4, (2, 5, slots)), jnp.float32)
+    angles = jnp.asarray(rng.uniform(-4, 4, (2, 5, width // 2)), jnp.float32)
     plain = apply_rope(x, angles)
     with target_platform("tpu"):
         assert "dot_general" in str(jax.make_jaxpr(apply_rope)(x, angles))
