@@ -25,8 +25,8 @@ def uses_aifs(model: VLM, layout: str) -> bool:
     """Whether prompts are to be arranged before they run.
 
     ``auto``: for models with a visual expert, whose two sets of weights then run on their own
-    tokens alone. Elsewhere both layouts run the same products with one scale per row, and moving
-    tokens costs a little (docs/speed.md has the measurements).
+    tokens alone. Elsewhere both layouts run the same products with one scale per row, and there
+    is nothing to gain from moving tokens.
 
     Raises:
         UserError: an unknown layout.
