@@ -15,9 +15,9 @@ from mquant_jax.errors import UserError
 
 TESTED = "0.10.2"  # the jax whose compilers the results were made with
 INSTALL = {
-    "tpu": f'pip install "jax[tpu]=={TESTED}" (or this package\'s extra aot-tpu)',
-    "gpu": f"pip install --no-deps jax-cuda13-plugin=={TESTED} jax-cuda13-pjrt=={TESTED} "
-    "and pip install nvidia-cuda-nvcc nvidia-nvvm (the extra aot-gpu names them)",
+    "tpu": f'pip install "jax[tpu]=={TESTED}" (in this repository: pip install -e ".[aot-tpu]")',
+    "gpu": f"pip install jax=={TESTED} jax-cuda13-plugin=={TESTED} nvidia-cuda-nvcc nvidia-nvvm "
+    '(in this repository: pip install -e ".[aot-gpu]")',
 }
 # An H100 SXM as XLA describes it: what it would read from the driver.
 _H100 = """

@@ -88,7 +88,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['model']} on one {result['device']}: prompt {prompt['tokens']} tokens, "
         f"{prompt['visual_tokens']} of them a picture's; cache {result['cache_slots']} slots",
         "",
-        f"{'variant':<13} {'program':<8} {'fits':<5} {'memory GB':>9} "
+        f"{'variant':<13} {'program':<8} {'compiles':<8} {'memory GB':>9} "
         + (f"{'Mcycles':>8} {'charged':>8} " if cycles else "")
         + f"{'GB moved':>9} {'Tops':>7} {'compute ms':>10} {'memory ms':>9} {'estimate ms':>11}",
     ]
@@ -99,7 +99,7 @@ def table(result: dict[str, Any]) -> str:
             if cycles:
                 own = f"{p['cycles'] / 1e6:>8.1f} {p['charged_cycles'] / 1e6:>8.1f} "
             lines.append(
-                f"{name:<13} {program:<8} {'yes' if p['compiled'] else 'NO':<5} "
+                f"{name:<13} {program:<8} {'yes' if p['compiled'] else 'NO':<8} "
                 f"{p['memory']['total'] / 1e9:>9.2f} {own}{p['bytes'] / 1e9:>9.2f} "
                 f"{sum(p['flops'].values()) / 1e12:>7.2f} {ms['compute']:>10.2f} "
                 f"{ms['memory']:>9.2f} {ms['estimate']:>11.2f}"
