@@ -103,8 +103,9 @@ def _rotate(x_ref, right_ref, left_ref, inverse_ref, out_ref, part_ref, *, fille
         return carry
 
     jax.lax.fori_loop(0, BLOCK, mix, 0, unroll=8)
+    inverse = inverse_ref[...]
     for o in range(outer):
         y = part_ref[pl.ds(o * _STRIDE, BLOCK), :]
         if out_ref.dtype == jnp.int8:
-            y = jnp.clip(jnp.round(y * inverse_ref[...]), -128, 127).astype(jnp.int32)
+            y = jnp.clip(jnp.round(y * inverse), -128, 127).astype(jnp.int32)
         out_ref[:, o * LANES : (o + 1) * LANES] = y.astype(out_ref.dtype)
