@@ -149,16 +149,18 @@ def run_demo(draws: list[int | None], questions: int, rows: list[Row]) -> dict[s
     }
 
 
-def run_text(windows: int, rows: list[Row]) -> dict[str, Any]:
-    """The smollm2 bed."""
+def run_text(windows: int, rows: list[Row], save: Path | None) -> dict[str, Any]:
+    """The smollm2 bed; what is known is saved after every row, for it takes a while."""
     from benchmarks.smollm2 import TextBed
 
     bed = TextBed(windows)
     floats = bed.evaluate(bed.float)["ppl"]
-    table = list(measured(bed, rows, float_head=True))
-    for row in table:
-        row["ratio"] = row["ppl"] / floats
-    return {"float_ppl": floats, "windows": windows, "rows": table}
+    result = {"bed": "smollm2", "float_ppl": floats, "windows": windows, "rows": []}
+    for row in measured(bed, rows, float_head=True):
+        result["rows"].append(row | {"ratio": row["ppl"] / floats})
+        if save:
+            save.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -209,7 +211,7 @@ def _run(argv: list[str]) -> int:
         rows = [r for r in rows if r.method in args.method]
     result: dict[str, Any] = {"bed": args.bed}
     if text:
-        result |= run_text(8 if args.quick else 40, rows)
+        result |= run_text(8 if args.quick else 40, rows, args.save)
     else:
         draws = list(range(1 if args.quick else args.draws)) if args.bed == "outlier" else [None]
         result |= run_demo(draws, 100 if args.quick else 500, rows)

@@ -158,9 +158,8 @@ def test_bench_compares_with_both_floats(folders, capsys) -> None:
     status, out, _ = run(capsys, "bench", folders / "w4a8", "--json", *size)
     result = json.loads(out)
     assert status == 0 and [r["variant"] for r in result["rows"]] == ["float32", "bfloat16", "w4a8"]
-    assert {f"{p}_vs_{v}" for p in ("prefill", "decode") for v in ("float32", "bfloat16")} == set(
-        result["ratios"]
-    )
+    parts, others = ("vision", "prefill", "decode"), ("float32", "bfloat16")
+    assert {f"{part}_vs_{other}" for part in parts for other in others} == set(result["ratios"])
     assert run(capsys, "bench", folders / "w4a8", "--repeats", 0)[0] == 2
 
 
