@@ -29,7 +29,8 @@ from mquant_jax.nn.params import Params, parameter_bytes
 from mquant_jax.numerics import QWeight
 from mquant_jax.recipe import Recipe
 
-FORMAT_VERSION = 1
+# Also of what a model does with its tensors, such as the rotations that `plan_rotation` gives.
+FORMAT_VERSION = 2
 MANIFEST, CONFIG, PARAMS, REPORT = "mquant.json", "config.json", "params", "report.json"
 _CONVERT_AGAIN = "convert the model again"
 

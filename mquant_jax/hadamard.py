@@ -155,16 +155,18 @@ class Rotation:
         return dataclasses.replace(self, seed=None)
 
     def signed(self, x: jax.Array) -> jax.Array:
-        """``x [..., inputs]`` with signs and padding: ``[..., n]``."""
-        if self.seed is not None:
-            x = x * jnp.asarray(self.signs, x.dtype)
-        if self.padding:
-            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.padding)])
-        return x
+        """``x [..., inputs]`` with the signs."""
+        return x if self.seed is None else x * jnp.asarray(self.signs, x.dtype)
+
+    def padded(self, x: jax.Array) -> jax.Array:
+        """``x [..., inputs]`` with zeros behind: ``[..., n]``."""
+        if not self.padding:
+            return x
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.padding)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x [..., inputs] @ R``: ``[..., n]`` in ``x.dtype``."""
-        x = self.signed(x)
+        x = self.padded(self.signed(x))
         shape = x.shape
         scale = (self.outer * self.inner) ** -0.5
         x = x.reshape(*shape[:-1], self.blocks, self.outer, self.inner)
@@ -223,7 +225,8 @@ def plan_rotation(n: int, seed: int | None = 0, may_pad: bool = False) -> Rotati
     one with the fewest blocks whose dense factors stay at or below 256 is taken, and among those
     the most even split, or one whose inner factor fills the lanes of a vector register where it
     costs little more. Where that leaves blocks narrower than ``WIDE_BLOCK`` channels, a slightly
-    wider rotation of one block takes the input padded with zeros (4304 -> 4320).
+    wider rotation of one block takes the input padded with zeros (4304 -> 4320), and so where only
+    a wider one fills the lanes (8960 -> 9216).
 
     Args:
         may_pad: whether the width may grow, which only rotations at run time can use.
@@ -234,6 +237,9 @@ def plan_rotation(n: int, seed: int | None = 0, may_pad: bool = False) -> Rotati
     if n % 2 and not may_pad:
         raise ValueError(f"no Hadamard rotation of odd width {n}")
     exact = None if n % 2 else _exact(n, seed)
+    lanes = _padded_to_lanes(n, exact) if may_pad and exact else None
+    if lanes:
+        return lanes
     if not may_pad or (exact and (exact.blocks == 1 or n // exact.blocks >= WIDE_BLOCK)):
         return exact
     for width in range(n + n % 2, int(n * (1 + MOST_PADDING)) + 1, 2):
@@ -267,3 +273,15 @@ def _in_lanes(even: Rotation) -> Rotation | None:
     if outer + LANES > LANES_WORTH * (even.outer + even.inner):
         return None
     return dataclasses.replace(even, outer=outer, inner=LANES)
+
+
+def _padded_to_lanes(n: int, exact: Rotation) -> Rotation | None:
+    """A rotation of a slightly larger width that fills the lanes where ``exact`` does not."""
+    if exact.blocks > 1 or exact.inner == LANES:
+        return None
+    for width in range(-(-n // LANES) * LANES, int(n * (1 + MOST_PADDING)) + 1, LANES):
+        wider = _exact(width, exact.seed)
+        cheap = wider.outer + wider.inner <= LANES_WORTH * (exact.outer + exact.inner)
+        if wider.blocks == 1 and wider.inner == LANES and cheap:
+            return dataclasses.replace(wider, padding=width - n)
+    return None

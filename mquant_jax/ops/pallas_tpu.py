@@ -30,7 +30,8 @@ def rotate(
     block the one between is a strided read, and the others fall away.
 
     Args:
-        x: bfloat16 ``[rows, n]``, ``n = 128 * outer``.
+        x: bfloat16 ``[rows, inputs]``, ``inputs`` a multiple of 128 up to ``n = 128 * outer``; what
+            is missing counts as zeros.
         outer: order of a Hadamard matrix that :func:`hadamard` can build.
         scale: float32 ``[rows, 1]``.
         interpret: run without a TPU.
@@ -38,7 +39,8 @@ def rotate(
     Returns:
         int8 ``[rows, n]``, saturated and rounded half to even; without ``scale`` bfloat16.
     """
-    rows, n = x.shape
+    rows, inputs = x.shape
+    n = outer * LANES
     missing = -rows % BLOCK
     x = jnp.pad(x, ((0, missing), (0, 0)))
     dtype = jnp.bfloat16 if scale is None else jnp.int8
@@ -50,18 +52,18 @@ def rotate(
     right = hadamard(LANES) * n**-0.5
     # Operations as the matrix unit does them, operands padded to its tiles.
     deep = -(-tall // _TILE) * _TILE
-    per_row = 2 * LANES * (n + tall * deep)
+    per_row = 2 * LANES * (inputs + tall * deep)
     out = pl.pallas_call(
-        partial(_rotate, outer=outer, tall=tall),
+        partial(_rotate, filled=inputs // LANES, outer=outer, tall=tall),
         grid=(len(x) // BLOCK,),
         in_specs=[
-            pl.BlockSpec((BLOCK, n), lambda i: (i, 0)),
+            pl.BlockSpec((BLOCK, inputs), lambda i: (i, 0)),
             pl.BlockSpec((LANES, LANES), lambda i: (0, 0)),
             pl.BlockSpec((tall, tall), lambda i: (0, 0)),
             pl.BlockSpec((BLOCK, 1), lambda i: (i, 0)),
         ],
         out_specs=pl.BlockSpec((BLOCK, n), lambda i: (i, 0)),
-        out_shape=jax.ShapeDtypeStruct(x.shape, dtype),
+        out_shape=jax.ShapeDtypeStruct((len(x), n), dtype),
         scratch_shapes=[pltpu.VMEM((tall * _STRIDE, LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=48 * 2**20
@@ -69,7 +71,7 @@ def rotate(
         cost_estimate=pl.CostEstimate(
             flops=per_row * len(x),
             transcendentals=0,
-            bytes_accessed=x.size * (x.dtype.itemsize + jnp.dtype(dtype).itemsize),
+            bytes_accessed=x.size * x.dtype.itemsize + len(x) * n * jnp.dtype(dtype).itemsize,
         ),
         interpret=interpret,
     )(x, jnp.asarray(right, x.dtype), jnp.asarray(left, x.dtype), inverse)
@@ -81,18 +83,18 @@ def rotate(
 _STRIDE = BLOCK + 1
 
 
-def _rotate(x_ref, right_ref, left_ref, inverse_ref, out_ref, part_ref, *, outer: int, tall: int):
+def _rotate(x_ref, right_ref, left_ref, inverse_ref, out_ref, part_ref, *, filled, outer, tall):
     """One block of rows; ``part_ref`` holds channel ``o * 128 + i`` of row ``r`` at
     ``[o * _STRIDE + r, i]``."""
     right, left = right_ref[...], left_ref[...]
-    for o in range(outer):
+    for o in range(filled):
         part = jnp.dot(
             x_ref[:, o * LANES : (o + 1) * LANES], right, preferred_element_type=jnp.float32
         )
         part_ref[pl.ds(o * _STRIDE, BLOCK), :] = part
-    if tall > outer:  # zeros in the matrix do not make up for a NaN in what was never written
-        rest = (tall - outer) * _STRIDE
-        part_ref[pl.ds(outer * _STRIDE, rest), :] = jnp.zeros((rest, LANES), jnp.float32)
+    if tall > filled:  # zeros in the matrix do not make up for a NaN in what was never written
+        rest = (tall - filled) * _STRIDE
+        part_ref[pl.ds(filled * _STRIDE, rest), :] = jnp.zeros((rest, LANES), jnp.float32)
 
     def mix(row, carry):
         at = pl.ds(row, tall, stride=_STRIDE)
@@ -101,8 +103,9 @@ def _rotate(x_ref, right_ref, left_ref, inverse_ref, out_ref, part_ref, *, outer
         return carry
 
     jax.lax.fori_loop(0, BLOCK, mix, 0, unroll=8)
+    inverse = inverse_ref[...]
     for o in range(outer):
         y = part_ref[pl.ds(o * _STRIDE, BLOCK), :]
         if out_ref.dtype == jnp.int8:
-            y = jnp.clip(jnp.round(y * inverse_ref[...]), -128, 127).astype(jnp.int32)
+            y = jnp.clip(jnp.round(y * inverse), -128, 127).astype(jnp.int32)
         out_ref[:, o * LANES : (o + 1) * LANES] = y.astype(out_ref.dtype)

@@ -23,19 +23,20 @@ def _rows(x: jax.Array) -> int:
     return x.size // x.shape[-1]
 
 
-def _kernel(*args: jax.Array | int) -> jax.Array:
+def _kernel(x: jax.Array, rotation: Rotation, scale: jax.Array | None = None) -> jax.Array:
     from mquant_jax.ops import pallas_tpu  # not needed, and slow to import, where there is no TPU
 
-    return pallas_tpu.rotate(*args)
+    x = rotation.signed(x)
+    x = rotation.padded(x) if rotation.inputs % LANES else x  # whole tiles the kernel pads itself
+    flat = pallas_tpu.rotate(x.reshape(-1, x.shape[-1]), rotation.outer, scale)
+    return flat.reshape(*x.shape[:-1], rotation.n)
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """float ``[..., inputs]`` -> ``[..., n]`` in the same type."""
     if select_path(rotation, _rows(x), x.dtype) == "xla":
         return rotation(x)
-    x = rotation.signed(x)
-    flat = _kernel(x.reshape(-1, rotation.n), rotation.outer)
-    return flat.reshape(x.shape)
+    return _kernel(x, rotation)
 
 
 def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array) -> QTensor:
@@ -47,7 +48,5 @@ def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array) -> QTens
     """
     if select_path(rotation, _rows(x), x.dtype) == "xla":
         return quantize_static(rotation(x), scale)
-    x = rotation.signed(x)
     rows = jnp.broadcast_to(scale, (*x.shape[:-1], 1)).reshape(-1, 1)
-    flat = _kernel(x.reshape(-1, rotation.n), rotation.outer, rows)
-    return QTensor(flat.reshape(x.shape), scale)
+    return QTensor(_kernel(x, rotation, rows), scale)

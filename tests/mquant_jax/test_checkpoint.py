@@ -154,7 +154,7 @@ def _edit(folder, **changes):
 def test_another_format_version_is_refused(tmp_path):
     _save(tmp_path / "dst")
     _edit(tmp_path / "dst", format_version=0)
-    with pytest.raises(UserError, match="format version 0, this program reads 1"):
+    with pytest.raises(UserError, match="format version 0, this program reads 2"):
         load_params(tmp_path / "dst")
 
 

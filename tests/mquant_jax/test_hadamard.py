@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mquant_jax.hadamard import hadamard, plan_rotation
+from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
 
 # Widths of the published models of the paper's families, and the demo model's.
 WIDTHS = (192, 256, 512, 576, 1024, 1152, 1280, 1536, 1664, 3584, 4096, 4304, 5120, 8192, 8960,
@@ -50,3 +50,21 @@ def test_signs_keep_a_mean_from_gathering_in_one_channel() -> None:
 def test_odd_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="odd width 7"):
         plan_rotation(7)
+
+
+@pytest.mark.parametrize(("n", "blocks", "outer", "inner", "padding"), [
+    (576, 1, 24, 24, 0), (1280, 1, 32, 40, 0), (1536, 1, 32, 48, 0), (3420, 15, 1, 228, 0),
+    (3584, 1, 56, 64, 0), (4096, 1, 32, 128, 0), (4304, 1, 60, 72, 16), (5120, 1, 40, 128, 0),
+    (8960, 1, 72, 128, 256), (11008, 43, 16, 16, 0), (13696, 107, 8, 16, 0),
+    (14336, 1, 112, 128, 0), (15360, 1, 120, 128, 0), (18944, 1, 148, 128, 0),
+])  # fmt: skip
+def test_plans_stay(n, blocks, outer, inner, padding) -> None:
+    """Stored weights are rotated so: another plan needs another ``checkpoint.FORMAT_VERSION``."""
+    expected = Rotation(n + padding, blocks, outer, inner, 7, padding)
+    assert plan_rotation(n, 7, may_pad=True) == expected
+
+
+def test_signs_stay() -> None:
+    """As stored weights have them: see ``test_plans_stay``."""
+    signs = Rotation(64, 1, 8, 8, seed=7).signs[:16]
+    assert np.flatnonzero(signs < 0).tolist() == [0, 1, 5, 8, 12, 13, 14, 15]

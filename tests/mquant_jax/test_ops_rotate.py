@@ -31,6 +31,12 @@ def test_kernel(rows, outer) -> None:
     assert np.abs(np.asarray(q) - expected).max() < 0.5 + 0.02 * 128
 
 
+def test_kernel_pads() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 10 * 128)), jnp.bfloat16)
+    whole = pallas_tpu.rotate(jnp.pad(x, ((0, 0), (0, 256))), 12, interpret=True)
+    np.testing.assert_array_equal(pallas_tpu.rotate(x, 12, interpret=True), whole)
+
+
 def test_kernel_saturates() -> None:
     x = jnp.zeros((1, 128), jnp.bfloat16).at[0, 1].set(1e4)  # a column with both signs
     q = np.asarray(pallas_tpu.rotate(x, 1, jnp.full((1, 1), 0.1), interpret=True))
@@ -42,14 +48,16 @@ def test_plans_fill_the_lanes_where_that_is_cheap() -> None:
         assert (plan_rotation(n).outer, plan_rotation(n).inner) == (outer, 128)
     assert plan_rotation(1536).inner == 48  # 12 x 128 costs 1.75 times as much
     assert plan_rotation(8960).inner == 112  # there is no order 70
+    padded = plan_rotation(8960, may_pad=True)
+    assert (padded.n, padded.padding, padded.outer, padded.inner) == (9216, 256, 72, 128)
 
 
-@pytest.mark.parametrize("seed", [None, 3])
-def test_forms_agree(monkeypatch, seed) -> None:
+@pytest.mark.parametrize(("seed", "padding"), [(None, 12), (3, 12), (3, 128)])
+def test_forms_agree(monkeypatch, seed, padding) -> None:
     """The whole path that a TPU takes, with the kernel interpreted."""
-    rotation = Rotation(512, 1, 4, 128, seed, padding=12)
+    rotation = Rotation(512, 1, 4, 128, seed, padding)
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(2, 40, 500)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(2, 40, rotation.inputs)), jnp.bfloat16)
     scale = jnp.asarray(rng.uniform(0.02, 0.05, (2, 40, 1)), jnp.float32)
     plain, q = rotate(x, rotation), rotate_quantize(x, rotation, scale)
     np.testing.assert_array_equal(q.values, quantize_static(rotation(x), scale).values)
