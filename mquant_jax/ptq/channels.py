@@ -2,7 +2,9 @@
 
 A channel multiplied where it is written and divided where it is read leaves every output as it was:
 between a norm and its readers, between values and the output projection, and between the linear
-half of a gated MLP and its last layer.
+half of a gated MLP and its last layer. What is added to a channel and taken off again behind its
+reader leaves it as well, where both have a bias and nothing but sums that keep a constant (those of
+attention do) stands between; no constant passes an activation function or a gate.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ class Link:
         readers: paths of the dense layers that read them.
         columns: int ``[K]``, the channel of each input column of the readers.
         width: number of channels.
+        gated: channels are multiplied by others on their way.
     """
 
     sources: tuple[str, ...]
     readers: tuple[str, ...]
     columns: np.ndarray
     width: int
+    gated: bool = False
 
 
 def links(params: Params, streams: Streams) -> Iterator[Link]:
@@ -65,7 +69,7 @@ def links(params: Params, streams: Streams) -> Iterator[Link]:
         carriers, readers = expand(hidden.sign_carrier, params), expand(hidden.reader, params)
         for carrier, reader in zip(carriers, readers, strict=True):
             columns = np.arange(hidden.width)
-            yield Link(present(carrier, "kernel", "bias"), (reader,), columns, hidden.width)
+            yield Link(present(carrier, "kernel", "bias"), (reader,), columns, hidden.width, True)
 
 
 def scale(params: Params, link: Link, gains: np.ndarray) -> None:
@@ -75,3 +79,19 @@ def scale(params: Params, link: Link, gains: np.ndarray) -> None:
         params[name] = value * gains.reshape(-1, *[1] * (value.ndim - 1))
     for reader in link.readers:
         params[f"{reader}/kernel"] = params[f"{reader}/kernel"] / gains[link.columns]
+
+
+def can_shift(params: Params, link: Link) -> bool:
+    """Whether :func:`shift` applies: sources and readers have biases, and no gate is between."""
+    biased = any(name.endswith("/bias") for name in link.sources)
+    return biased and not link.gated and all(f"{r}/bias" in params for r in link.readers)
+
+
+def shift(params: Params, link: Link, offsets: np.ndarray) -> None:
+    """Add ``offsets`` (float64 ``[width]``) to the channels; take them off behind the readers."""
+    for name in link.sources:
+        if name.endswith("/bias"):
+            params[name] = params[name] + offsets
+    for reader in link.readers:
+        constant = params[f"{reader}/kernel"] @ offsets[link.columns]
+        params[f"{reader}/bias"] = params[f"{reader}/bias"] - constant
