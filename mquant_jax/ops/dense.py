@@ -8,16 +8,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 
 from mquant_jax.numerics import QTensor, QWeight
-from mquant_jax.ops import xla
+from mquant_jax.ops import x86, xla
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 _FORMS = {
     "int_dot": xla.int_dot,
+    "byte_dot": partial(xla.int_dot, product=x86.byte_dot),
     "padded_int_dot": xla.padded_int_dot,
     "weight_only": xla.weight_only_dot,
 }
@@ -38,10 +40,13 @@ def target_platform(name: str) -> Iterator[None]:
         _PLATFORM.reset(token)
 
 
-def select_path(quantised_input: bool, rows: int) -> str:
+def select_path(quantised_input: bool, rows: int, groups: int = 1) -> str:
     """Name of the form that :func:`quantized_dot` runs for these operands."""
     if not quantised_input:
         return "weight_only"
+    one_by_one = groups == 1 or rows >= xla.MANY_ROWS  # the form has no batches
+    if platform() == "cpu" and x86.preferred() and one_by_one:
+        return "byte_dot"
     if rows == 1 and platform() in ("cpu", "tpu"):
         return "padded_int_dot"
     return "int_dot"
@@ -87,5 +92,5 @@ def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
         # XLA's CPU backend widens int4 operands to int32 and multiplies naively; its GPU backend
         # does as well, but fuses a conversion to int8 into the product.
         w = w.unpacked()
-    form = _FORMS[select_path(isinstance(x, QTensor), rows)]
+    form = _FORMS[select_path(isinstance(x, QTensor), rows, w.groups)]
     return form(flat, w).reshape(*lead, w.out_features)

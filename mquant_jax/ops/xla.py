@@ -7,6 +7,8 @@ the byte dot-product instructions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +18,14 @@ MANY_ROWS = 64
 _LAST_ON_LAST = (((1,), (1,)), ((), ()))
 
 
-def int_dot(x: QTensor, w: QWeight) -> jax.Array:
+def s8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """int8 ``[rows, in]`` by int8 or int4 ``[out, in]`` -> int32 ``[rows, out]``."""
+    return jax.lax.dot_general(x, w, _LAST_ON_LAST, preferred_element_type=jnp.int32)
+
+
+def int_dot(
+    x: QTensor, w: QWeight, product: Callable[[jax.Array, jax.Array], jax.Array] = s8_dot
+) -> jax.Array:
     """s8 x s8 with s32 accumulation: int8 ``[rows, in]`` by int8 ``[out, in]`` -> float32.
 
     Per-channel scales cost one multiply per output. Group scales run one integer product per
@@ -25,9 +34,7 @@ def int_dot(x: QTensor, w: QWeight) -> jax.Array:
     """
     w = w if w.storage == "int4" else w.unpacked()
     if w.groups == 1:
-        acc = jax.lax.dot_general(
-            x.values, w.values, _LAST_ON_LAST, preferred_element_type=jnp.int32
-        )
+        acc = product(x.values, w.values)
         return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
     rows, size = x.values.shape[0], w.in_features // w.groups
     if rows >= MANY_ROWS:
@@ -36,7 +43,7 @@ def int_dot(x: QTensor, w: QWeight) -> jax.Array:
             at = group * size
             a = jax.lax.dynamic_slice_in_dim(x.values, at, size, axis=1)
             b = jax.lax.dynamic_slice_in_dim(w.values, at, size, axis=1)
-            acc = jax.lax.dot_general(a, b, _LAST_ON_LAST, preferred_element_type=jnp.int32)
+            acc = product(a, b)
             scale = jax.lax.dynamic_index_in_dim(w.scale, group, axis=1, keepdims=False)
             return total + acc.astype(jnp.float32) * scale, None
 

@@ -17,7 +17,7 @@ from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.processing import reference_batch
 from mquant_jax.nn.dense import Dense
 from mquant_jax.numerics import QTensor, QWeight, quantize_dynamic, quantize_weight
-from mquant_jax.ops import xla
+from mquant_jax.ops import x86, xla
 from mquant_jax.ops.dense import (
     float_dot,
     held,
@@ -90,7 +90,26 @@ def test_lengths_must_agree() -> None:
         quantized_dot(QTensor(x.values[:, :7], x.scale), w)
 
 
-def test_the_chosen_form() -> None:
+def test_the_byte_form(monkeypatch) -> None:
+    """Exact, wherever it runs; its parameter says what it computes."""
+    rng = np.random.default_rng(0)
+    for rows, k, out in ((1, 1, 1), (1, 7, 3), (5, 64, 33), (70, 300, 130), (2, 16384, 3)):
+        x = jnp.asarray(rng.integers(-128, 128, (rows, k)), jnp.int8)
+        w = jnp.asarray(rng.integers(-128, 128, (out, k)), jnp.int8)
+        np.testing.assert_array_equal(x86.byte_dot(x, w), xla.s8_dot(x, w))
+    low = jnp.full((2, 16384), -128, jnp.int8)
+    np.testing.assert_array_equal(x86.byte_dot(low, low), 16384 * 128 * 128)
+    assert integer_dots(x86.byte_dot, x, w).dots == [("int8", "int8", "int32")]
+    monkeypatch.setattr(x86, "preferred", lambda: True)
+    for rows, groups in ((1, 1), (3, 1), (xla.MANY_ROWS, 4)):
+        assert select_path(True, rows, groups) == "byte_dot"
+        q, weight, expected = operands(rows, 6, groups, 20, 4, True)
+        close(quantized_dot(q, weight), expected)
+    assert select_path(True, 1, 4) == "padded_int_dot"
+
+
+def test_the_chosen_form(monkeypatch) -> None:
+    monkeypatch.setattr(x86, "preferred", lambda: False)
     for name in ("cpu", "tpu"):
         with target_platform(name):
             assert select_path(True, 1) == "padded_int_dot"
@@ -166,9 +185,9 @@ def test_many_rows_multiply_integers(group_size, packed) -> None:
     use = integer_dots(program, jnp.ones((2, 24)), w)
     assert use.integer_only and len(use.dots) == 1, use
     text = jax.jit(program).lower(jnp.ones((2, 24)), w).as_text()
-    lines = [line for line in text.splitlines() if "dot_general" in line and "xi8>" in line]
+    lines = [line for line in text.splitlines() if "dot_general" in line and "i8>" in line]
     assert len(lines) == 1
-    assert re.search(r"\(tensor<\S+xi8>, tensor<\S+xi8>\) -> tensor<\S+xi32>", lines[0])
+    assert re.search(r"\(tensor<\S+xu?i8>, tensor<\S+xi8>\) -> tensor<\S+xi32>", lines[0])
 
 
 def test_the_helper_sees_floats() -> None:
