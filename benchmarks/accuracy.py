@@ -211,7 +211,7 @@ def _run(argv: list[str]) -> int:
         rows = [r for r in rows if r.method in args.method]
     result: dict[str, Any] = {"bed": args.bed}
     if text:
-        result |= run_text(8 if args.quick else 40, rows, args.save)
+        result |= run_text(8 if args.quick else 24, rows, args.save)
     else:
         draws = list(range(1 if args.quick else args.draws)) if args.bed == "outlier" else [None]
         result |= run_demo(draws, 100 if args.quick else 500, rows)

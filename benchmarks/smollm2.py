@@ -42,7 +42,7 @@ from mquant_jax.runtime.sampling import Sampling
 START = "<|im_start|>"
 LENGTH = 512  # tokens of a window, START included
 CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 16, 48
-DIVERGENCE_WINDOWS = 16  # of them, KL is measured on the first; it costs a second head
+DIVERGENCE_WINDOWS = 8  # of them, KL is measured on the first; it costs a second head
 OWN_WINDOWS = 2  # windows that the float model writes itself, greedily and drawn alike
 CHUNK = 4  # windows that go through the blocks at a time
 

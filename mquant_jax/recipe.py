@@ -148,6 +148,9 @@ class Recipe:
         modality_scales: visual and text tokens have static scales of their own in the language
             model (MSQ, paper section 3.1) instead of one shared scale.
         sink_class: so have the few tokens whose activations are massive, which calibration finds.
+        prefix_sinks: so many of those tokens, found by calibration, stand in front of every prompt:
+            their keys and values, which the float model computes once, are part of the checkpoint
+            (PrefixQuant).
         smooth: move activation outliers into the weights first (SmoothQuant), its strength
             searched per layer.
         rotate: fold norms and sign-randomised Hadamard rotations into the weights (paper section
@@ -172,6 +175,7 @@ class Recipe:
     weights: Weights = Weights()
     modality_scales: bool = True
     sink_class: bool = False
+    prefix_sinks: int = 0
     smooth: bool = False
     rotate: bool = False
     orthogonal: bool = False
@@ -196,6 +200,11 @@ class Recipe:
     def marks_sinks(self) -> bool:
         """Whether the model has to know its sinks."""
         return self.sink_class and self.language.activations == "static"
+
+    @property
+    def finds_sinks(self) -> bool:
+        """Whether calibration has to look for them."""
+        return self.marks_sinks or self.prefix_sinks > 0
 
     @property
     def n_classes(self) -> int:
@@ -228,7 +237,7 @@ class Recipe:
     def needs_calibration(self) -> bool:
         parts = [self.section(s) for s in SECTIONS]
         gptq = self.weights.method == "gptq" and any(s.quantised for s in parts)
-        weights = gptq or self.smooth or self.split.wanted or self.learns
+        weights = gptq or self.smooth or self.split.wanted or self.learns or self.prefix_sinks > 0
         return weights or any(s.activations == "static" for s in parts)
 
     def to_json(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
                 positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling, span
             )
         if cfg.logn_length is not None:
-            length = jnp.max(positions, axis=0).astype(jnp.float32) + 1
+            length = jnp.maximum(jnp.max(positions, axis=0), 0).astype(jnp.float32) + 1
             gain = jnp.maximum(jnp.log(length) / math.log(cfg.logn_length), 1.0)
         keys = key_order(order, token_class) if keys is None else keys
         mask = keys[:, None, :] <= order[:, :, None]

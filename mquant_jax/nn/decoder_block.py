@@ -158,6 +158,11 @@ class DecoderBlock(Projections):
         if cfg.qk_norm:
             self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
+        self.prefixed = place.prefix > 0
+        if self.prefixed:  # rotated to the positions before a prompt's first
+            shape = (cfg.num_kv_heads, place.prefix, cfg.head_dim)
+            self.prefix_k = nnx.Param(jnp.zeros(shape, place.dtype))
+            self.prefix_v = nnx.Param(jnp.zeros(shape, place.dtype))
         if cfg.stored_rope:  # positions times these are too large for a narrower type
             self.frequencies = nnx.Param(jnp.zeros((cfg.rotary_dim // 2,), jnp.float32))
 
@@ -181,6 +186,11 @@ class DecoderBlock(Projections):
             q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
         return q, k, v
 
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        """Attention to the keys given and to the prefix, if there is one."""
+        prefix = (self.prefix_k.get_value(), self.prefix_v.get_value()) if self.prefixed else None
+        return attend(q, k, v, mask, prefix)
+
     def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):
         """Output projection and MLP, each added to the residual stream ``x``."""
         x = x + self.run(Projections.output, attended, ctx, tap)
@@ -189,7 +199,7 @@ class DecoderBlock(Projections):
     def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
         """Without a cache: queries see the keys of the same call only."""
         q, k, v = self.qkv(x, ctx, tap)
-        return self.rest(x, attend(q, k, v, ctx.mask), ctx, tap)
+        return self.rest(x, self.attend(q, k, v, ctx.mask), ctx, tap)
 
     def cached(self, x, ctx: DecoderContext, k_all, v_all, layer, cursor, fresh: bool):
         """With a cache: writes this call's keys and values at ``cursor`` of ``layer``.
@@ -207,7 +217,7 @@ class DecoderBlock(Projections):
         if not fresh:
             k = jax.lax.dynamic_index_in_dim(k_all, layer, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(v_all, layer, keepdims=False)
-        return self.rest(x, attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
+        return self.rest(x, self.attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
 
 
 class ExpertBlock(DecoderBlock):

@@ -23,6 +23,7 @@ class Placement:
         rotates_reads: streams that take no rotation are rotated online where they are read.
         rotation_seed: seed of the online rotations' signs; ``None``: they have none.
         sink_class: the model knows which tokens are sinks.
+        prefix: tokens in front of every prompt, whose keys and values are parameters.
         split: whether MLPs' last layers have a split-off input channel.
         seed: of the streams' rotations.
         orthogonal: those are random orthogonal matrices.
@@ -35,6 +36,7 @@ class Placement:
     rotates_reads: bool = False
     rotation_seed: int | None = None
     sink_class: bool = False
+    prefix: int = 0
     split: Split = Split()
     seed: int = 0
     orthogonal: bool = False
@@ -51,6 +53,7 @@ class Placement:
             rotates_reads=recipe.rotate and recipe.online_reads,
             rotation_seed=recipe.online_seed,
             sink_class=recipe.marks_sinks and language,
+            prefix=recipe.prefix_sinks if language else 0,
             split=recipe.split,
             seed=recipe.seed,
             orthogonal=recipe.orthogonal,

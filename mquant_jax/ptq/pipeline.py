@@ -17,6 +17,7 @@ from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.nn.stack import Runner
 from mquant_jax.numerics import QWeight
+from mquant_jax.ptq.prefix import prefix_ids, prefix_params
 from mquant_jax.ptq.rotate import rotate_params
 from mquant_jax.ptq.scales import round_weight
 from mquant_jax.ptq.sequential import Progress, QuantizingRunner
@@ -68,39 +69,21 @@ def quantize_params(
             f"recipe {recipe.name!r} needs calibration data: pass --calibration FILE.jsonl"
         )
     dtypes = {name: value.dtype for name, value in params.items()}
-    streams, report = family.streams(config), {"weights": {}, "points": {}}
+    report: dict[str, Any] = {"weights": {}, "points": {}}
     if recipe.rotate:
         params = rotate_params(
             params,
-            streams,
+            family.streams(config),
             recipe.seed,
             recipe.online_signs,
             recipe.orthogonal,
             recipe.online_reads,
         )
-
-    def run(params: Params, runner: Runner) -> None:
-        float_model(family, config, recipe, params)(batch, runner)
-
     target = abstract_model(family, config, recipe)
     done: Params = {}
     if recipe.needs_calibration:
-        batch, look = jax.tree.map(jnp.asarray, batch), StatisticsRunner(columns=False)
-        if recipe.smooth:
-            by_column = StatisticsRunner(columns=True)
-            run(params, by_column)
-            params, strengths = smooth_params(params, streams, recipe, by_column, section_of)
-            report["smoothing"] = strengths
-        if recipe.marks_sinks or recipe.weights.needs_float_inputs:
-            run(params, look)
-        if recipe.marks_sinks:
-            found = sinks_of(look, batch)
-            report["sinks"] = dict(zip(("positions", "ids"), found, strict=True))
-            done = sink_rule(*found)
-        inputs = look.inputs if recipe.weights.needs_float_inputs else None
-        runner = QuantizingRunner(target, recipe, section_of, progress, inputs)
-        run(params | done, runner)
-        done, report = done | runner.params, report | runner.report
+        batch = jax.tree.map(jnp.asarray, batch)
+        params, done = _calibrated(family, config, recipe, params, batch, target, progress, report)
     out: Params = {}
     for name, shape in progress(list(abstract_params(target).items()), "quantise weights"):
         if name in done:
@@ -112,14 +95,62 @@ def quantize_params(
         else:
             out[name] = params[name].astype(dtypes.get(name, np.float32))
     if recipe.learns:
-        student = abstract_model(family, config, recipe)
-        set_params(student, dict(out))
-        teacher = float_model(family, config, recipe, params)
-        learned, report["tuning"] = tune(student, teacher, batch, recipe.tune, progress)
+        set_params(target, dict(out))
+        teacher = float_model(family, config, without_prefix(recipe), params)
+        learned, report["tuning"] = tune(target, teacher, batch, recipe.tune, progress)
         for name, value in learned.items():
             old = out[name]
             out[name] = dataclasses.replace(old, scale=value) if isinstance(old, QWeight) else value
     return out, report
+
+
+def _calibrated(
+    family: Family,
+    config: Any,
+    recipe: Recipe,
+    params: Params,
+    batch: Batch,
+    target: nnx.Module,
+    progress: Progress,
+    report: dict[str, Any],
+) -> tuple[Params, Params]:
+    """Everything that the calibration batch decides; ``report`` is filled.
+
+    Returns:
+        The float tensors, smoothed if the recipe says so, and what is made of them.
+    """
+    bare, done = without_prefix(recipe), {}
+    look = StatisticsRunner(columns=False)
+
+    def run(recipe: Recipe, params: Params, runner: Runner) -> None:
+        float_model(family, config, recipe, params)(batch, runner)
+
+    if recipe.smooth:
+        by_column = StatisticsRunner(columns=True)
+        run(bare, params, by_column)
+        params, strengths = smooth_params(
+            params, family.streams(config), recipe, by_column, section_of
+        )
+        report["smoothing"] = strengths
+    if recipe.finds_sinks or recipe.weights.needs_float_inputs:
+        run(bare, params, look)
+    if recipe.finds_sinks:
+        found = sinks_of(look, batch)
+        report["sinks"] = dict(zip(("positions", "ids"), found, strict=True))
+        if recipe.marks_sinks:
+            done = sink_rule(*found)
+        if recipe.prefix_sinks:
+            report["prefix"] = prefix_ids(*found, batch, recipe.prefix_sinks)
+            model = float_model(family, config, bare, params)
+            done |= prefix_params(model, report["prefix"], batch.positions.shape[0])
+            if recipe.weights.needs_float_inputs:
+                look = StatisticsRunner(columns=False)
+                run(recipe, params | done, look)
+    inputs = look.inputs if recipe.weights.needs_float_inputs else None
+    runner = QuantizingRunner(target, recipe, section_of, progress, inputs)
+    run(recipe, params | done, runner)
+    report |= runner.report
+    return params, done | runner.params
 
 
 def sinks_of(look: StatisticsRunner, batch: Batch) -> tuple[list[int], list[int]]:
@@ -142,14 +173,20 @@ def sink_rule(positions: list[int], ids: list[int]) -> Params:
 
 
 def float_model(family: Family, config: Any, recipe: Recipe, params: Params):
-    """The unquantised model in float32, rotated if the recipe says so; ``params`` stays."""
-    kept = ("rotate", "orthogonal", "online_signs", "online_reads", "seed")
+    """The unquantised model in float32, rotated and with a prefix if the recipe says so; ``params``
+    stays."""
+    kept = ("rotate", "orthogonal", "online_signs", "online_reads", "seed", "prefix_sinks")
     model = abstract_model(family, config, Recipe(**{k: getattr(recipe, k) for k in kept}))
     if recipe.marks_sinks:  # as the quantised model will: calibration goes by token class
         model.language.sinks = nnx.eval_shape(SinkRule)
         params = sink_rule([], []) | params
     set_params(model, {k: np.asarray(v, _working_dtype(v)) for k, v in params.items()})
     return model
+
+
+def without_prefix(recipe: Recipe) -> Recipe:
+    """The recipe of a model that sees prompts alone."""
+    return dataclasses.replace(recipe, prefix_sinks=0)
 
 
 def _working_dtype(value: np.ndarray):
