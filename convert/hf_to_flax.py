@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from flax import nnx
-
 from convert.plan import Plan, plan
 from convert.reader import Reader
 from models.base import Batch, Family
@@ -19,6 +16,7 @@ from models.registry import family_for
 from mquant_jax.atomic import check_destination
 from mquant_jax.checkpoint import MANIFEST, save
 from mquant_jax.cli_support import OK, Parser, progress, run_cli, warn
+from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
 from mquant_jax.presets import METHODS, PRESETS, resolve_recipe
 from mquant_jax.recipe import SECTIONS, Recipe
@@ -123,8 +121,10 @@ def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
     Raises:
         UserError: they do not.
     """
+    from mquant_jax.ptq.pipeline import abstract_model
+
     try:
-        nnx.eval_shape(lambda: family.build(todo.config, recipe, jax.numpy.float32, nnx.Rngs(0)))
+        abstract_model(family, todo.config, recipe)
     except ValueError as e:
         raise UserError(f"recipe {recipe.name!r} does not fit this model: {e}") from e
 
@@ -161,6 +161,7 @@ def _summary(dst: Path, manifest: dict[str, Any]) -> str:
 def _run(argv: list[str]) -> int:
     args: argparse.Namespace = _parser().parse_args(argv)
     recipe = resolve_recipe(args.recipe)
+    keep_compiled_programs()
     manifest = convert(args.src, args.dst, recipe, args.calibration, args.overwrite)
     if args.json:
         keys = ("family", "tied_head", "recipe", "total_bytes", "dtype_counts")

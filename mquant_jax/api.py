@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from models.base import VLM, Batch, Processor, Prompt, bucket
+from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.sampling import Sampling
-from mquant_jax.runtime.tokens import uses_aifs
 
 
 @dataclasses.dataclass
@@ -26,6 +26,7 @@ class Model:
         manifest: what the checkpoint says of itself.
         processor: pictures and text to batches, tokens to text.
         layout: where visual tokens stand while a prompt runs, see :class:`Generator`.
+        kv_cache: ``float`` or ``int8``.
     """
 
     module: VLM
@@ -33,13 +34,16 @@ class Model:
     manifest: dict[str, Any]
     processor: Processor
     layout: str = "auto"
+    kv_cache: str = "float"
     _generator: Generator | None = None
 
     @property
     def generator(self) -> Generator:
         """The compiled programs; made at first use."""
         if self._generator is None:
-            self._generator = Generator(self.module, self.processor.stop_ids, self.layout)
+            self._generator = Generator(
+                self.module, self.processor.stop_ids, self.layout, self.kv_cache
+            )
         return self._generator
 
     @property
@@ -147,7 +151,9 @@ class _TextStream:
             self.shown = text
 
 
-def load(folder: str | Path, dtype: Any = None, layout: str = "auto") -> Model:
+def load(
+    folder: str | Path, dtype: Any = None, layout: str = "auto", kv_cache: str = "float"
+) -> Model:
     """Load a checkpoint that ``python -m convert.hf_to_flax`` wrote.
 
     Args:
@@ -155,13 +161,18 @@ def load(folder: str | Path, dtype: Any = None, layout: str = "auto") -> Model:
         dtype: float type of everything that is not integer; default float32 on CPU (where bfloat16
             is slower) and bfloat16 elsewhere.
         layout: ``auto``, ``masked`` or ``aifs``, see :class:`Generator`.
+        kv_cache: ``float`` or ``int8``, the type of keys and values that are kept.
+
+    Compiled programs are kept on disk for the next start, see :mod:`mquant_jax.compile_cache`.
 
     Raises:
         UserError: no such folder, not a checkpoint, another format version, damaged tensors.
     """
     from mquant_jax.loading import load_model
 
+    keep_compiled_programs()
     loaded = load_model(Path(folder), dtype)
     processor = loaded.family.processor(folder, loaded.config)
-    uses_aifs(loaded.model, layout)  # a bad name is refused here, not at the first answer
-    return Model(loaded.model, loaded.config, loaded.manifest, processor, layout)
+    model = Model(loaded.model, loaded.config, loaded.manifest, processor, layout, kv_cache)
+    _ = model.generator  # a bad option is refused here, not at the first answer
+    return model

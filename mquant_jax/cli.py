@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import mquant_jax
 from mquant_jax.cli_support import OK, run_cli
+from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
 
 COMMANDS = {
@@ -45,6 +46,7 @@ def _dispatch(argv: list[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+    keep_compiled_programs()
     module = importlib.import_module(f"mquant_jax.commands.{_MODULES.get(name, name)}")
     return module.main(argv[1:])
 

@@ -3,6 +3,9 @@
 import jax
 import pytest
 
+# Commands under test keep no programs in the home of whoever runs the tests.
+jax.config.update("jax_enable_compilation_cache", False)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():

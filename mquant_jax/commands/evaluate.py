@@ -8,6 +8,7 @@ from pathlib import Path
 from mquant_jax.api import load
 from mquant_jax.cli_support import OK, Parser, progress
 from mquant_jax.eval.exact_match import evaluate
+from mquant_jax.runtime.generate import KV_CACHES
 from mquant_jax.samples import BUNDLED_HELDOUT, read_samples
 
 EPILOG = """\
@@ -25,11 +26,12 @@ def main(argv: list[str]) -> int:
     add("--limit", type=int, metavar="N", help="use the first N samples only")
     add("--batch-size", type=int, default=50, metavar="N", help="prompts per batch (default 50)")
     add("--max-new-tokens", type=int, default=16, metavar="N", help="default 16")
+    add("--kv-cache", choices=KV_CACHES, default="float", help="default float")
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     samples = read_samples(args.samples, args.limit)
     result = evaluate(
-        load(args.checkpoint),
+        load(args.checkpoint, kv_cache=args.kv_cache),
         samples,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,

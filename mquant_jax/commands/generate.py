@@ -8,6 +8,7 @@ import jax
 
 from mquant_jax.api import load
 from mquant_jax.cli_support import OK, Parser
+from mquant_jax.runtime.generate import KV_CACHES
 
 EPILOG = """\
 examples:
@@ -29,9 +30,11 @@ def main(argv: list[str]) -> int:
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     add("--top-p", type=float, default=1.0, help="keep this much probability; 1 keeps all")
     add("--seed", type=int, default=0, help="seed of the sampling key")
+    add("--kv-cache", choices=KV_CACHES, default="float",
+        help="int8 keeps keys and values in a half to a quarter of the memory")  # fmt: skip
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    model = load(args.checkpoint)
+    model = load(args.checkpoint, kv_cache=args.kv_cache)
     stream = None if args.json else lambda text: print(text, end="", flush=True)
     answer = model.generate(
         args.image,

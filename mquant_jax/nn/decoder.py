@@ -134,10 +134,11 @@ class Decoder(nnx.Module):
         ctx = self.context(positions, order, token_class, None, visual_slots, visual)
         return runner.layers("language/layers", self.layers, x, ctx)
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        cfg = self.cfg
+    def init_cache(self, batch: int, slots: int, int8: bool = False) -> KVCache:
+        """An empty cache, in the model's float type or quantised."""
+        cfg, dtype = self.cfg, jnp.int8 if int8 else self.dtype
         return empty_cache(
-            num_layers(self.layers), batch, cfg.num_kv_heads, slots, cfg.head_dim, self.dtype
+            num_layers(self.layers), batch, cfg.num_kv_heads, slots, cfg.head_dim, dtype
         )
 
     def step(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
+from mquant_jax.nn.cache import read, write
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
@@ -211,12 +212,9 @@ class DecoderBlock(Projections):
             The residual stream and the updated ``k_all``, ``v_all``.
         """
         q, k, v = self.qkv(x, ctx, None)
-        at = (layer, 0, 0, cursor, 0)
-        k_all = jax.lax.dynamic_update_slice(k_all, k[None].astype(k_all.dtype), at)
-        v_all = jax.lax.dynamic_update_slice(v_all, v[None].astype(v_all.dtype), at)
+        k_all, v_all = write(k_all, k, layer, cursor), write(v_all, v, layer, cursor)
         if not fresh:
-            k = jax.lax.dynamic_index_in_dim(k_all, layer, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(v_all, layer, keepdims=False)
+            k, v = read(k_all, layer), read(v_all, layer)
         return self.rest(x, self.attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mquant_jax.numerics import QTensor
 from mquant_jax.ops.dense import platform
 
 
@@ -24,8 +25,8 @@ _LEAST_QUERIES = 64  # that go together: fewer make small products
 
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | QTensor,
+    v: jax.Array | QTensor,
     mask: jax.Array,
     prefix: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
@@ -34,7 +35,7 @@ def attend(
     Args:
         q: ``[B, heads, T, d]``.
         k: ``[B, kv_heads, S, d]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
-        v: ``[B, kv_heads, S, d]``.
+        v: ``[B, kv_heads, S, d]``; both may be int8 with a scale per key.
         mask: bool, broadcastable to ``[B, T, S]``; True where a query may see a key. A query that
             sees nothing gets a meaningless but finite row.
         prefix: more keys and values, ``[kv_heads, P, d]`` each, which every query sees.
@@ -43,14 +44,14 @@ def attend(
         ``[B, T, heads * d]`` in ``q.dtype``.
     """
     b, heads, t, _ = q.shape
-    s, (most, part) = k.shape[2], _MOST_LOGITS[platform()]
+    s, (most, part) = mask.shape[-1], _MOST_LOGITS[platform()]
     if b * heads * t * s <= most or t <= _LEAST_QUERIES:
         return _attend(q, k, v, mask, prefix)
     mask = jnp.broadcast_to(mask, (b, t, s))
     if b > 1:
 
         def row(args):
-            return attend(*(a[None] for a in args), prefix)[0]
+            return attend(*jax.tree.map(lambda a: a[None], args), prefix)[0]
 
         return jax.lax.map(row, (q, k, v, mask))
     size = _LEAST_QUERIES
@@ -72,17 +73,28 @@ def attend(
 
 def _attend(q, k, v, mask, prefix) -> jax.Array:
     """:func:`attend` for all queries at once."""
-    b, heads, t, d = q.shape
-    kv_heads, s = k.shape[1:3]
+    (b, heads, t, d), s = q.shape, mask.shape[-1]
+    keys, values = (x.values if isinstance(x, QTensor) else x for x in (k, v))
+    kv_heads = keys.shape[1]
     q = q.reshape(b, kv_heads, heads // kv_heads, t, d)
-    logits = jnp.einsum("bhgtd,bhsd->bhgts", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "bhgtd,bhsd->bhgts", q, keys.astype(q.dtype), preferred_element_type=jnp.float32
+    )
+    if isinstance(k, QTensor):
+        logits = logits * _per_key(k)
     floor = jnp.finfo(jnp.float32).min
     logits = jnp.where(mask[:, None, None], logits * (d**-0.5), floor)
     if prefix is not None:
         seen = jnp.einsum("bhgtd,hpd->bhgtp", q, prefix[0], preferred_element_type=jnp.float32)
         logits = jnp.concatenate([logits, seen * (d**-0.5)], axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhgts,bhsd->bthgd", weights[..., :s], v)
+    weights = jax.nn.softmax(logits, axis=-1)
+    own = weights[..., :s] * _per_key(v) if isinstance(v, QTensor) else weights[..., :s]
+    out = jnp.einsum("bhgts,bhsd->bthgd", own.astype(q.dtype), values.astype(q.dtype))
     if prefix is not None:
-        out = out + jnp.einsum("bhgtp,hpd->bthgd", weights[..., s:], prefix[1])
+        out = out + jnp.einsum("bhgtp,hpd->bthgd", weights[..., s:].astype(q.dtype), prefix[1])
     return out.reshape(b, t, heads * d)
+
+
+def _per_key(x: QTensor) -> jax.Array:
+    """Scales ``[B, kv_heads, S, 1]`` as factors of logits ``[B, kv_heads, groups, T, S]``."""
+    return x.scale[:, :, None, None, :, 0]

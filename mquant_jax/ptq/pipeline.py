@@ -142,7 +142,7 @@ def _calibrated(
         if recipe.prefix_sinks:
             report["prefix"] = prefix_ids(*found, batch, recipe.prefix_sinks)
             model = float_model(family, config, bare, params)
-            done |= prefix_params(model, report["prefix"], batch.positions.shape[0])
+            done |= prefix_params(model, report["prefix"])
             if recipe.weights.needs_float_inputs:
                 look = StatisticsRunner(columns=False)
                 run(recipe, params | done, look)

@@ -44,19 +44,18 @@ def prefix_ids(positions: Sequence[int], ids: Sequence[int], batch: Batch, count
     return chosen[:count]
 
 
-def prefix_params(model: VLM, ids: Sequence[int], streams: int) -> Params:
+def prefix_params(model: VLM, ids: Sequence[int]) -> Params:
     """Keys and values of the tokens ``ids``, which stand at the positions before zero.
 
     Args:
         model: the float model.
-        streams: leading axis of its positions.
 
     Returns:
         ``prefix_k`` and ``prefix_v`` of every layer, float32 ``[kv_heads, tokens, head_dim]``.
     """
     n, language = len(ids), model.language
     tokens, order = jnp.asarray([ids], jnp.int32), jnp.arange(n, dtype=jnp.int32)[None]
-    positions = jnp.broadcast_to(order - n, (streams, 1, n))
+    positions = jnp.broadcast_to(order - n, (len(language.cfg.rope_sections), 1, n))
     _, cache = language.step(
         language.embed(tokens), positions, order, jnp.full((1, n), TEXT), language.init_cache(1, n),
         fresh=True,

@@ -17,9 +17,12 @@ import numpy as np
 from flax import nnx
 
 from models.base import VLM, Batch, bucket
+from mquant_jax.errors import UserError
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.runtime.sampling import Sampling, sample
 from mquant_jax.runtime.tokens import arrange, uses_aifs
+
+KV_CACHES = ("float", "int8")
 
 
 @partial(
@@ -40,16 +43,19 @@ class DecodeState:
     position: jax.Array
 
 
-def prefill(model: VLM, batch: Batch, slots: int) -> tuple[jax.Array, DecodeState]:
-    """Run the prompts. Pure; jit it with ``slots`` static.
+def prefill(
+    model: VLM, batch: Batch, slots: int, int8_cache: bool = False
+) -> tuple[jax.Array, DecodeState]:
+    """Run the prompts. Pure; jit it with ``slots`` and ``int8_cache`` static.
 
     Args:
         slots: cache length: padded prompt plus the tokens to be generated.
+        int8_cache: keep keys and values in int8, with a scale per token and head.
 
     Returns:
         Logits of the next token, float32 ``[B, vocab]``, and the state to go on from.
     """
-    cache = model.language.init_cache(batch.input_ids.shape[0], slots)
+    cache = model.language.init_cache(batch.input_ids.shape[0], slots, int8_cache)
     logits, cache = model.prefill(batch, cache)
     return logits, DecodeState(cache, batch.lengths, batch.next_position)
 
@@ -116,13 +122,23 @@ class Generator:
 
     ``layout``: ``masked`` leaves tokens where they stand, ``aifs`` puts the visual ones in front,
     ``auto`` takes what is faster (:func:`mquant_jax.runtime.tokens.uses_aifs`).
+    ``kv_cache``: ``float`` (the model's type), or ``int8``: half or a quarter of the memory.
 
     ``start(params, batch, key, slots=, limit=, how=) -> Loop`` runs the prompts and draws the first
     token; ``run(params, loop, until, how=) -> Loop`` goes on to token ``until``.
     """
 
-    def __init__(self, model: VLM, stop_ids: tuple[int, ...], layout: str = "auto"):
+    def __init__(
+        self,
+        model: VLM,
+        stop_ids: tuple[int, ...],
+        layout: str = "auto",
+        kv_cache: str = "float",
+    ):
+        if kv_cache not in KV_CACHES:
+            raise UserError(f"kv_cache is {kv_cache!r}; known: {', '.join(KV_CACHES)}")
         self.stop_ids, self.aifs = stop_ids, uses_aifs(model, layout)
+        self.int8_cache = kv_cache == "int8"
         self.graphdef, self.params = nnx.split(model)
         self.start = jax.jit(self._start_loop, static_argnames=("slots", "limit", "how"))
         self.run = jax.jit(self._run_loop, static_argnames=("how",), donate_argnames=("loop",))
@@ -132,7 +148,7 @@ class Generator:
 
     def _start_loop(self, params, batch, key, slots: int, limit: int, how: Sampling) -> Loop:
         model = nnx.merge(self.graphdef, params)
-        logits, state = prefill(model, batch, slots)
+        logits, state = prefill(model, batch, slots, self.int8_cache)
         key, sub = jax.random.split(key)
         first = sample(logits, sub, how)
         tokens = jnp.zeros((first.shape[0], limit), jnp.int32).at[:, 0].set(first)

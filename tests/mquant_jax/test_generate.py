@@ -52,6 +52,21 @@ def test_the_pure_functions_follow_the_reference_logits(case) -> None:
         logits, state = step(model, jnp.asarray(outputs["greedy"][:, i]), state)
 
 
+def test_an_int8_cache_is_close(case) -> None:
+    model, batch, outputs = case
+    logits, state = jax.jit(prefill, static_argnums=(2, 3))(model, batch, 48, True)
+    step, store = jax.jit(decode, donate_argnums=2), state.cache.k
+    assert store.values.dtype == jnp.int8 and store.scale.shape == (*store.values.shape[:-1], 1)
+    assert relative(logits, outputs["greedy_logits"][:, 0]) < 1e-5  # a prompt sees itself in float
+    for i in range(1, 8):
+        logits, state = step(model, jnp.asarray(outputs["greedy"][:, i - 1]), state)
+        assert 0 < relative(logits, outputs["greedy_logits"][:, i]) < 0.02
+    out = Generator(model, (-1,), kv_cache="int8").generate(batch, 8)
+    assert np.mean(np.asarray(out.tokens) == outputs["greedy"]) > 0.8
+    with pytest.raises(UserError, match="kv_cache is 'int4'; known: float, int8"):
+        Generator(model, (-1,), kv_cache="int4")
+
+
 def test_sampling_is_repeatable_and_varies_with_the_key(case) -> None:
     model, batch, _ = case
     how = Sampling(temperature=2.0)

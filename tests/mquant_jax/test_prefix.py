@@ -32,7 +32,7 @@ def models(request):
     """Family, config, the float model without and with a prefix."""
     family, plain, config, _, _ = golden_model(request.param)
     params = get_params(plain)
-    extra = prefix_params(plain, PREFIX, 1 if family.name == "llama" else 3)
+    extra = prefix_params(plain, PREFIX)
     return family, config, plain, float_model(family, config, RECIPE, params | extra)
 
 
@@ -71,7 +71,7 @@ def test_a_quantised_model_has_one() -> None:
     assert out[name].shape == (config.language.num_kv_heads, 1, head_dim)
     assert np.abs(out[name]).max() > 0
     got = quantised(family, config, recipe, out, batch)
-    extra = prefix_params(float_model(family, config, Recipe(), params), report["prefix"], 3)
+    extra = prefix_params(float_model(family, config, Recipe(), params), report["prefix"])
     model = float_model(family, config, Recipe(prefix_sinks=1), params | extra)
     real = np.asarray(batch.token_class) >= 0
     expected = np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
