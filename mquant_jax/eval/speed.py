@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from mquant_jax.nn.params import Params, abstract_params, get_params, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.pipeline import abstract_model
 from mquant_jax.recipe import Recipe
-from mquant_jax.runtime.generate import Generator
+from mquant_jax.runtime.generate import Generator, Loop
 from mquant_jax.runtime.sampling import Sampling
 
 NEVER_STOP = (-1,)
@@ -55,36 +55,64 @@ class Timings:
     decode: list[float] = dataclasses.field(default_factory=list)
 
 
+class Greedy:
+    """A model that runs prompts and then tokens, greedily, each as one compiled program.
+
+    Args:
+        most_tokens: decode steps at most, after the first token.
+    """
+
+    def __init__(self, module: VLM, most_tokens: int):
+        self.generator = Generator(module, NEVER_STOP)
+        self.limit = bucket(most_tokens + 1, 16)
+        self.loop: Loop | None = None
+
+    def prefill(self, batch: Batch) -> None:
+        """Run the prompts and draw the first token."""
+        g, slots = self.generator, bucket(batch.input_ids.shape[1] + self.limit, 32)
+        loop = g.start(
+            g.params, batch, jax.random.key(0), slots=slots, limit=self.limit, how=Sampling()
+        )
+        self.loop = jax.block_until_ready(loop)
+
+    def decode(self, until: jax.Array) -> jax.Array:
+        """Go on to token ``until``, int32 ``[]``; the tokens so far, int32 ``[B, limit]``."""
+        g = self.generator
+        self.loop = g.run(g.params, self.loop, until, how=Sampling())
+        return jax.block_until_ready(self.loop).tokens
+
+
 class _Variant:
     """A compiled model with one fixed prompt batch."""
 
     def __init__(self, module: VLM, batch: Batch, new_tokens: int):
-        self.generator = Generator(module, NEVER_STOP)
+        self.greedy = Greedy(module, new_tokens)
         self.module, self.visual = module, jax.jit(lambda m, b: m.visual(b))
         self.batch = jax.tree.map(jnp.asarray, batch)
         self.until = jnp.int32(new_tokens + 1)
-        self.limit = bucket(new_tokens + 1, 16)
-        self.slots = bucket(batch.input_ids.shape[1] + self.limit, 32)
         self.timings = Timings()
 
     def run(self, record: bool) -> None:
-        g = self.generator
         start = time.perf_counter()
         jax.block_until_ready(self.visual(self.module, self.batch))
         t0 = time.perf_counter()
-        loop = g.start(
-            g.params, self.batch, jax.random.key(0), slots=self.slots, limit=self.limit,
-            how=Sampling(),
-        )  # fmt: skip
-        jax.block_until_ready(loop)
+        self.greedy.prefill(self.batch)
         t1 = time.perf_counter()
-        jax.block_until_ready(g.run(g.params, loop, self.until, how=Sampling()))
+        self.greedy.decode(self.until)
         t2 = time.perf_counter()
         if record:
             if self.batch.vision is not None:
                 self.timings.vision.append(t0 - start)
             self.timings.prefill.append(t1 - t0)
             self.timings.decode.append(t2 - t1)
+
+
+class Runnable(Protocol):
+    """What can be timed: ``run`` adds to ``timings`` when it is to ``record``."""
+
+    timings: Timings
+
+    def run(self, record: bool) -> None: ...
 
 
 def measure(
@@ -101,12 +129,22 @@ def measure(
         repeats: rounds after one warm-up (which compiles).
     """
     prepared = {name: _Variant(m, batch, new_tokens) for name, (m, batch) in variants.items()}
-    for variant in progress(list(prepared.values()), "compile"):
+    return take_turns(prepared, repeats, progress)
+
+
+def take_turns(
+    variants: Mapping[str, Runnable],
+    repeats: int,
+    progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
+) -> dict[str, Timings]:
+    """Run every variant once to warm up (which compiles), then all of them ``repeats`` times in
+    turn."""
+    for variant in progress(list(variants.values()), "compile"):
         variant.run(record=False)
     for _ in progress(range(repeats), "measure"):
-        for variant in prepared.values():
+        for variant in variants.values():
             variant.run(record=True)
-    return {name: v.timings for name, v in prepared.items()}
+    return {name: v.timings for name, v in variants.items()}
 
 
 def summary(timings: dict[str, Timings], rows: int, tokens: int, new_tokens: int, ours: str):

@@ -1,0 +1,1 @@
+"""Other runtimes on the same model, behind one interface; :mod:`benchmarks.peers.__main__`."""

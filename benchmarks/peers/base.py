@@ -1,0 +1,144 @@
+"""What a peer is, and what peers are built from."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mquant_jax.eval.speed import Timings
+from mquant_jax.nn.params import Params
+
+
+class Peer(Protocol):
+    """One way to run the model: batch 1, greedily.
+
+    Attributes:
+        settings: what was chosen, for the record.
+        weight_bytes: of the weights as they are held; ``None`` where the runtime does not say.
+    """
+
+    settings: str
+    weight_bytes: int | None
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Forget what was, run a prompt, and choose the first token after it."""
+        ...
+
+    def decode(self, n: int) -> list[int]:
+        """Generate ``n`` tokens more; all tokens since the prompt, the first one included."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The model that every peer runs.
+
+    Attributes:
+        family, config, params: ours, float32, the head tied.
+        path: the GGUF file that they come from.
+        calibration: text for static scales, as one batch.
+        room: tokens of prompt and answer together, at most.
+        new_tokens: of the answer, after the first.
+        threads: threads to use.
+    """
+
+    family: Any
+    config: Any
+    params: Params
+    path: Path
+    calibration: Any
+    room: int
+    new_tokens: int
+    threads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Peers of one runtime.
+
+    Attributes:
+        names: the peers, in the table's order.
+        module: under ``benchmarks.peers``, with ``build(source, names)``, which yields the peers
+            of these names one by one.
+        packages: import names that it needs.
+        install: how to get them.
+    """
+
+    names: tuple[str, ...]
+    module: str
+    packages: tuple[str, ...] = ()
+    install: str = ""
+
+    def missing(self) -> str | None:
+        """Why the group cannot run here, with the line that installs what is missing."""
+        absent = [p for p in self.packages if importlib.util.find_spec(p) is None]
+        return f"{', '.join(absent)} not installed: {self.install}" if absent else None
+
+    def build(self, source: Source, names: Sequence[str]) -> Iterator[tuple[str, Peer]]:
+        """The peers of these names.
+
+        Raises:
+            ImportError: a package is there and does not load.
+        """
+        module = importlib.import_module(f"benchmarks.peers.{self.module}")
+        return module.build(source, names)
+
+
+def threads() -> int:
+    """Cores that this process may run on; XLA takes as many threads."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Timed:
+    """A peer with one prompt."""
+
+    def __init__(self, peer: Peer, prompt: Sequence[int], new_tokens: int):
+        self.peer, self.prompt, self.new_tokens = peer, prompt, new_tokens
+        self.timings = Timings()
+
+    def run(self, record: bool) -> None:
+        t0 = time.perf_counter()
+        self.peer.prefill(self.prompt)
+        t1 = time.perf_counter()
+        self.peer.decode(self.new_tokens)
+        t2 = time.perf_counter()
+        if record:
+            self.timings.prefill.append(t1 - t0)
+            self.timings.decode.append(t2 - t1)
+
+
+def continued(peer: Peer, prompt: Sequence[int], tokens: int) -> list[int]:
+    """The first ``tokens`` tokens that the peer goes on with."""
+    peer.prefill(prompt)
+    return peer.decode(tokens - 1)
+
+
+def share_equal(found: Sequence[int], expected: Sequence[int]) -> float:
+    """Share of places with the same token."""
+    return float(np.mean(np.asarray(found) == np.asarray(expected)))
+
+
+def hf_names(layers: int) -> dict[str, str]:
+    """Names of a Llama's tensors in PyTorch -> ours."""
+    leaves = {
+        "input_layernorm": "attn_norm/weight",
+        "post_attention_layernorm": "mlp_norm/weight",
+        **{f"self_attn.{x}_proj": f"{x}_proj/kernel" for x in "qkvo"},
+        **{f"mlp.{x}_proj": f"{x}_proj/kernel" for x in ("gate", "up", "down")},
+    }
+    names = {
+        f"model.layers.{i}.{theirs}.weight": f"language/layers/{i}/{ours}"
+        for i in range(layers)
+        for theirs, ours in leaves.items()
+    }
+    names["model.norm.weight"] = "language/norm/weight"
+    names["model.embed_tokens.weight"] = "language/embedding"
+    return names

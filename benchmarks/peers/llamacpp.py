@@ -1,0 +1,71 @@
+"""llama.cpp on the GGUF file as it is (Q4_1, 32 weights to a scale and an offset).
+
+Activations are quantised to int8 by blocks of 32 at run time. ``llama.cpp`` reads the file's own
+layout; ``llama.cpp-repack`` allows the buffer types that reorder weights at load, where the build
+has some for them (``use_extra_bufts``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+
+import llama_cpp
+import numpy as np
+
+from benchmarks.peers.base import Peer, Source
+from mquant_jax.errors import UserError
+
+
+@llama_cpp.llama_log_callback
+def _silent(level, text, user_data):
+    """llama.cpp writes pages to stderr."""
+
+
+class LlamaCpp:
+    """The library's low-level interface: one context, its memory cleared before every prompt."""
+
+    def __init__(self, source: Source, repack: bool):
+        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        how = llama_cpp.llama_model_default_params()
+        how.n_gpu_layers, how.use_extra_bufts = 0, repack
+        self.model = llama_cpp.llama_model_load_from_file(str(source.path).encode(), how)
+        if not self.model:
+            raise UserError(f"{source.path}: llama.cpp cannot load it")
+        how = llama_cpp.llama_context_default_params()
+        how.n_ctx = how.n_batch = how.n_ubatch = source.room
+        how.n_threads = how.n_threads_batch = source.threads
+        self.context = llama_cpp.llama_init_from_model(self.model, how)
+        if not self.context:
+            raise UserError("llama.cpp cannot make a context")
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.weight_bytes = llama_cpp.llama_model_size(self.model)
+        self.settings = f"{source.threads} threads, use_extra_bufts={repack}, else defaults"
+        self.tokens: list[int] = []
+
+    def _run(self, tokens: Sequence[int]) -> None:
+        """Run tokens after those in the memory and choose the next."""
+        ids = (llama_cpp.llama_token * len(tokens))(*tokens)
+        status = llama_cpp.llama_decode(
+            self.context, llama_cpp.llama_batch_get_one(ids, len(tokens))
+        )
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        logits = llama_cpp.llama_get_logits_ith(self.context, -1)
+        self.tokens.append(int(np.ctypeslib.as_array(logits, (self.vocab,)).argmax()))
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
+        self.tokens = []
+        self._run(tokens)
+
+    def decode(self, n: int) -> list[int]:
+        for _ in range(n):
+            self._run(self.tokens[-1:])
+        return self.tokens
+
+
+def build(source: Source, names: Sequence[str]) -> Iterator[tuple[str, Peer]]:
+    for name in names:
+        yield name, LlamaCpp(source, repack=name.endswith("-repack"))

@@ -1,0 +1,87 @@
+"""PyTorch: transformers' LlamaForCausalLM with the same weights, eagerly, as its users run it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.peers.base import Peer, Source, hf_names
+
+DTYPES = {"torch-float32": torch.float32, "torch-bfloat16": torch.bfloat16}
+
+
+class Torch:
+    """The model with a dynamic cache, one call per token."""
+
+    def __init__(self, model: torch.nn.Module, settings: str):
+        self.model, self.settings = model.eval(), settings
+        self.weight_bytes = _bytes(model)
+        self.cache, self.tokens = None, []
+
+    def _run(self, tokens: Sequence[int]) -> None:
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=torch.tensor([tokens]), past_key_values=self.cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+        self.cache = out.past_key_values
+        self.tokens.append(int(out.logits[0, -1].argmax()))
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        self.cache, self.tokens = None, []
+        self._run(list(tokens))
+
+    def decode(self, n: int) -> list[int]:
+        for _ in range(n):
+            self._run(self.tokens[-1:])
+        return self.tokens
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights, tied ones once; quantised layers keep theirs outside the parameters."""
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    packed = [m.weight() for m in model.modules() if callable(getattr(m, "weight", None))]
+    return own + sum(w.numel() * w.element_size() for w in packed)
+
+
+def llama(source: Source) -> LlamaForCausalLM:
+    """The float32 model."""
+    cfg = source.config.language
+    config = LlamaConfig(
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads,
+        num_key_value_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        vocab_size=cfg.vocab_size,
+        rms_norm_eps=cfg.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+        max_position_embeddings=cfg.max_positions,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    names = hf_names(cfg.num_layers)
+    tensors = {theirs: torch.from_numpy(source.params[ours]) for theirs, ours in names.items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors)
+    return model
+
+
+def build(source: Source, names: Sequence[str]) -> Iterator[tuple[str, Peer]]:
+    torch.set_num_threads(source.threads)
+    for name in names:
+        model = llama(source)
+        settings = f"{source.threads} threads, eager, attention {model.config._attn_implementation}"
+        if name in DTYPES:
+            yield name, Torch(model.to(DTYPES[name]), settings)
+            continue
+        with warnings.catch_warnings():  # announces that it will move to another package
+            warnings.simplefilter("ignore")
+            model = torch.ao.quantization.quantize_dynamic(
+                model, {torch.nn.Linear}, dtype=torch.qint8
+            )
+        yield name, Torch(model, f"{settings}, quantize_dynamic, head included")
