@@ -50,13 +50,13 @@ class ChunkedRunner(Runner):
 
 
 class _Recomputing(Runner):
-    """Keeps what enters each block and computes the rest again for the gradient: of the memory that
-    all blocks' insides would take, a hundredth is left."""
+    """Keeps what dense layers deliver and computes the rest again for the gradient: attention and
+    the simulated rounding take most of the memory and little of the time."""
 
     def layers(self, name, stack, x, context):
         graphdef, state = nnx.split(stack)
 
-        @jax.checkpoint
+        @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
         def body(carry, layer):
             return nnx.merge(graphdef, layer)(carry, context), None
 
@@ -67,9 +67,18 @@ def _is_weight(leaf: Any) -> bool:
     return isinstance(leaf, QWeight)
 
 
+def _names(path: tuple) -> list[str]:
+    return [str(getattr(p, "key", p)) for p in path]
+
+
+def _kind(path: tuple, leaf: Any) -> str:
+    """Which of the rates applies."""
+    return "act_scale" if "act_scale" in _names(path) else "other"
+
+
 def _learned(path: tuple, leaf: Any) -> jax.Array | None:
     """The part of a block's parameter that is learned, if there is one."""
-    names = [str(getattr(p, "key", p)) for p in path]
+    names = _names(path)
     if isinstance(leaf, QWeight):
         return leaf.scale if "layers" in names else None
     return leaf if "act_scale" in names or any(n.endswith("norm") for n in names) else None
@@ -110,7 +119,12 @@ def tune(
     learned = jax.tree_util.tree_map_with_path(_learned, state, is_leaf=_is_weight)
     factors = jax.tree.map(jnp.zeros_like, learned)
     epoch = -(-classes.shape[0] // ROWS)
-    optimizer = optax.adam(optax.cosine_decay_schedule(plan.rate, plan.epochs * epoch))
+    rates = {"act_scale": plan.act_rate, "other": plan.rate}
+    optimizer = optax.multi_transform(
+        {k: optax.adam(optax.cosine_decay_schedule(r, plan.epochs * epoch))
+         for k, r in rates.items()},
+        jax.tree_util.tree_map_with_path(_kind, factors),
+    )  # fmt: skip
 
     @jax.jit
     def prediction(x):
