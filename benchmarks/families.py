@@ -59,7 +59,7 @@ WIDE: dict[str, dict[str, Any]] = {
     },
     "qwen_vl/public": {
         "hidden_size": 512, "intermediate_size": 2816, "num_attention_heads": 8,
-        "kv_channels": 64, "visual": {"width": 512, "heads": 8, "output_dim": 512},
+        "kv_channels": 64, "visual": {"width": 576, "heads": 8, "output_dim": 512},
     },
     "glm4v/public": {
         "hidden_size": 512, "ffn_hidden_size": 1408, "num_attention_heads": 8,
@@ -217,16 +217,22 @@ def _run(argv: list[str]) -> int:
     add = parser.add_argument
     add("--case", action="append", metavar="NAME", help="only this case; repeatable")
     add("--json", action="store_true", help="one JSON object on stdout")
-    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well, case by "
+        "case; cases that it holds already stay")  # fmt: skip
     add("--docs", type=Path, metavar="FILE", help="write the table into a Markdown file")
     args = parser.parse_args(argv)
     for name in args.case or ():
         if name not in WIDE:
             raise UserError(f"--case {name}: expected one of {', '.join(WIDE)}")
     cases = args.case or [c for c in WIDE if (GOLDENS / c).is_dir()]
-    rows = [{"case": c, **parity(c), **widened(c)} for c in progress(cases, "families")]
-    if args.save:
-        args.save.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    known: dict[str, dict[str, Any]] = {}
+    if args.save and args.save.is_file():
+        known = {r["case"]: r for r in json.loads(args.save.read_text())["rows"]}
+    for case in progress(cases, "families"):
+        known[case] = {"case": case, **parity(case), **widened(case)}
+        if args.save:
+            args.save.write_text(json.dumps({"rows": list(known.values())}, indent=1) + "\n")
+    rows = [known[c] for c in WIDE if c in known]
     if args.docs:
         args.docs.write_text(DOCS + table(rows) + "\n")
     print(json.dumps({"rows": rows}) if args.json else table(rows))
