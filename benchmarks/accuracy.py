@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from models.base import abstract_model
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.nn.params import set_params
 from mquant_jax.presets import METHODS
-from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
+from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Recipe, Section, Split, Tuning
 
 GROUP = 64

@@ -28,13 +28,13 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks.outliers import with_outliers
-from models.base import Batch, Family
+from models.base import Batch, Family, abstract_model
 from models.registry import family_for
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, set_params
 from mquant_jax.presets import METHODS
-from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
+from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Recipe, Tuning
 from mquant_jax.runtime.generate import Generator
 

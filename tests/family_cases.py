@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.base import VLM, Batch, Family
+from models.base import VLM, Batch, Family, abstract_model
 from models.registry import family_for
 from mquant_jax.nn.params import get_params, set_params
-from mquant_jax.ptq.pipeline import abstract_model, float_model, quantize_params
+from mquant_jax.ptq.pipeline import float_model, quantize_params
 from mquant_jax.recipe import Recipe
 from tests.helpers import Arrays, forward, golden, golden_model, relative
 

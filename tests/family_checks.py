@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 import mquant_jax as mq
 from convert import hf_to_flax, verify
-from models.base import VLM, Batch, Family, Prompt
+from models.base import VLM, Batch, Family, Prompt, abstract_model
 from models.registry import family_for
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model, quantize_params
+from mquant_jax.ptq.pipeline import quantize_params
 from mquant_jax.recipe import Recipe
 from tests.family_cases import batch_of
 from tests.helpers import GOLDENS, Arrays, forward, golden, quantised, relative

@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.base import VLM, Batch, Family
+from models.base import VLM, Batch, Family, abstract_model
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.params import Params, abstract_params
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.numerics import QWeight
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model
 
 
 def w4a8(family: Family, config: Any) -> tuple[VLM, Params, int]:

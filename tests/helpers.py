@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from models.base import VLM, Family
+from models.base import VLM, Family, abstract_model
 from models.llama.config import LlamaConfig
 from models.llama.modeling import Llama
 from models.llama.weights import weight_rules as llama_rules
@@ -26,7 +26,6 @@ from models.registry import family_for
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight
-from mquant_jax.ptq.pipeline import abstract_model
 from mquant_jax.recipe import Recipe
 
 GOLDENS = Path(__file__).parent / "goldens"

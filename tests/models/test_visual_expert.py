@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.base import abstract_model
 from models.cogvlm2 import FAMILY
 from mquant_jax.nn.act_quant import SINK, VISUAL
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.presets import METHODS, PRESETS
 from mquant_jax.ptq import sequential
 from mquant_jax.ptq.pipeline import (
-    abstract_model,
     float_model,
     no_progress,
     quantize_params,

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.base import abstract_model
 from models.qwen2_vl import FAMILY
 from mquant_jax.nn.act_quant import ActQuant
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_static, simulate_static
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
+from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Tuning
 from tests.helpers import forward, golden_qwen2_vl, relative
 
