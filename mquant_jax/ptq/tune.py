@@ -28,7 +28,9 @@ from mquant_jax.ptq.sequential import Progress
 from mquant_jax.ptq.statistics import chunks
 from mquant_jax.recipe import Tuning
 
-ROWS = 2  # prompts per step
+# Per step. Fewer are a noisy guide: short prompts, two at a time, taught activation scales to clip
+# what they had not seen. And few prompts make few steps, which cannot fit them too closely.
+STEP_TOKENS = 1024
 
 
 class ChunkedRunner(Runner):
@@ -118,7 +120,8 @@ def tune(
     state = unpack(state, is_leaf=_is_weight)
     learned = jax.tree_util.tree_map_with_path(_learned, state, is_leaf=_is_weight)
     factors = jax.tree.map(jnp.zeros_like, learned)
-    epoch = -(-classes.shape[0] // ROWS)
+    together = min(max(1, STEP_TOKENS // classes.shape[1]), classes.shape[0])
+    epoch = -(-classes.shape[0] // together)
     rates = {"act_scale": plan.act_rate, "other": plan.rate}
     optimizer = optax.multi_transform(
         {k: optax.adam(optax.cosine_decay_schedule(r, plan.epochs * epoch))
@@ -148,10 +151,10 @@ def tune(
 
     rng, moments, losses = np.random.default_rng(0), optimizer.init(factors), []
     rounds = [rng.permutation(classes.shape[0]) for _ in range(plan.epochs)]
-    rows = np.concatenate([np.resize(r, epoch * ROWS) for r in rounds]).reshape(-1, ROWS)
-    for pair in progress(rows, "learn scales"):
-        theirs = prediction(target[pair])
-        factors, moments, value = step(factors, moments, state, pair, theirs)
+    rows = np.stack([np.resize(r, (epoch, together)) for r in rounds]).reshape(-1, together)
+    for some in progress(rows, "learn scales"):
+        theirs = prediction(target[some])
+        factors, moments, value = step(factors, moments, state, some, theirs)
         losses.append(float(value))
     nnx.update(student.language, jax.tree.map(_scaled, state, factors, is_leaf=_is_weight))
     out = {
