@@ -193,8 +193,8 @@ def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.accuracy", __doc__ or "")
     add = parser.add_argument
     add("--bed", choices=("demo", "outlier", "smollm2"), default="demo", help="default demo")
-    add("--draws", type=int, default=2, metavar="N", help="random draws of the outlier bed "
-        "(default 2)")  # fmt: skip
+    add("--draws", type=int, default=4, metavar="N", help="random draws of the outlier bed "
+        "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
     add("--method", action="append", metavar="NAME", help="only rows of this name; repeatable")
     add("--quick", action="store_true", help="a minute's version: 100 questions, one draw, "

@@ -11,7 +11,7 @@ For each golden case in tests/goldens:
               weights, and channels made 10 to 100 times larger than the rest without a change of
               function (benchmarks/outliers.py)
 
-Calibration sees other text and other pictures than the evaluated prompts. Random weights have no
+Calibration sees prompts of its own (other text, other pictures). Random weights have no
 redundancy: read the columns against each other, not as what a trained model would lose. ``--docs``
 writes the table and what each family can do into a Markdown file.
 """
@@ -40,6 +40,7 @@ from mquant_jax.runtime.generate import Generator
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
 COMPARED = ("rtn", "quarot", "mquant")
+CALIBRATION = 16  # prompts, each of 40 text tokens and a picture
 _VIT = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
 _EVA = {"hidden_size": 512, "intermediate_size": 1536, "num_heads": 8}
 _LLM = {
@@ -170,7 +171,8 @@ def widened(case: str) -> dict[str, float]:
     plain = logits(family, config, Recipe(), params, batch)
     params = with_outliers(params, family.streams(config), 0)
     vocab = config.language.vocab_size
-    calibration = other_content(batch, vocab, 1)
+    prompts = [family.example_prompt(config, 40, 56)] * CALIBRATION
+    calibration = other_content(family.collate(config, prompts), vocab, 1)
     out = {"outliers": error(logits(family, config, Recipe(), params, batch), plain)}
     for name in progress(COMPARED, case):
         # Nothing can be learned from a random model's predictions.
