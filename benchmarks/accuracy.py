@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from models.base import abstract_model
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.nn.params import set_params
 from mquant_jax.presets import METHODS
-from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
+from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Recipe, Section, Split, Tuning
 
 GROUP = 64
@@ -192,8 +193,8 @@ def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.accuracy", __doc__ or "")
     add = parser.add_argument
     add("--bed", choices=("demo", "outlier", "smollm2"), default="demo", help="default demo")
-    add("--draws", type=int, default=2, metavar="N", help="random draws of the outlier bed "
-        "(default 2)")  # fmt: skip
+    add("--draws", type=int, default=4, metavar="N", help="random draws of the outlier bed "
+        "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
     add("--method", action="append", metavar="NAME", help="only rows of this name; repeatable")
     add("--quick", action="store_true", help="a minute's version: 100 questions, one draw, "

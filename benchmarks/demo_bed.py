@@ -12,12 +12,13 @@ from flax import nnx
 from benchmarks.outliers import with_outliers
 from convert.plan import plan
 from convert.reader import Reader
+from models.base import abstract_model
 from models.registry import family_for
 from mquant_jax.api import Model
 from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.nn.params import set_params
 from mquant_jax.ptq.calibration_data import load_calibration, with_answer
-from mquant_jax.ptq.pipeline import abstract_model, untied
+from mquant_jax.ptq.pipeline import untied
 from mquant_jax.recipe import Recipe
 from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
 

@@ -11,7 +11,7 @@ For each golden case in tests/goldens:
               weights, and channels made 10 to 100 times larger than the rest without a change of
               function (benchmarks/outliers.py)
 
-Calibration sees other text and other pictures than the evaluated prompts. Random weights have no
+Calibration sees prompts of its own (other text, other pictures). Random weights have no
 redundancy: read the columns against each other, not as what a trained model would lose. ``--docs``
 writes the table and what each family can do into a Markdown file.
 """
@@ -28,18 +28,19 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks.outliers import with_outliers
-from models.base import Batch, Family
+from models.base import Batch, Family, abstract_model
 from models.registry import family_for
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, set_params
 from mquant_jax.presets import METHODS
-from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
+from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Recipe, Tuning
 from mquant_jax.runtime.generate import Generator
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
 COMPARED = ("rtn", "quarot", "mquant")
+CALIBRATION = 16  # prompts, each of 40 text tokens and a picture
 _VIT = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
 _EVA = {"hidden_size": 512, "intermediate_size": 1536, "num_heads": 8}
 _LLM = {
@@ -59,7 +60,7 @@ WIDE: dict[str, dict[str, Any]] = {
     },
     "qwen_vl/public": {
         "hidden_size": 512, "intermediate_size": 2816, "num_attention_heads": 8,
-        "kv_channels": 64, "visual": {"width": 512, "heads": 8, "output_dim": 512},
+        "kv_channels": 64, "visual": {"width": 576, "heads": 8, "output_dim": 512},
     },
     "glm4v/public": {
         "hidden_size": 512, "ffn_hidden_size": 1408, "num_attention_heads": 8,
@@ -170,7 +171,8 @@ def widened(case: str) -> dict[str, float]:
     plain = logits(family, config, Recipe(), params, batch)
     params = with_outliers(params, family.streams(config), 0)
     vocab = config.language.vocab_size
-    calibration = other_content(batch, vocab, 1)
+    prompts = [family.example_prompt(config, 40, 56)] * CALIBRATION
+    calibration = other_content(family.collate(config, prompts), vocab, 1)
     out = {"outliers": error(logits(family, config, Recipe(), params, batch), plain)}
     for name in progress(COMPARED, case):
         # Nothing can be learned from a random model's predictions.
@@ -217,16 +219,22 @@ def _run(argv: list[str]) -> int:
     add = parser.add_argument
     add("--case", action="append", metavar="NAME", help="only this case; repeatable")
     add("--json", action="store_true", help="one JSON object on stdout")
-    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well, case by "
+        "case; cases that it holds already stay")  # fmt: skip
     add("--docs", type=Path, metavar="FILE", help="write the table into a Markdown file")
     args = parser.parse_args(argv)
     for name in args.case or ():
         if name not in WIDE:
             raise UserError(f"--case {name}: expected one of {', '.join(WIDE)}")
     cases = args.case or [c for c in WIDE if (GOLDENS / c).is_dir()]
-    rows = [{"case": c, **parity(c), **widened(c)} for c in progress(cases, "families")]
-    if args.save:
-        args.save.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    known: dict[str, dict[str, Any]] = {}
+    if args.save and args.save.is_file():
+        known = {r["case"]: r for r in json.loads(args.save.read_text())["rows"]}
+    for case in progress(cases, "families"):
+        known[case] = {"case": case, **parity(case), **widened(case)}
+        if args.save:
+            args.save.write_text(json.dumps({"rows": list(known.values())}, indent=1) + "\n")
+    rows = [known[c] for c in WIDE if c in known]
     if args.docs:
         args.docs.write_text(DOCS + table(rows) + "\n")
     print(json.dumps({"rows": rows}) if args.json else table(rows))

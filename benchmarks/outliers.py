@@ -20,10 +20,15 @@ LOW, HIGH = 10.0, 100.0
 SHIFT = 5.0  # mean of a shifted channel, in sizes of the weights that write it
 
 
+def _chosen(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Indices of the few random channels, out of ``n``, that become outliers."""
+    return rng.choice(n, max(1, round(CHANNELS * n)), replace=False)
+
+
 def _gains(rng: np.random.Generator, n: int) -> np.ndarray:
     """float64 ``[n]``: 1, and 10 to 100 (log-uniform) at a few random channels."""
     gains = np.ones(n)
-    chosen = rng.choice(n, max(1, round(CHANNELS * n)), replace=False)
+    chosen = _chosen(rng, n)
     gains[chosen] = np.exp(rng.uniform(np.log(LOW), np.log(HIGH), chosen.size))
     return gains
 
@@ -31,7 +36,7 @@ def _gains(rng: np.random.Generator, n: int) -> np.ndarray:
 def _offsets(rng: np.random.Generator, sizes: np.ndarray) -> np.ndarray:
     """float64 like ``sizes``: 0, and at a few channels ``SHIFT`` times the size, of either sign."""
     offsets = np.zeros_like(sizes)
-    chosen = rng.choice(sizes.size, max(1, round(CHANNELS * sizes.size)), replace=False)
+    chosen = _chosen(rng, sizes.size)
     offsets[chosen] = SHIFT * sizes[chosen] * rng.choice([-1.0, 1.0], chosen.size)
     return offsets
 

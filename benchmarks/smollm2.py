@@ -27,14 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from models.base import VLM, Batch, Family
+from models.base import VLM, Batch, Family, abstract_model
 from models.llama.config import LlamaConfig
 from models.llama.processing import collate, text_prompt
 from models.registry import family_for
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, abstract_params, set_params
-from mquant_jax.ptq.pipeline import abstract_model
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import Generator
 from mquant_jax.runtime.sampling import Sampling

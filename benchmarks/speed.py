@@ -34,7 +34,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.random_checkpoint import config_2b
-from models.base import VLM, Batch, Family
+from models.base import VLM, Batch, Family, abstract_model
 from models.qwen2_vl import FAMILY
 from models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
@@ -44,7 +44,7 @@ from mquant_jax.eval.speed import measure, summary
 from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model, sink_rule
+from mquant_jax.ptq.pipeline import sink_rule
 from mquant_jax.recipe import Recipe, Section
 from mquant_jax.runtime.tokens import arrange
 

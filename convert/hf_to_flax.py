@@ -11,7 +11,7 @@ from typing import Any
 
 from convert.plan import Plan, plan
 from convert.reader import Reader
-from models.base import Batch, Family
+from models.base import Batch, Family, abstract_model
 from models.registry import family_for
 from mquant_jax.atomic import check_destination
 from mquant_jax.checkpoint import MANIFEST, save
@@ -121,7 +121,6 @@ def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
     Raises:
         UserError: they do not.
     """
-    from mquant_jax.ptq.pipeline import abstract_model
 
     try:
         abstract_model(family, todo.config, recipe)

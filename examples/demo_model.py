@@ -10,14 +10,14 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from examples import demo_tasks, demo_tokenizer
+from examples import demo_pictures, demo_tasks, demo_tokenizer
 from models.base import Batch, VisionInput
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.modeling import Qwen2VL
 from models.qwen2_vl.weights import export_hf
 from mquant_jax.nn.params import get_params
 
-PATCH, MERGE, GRID = 14, 2, demo_tasks.SIZE // 14
+PATCH, MERGE, GRID = 14, 2, demo_pictures.SIZE // 14
 SIDE = GRID // MERGE  # visual tokens along each side
 VISUAL = SIDE * SIDE
 LENGTH = 32  # tokens of the longest prompt with its answer
@@ -108,7 +108,7 @@ class Collator:
         # Token -> (column in ``cells``, label there) of the words that may name one item.
         self.names = {
             self.encode(space + word)[0]: (column, label)
-            for column, words in ((2, demo_tasks.SHAPES), (3, demo_tasks.COLORS))
+            for column, words in ((2, demo_pictures.SHAPES), (3, demo_pictures.COLORS))
             for label, word in enumerate(words, 1)
             for space in ("", " ")
         }

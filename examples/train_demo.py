@@ -34,6 +34,7 @@ from convert.plan import plan
 from convert.reader import Reader
 from examples import demo_tasks
 from examples.demo_model import PLACE_CLASSES, Collator, Pair, export, hf_config
+from examples.demo_pictures import CELL_CLASSES
 from models.base import Batch
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.modeling import Qwen2VL
@@ -160,7 +161,7 @@ def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Arr
     asked = targets["early"] >= 0
     early = cross_entropy(logits, jnp.maximum(targets["early"], 0))
     early = (early * asked).sum() / asked.sum()
-    cells = hint_loss(params["cells"], listener.visual, targets["cells"], demo_tasks.CELL_CLASSES)
+    cells = hint_loss(params["cells"], listener.visual, targets["cells"], CELL_CLASSES)
     places = hint_loss(params["places"], listener.thoughts, targets["places"], PLACE_CLASSES)
     return loss + hint * (early + cells + places), (loss, early, cells, places)
 
@@ -271,7 +272,7 @@ def train(args: argparse.Namespace) -> None:
         set_params(model, {n: v.astype(np.float32) for n, v in todo.read(start).items()})
     graphdef, params = nnx.split(model)
     params = {"model": params if args.init else training_init(params, config)}
-    for name, outputs in (("cells", sum(demo_tasks.CELL_CLASSES)), ("places", sum(PLACE_CLASSES))):
+    for name, outputs in (("cells", sum(CELL_CLASSES)), ("places", sum(PLACE_CLASSES))):
         kernel = jnp.zeros((config["hidden_size"], outputs))
         params[name] = {"kernel": kernel, "bias": jnp.zeros(outputs)}
     opt_state = optimizer().init(params)

@@ -332,6 +332,15 @@ class Family:
         return getattr(importlib.import_module(module), name)(folder, config)
 
 
+def abstract_model(family: Family, config: Any, recipe: Recipe, dtype=jnp.float32) -> VLM:
+    """The model's structure with shapes in place of arrays: costs no memory at any size.
+
+    Raises:
+        ValueError: shapes and recipe do not fit together.
+    """
+    return nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
+
+
 def bucket(n: int, multiple: int) -> int:
     """The padded size for ``n``: at most an eighth more, so that few programs are compiled."""
     step = max(multiple, 1 << max(0, n.bit_length() - 4))

@@ -10,10 +10,14 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mquant_jax.errors import UserError
+
+PATIENCE = 10.0  # seconds that threads get to finish writing what will be removed
 
 
 def check_destination(dst: Path, marker: str, overwrite: bool = False) -> None:
@@ -98,15 +102,29 @@ def _cleaned_up(partial: Path, dst: Path, needed: int) -> Iterator[None]:
     free = shutil.disk_usage(dst.parent).free
     if free < needed:
         raise UserError(f"{dst}: needs {needed} bytes, the disk has {free} free; free some space")
+    before = set(threading.enumerate())
     try:
         yield
     except BaseException as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        if partial.exists():  # Orbax's threads were still writing
-            shutil.rmtree(partial, ignore_errors=True)
+        started = set(threading.enumerate()) - before
+        _remove(partial, [t for t in started if not t.daemon])  # daemons may never end
         if isinstance(e, Exception) and _disk_full(e):
             raise UserError(f"{dst}: the disk is full; the checkpoint needs {needed} bytes") from e
         raise
+
+
+def _remove(folder: Path, writers: Iterable[threading.Thread]) -> None:
+    """Remove a folder that ``writers`` may still fill: an interrupt does not stop Orbax's threads,
+    and what they write makes the folder anew.
+
+    They may finish first; those that take longer than ``PATIENCE`` fail once the folder is gone.
+    """
+    for _ in range(2):
+        end = time.monotonic() + PATIENCE
+        for thread in writers:
+            # Not its own join, which in Orbax raises what went wrong in the thread.
+            threading.Thread.join(thread, max(0.0, end - time.monotonic()))
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _disk_full(e: BaseException | None) -> bool:
@@ -132,17 +150,14 @@ def _sync(folder: Path) -> None:
 
 def _swap_in(partial: Path, dst: Path) -> None:
     """Rename ``partial`` to ``dst``; an older DST is removed only after that."""
-    old = None
-    if dst.exists():
-        old = _sibling(dst, "old", os.getpid())
-        dst.rename(old)
+    old = _sibling(dst, "old", os.getpid())
     try:
+        if dst.exists():
+            dst.rename(old)
         partial.rename(dst)
-    except BaseException:
-        if old is not None and not dst.exists():
+    finally:  # also after an interrupt between two of these lines
+        if not dst.exists() and old.exists():
             old.rename(dst)
-        raise
-    if old is not None:
         shutil.rmtree(old, ignore_errors=True)
     fd = os.open(dst.parent, os.O_RDONLY)
     try:

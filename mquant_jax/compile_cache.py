@@ -14,16 +14,15 @@ from pathlib import Path
 
 import jax
 
-_CPU_INFO = Path("/proc/cpuinfo")
+from mquant_jax.processor import features
+
 WORTH_SECONDS = 0.5  # of compilation; quicker ones are not kept
 
 
 def default_folder() -> Path:
     """Where compiled programs go unless JAX is told otherwise."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    lines = _CPU_INFO.read_text(encoding="utf-8").splitlines() if _CPU_INFO.is_file() else []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    processor = hashlib.sha256(features.encode()).hexdigest()[:8]
+    processor = hashlib.sha256(" ".join(sorted(features())).encode()).hexdigest()[:8]
     return base / "mquant_jax" / f"xla-{platform.machine()}-{processor}"
 
 

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from models.base import VLM, Family
+from models.base import VLM, Family, abstract_model
 from models.registry import family_for
 from mquant_jax.checkpoint import CONFIG, load_json, load_manifest, load_params
 from mquant_jax.errors import UserError
@@ -56,7 +55,7 @@ def load_model(
     family, config, recipe, hf_config = _describe(folder)
     params, manifest = load_params(folder, verify_hashes)
     try:
-        model = nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
+        model = abstract_model(family, config, recipe, dtype)
     except ValueError as e:
         raise UserError(f"{folder}: config.json and recipe do not fit: {e}") from e
     params = _fitted(params, abstract_params(model), keep_packed, folder)

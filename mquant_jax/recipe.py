@@ -130,10 +130,13 @@ class Tuning:
     Attributes:
         epochs: passes over the calibration prompts; 0 learns nothing.
         rate: Adam's first step, relative to the size of what is learned; it decays to zero.
+        act_rate: the same for activation scales. The largest value that calibration showed is only
+            where they start, and may be far from where they serve best.
     """
 
     epochs: int = 0
     rate: float = 1e-3
+    act_rate: float = 2e-2
 
 
 @dataclasses.dataclass(frozen=True)

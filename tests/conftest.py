@@ -1,10 +1,35 @@
 """What holds for the whole suite."""
 
+import os
+
 import jax
 import pytest
 
-# Commands under test keep no programs in the home of whoever runs the tests.
-jax.config.update("jax_enable_compilation_cache", False)
+from mquant_jax.compile_cache import default_folder
+
+
+def pytest_configure(config) -> None:
+    """Compiled programs are kept with pytest's own cache, for all worker processes, for commands
+    that tests start and for the next run; never in the home of whoever runs the tests.
+
+    ``JAX_COMPILATION_CACHE_DIR`` names another place; ``--cache-clear`` empties this one.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    if not config.pluginmanager.hasplugin("cacheprovider"):
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    folder = str(config.cache.mkdir(default_folder().name))
+    # The smallest programs too: there are thousands of them.
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)  # for the processes that tests start
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module", autouse=True)

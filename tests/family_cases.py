@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.base import VLM, Batch, Family
-from mquant_jax.nn.params import set_params
-from mquant_jax.ptq.pipeline import abstract_model, float_model, quantize_params
+from models.base import VLM, Batch, Family, abstract_model
+from models.registry import family_for
+from mquant_jax.nn.params import get_params, set_params
+from mquant_jax.ptq.pipeline import float_model, quantize_params
 from mquant_jax.recipe import Recipe
-from tests.helpers import Arrays, golden, golden_model, relative
+from tests.helpers import Arrays, forward, golden, golden_model, relative
 
 ROTATED = Recipe("rotated", rotate=True, seed=3)
 
@@ -26,6 +27,17 @@ def model_of(family: Family, config: Any, params: Arrays) -> VLM:
 def golden_case(case: str) -> tuple[VLM, Any, Arrays, Arrays]:
     """``folder/case`` -> the float model of a golden, its config, inputs and outputs."""
     return golden_model(case)[1:]
+
+
+def golden_params(case: str) -> Arrays:
+    """A golden's tensors under our names."""
+    return get_params(golden_case(case)[0])
+
+
+def family_of(hf: dict[str, Any]) -> tuple[Family, Any]:
+    """The family of a config.json, and its config."""
+    family = family_for(hf)
+    return family, family.config_from_hf(hf)
 
 
 def changed_config(case: str, **changes: Any) -> dict[str, Any]:
@@ -46,7 +58,7 @@ def random_params(family: Family, config: Any, seed: int = 0) -> Arrays:
             value = np.exp(0.5 * value)
         elif rule.dst.endswith("gain"):
             value = 0.5 + 0.1 * value
-        elif len(rule.shape) == 2 and rule.dst.endswith("kernel"):
+        elif rule.dst.endswith("kernel"):
             value = value * rule.shape[1] ** -0.5 + 0.02
         out[rule.dst] = value.astype(np.float32)
     return out
@@ -64,7 +76,7 @@ def hardened(params: Arrays, seed: int = 0) -> Arrays:
         value = np.asarray(value, np.float32)
         if "norm/weight" in name or name.endswith("gain"):
             value = value * rng.lognormal(0, 0.7, value.shape)
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "boi", "eoi")):
             value = value + rng.normal(0.3, 0.5, value.shape)
         elif name.endswith(_WRITERS):
             value = value + 0.05
@@ -72,28 +84,32 @@ def hardened(params: Arrays, seed: int = 0) -> Arrays:
     return out
 
 
-def batch_of(family: Family, config: Any, case: str) -> tuple[Batch, Arrays]:
-    """A golden's inputs as a batch, and as they are."""
+def batch_of(family: Family, config: Any, case: str) -> Batch:
+    """A golden's inputs."""
     inputs = golden(*case.split("/"))[1]
-    return jax.tree.map(jax.numpy.asarray, family.reference_batch(config, inputs)), inputs
+    return jax.tree.map(jax.numpy.asarray, family.reference_batch(config, inputs))
 
 
 def float_logits(
     family: Family, config: Any, recipe: Recipe, params: Arrays, case: str
 ) -> tuple[np.ndarray, VLM]:
     """Logits of a golden's real tokens by an unquantised model, rotated or not; and the model."""
-    batch, inputs = batch_of(family, config, case)
+    batch = batch_of(family, config, case)
     model = float_model(family, config, recipe, params)
-    out = np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
-    return out[inputs["attention_mask"] == 1], model
+    return np.asarray(forward(model, batch))[np.asarray(batch.token_class) >= 0], model
 
 
 def rotated_twin(
-    family: Family, config: Any, params: Arrays, case: str, recipe: Recipe = ROTATED
+    family: Family,
+    config: Any,
+    params: Arrays,
+    case: str,
+    recipe: Recipe = ROTATED,
+    rtol: float = 1e-4,
 ) -> VLM:
     """The rotated model, once it was found to equal the original."""
     expected, _ = float_logits(family, config, Recipe(), params, case)
     rotated, _ = quantize_params(family, config, recipe, params)
     got, twin = float_logits(family, config, recipe, rotated, case)
-    assert relative(got, expected) < 1e-4
+    assert relative(got, expected) < rtol
     return twin

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from models.base import VLM, Family
+from models.base import VLM, Family, abstract_model
 from models.llama.config import LlamaConfig
 from models.llama.modeling import Llama
 from models.llama.weights import weight_rules as llama_rules
@@ -22,13 +23,15 @@ from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.modeling import Qwen2VL
 from models.qwen2_vl.weights import weight_rules
 from models.registry import family_for
+from mquant_jax.errors import UserError
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight
-from mquant_jax.ptq.pipeline import abstract_model
 from mquant_jax.recipe import Recipe
 
 GOLDENS = Path(__file__).parent / "goldens"
 Arrays = dict[str, np.ndarray]
+# One for all, so that models of one structure share their programs within a test file.
+forward = jax.jit(lambda model, batch: model(batch))
 
 
 def relative(got: Any, expected: Any) -> float:
@@ -44,6 +47,18 @@ def golden(family: str, case: str) -> tuple[dict[str, Any], Arrays, Arrays]:
     names = ("inputs", "outputs")
     inputs, outputs = (load_file(folder / f"{name}.safetensors") for name in names)
     return config, inputs, outputs
+
+
+def golden_pictures(case: str) -> list[np.ndarray]:
+    """The pictures, before preprocessing, of ``family/case``."""
+    inputs = golden(*case.split("/"))[1]
+    return [inputs[name] for name in sorted(inputs) if inputs[name].dtype == np.uint8]
+
+
+def fails(word: str, call: Callable[[], Any]) -> None:
+    """``call()`` raises a ``UserError`` that matches ``word``."""
+    with pytest.raises(UserError, match=word):
+        call()
 
 
 def golden_model(case: str) -> tuple[Family, VLM, Any, Arrays, Arrays]:
@@ -72,7 +87,7 @@ def quantised(family, config, recipe: Recipe, params: dict[str, Any], batch) -> 
     """Logits of a model built from the tensors that ``quantize_params`` returned."""
     model = abstract_model(family, config, recipe)
     set_params(model, dict(params))
-    return np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
+    return np.asarray(forward(model, batch))
 
 
 def golden_llama(family: str, **changes: Any) -> tuple[Llama, LlamaConfig, Arrays, Arrays]:

@@ -12,7 +12,8 @@ SOURCES = [p for top in ("mquant_jax", "models", "convert") for p in (ROOT / top
 # Lower floors first; a module may import its own floor and those below.
 FLOORS = (
     ("mquant_jax.numerics", "mquant_jax.hadamard", "mquant_jax.recipe", "mquant_jax.presets",
-     "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.cli_support", "mquant_jax.atomic"),
+     "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.cli_support", "mquant_jax.atomic",
+     "mquant_jax.compile_cache", "mquant_jax.processor"),
     ("mquant_jax.ops",),
     ("mquant_jax.nn",),
     ("models",),

@@ -17,10 +17,9 @@ from jax.sharding import Sharding
 from benchmarks.aot.cost import Cost, program_cost
 from benchmarks.aot.devices import Device
 from benchmarks.aot.hlo import parse
-from models.base import Batch, Family
+from models.base import Batch, Family, abstract_model
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import held, target_platform
-from mquant_jax.ptq.pipeline import abstract_model
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import decode, prefill
 

@@ -13,6 +13,10 @@ _QWEN2_VL_TOWER = {
     "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
     "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
 }  # fmt: skip
+INTERNVIT_300M = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "intermediate_size": 4096, "image_size": 448, "patch_size": 14, "norm_type": "layer_norm",
+}  # fmt: skip
 
 MODELS = {
     "qwen2_vl-2b": _QWEN2_VL | {
@@ -37,11 +41,7 @@ MODELS = {
             "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
             "rope_scaling": {"type": "dynamic", "factor": 2.0}, "bias": False,
         },
-        "vision_config": {
-            "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "intermediate_size": 4096, "image_size": 448, "patch_size": 14,
-            "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False,
-        },
+        "vision_config": INTERNVIT_300M | {"qkv_bias": True, "qk_normalization": False},
     },
     "minicpmv-2.6": {
         "model_type": "minicpmv", "architectures": ["MiniCPMV"], "version": 2.6,

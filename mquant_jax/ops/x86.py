@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import platform
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +20,8 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
 from mquant_jax.ops.xla import s8_dot
+from mquant_jax.processor import features
 
-_CPU_INFO = Path("/proc/cpuinfo")
 _OFFSET = 128
 
 
@@ -31,7 +30,7 @@ def preferred() -> bool:
     """Whether :func:`byte_dot` is the fast form here."""
     if jax.__version_info__ >= (0, 11) or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    return _CPU_INFO.is_file() and "avx512_vnni" in _CPU_INFO.read_text(encoding="utf-8").split()
+    return "avx512_vnni" in features()
 
 
 _u8_by_s8 = Primitive("u8_by_s8_dot")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.base import Batch, Family
+from models.base import Batch, Family, abstract_model
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, set_params
@@ -203,11 +203,6 @@ def untied(config: Any, params: Params) -> tuple[Any, Params]:
     language = dataclasses.replace(config.language, tied_head=False)
     head = {"language/head/kernel": params["language/embedding"]}
     return dataclasses.replace(config, language=language), {**params, **head}
-
-
-def abstract_model(family: Family, config: Any, recipe: Recipe, dtype=jnp.float32):
-    """The model's structure with shapes in place of arrays: costs no memory at any size."""
-    return nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
 
 
 def relative_error(q: QWeight, weight: np.ndarray) -> float:

@@ -28,7 +28,9 @@ from mquant_jax.ptq.sequential import Progress
 from mquant_jax.ptq.statistics import chunks
 from mquant_jax.recipe import Tuning
 
-ROWS = 2  # prompts per step
+# Per step. Fewer are a noisy guide: short prompts, two at a time, taught activation scales to clip
+# what they had not seen. And few prompts make few steps, which cannot fit them too closely.
+STEP_TOKENS = 1024
 
 
 class ChunkedRunner(Runner):
@@ -50,13 +52,13 @@ class ChunkedRunner(Runner):
 
 
 class _Recomputing(Runner):
-    """Keeps what enters each block and computes the rest again for the gradient: of the memory that
-    all blocks' insides would take, a hundredth is left."""
+    """Keeps what dense layers deliver and computes the rest again for the gradient: attention and
+    the simulated rounding take most of the memory and little of the time."""
 
     def layers(self, name, stack, x, context):
         graphdef, state = nnx.split(stack)
 
-        @jax.checkpoint
+        @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
         def body(carry, layer):
             return nnx.merge(graphdef, layer)(carry, context), None
 
@@ -67,9 +69,18 @@ def _is_weight(leaf: Any) -> bool:
     return isinstance(leaf, QWeight)
 
 
+def _names(path: tuple) -> list[str]:
+    return [str(getattr(p, "key", p)) for p in path]
+
+
+def _kind(path: tuple, leaf: Any) -> str:
+    """Which of the rates applies."""
+    return "act_scale" if "act_scale" in _names(path) else "other"
+
+
 def _learned(path: tuple, leaf: Any) -> jax.Array | None:
     """The part of a block's parameter that is learned, if there is one."""
-    names = [str(getattr(p, "key", p)) for p in path]
+    names = _names(path)
     if isinstance(leaf, QWeight):
         return leaf.scale if "layers" in names else None
     return leaf if "act_scale" in names or any(n.endswith("norm") for n in names) else None
@@ -109,8 +120,14 @@ def tune(
     state = unpack(state, is_leaf=_is_weight)
     learned = jax.tree_util.tree_map_with_path(_learned, state, is_leaf=_is_weight)
     factors = jax.tree.map(jnp.zeros_like, learned)
-    epoch = -(-classes.shape[0] // ROWS)
-    optimizer = optax.adam(optax.cosine_decay_schedule(plan.rate, plan.epochs * epoch))
+    together = min(max(1, STEP_TOKENS // classes.shape[1]), classes.shape[0])
+    epoch = -(-classes.shape[0] // together)
+    rates = {"act_scale": plan.act_rate, "other": plan.rate}
+    optimizer = optax.multi_transform(
+        {k: optax.adam(optax.cosine_decay_schedule(r, plan.epochs * epoch))
+         for k, r in rates.items()},
+        jax.tree_util.tree_map_with_path(_kind, factors),
+    )  # fmt: skip
 
     @jax.jit
     def prediction(x):
@@ -134,10 +151,10 @@ def tune(
 
     rng, moments, losses = np.random.default_rng(0), optimizer.init(factors), []
     rounds = [rng.permutation(classes.shape[0]) for _ in range(plan.epochs)]
-    rows = np.concatenate([np.resize(r, epoch * ROWS) for r in rounds]).reshape(-1, ROWS)
-    for pair in progress(rows, "learn scales"):
-        theirs = prediction(target[pair])
-        factors, moments, value = step(factors, moments, state, pair, theirs)
+    rows = np.stack([np.resize(r, (epoch, together)) for r in rounds]).reshape(-1, together)
+    for some in progress(rows, "learn scales"):
+        theirs = prediction(target[some])
+        factors, moments, value = step(factors, moments, state, some, theirs)
         losses.append(float(value))
     nnx.update(student.language, jax.tree.map(_scaled, state, factors, is_leaf=_is_weight))
     out = {

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from benchmarks.families import GOLDENS, WIDE, error, merged, table
+from models.base import abstract_model
 from models.registry import family_for
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.presets import METHODS
-from mquant_jax.ptq.pipeline import abstract_model, untied
+from mquant_jax.ptq.pipeline import untied
 
 
 def test_every_family_with_pictures_is_compared() -> None:

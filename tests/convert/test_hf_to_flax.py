@@ -166,11 +166,22 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def _start(dst: Path) -> subprocess.Popen:
-    """A conversion, when it has begun to write (or has ended)."""
-    command = [sys.executable, "-m", "convert.hf_to_flax", str(GOLDENS / "public"), str(dst)]
+# A conversion that stays where all is written and nothing yet renamed.
+HELD = """
+import sys, time
+from convert.hf_to_flax import main
+from mquant_jax import atomic
+atomic._sync = lambda folder: time.sleep(600)
+sys.exit(main())
+"""
+
+
+def _start(dst: Path, marker: str = "", *program: str) -> subprocess.Popen:
+    """A conversion, when ``marker`` is in the folder that it fills (or it has ended)."""
+    command = [sys.executable, *(program or ("-m", "convert.hf_to_flax"))]
+    command += [str(GOLDENS / "public"), str(dst)]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while child.poll() is None and not list(dst.parent.glob(f".{dst.name}.partial-*")):
+    while child.poll() is None and not list(dst.parent.glob(f".{dst.name}.partial-*/{marker}")):
         time.sleep(0.001)
     return child
 
@@ -190,12 +201,22 @@ def test_a_killed_conversion_leaves_no_half_checkpoint(tmp_path, delay):
 
 
 def test_a_terminated_conversion_cleans_up(tmp_path):
+    child = _start(tmp_path / "dst", "mquant.json", "-c", HELD)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate()
+    assert child.returncode == 130 and b"interrupted" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_terminated_at_any_time_leaves_all_or_nothing(tmp_path):
     dst = tmp_path / "dst"
     child = _start(dst)
     child.send_signal(signal.SIGTERM)
-    _, err = child.communicate()
-    if child.returncode:
-        assert child.returncode == 130 and b"interrupted" in err
-        assert list(tmp_path.iterdir()) == []
-    else:
+    child.communicate()
+    left = list(tmp_path.iterdir())
+    if child.returncode == 130:
+        assert left in ([], [dst])
+    else:  # it was done before the signal, or on its way out
+        assert child.returncode in (0, -signal.SIGTERM) and left == [dst]
+    if left:
         load_params(dst, verify_hashes=True)

@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
-from convert import hf_to_flax, verify
 from models.cogvlm2 import FAMILY
 from models.cogvlm2.config import CogVLM2Config
 from models.cogvlm2.processing import collate, positions, reference_batch, reference_prompts
-from models.cogvlm2.weights import ignored, weight_rules
 from models.eva2 import VISUAL
 from models.registry import family_for
 from mquant_jax.errors import UserError
-from mquant_jax.nn.params import abstract_params
-from mquant_jax.ptq.pipeline import abstract_model
-from mquant_jax.recipe import Recipe
-from tests.eva2_cases import ODD_TOWER, changed_config, golden_case, model_of, random_params
-from tests.helpers import GOLDENS, golden, relative
+from tests.eva2_cases import ODD_TOWER
+from tests.family_cases import changed_config, golden_case, model_of, random_params
+from tests.family_checks import (
+    RTOL,
+    example_prompt,
+    rows_stand_alone,
+    unused_tensors,
+    verified,
+    wider_than_bfloat16,
+)
+from tests.helpers import GOLDENS, forward, golden, relative
 
-FOLDER = "cogvlm2"
-RTOL = 1e-5  # float32 noise of a few layers; measured 2.5e-6
-forward = nnx.jit(lambda model, batch: model(batch))
+CASE = "cogvlm2/public"
 
 
 def test_every_array_and_the_greedy_tokens(tmp_path, capsys) -> None:
-    """Through the converter and the verifier, as users go."""
-    folder, dst = str(GOLDENS / FOLDER / "public"), str(tmp_path / "dst")
-    assert hf_to_flax.main([folder, dst]) == 0
-    capsys.readouterr()
-    assert verify.main([dst, "--reference", folder, "--rtol", str(RTOL), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert {"vision_pre", "vision", "embeds", "hidden_2", "logits"} <= set(result["arrays"])
-    assert result["greedy_match"] == 1.0
+    arrays = verified(GOLDENS / CASE, tmp_path / "dst", capsys)
+    assert {"vision_pre", "vision", "embeds", "hidden_2", "logits"} <= arrays
 
 
 def test_positions_and_experts_of_the_reference() -> None:
-    model, config, inputs, outputs = golden_case(FOLDER)
+    model, config, inputs, outputs = golden_case(CASE)
     batch = reference_batch(config, inputs)
     real = inputs["attention_mask"] == 1
     np.testing.assert_array_equal(batch.token_class >= 0, real)
@@ -80,7 +74,7 @@ def test_positions_of_any_layout() -> None:
 
 def test_rows_do_not_depend_on_their_company() -> None:
     """Pictures first, last, side by side; text alone. Padding changes nothing."""
-    model, config, inputs, _ = golden_case(FOLDER)
+    model, config, inputs, _ = golden_case(CASE)
     first = next(reference_prompts(config, inputs))
     picture, n = [VISUAL] * config.vision.tokens, config.vision.side**2
     patches = np.concatenate([p.patches for p in reference_prompts(config, inputs)])
@@ -96,11 +90,8 @@ def test_rows_do_not_depend_on_their_company() -> None:
         prompt([*picture, 5, 6], 1),
         prompt([5, *picture, *picture, 6, *picture], 3),
     ]
-    together = forward(model, collate(config, prompts, pad_to=64))
-    for row, one in enumerate(prompts):
-        alone = collate(config, [one])
-        size = len(one.input_ids)
-        assert relative(forward(model, alone)[0], together[row, -size:]) < RTOL
+    rows_stand_alone(model, partial(collate, config), prompts, pad_to=64)
+    alone = collate(config, prompts[-1:])
     # The last vector of a run is the language expert's, also at the very end.
     assert alone.token_class[0].tolist() == [0, *[1] * 21, 0, 0, *[1] * 10, 0]
     middle = alone.positions[0, 0, 1:23].tolist()
@@ -111,7 +102,7 @@ def test_rows_do_not_depend_on_their_company() -> None:
 
 def test_stored_frequencies_are_used() -> None:
     """They are not those of the formula, which shows."""
-    model, config, inputs, outputs = golden_case(FOLDER)
+    model, config, inputs, outputs = golden_case(CASE)
     stored = np.asarray(model.language.layers.frequencies.get_value())
     computed = 500000.0 ** -(np.arange(8) / 8)
     assert 1e-4 < relative(stored[0], computed) < 1e-2
@@ -124,7 +115,7 @@ def test_stored_frequencies_are_used() -> None:
 
 
 def test_bad_references_are_said() -> None:
-    _, config, inputs, _ = golden_case(FOLDER)
+    _, config, inputs, _ = golden_case(CASE)
     with pytest.raises(ValueError, match="placeholders for 3"):
         reference_batch(config, inputs | {"images": np.tile(inputs["images"], (2, 1, 1, 1))})
     with pytest.raises(ValueError, match="not of 84"):
@@ -135,52 +126,39 @@ def test_bad_references_are_said() -> None:
 
 
 def test_every_tensor_of_the_checkpoint_is_used_whole() -> None:
-    config = CogVLM2Config.from_hf(changed_config(FOLDER))
-    source = load_file(GOLDENS / FOLDER / "public" / "model.safetensors")
-    out = {r.src: np.full(r.src_shape, np.nan) for r in weight_rules(config)}
-    assert set(out) == set(source) and not any(map(ignored, source))
-    for rule in weight_rules(config):
-        rule.scatter(rule.apply(source[rule.src]), out[rule.src])
-    for name, value in source.items():
-        np.testing.assert_array_equal(out[name], value)
+    assert not unused_tensors(CASE)
 
 
 def test_other_sizes() -> None:
-    inputs = golden(FOLDER, "public")[1]
+    inputs = golden(*CASE.split("/"))[1]
     changes = {
         "hidden_size": 88, "num_attention_heads": 4, "num_multi_query_heads": 4,
         "intermediate_size": 90, "vision_config": ODD_TOWER,
     }  # fmt: skip
-    config = CogVLM2Config.from_hf(changed_config(FOLDER, **changes))
+    config = CogVLM2Config.from_hf(changed_config(CASE, **changes))
     params = random_params(FAMILY, config)
     assert np.isfinite(
         forward(model_of(FAMILY, config, params), reference_batch(config, inputs))
     ).all()
-    hf = changed_config(FOLDER, num_attention_heads=16, hidden_size=128)
+    hf = changed_config(CASE, num_attention_heads=16, hidden_size=128)
     del hf["num_multi_query_heads"]
     assert CogVLM2Config.from_hf(hf).language.num_kv_heads == 8
 
 
 def test_bfloat16_stays_bfloat16() -> None:
-    config = CogVLM2Config.from_hf(changed_config(FOLDER))
-    model = abstract_model(FAMILY, config, Recipe(), jnp.bfloat16)
-    held = abstract_params(model)
-    wide = {name for name, v in held.items() if v.dtype != jnp.bfloat16}
-    assert wide == {f"language/layers/{i}/frequencies" for i in range(2)}
-    batch = reference_batch(config, golden(FOLDER, "public")[1])
-    assert jax.eval_shape(lambda m, b: m.embed(b), model, batch).dtype == jnp.bfloat16
+    config = CogVLM2Config.from_hf(changed_config(CASE))
+    frequencies = {f"language/layers/{i}/frequencies" for i in range(2)}
+    assert wider_than_bfloat16(FAMILY, config, CASE) == frequencies
 
 
 def test_measurements_need_no_tokenizer() -> None:
-    model, config, _, _ = golden_case(FOLDER)
-    prompt = FAMILY.example_prompt(config, 10, 448)
+    model, config, _, _ = golden_case(CASE)
+    prompt = example_prompt(FAMILY, config, model, 448)
     assert prompt.input_ids.count(VISUAL) == config.vision.tokens == 11
-    batch = FAMILY.collate(config, [prompt, FAMILY.example_prompt(config, 7, 0)])
-    assert np.isfinite(model.embed(batch)).all()
 
 
 def test_the_architecture_names_the_family() -> None:
-    hf = changed_config(FOLDER)
+    hf = changed_config(CASE)
     assert "model_type" not in hf and family_for(hf) is FAMILY
     assert family_for(hf | {"model_type": ""}) is FAMILY
     with pytest.raises(UserError, match="CogVLMForCausalLM"):
@@ -198,8 +176,8 @@ def test_the_architecture_names_the_family() -> None:
 )
 def test_what_is_not_handled_is_said(changes, word) -> None:
     with pytest.raises(UserError, match=word):
-        CogVLM2Config.from_hf(changed_config(FOLDER, **changes))
-    hf = changed_config(FOLDER)
+        CogVLM2Config.from_hf(changed_config(CASE, **changes))
+    hf = changed_config(CASE)
     del hf["rms_norm_eps"]
     with pytest.raises(UserError, match="rms_norm_eps"):
         CogVLM2Config.from_hf(hf)

@@ -10,31 +10,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mquant_jax as mq
 from convert import hf_to_flax
 from models.cogvlm2.config import CogVLM2Config
 from models.cogvlm2.processor import CogVLM2Processor, render
 from models.eva2 import VISUAL
 from models.squares import squeeze
-from mquant_jax.errors import UserError
-from mquant_jax.presets import PRESETS
-from tests.helpers import GOLDENS, golden
+from tests.family_checks import answers, cheap_w4a8
+from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer
 
-FOLDER = "cogvlm2"
+CASE = "cogvlm2/public"
 TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>")
 BOS = 368  # as the goldens number it
-
-
-def raw_images() -> list[np.ndarray]:
-    inputs = golden(FOLDER, "public")[1]
-    return [inputs[n] for n in sorted(inputs) if n.startswith("raw_image_")]
 
 
 def make_folder(folder: Path, **config) -> Path:
     folder.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(GOLDENS / FOLDER / "public" / name, folder / name)
+        shutil.copyfile(GOLDENS / CASE / name, folder / name)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     write_tokenizer(folder, TOKENS, BOS, bos_token=TOKENS[0], eos_token=TOKENS[1])
@@ -52,13 +45,13 @@ def processor(tmp_path_factory) -> CogVLM2Processor:
 
 
 def test_pixels_match_the_reference_bit_by_bit() -> None:
-    inputs = golden(FOLDER, "public")[1]
-    for raw, pixels in zip(raw_images(), inputs["images"], strict=True):
+    inputs = golden(*CASE.split("/"))[1]
+    for raw, pixels in zip(golden_pictures(CASE), inputs["images"], strict=True):
         np.testing.assert_array_equal(squeeze(Image.fromarray(raw), 84), pixels)
 
 
 def test_a_question_as_published(processor) -> None:
-    prompt = processor.prompt("What?", raw_images()[:1])
+    prompt = processor.prompt("What?", golden_pictures(CASE)[:1])
     n = processor.config.vision.tokens
     assert prompt.input_ids[: n + 1] == [BOS] + [VISUAL] * n
     text = processor.tokenizer.decode(prompt.input_ids[n + 1 :])
@@ -77,7 +70,7 @@ def test_conversations(processor, tmp_path) -> None:
         {"role": "assistant", "content": "B."},
         {"role": "user", "content": [{"type": "text", "text": "C?"}, {"type": "image"}]},
     ]
-    prompt = processor.messages(chat, raw_images()[:1])
+    prompt = processor.messages(chat, golden_pictures(CASE)[:1])
     n = processor.config.vision.tokens
     assert prompt.input_ids[1 : n + 1] == [VISUAL] * n  # in front, wherever it was shown
     said = "Question: A? Answer: B.\nQuestion: C? Answer:"
@@ -89,10 +82,6 @@ def test_conversations(processor, tmp_path) -> None:
 
 
 def test_bad_input_is_named(processor, tmp_path) -> None:
-    def fails(word, call):
-        with pytest.raises(UserError, match=word):
-            call()
-
     image = np.zeros((40, 40, 3), np.uint8)
     fails("one picture per conversation, 2", lambda: processor.prompt("x", [image, image]))
     fails("takes no videos", lambda: processor.prompt("x", videos=[[image]]))
@@ -110,14 +99,8 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
 def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
     """With the bundled pictures; the recipe is the preset, but cheaper to make."""
     src = make_folder(tmp_path / "src")
-    recipe = PRESETS["w4a8"].to_json()
-    recipe["calibration"]["max_samples"] = 3
-    recipe["vision"] = {}
-    recipe["weights"]["method"] = "rtn"
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    args = [str(src), str(tmp_path / "dst"), "--recipe", str(tmp_path / "recipe.json"), "--json"]
+    recipe = cheap_w4a8(tmp_path, vision={})
+    args = [str(src), str(tmp_path / "dst"), "--recipe", str(recipe), "--json"]
     assert hf_to_flax.main(args) == 0
     assert json.loads(capsys.readouterr().out)["family"] == "cogvlm2"
-    model = mq.load(tmp_path / "dst")
-    answers = model.generate([raw_images()[:1], []], ["What?", "Text alone"], max_new_tokens=2)
-    assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
+    answers(tmp_path / "dst", golden_pictures(CASE)[:1])

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import math
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from models.base import Batch
 from models.registry import family_for
-from mquant_jax.nn.params import abstract_params
-from mquant_jax.nn.vit import VisionInput
-from mquant_jax.numerics import QWeight
-from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model
+from tests.full_size import prefill_and_decode, quantised_count, w4a8
 
 PUBLISHED = {
     "architectures": ["CogVLMForCausalLM"], "template_version": "chat", "hidden_act": "silu",
@@ -40,28 +33,9 @@ def test_full_size_w4a8(aifs) -> None:
     assert frequencies == 32 * 64 and total - frequencies == 19_503_105_280
     assert 2 * total == 39_006_214_656  # bytes that the published index counts
     assert config.vision.tokens == 2306 and config.placeholder == 128002
-    model = abstract_model(family, config, PRESETS["w4a8"], jnp.bfloat16)
-    held = abstract_params(model)
-    assert sum(isinstance(v, QWeight) for v in held.values()) == 32 * 14 + 63 * 6 + 1 + 1 + 4 + 1
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+    model, held, size = w4a8(family, config)
+    assert quantised_count(held) == 32 * 14 + 63 * 6 + 1 + 1 + 4 + 1
     assert 10.0 < size / 2**30 < 10.2  # int4, int8 head, bf16 embedding; 36.3 in bf16
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    tokens = 2306 + 62
-    vision = VisionInput(
-        jax.ShapeDtypeStruct((1, 9216, 588), jnp.float32),
-        ints(1, 9216, 2),
-        jax.ShapeDtypeStruct((1, 9216), jnp.bool_),
-    )
-    row = ints(1, tokens)
     slots = 2305 if aifs else None  # the last vector is the language expert's
-    batch = Batch(row, row, ints(1, 1, tokens), row, row, vision, slots)
-    cache = jax.eval_shape(lambda m: m.language.init_cache(1, tokens + 32), model)
-    assert cache.k.shape == (32, 1, 8, tokens + 32, 128)
-    logits, cache = jax.eval_shape(lambda m, b, c: m.prefill(b, c), model, batch, cache)
-    assert logits.shape == (1, 128256) and logits.dtype == jnp.float32
-    one = ints(1)
-    logits, _ = jax.eval_shape(lambda m, *a: m.decode(*a), model, one, one, one, cache)
-    assert logits.shape == (1, 128256)
+    cache = prefill_and_decode(model, 128256, 2306 + 62, 1, 9216, slots)
+    assert cache.k.shape == (32, 1, 8, 2306 + 62 + 32, 128)

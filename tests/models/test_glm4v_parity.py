@@ -4,48 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from convert import hf_to_flax, verify
 from models.eva2 import VISUAL
 from models.glm4v import FAMILY, TEXT_FAMILY
 from models.glm4v.config import GLM4VConfig
 from models.glm4v.processing import collate, expand, reference_batch, reference_prompts
-from models.glm4v.weights import ignored, rope_order, weight_rules
+from models.glm4v.weights import rope_order, weight_rules
 from models.registry import family_for
 from mquant_jax.errors import UserError
-from mquant_jax.nn.params import abstract_params, get_params
+from mquant_jax.nn.params import get_params
 from mquant_jax.nn.rope import apply_rope, frequencies
-from mquant_jax.ptq.pipeline import abstract_model
-from mquant_jax.recipe import Recipe
-from tests.eva2_cases import ODD_TOWER, changed_config, golden_case, model_of, random_params
-from tests.helpers import GOLDENS, golden, relative
+from tests.eva2_cases import ODD_TOWER
+from tests.family_cases import changed_config, golden_case, model_of, random_params
+from tests.family_checks import (
+    RTOL,
+    example_prompt,
+    greedy_with_the_cache,
+    rows_stand_alone,
+    unused_tensors,
+    verified,
+    wider_than_bfloat16,
+)
+from tests.helpers import GOLDENS, forward, golden, relative
 
-FOLDER = "glm4v"
-RTOL = 1e-5  # float32 noise of a few layers; measured 2.1e-6
-forward = nnx.jit(lambda model, batch: model(batch))
+CASE = "glm4v/public"
 
 
 def test_every_array_and_the_greedy_tokens(tmp_path, capsys) -> None:
-    """Through the converter and the verifier, as users go."""
-    folder, dst = str(GOLDENS / FOLDER / "public"), str(tmp_path / "dst")
-    assert hf_to_flax.main([folder, dst]) == 0
-    capsys.readouterr()
-    assert verify.main([dst, "--reference", folder, "--rtol", str(RTOL), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    wanted = {"vision_pre", "vision_conv", "vision", "embeds", "hidden_2", "logits"}
-    assert wanted <= set(result["arrays"])
-    assert result["greedy_match"] == 1.0
+    arrays = verified(GOLDENS / CASE, tmp_path / "dst", capsys)
+    assert {"vision_pre", "vision_conv", "vision", "embeds", "hidden_2", "logits"} <= arrays
 
 
 def test_positions_and_masks_of_the_reference() -> None:
-    model, config, inputs, outputs = golden_case(FOLDER)
+    model, config, inputs, outputs = golden_case(CASE)
     batch = reference_batch(config, inputs)
     real = outputs["attention_mask_expanded"] == 1
     np.testing.assert_array_equal(batch.token_class >= 0, real)
@@ -59,42 +58,31 @@ def test_positions_and_masks_of_the_reference() -> None:
 
 
 def test_what_only_the_golden_records() -> None:
-    model, config, inputs, outputs = golden_case(FOLDER)
+    model, config, inputs, outputs = golden_case(CASE)
     batch = reference_batch(config, inputs)
     real = outputs["attention_mask_expanded"] == 1
     final = model.language.norm(nnx.jit(lambda m, b: m.stream(b))(model, batch))
     assert relative(final[real], outputs["hidden_final"][real]) < RTOL
-    rows, width = batch.input_ids.shape
-    cache = model.language.init_cache(rows, width + 8)
-    logits, cache = model.prefill(batch, cache)
-    step = nnx.jit(lambda m, *args: m.decode(*args))
-    for i in range(8):
-        assert relative(logits, outputs["greedy_logits"][:, i]) < RTOL
-        tokens = outputs["greedy"][:, i]
-        logits, cache = step(model, tokens, batch.lengths + i, batch.next_position + i, cache)
+    greedy_with_the_cache(model, batch, outputs)
 
 
 def test_a_picture_anywhere_and_rows_without() -> None:
     """Rows do not depend on their company; the published code cannot mix such rows."""
-    model, config, inputs, _ = golden_case(FOLDER)
+    model, config, inputs, _ = golden_case(CASE)
     first, second = reference_prompts(config, inputs)
     text = dataclasses.replace(first, input_ids=[5, 6, 7], grids=[], patches=np.zeros((0, 0)))
     picture = [VISUAL] * config.vision.tokens
     late = dataclasses.replace(first, input_ids=[*range(9), *picture])
     prompts = [first, second, text, late]
+    rows_stand_alone(model, partial(collate, config), prompts)
     batch = collate(config, prompts)
-    together = forward(model, batch)
-    for row, prompt in enumerate(prompts):
-        n = len(prompt.input_ids)
-        alone = forward(model, collate(config, [prompt]))
-        assert relative(alone[0], together[row, -n:]) < RTOL
     assert batch.positions[0, 3, -3:].tolist() == [10, 10, 11]
     assert batch.next_position.tolist()[2:] == [3, 12]
 
 
 def test_a_second_batch_of_text_is_verified(tmp_path, capsys) -> None:
     """Recorded as ``text_*`` beside the pictures; here from our own numbers."""
-    model, config, inputs, outputs = golden_case(FOLDER)
+    model, config, inputs, outputs = golden_case(CASE)
     ids = inputs["input_ids"][:, -7:].copy()
     ids[0, :2] = config.boi - 10
     mask = np.ones_like(ids)
@@ -105,7 +93,7 @@ def test_a_second_batch_of_text_is_verified(tmp_path, capsys) -> None:
                 "text_greedy": verify.greedy_tokens(model, batch, 4)}  # fmt: skip
     save_file(inputs | {f"text_{k}": v for k, v in text.items()}, tmp_path / "inputs.safetensors")
     dst = tmp_path / "dst"
-    assert hf_to_flax.main([str(GOLDENS / FOLDER / "public"), str(dst)]) == 0
+    assert hf_to_flax.main([str(GOLDENS / CASE), str(dst)]) == 0
     for wrong, status in ((0, 0), (1, 1)):
         text_out["text_greedy"] = text_out["text_greedy"] + wrong
         save_file(outputs | text_out, tmp_path / "outputs.safetensors")
@@ -116,7 +104,7 @@ def test_a_second_batch_of_text_is_verified(tmp_path, capsys) -> None:
 
 
 def test_bad_references_are_said() -> None:
-    _, config, inputs, _ = golden_case(FOLDER)
+    _, config, inputs, _ = golden_case(CASE)
     with pytest.raises(ValueError, match="tokens apart"):
         expand(config, [1, config.boi, 7, 7, config.eoi])
     with pytest.raises(ValueError, match="one picture per row"):
@@ -146,42 +134,32 @@ def test_partial_rope_turns_neighbouring_pairs() -> None:
 
 
 def test_every_tensor_of_the_checkpoint_is_used_whole() -> None:
-    config = GLM4VConfig.from_hf(changed_config(FOLDER))
-    source = load_file(GOLDENS / FOLDER / "public" / "model.safetensors")
-    out = {r.src: np.full(r.src_shape, np.nan) for r in weight_rules(config)}
-    assert set(source) - set(out) == {"transformer.rotary_pos_emb.inv_freq"}
-    for rule in weight_rules(config):
-        rule.scatter(rule.apply(source[rule.src]), out[rule.src])
-    for name, value in source.items():
-        if ignored(name):
-            continue
-        np.testing.assert_array_equal(out[name], value)
-    assert sum(map(ignored, source)) == 1
+    assert unused_tensors(CASE) == {"transformer.rotary_pos_emb.inv_freq"}
 
 
 def test_other_sizes_and_settings() -> None:
-    inputs = golden(FOLDER, "public")[1]
+    inputs = golden(*CASE.split("/"))[1]
     changes = {
         "hidden_size": 88, "num_attention_heads": 6, "multi_query_group_num": 3, "kv_channels": 20,
         "ffn_hidden_size": 90, "add_qkv_bias": False, "vision_config": ODD_TOWER,
     }  # fmt: skip
-    config = GLM4VConfig.from_hf(changed_config(FOLDER, **changes))
+    config = GLM4VConfig.from_hf(changed_config(CASE, **changes))
     assert not any("q_proj/bias" in r.dst for r in weight_rules(config) if "language" in r.dst)
     params = random_params(FAMILY, config)
     batch = reference_batch(config, inputs)
     one = forward(model_of(FAMILY, config, params), batch)
     assert np.isfinite(one).all()
     for other in ({"rope_ratio": 3}, {"vision_config": ODD_TOWER | {"scaling_factor": 5}}):
-        config = GLM4VConfig.from_hf(changed_config(FOLDER, **(changes | other)))
+        config = GLM4VConfig.from_hf(changed_config(CASE, **(changes | other)))
         assert relative(forward(model_of(FAMILY, config, params), batch), one) > 1e-3
 
 
 def test_the_language_model_alone() -> None:
     """GLM-4 is published under the same model_type."""
-    hf = changed_config(FOLDER)
+    hf = changed_config(CASE)
     del hf["vision_config"]
-    assert family_for(hf) is TEXT_FAMILY and family_for(changed_config(FOLDER)) is FAMILY
-    model, full, inputs, _ = golden_case(FOLDER)
+    assert family_for(hf) is TEXT_FAMILY and family_for(changed_config(CASE)) is FAMILY
+    model, full, inputs, _ = golden_case(CASE)
     config = GLM4VConfig.from_hf(hf)
     params = {k: v for k, v in get_params(model).items() if k.startswith("language/")}
     assert {r.dst for r in weight_rules(config)} == set(params)
@@ -193,19 +171,13 @@ def test_the_language_model_alone() -> None:
 
 
 def test_bfloat16_stays_bfloat16() -> None:
-    config = GLM4VConfig.from_hf(changed_config(FOLDER))
-    model = abstract_model(FAMILY, config, Recipe(), jnp.bfloat16)
-    assert all(v.dtype == jnp.bfloat16 for v in abstract_params(model).values())
-    batch = reference_batch(config, golden(FOLDER, "public")[1])
-    assert jax.eval_shape(lambda m, b: m.embed(b), model, batch).dtype == jnp.bfloat16
+    assert not wider_than_bfloat16(FAMILY, GLM4VConfig.from_hf(changed_config(CASE)), CASE)
 
 
 def test_measurements_need_no_tokenizer() -> None:
-    model, config, _, _ = golden_case(FOLDER)
-    prompt = FAMILY.example_prompt(config, 10, 448)
+    model, config, _, _ = golden_case(CASE)
+    prompt = example_prompt(FAMILY, config, model, 448)
     assert prompt.input_ids.count(VISUAL) == config.vision.tokens == 11
-    batch = FAMILY.collate(config, [prompt, FAMILY.example_prompt(config, 7, 0)])
-    assert np.isfinite(model.embed(batch)).all()
 
 
 @pytest.mark.parametrize(
@@ -225,8 +197,8 @@ def test_measurements_need_no_tokenizer() -> None:
 )
 def test_what_is_not_handled_is_said(changes, word) -> None:
     with pytest.raises(UserError, match=word):
-        GLM4VConfig.from_hf(changed_config(FOLDER, **changes))
-    hf = changed_config(FOLDER)
+        GLM4VConfig.from_hf(changed_config(CASE, **changes))
+    hf = changed_config(CASE)
     del hf["kv_channels"]
     with pytest.raises(UserError, match="kv_channels"):
         GLM4VConfig.from_hf(hf)

@@ -18,23 +18,18 @@ from models.glm4v.config import GLM4VConfig
 from models.glm4v.processor import GLM4VProcessor
 from models.squares import squeeze
 from mquant_jax.errors import UserError
-from mquant_jax.presets import PRESETS
-from tests.helpers import GOLDENS, golden
+from tests.family_checks import answers, cheap_w4a8, drawn
+from tests.helpers import GOLDENS, fails, golden, golden_pictures
 
-FOLDER = "glm4v"
+CASE = "glm4v/public"
 FIRST = 370  # id of the first special token, as the goldens number them
-
-
-def raw_images() -> list[np.ndarray]:
-    inputs = golden(FOLDER, "public")[1]
-    return [inputs[n] for n in sorted(inputs) if n.endswith("_u8")]
 
 
 def make_folder(folder: Path, config: dict | None = None) -> Path:
     """Bytes and fillers, so that special tokens follow as in the published vocabulary."""
     folder.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(GOLDENS / FOLDER / "public" / name, folder / name)
+        shutil.copyfile(GOLDENS / CASE / name, folder / name)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     tokens = [bytes([b]) for b in range(256)]
@@ -55,24 +50,18 @@ def processor(tmp_path_factory) -> GLM4VProcessor:
 
 
 def text_of(processor: GLM4VProcessor, ids: list[int]) -> str:
-    """The prompt's text, a picture drawn as one star."""
-    n, out, i = processor.config.vision.tokens, "", 0
-    while i < len(ids):
-        visual = ids[i : i + n] == [VISUAL] * n
-        out += "*" if visual else processor.tokenizer.decode([ids[i]])
-        i += n if visual else 1
-    return out
+    return drawn(processor.tokenizer, ids, VISUAL, processor.config.vision.tokens)
 
 
 def test_pixels_match_the_reference_bit_by_bit(processor) -> None:
-    inputs = golden(FOLDER, "public")[1]
-    for raw, pixels in zip(raw_images(), inputs["pixel_values"], strict=True):
+    inputs = golden(*CASE.split("/"))[1]
+    for raw, pixels in zip(golden_pictures(CASE), inputs["pixel_values"], strict=True):
         np.testing.assert_array_equal(squeeze(Image.fromarray(raw), 84), pixels)
 
 
 def test_a_turn_as_the_reference_has_it(processor) -> None:
-    inputs = golden(FOLDER, "public")[1]
-    image = raw_images()[0]
+    inputs = golden(*CASE.split("/"))[1]
+    image = golden_pictures(CASE)[0]
     prompt = processor.prompt("What?", [image])
     text = text_of(processor, prompt.input_ids)
     assert text == "[gMASK]<sop><|user|>\n*What?<|assistant|>"
@@ -87,7 +76,7 @@ def test_a_turn_as_the_reference_has_it(processor) -> None:
 
 
 def test_conversations(processor) -> None:
-    image = raw_images()[0]
+    image = golden_pictures(CASE)[0]
     chat = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": t} for t in ("A ", "b")]},
@@ -117,10 +106,6 @@ def test_special_tokens_may_be_told_by_a_file(tmp_path) -> None:
 
 
 def test_bad_input_is_named(processor, tmp_path) -> None:
-    def fails(word, call):
-        with pytest.raises(UserError, match=word):
-            call()
-
     image = np.zeros((40, 40, 3), np.uint8)
     fails("one picture per conversation, 2", lambda: processor.prompt("x", [image, image]))
     fails("takes no videos", lambda: processor.prompt("x", videos=[[image]]))
@@ -129,7 +114,7 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
     fails("role 'tool'", lambda: processor.messages([{"role": "tool", "content": "x"}]))
     tools = [{"role": "system", "content": "", "tools": [{"type": "function"}]}]
     fails("tools are not supported", lambda: processor.messages(tools))
-    hf = golden(FOLDER, "public")[0]
+    hf = golden(*CASE.split("/"))[0]
     del hf["vision_config"]
     alone = processor_of(make_folder(tmp_path / "text", hf))
     assert alone.prompt("x").grids == []
@@ -139,20 +124,15 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
 def test_a_converted_folder_answers(tmp_path) -> None:
     src = make_folder(tmp_path / "src")
     assert hf_to_flax.main([str(src), str(tmp_path / "dst")]) == 0
-    model = mq.load(tmp_path / "dst")
-    answers = model.generate([raw_images()[:1], []], ["What?", "Text alone"], max_new_tokens=3)
-    assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
+    answers(tmp_path / "dst", golden_pictures(CASE)[:1], tokens=3)
 
 
 def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
     """With the bundled pictures; the recipe is the preset, but cheaper to make."""
     src = make_folder(tmp_path / "src")
-    recipe = PRESETS["w4a8"].to_json()
-    recipe["calibration"]["max_samples"] = 3
-    recipe["weights"]["method"] = "rtn"
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    args = [str(src), str(tmp_path / "dst"), "--recipe", str(tmp_path / "recipe.json"), "--json"]
+    recipe = cheap_w4a8(tmp_path)
+    args = [str(src), str(tmp_path / "dst"), "--recipe", str(recipe), "--json"]
     assert hf_to_flax.main(args) == 0
     assert json.loads(capsys.readouterr().out)["family"] == "glm4v"
     model = mq.load(tmp_path / "dst")
-    assert isinstance(model.generate(raw_images()[:1], "What?", max_new_tokens=2), str)
+    assert isinstance(model.generate(golden_pictures(CASE)[:1], "What?", max_new_tokens=2), str)

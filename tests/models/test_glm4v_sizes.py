@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import math
 
-import jax
-import jax.numpy as jnp
-
-from models.base import Batch
 from models.registry import family_for
-from mquant_jax.nn.params import abstract_params
-from mquant_jax.nn.vit import VisionInput
-from mquant_jax.numerics import QWeight
-from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model
+from tests.full_size import prefill_and_decode, quantised_count, w4a8
 
 PUBLISHED = {
     "model_type": "chatglm", "architectures": ["ChatGLMModel"],
@@ -43,27 +35,8 @@ def test_full_size_w4a8() -> None:
     total = sum(math.prod(r.shape) for r in rules)
     assert counts == LAYERS and total == 13_906_320_896
     assert config.vision.tokens == 1602
-    model = abstract_model(family, config, PRESETS["w4a8"], jnp.bfloat16)
-    held = abstract_params(model)
-    assert sum(isinstance(v, QWeight) for v in held.values()) == 40 * 7 + 63 * 6 + 1 + 1 + 4 + 1
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+    model, held, size = w4a8(family, config)
+    assert quantised_count(held) == 40 * 7 + 63 * 6 + 1 + 1 + 4 + 1
     assert 7.6 < size / 2**30 < 7.7  # int4, int8 head, bf16 embedding; float: 25.9 in bf16
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    tokens = 1602 + 62
-    vision = VisionInput(
-        jax.ShapeDtypeStruct((1, 6400, 588), jnp.float32),
-        ints(1, 6400, 2),
-        jax.ShapeDtypeStruct((1, 6400), jnp.bool_),
-    )
-    row = ints(1, tokens)
-    batch = Batch(row, row, ints(1, 1, tokens), row, row, vision)
-    cache = jax.eval_shape(lambda m: m.language.init_cache(1, tokens + 32), model)
-    assert cache.k.shape == (40, 1, 2, tokens + 32, 128)
-    logits, cache = jax.eval_shape(lambda m, b, c: m.prefill(b, c), model, batch, cache)
-    assert logits.shape == (1, 151552) and logits.dtype == jnp.float32
-    one = ints(1)
-    logits, _ = jax.eval_shape(lambda m, *a: m.decode(*a), model, one, one, one, cache)
-    assert logits.shape == (1, 151552)
+    cache = prefill_and_decode(model, 151552, 1602 + 62, 1, 6400)
+    assert cache.k.shape == (40, 1, 2, 1602 + 62 + 32, 128)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from convert import hf_to_flax, verify
 from models.base import Rows
 from models.internvl.config import InternVLConfig
 from models.internvl.modeling import pixel_shuffle
@@ -19,7 +18,8 @@ from models.internvl.weights import canonical_name, weight_rules
 from mquant_jax.errors import UserError
 from mquant_jax.nn.resample import cubic_weights, resample_grid
 from mquant_jax.nn.rope import DynamicScaling, frequencies, multi_axis_angles
-from tests.helpers import GOLDENS, golden, relative
+from tests.family_checks import rows_stand_alone, verified
+from tests.helpers import GOLDENS, forward, golden
 from tests.internvl_cases import (
     BIG_TOWER,
     CASES,
@@ -29,31 +29,19 @@ from tests.internvl_cases import (
     random_params,
 )
 
-RTOL = 1e-5  # float32 noise of a few layers; measured 1.5e-6
-forward = nnx.jit(lambda model, batch: model(batch))
-
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_array_and_the_greedy_tokens(case, tmp_path, capsys) -> None:
-    """Through the converter and the verifier, as users go."""
-    folder, dst = str(GOLDENS / case), str(tmp_path / "dst")
-    assert hf_to_flax.main([folder, dst]) == 0
-    capsys.readouterr()
-    assert verify.main([dst, "--reference", folder, "--rtol", str(RTOL), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert {"vision_pre", "vision", "embeds", "hidden_2", "logits"} <= set(result["arrays"])
-    assert result["greedy_match"] == 1.0
+    arrays = verified(GOLDENS / case, tmp_path / "dst", capsys)
+    assert {"vision_pre", "vision", "embeds", "hidden_2", "logits"} <= arrays
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]])
 def test_rows_do_not_depend_on_their_company(case) -> None:
     model, config, inputs, outputs = golden_case(case)
     prompts, token = reference_prompts(inputs, config)
-    together = forward(model, collate(prompts, config, token, pad_to=64))
-    for row, prompt in enumerate(prompts):
-        alone = forward(model, collate([prompt], config, token))
-        n = len(prompt.input_ids)
-        assert relative(alone[0], together[row, -n:]) < RTOL
+    own = partial(collate, config=config, image_token=token)
+    rows_stand_alone(model, own, prompts, pad_to=64)
     text = dataclasses.replace(prompts[0], input_ids=[5, 6, 7], grids=[])
     assert collate([text], config, token).vision is None
 

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mquant_jax as mq
 from convert import hf_to_flax
 from models.internvl.config import InternVLConfig
 from models.internvl.processor import InternVLProcessor
 from models.internvl.tiles import Tiling
-from mquant_jax.errors import UserError
-from tests.helpers import GOLDENS, golden
+from tests.family_checks import answers
+from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer
 from tests.internvl_cases import CASES
 
@@ -33,12 +32,6 @@ TEMPLATE = (
     "{% elif c.type == 'video' %}<video>\n{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def raw_images(case: str) -> list[np.ndarray]:
-    inputs = golden(*case.split("/"))[1]
-    names = [n for n in inputs if n.startswith(("image_", "raw_image_"))]
-    return [inputs[n] for n in sorted(names)]
 
 
 def make_folder(folder: Path, case: str, **tokenizer: str) -> Path:
@@ -82,7 +75,7 @@ def test_pixels_match_the_reference_bit_by_bit(case) -> None:
     inputs = golden(*case.split("/"))[1]
     most = 4 if case.startswith("internvl2") else 3
     tiling = Tiling(inputs["pixel_values"].shape[-1], 1, most, True)
-    got = np.concatenate([tiling.pixels(Image.fromarray(x)) for x in raw_images(case)])
+    got = np.concatenate([tiling.pixels(Image.fromarray(x)) for x in golden_pictures(case)])
     np.testing.assert_array_equal(got, inputs["pixel_values"])
 
 
@@ -90,7 +83,7 @@ def test_prompts_are_cut_and_filled(processor) -> None:
     case = "internvl2/public" if processor.config.template else "internvl/public"
     inputs = golden(*case.split("/"))[1]
     tiles = inputs.get("tiles_per_image", inputs.get("num_patches")).tolist()
-    prompt = processor.prompt("hi", raw_images(case))
+    prompt = processor.prompt("hi", golden_pictures(case))
     assert [grid[0] for grid in prompt.grids] == tiles
     tokens = processor.config.tile_tokens
     assert prompt.input_ids.count(processor.image_token_id) == tokens * sum(tiles)
@@ -104,7 +97,7 @@ def test_prompts_are_cut_and_filled(processor) -> None:
 
 def test_the_published_template(tmp_path) -> None:
     p = processor_of(make_folder(tmp_path, "internvl2/public"))
-    image = raw_images("internvl2/public")[1]
+    image = golden_pictures("internvl2/public")[1]
     text = text_of(p, p.prompt("What?", [image]).input_ids)
     system, rest = text.split("<|im_end|>", 1)
     assert system.startswith("<|im_start|>system\n你是由上海人工智能实验室联合商汤科技开发的")
@@ -130,7 +123,7 @@ def test_the_published_template(tmp_path) -> None:
 @pytest.mark.parametrize("template", [{}, {"chat_template": TEMPLATE}])
 def test_the_native_template(tmp_path, template) -> None:
     p = processor_of(make_folder(tmp_path, "internvl/public", **template))
-    image = raw_images("internvl/public")[2]
+    image = golden_pictures("internvl/public")[2]
     picture = "<img><IMG_CONTEXT></img>"
     text = text_of(p, p.prompt("What?", [image]).input_ids)
     turn = f"<|im_start|>user\n{picture}\nWhat?<|im_end|>\n<|im_start|>assistant\n"
@@ -140,10 +133,6 @@ def test_the_native_template(tmp_path, template) -> None:
 
 
 def test_bad_input_is_named(processor, tmp_path) -> None:
-    def fails(word, call):
-        with pytest.raises(UserError, match=word):
-            call()
-
     image = np.zeros((40, 40, 3), np.uint8)
     fails("1 image placeholders, but 2", lambda: processor.prompt("<image>", [image, image]))
     fails("no such file", lambda: processor.prompt("x", [tmp_path / "none.png"]))
@@ -161,7 +150,4 @@ def test_a_converted_folder_answers(tmp_path) -> None:
     src.mkdir()
     make_folder(src, "internvl2/public")
     assert hf_to_flax.main([str(src), str(tmp_path / "dst")]) == 0
-    model = mq.load(tmp_path / "dst")
-    image = raw_images("internvl2/public")[0]
-    answers = model.generate([[image], []], ["What?", "Text alone"], max_new_tokens=3)
-    assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
+    answers(tmp_path / "dst", golden_pictures("internvl2/public")[:1], tokens=3)

@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import math
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from models.base import Batch
+from benchmarks.aot.sizes import INTERNVIT_300M, MODELS
 from models.registry import family_for
-from mquant_jax.nn.params import abstract_params
-from mquant_jax.nn.vit import VisionInput
-from mquant_jax.numerics import QWeight
-from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model, untied
+from mquant_jax.ptq.pipeline import untied
+from tests.full_size import prefill_and_decode, quantised_count, w4a8
 
-VIT_300M = {
-    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "intermediate_size": 4096, "image_size": 448, "patch_size": 14, "norm_type": "layer_norm",
-}  # fmt: skip
-VIT_6B = VIT_300M | {
+INTERNVIT_6B = INTERNVIT_300M | {
     "hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25,
     "intermediate_size": 12800, "norm_type": "rms_norm", "use_qk_norm": True,
     "attention_bias": False,
-}  # fmt: skip
-INTERNVL2_8B = {
-    "model_type": "internvl_chat", "architectures": ["InternVLChatModel"],
-    "force_image_size": 448, "downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1,
-    "dynamic_image_size": True, "use_thumbnail": True, "max_dynamic_patch": 12,
-    "template": "internlm2-chat",
-    "llm_config": {
-        "architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2",
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 92553,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
-        "rope_scaling": {"type": "dynamic", "factor": 2.0}, "bias": False,
-    },
-    "vision_config": VIT_300M | {"qkv_bias": True, "qk_normalization": False},
 }  # fmt: skip
 
 
@@ -54,11 +31,11 @@ def native(vision: dict, **text) -> dict:
 
 
 INTERNVL3_8B = native(
-    VIT_300M, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+    INTERNVIT_300M, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
     num_key_value_heads=4, intermediate_size=18944,
 )  # fmt: skip
 INTERNVL3_38B = native(
-    VIT_6B, hidden_size=5120, num_hidden_layers=64, num_attention_heads=40,
+    INTERNVIT_6B, hidden_size=5120, num_hidden_layers=64, num_attention_heads=40,
     num_key_value_heads=8, intermediate_size=27648,
 )  # fmt: skip
 
@@ -85,7 +62,7 @@ def mlp1_count(width: int, out: int) -> int:
 @pytest.mark.parametrize(
     ("hf", "count"),
     [
-        (INTERNVL2_8B, 8_075_365_376),
+        (MODELS["internvl2-8b"], 8_075_365_376),
         (INTERNVL3_8B, qwen_count(INTERNVL3_8B) + 304_012_288 + mlp1_count(1024, 3584)),
         (INTERNVL3_38B, qwen_count(INTERNVL3_38B) + vit_6b_count() + mlp1_count(3200, 5120)),
     ],
@@ -96,27 +73,7 @@ def test_full_size_w4a8(hf, count) -> None:
     config = family.config_from_hf(hf)
     assert sum(math.prod(r.shape) for r in family.weight_rules(config)) == count
     config, _ = untied(config, {})
-    model = abstract_model(family, config, PRESETS["w4a8"], jnp.bfloat16)
-    held = abstract_params(model)
-    assert sum(isinstance(v, QWeight) for v in held.values()) > 300
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+    model, held, size = w4a8(family, config)
+    assert quantised_count(held) > 300
     assert 0.5 < size / count < 0.75  # bytes per parameter: int4, int8 head, bf16 embedding
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    tiles, tokens = 13, 13 * 256 + 60
-    vision = VisionInput(
-        jax.ShapeDtypeStruct((tiles, 1024, 588), jnp.float32),
-        ints(tiles, 1024, 2),
-        jax.ShapeDtypeStruct((tiles, 1024), jnp.bool_),
-    )
-    row = ints(1, tokens)
-    batch = Batch(row, row, ints(1, 1, tokens), row, row, vision)
-    cache = jax.eval_shape(lambda m: m.language.init_cache(1, tokens + 32), model)
-    logits, cache = jax.eval_shape(lambda m, b, c: m.prefill(b, c), model, batch, cache)
-    vocab = config.language.vocab_size
-    assert logits.shape == (1, vocab) and logits.dtype == jnp.float32
-    one = ints(1)
-    logits, _ = jax.eval_shape(lambda m, *a: m.decode(*a), model, one, one, one, cache)
-    assert logits.shape == (1, vocab)
+    prefill_and_decode(model, config.language.vocab_size, 13 * 256 + 60, 13, 1024)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from models.llama import FAMILY
 from models.llama.processing import collate, reference_batch, reference_prompts
@@ -13,12 +12,9 @@ from mquant_jax.nn.params import get_params
 from mquant_jax.nn.rope import Llama3Scaling, frequencies
 from mquant_jax.ptq.pipeline import float_model, quantize_params, untied
 from mquant_jax.recipe import Recipe
-from tests.helpers import golden_llama, relative
+from tests.family_checks import RTOL, greedy_with_the_cache, rows_stand_alone
+from tests.helpers import forward, golden_llama, relative
 
-RTOL = 1e-5  # float32 noise of a few layers; measured 8e-7
-forward = nnx.jit(lambda model, batch: model(batch))
-prefill = nnx.jit(lambda model, batch, cache: model.prefill(batch, cache))
-decode = nnx.jit(lambda model, *args: model.decode(*args))
 # What the published goldens do not use: every bias, an odd head width, one stretched context.
 RICH = {
     "attention_bias": True,
@@ -48,25 +44,12 @@ def test_every_position_of_the_forward_pass(case) -> None:
 
 def test_greedy_with_the_cache(case) -> None:
     model, config, inputs, outputs = case
-    batch = reference_batch(config, inputs)
-    rows, steps = outputs["greedy"].shape
-    cache = model.language.init_cache(rows, batch.input_ids.shape[1] + steps + 3)
-    logits, cache = prefill(model, batch, cache)
-    order, position = np.asarray(batch.lengths), np.asarray(batch.next_position)
-    for step in range(steps):
-        assert relative(logits, outputs["greedy_logits"][:, step]) < RTOL
-        tokens = np.argmax(logits, -1).astype(np.int32)
-        np.testing.assert_array_equal(tokens, outputs["greedy"][:, step])
-        logits, cache = decode(model, tokens, order + step, position + step, cache)
+    greedy_with_the_cache(model, reference_batch(config, inputs), outputs)
 
 
 def test_a_row_alone_equals_the_row_in_the_batch(case) -> None:
-    model, config, inputs, _ = case
-    prompts = reference_prompts(inputs)
-    together = forward(model, collate(prompts, pad_to=inputs["input_ids"].shape[1] + 5))
-    short = prompts[1]
-    n = len(short.input_ids)
-    assert relative(forward(model, collate([short]))[0], together[1, -n:]) < RTOL
+    model, _, inputs, _ = case
+    rows_stand_alone(model, collate, reference_prompts(inputs), inputs["input_ids"].shape[1] + 5)
 
 
 @pytest.mark.parametrize(

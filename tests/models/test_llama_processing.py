@@ -11,11 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import mquant_jax as mq
-from convert import hf_to_flax, verify
+from convert import hf_to_flax
 from models.llama.config import LlamaConfig
 from models.llama.processor import LlamaProcessor
 from mquant_jax import cli
 from mquant_jax.errors import UserError
+from tests.family_checks import verified
 from tests.helpers import GOLDENS, golden
 from tests.hf_folders import write_tokenizer
 
@@ -120,13 +121,8 @@ def test_convert_and_verify(family, tmp_path, capsys) -> None:
     weights = load_file(source / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(12, np.float32)
     save_file(weights, source / "model.safetensors")
-    assert hf_to_flax.main([str(source), str(tmp_path / "dst")]) == 0
-    capsys.readouterr()
-    args = [str(tmp_path / "dst"), "--reference", str(source), "--rtol", "1e-4", "--json"]
-    assert verify.main(args) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["greedy_match"] == 1.0
-    assert {"embeds", "hidden_1", "hidden_2", "logits"} <= set(result["arrays"])
+    arrays = verified(source, tmp_path / "dst", capsys, rtol=1e-4)
+    assert {"embeds", "hidden_1", "hidden_2", "logits"} <= arrays
 
 
 def test_a_text_only_checkpoint_through_the_commands(folder, tmp_path, capsys) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
-from convert import hf_to_flax, verify
 from models.minicpmv import FAMILY
 from models.minicpmv.config import MiniCPMVConfig
 from models.minicpmv.processing import (
@@ -23,9 +21,16 @@ from models.minicpmv.processing import (
 )
 from models.minicpmv.weights import ignored, weight_rules
 from mquant_jax.errors import UserError
-from mquant_jax.nn.params import get_params
 from mquant_jax.nn.resampler import sincos
-from tests.helpers import GOLDENS, golden, relative
+from tests.family_checks import (
+    RTOL,
+    example_prompt,
+    rows_stand_alone,
+    unused_tensors,
+    verified,
+    wider_than_bfloat16,
+)
+from tests.helpers import GOLDENS, forward, golden, relative
 from tests.minicpmv_cases import (
     CASES,
     FOLDER,
@@ -36,21 +41,12 @@ from tests.minicpmv_cases import (
     random_params,
 )
 
-RTOL = 1e-5  # float32 noise of a few layers; measured 1.6e-6
-forward = nnx.jit(lambda model, batch: model(batch))
-
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_array_and_the_greedy_tokens(case, tmp_path, capsys) -> None:
-    """Through the converter and the verifier, as users go. The last prompt token of one row is
-    masked and predicts the next all the same."""
-    folder, dst = str(GOLDENS / FOLDER / case), str(tmp_path / "dst")
-    assert hf_to_flax.main([folder, dst]) == 0
-    capsys.readouterr()
-    assert verify.main([dst, "--reference", folder, "--rtol", str(RTOL), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert {"vision_pre", "vision", "embeds", "hidden_2", "logits"} <= set(result["arrays"])
-    assert result["greedy_match"] == 1.0
+    """The last prompt token of one row is masked and predicts the next all the same."""
+    arrays = verified(GOLDENS / FOLDER / case, tmp_path / "dst", capsys)
+    assert {"vision_pre", "vision", "embeds", "hidden_2", "logits"} <= arrays
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,11 +76,7 @@ def test_position_buckets_of_the_published_code() -> None:
 def test_rows_do_not_depend_on_their_company() -> None:
     model, config, inputs, _ = golden_case("public")
     prompts = list(reference_prompts(inputs, config))
-    together = forward(model, collate(config, prompts, pad_to=64))
-    for row, prompt in enumerate(prompts):
-        n = len(prompt.input_ids)
-        alone = forward(model, collate(config, [prompt]))
-        assert relative(alone[0], together[row, -n:]) < RTOL
+    rows_stand_alone(model, partial(collate, config), prompts, pad_to=64)
     text = dataclasses.replace(prompts[0], input_ids=[5, 6, 7], grids=[])
     assert collate(config, [text]).vision is None
 
@@ -116,16 +108,8 @@ def test_sincos_by_hand() -> None:
 
 
 def test_every_tensor_of_the_checkpoint_is_used_whole() -> None:
-    config = MiniCPMVConfig.from_hf(changed_config())
-    source = load_file(GOLDENS / FOLDER / "public" / "model.safetensors")
-    out = {r.src: np.full(r.src_shape, np.nan) for r in weight_rules(config)}
-    assert set(out) == set(source)
-    for rule in weight_rules(config):
-        rule.scatter(rule.apply(source[rule.src]), out[rule.src])
-    for name, value in source.items():
-        np.testing.assert_array_equal(out[name], value)
+    assert not unused_tensors(f"{FOLDER}/public")
     assert ignored("llm.model.layers.3.self_attn.rotary_emb.inv_freq")
-    assert not any(map(ignored, source))
 
 
 def test_other_sizes_of_the_published_layout() -> None:
@@ -144,17 +128,13 @@ def test_other_sizes_of_the_published_layout() -> None:
 
 def test_bfloat16_stays_bfloat16() -> None:
     config = MiniCPMVConfig.from_hf(changed_config())
-    model = FAMILY.build(config, None, jnp.bfloat16, nnx.Rngs(0))
-    assert all(v.dtype == jnp.bfloat16 for v in get_params(model).values())
-    assert model.embed(reference_batch(config, golden(FOLDER, "public")[1])).dtype == jnp.bfloat16
+    assert not wider_than_bfloat16(FAMILY, config, f"{FOLDER}/public")
 
 
 def test_measurements_need_no_tokenizer() -> None:
     config = MiniCPMVConfig.from_hf(changed_config(image_size=56))
-    prompt = FAMILY.example_prompt(config, 10, 100)
+    prompt = example_prompt(FAMILY, config, model_of(config, random_params(config)), 100)
     assert prompt.input_ids.count(VISUAL) == config.queries * len(prompt.grids) > config.queries
-    batch = FAMILY.collate(config, [prompt, FAMILY.example_prompt(config, 7, 0)])
-    assert np.isfinite(model_of(config, random_params(config)).embed(batch)).all()
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mquant_jax as mq
 from convert import hf_to_flax
 from models.minicpmv.config import MiniCPMVConfig
 from models.minicpmv.processing import VISUAL, reference_prompts, unpack
 from models.minicpmv.processor import MARK, MiniCPMVProcessor
 from models.minicpmv.slices import Slicing
-from mquant_jax.errors import UserError
-from tests.helpers import GOLDENS, golden
+from tests.family_checks import answers, drawn
+from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer
 from tests.minicpmv_cases import CASES, FOLDER
 
@@ -33,8 +32,7 @@ TEMPLATE = (
 
 
 def raw_images(case: str = "public") -> list[np.ndarray]:
-    inputs = golden(FOLDER, case)[1]
-    return [inputs[n] for n in sorted(inputs) if n.startswith("raw_image_")]
+    return golden_pictures(f"{FOLDER}/{case}")
 
 
 def make_folder(folder: Path, tokens=TOKENS, first: int = 268, **settings) -> Path:
@@ -57,13 +55,7 @@ def processor(tmp_path_factory) -> MiniCPMVProcessor:
 
 
 def text_of(processor: MiniCPMVProcessor, ids: list[int]) -> str:
-    """The prompt's text, the visual tokens of a slice drawn as one star."""
-    n, out, i = processor.config.queries, "", 0
-    while i < len(ids):
-        visual = ids[i : i + n] == [VISUAL] * n
-        out += "*" if visual else processor.tokenizer.decode([ids[i]])
-        i += n if visual else 1
-    return out
+    return drawn(processor.tokenizer, ids, VISUAL, processor.config.queries)
 
 
 def picture(k: int | None, *rows: int) -> str:
@@ -163,10 +155,6 @@ def test_zero_tokens_are_dropped_as_published(processor) -> None:
 
 
 def test_bad_input_is_named(processor, tmp_path) -> None:
-    def fails(word, call):
-        with pytest.raises(UserError, match=word):
-            call()
-
     image = np.zeros((40, 40, 3), np.uint8)
     fails("1 image placeholders, but 2", lambda: processor.prompt(MARK, [image, image]))
     fails("no such file", lambda: processor.prompt("x", [tmp_path / "none.png"]))
@@ -187,6 +175,4 @@ def test_a_converted_folder_answers(tmp_path) -> None:
     src.mkdir()
     make_folder(src)
     assert hf_to_flax.main([str(src), str(tmp_path / "dst")]) == 0
-    model = mq.load(tmp_path / "dst")
-    answers = model.generate([raw_images()[:2], []], ["What?", "Text alone"], max_new_tokens=3)
-    assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
+    answers(tmp_path / "dst", raw_images()[:2], tokens=3)

@@ -9,11 +9,10 @@ from models.minicpmv import FAMILY
 from models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.params import get_params
-from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import quantize_params
 from mquant_jax.recipe import Recipe
-from tests.family_cases import ROTATED, batch_of, hardened, rotated_twin
-from tests.helpers import quantised, relative
+from tests.family_cases import ROTATED, hardened, rotated_twin
+from tests.family_checks import RESAMPLER_POINTS, RESAMPLER_WEIGHTS, w4a8_error
 from tests.minicpmv_cases import CASES, FOLDER, ODD, changed_config, golden_case, random_params
 
 
@@ -52,16 +51,8 @@ def test_every_part_takes_part() -> None:
 
 
 def test_w4a8_is_close() -> None:
-    model, config, inputs, outputs = golden_case("public")
-    batch, _ = batch_of(FAMILY, config, f"{FOLDER}/public")
-    real = inputs["attention_mask"] == 1
-    made, report = quantize_params(FAMILY, config, PRESETS["w4a8"], get_params(model), batch)
-    got = quantised(FAMILY, config, PRESETS["w4a8"], made, batch)[real]
-    assert np.isfinite(got).all()
-    parts = ("keys/kv_proj", "keys/k_proj", "keys/v_proj", "queries/q_proj", "merger/out_proj",
-             "merger/proj", "patch_embed/proj")  # fmt: skip
-    assert {f"vision/{part}/kernel" for part in parts} <= set(report["weights"])
-    points = ("keys/kv_in", "keys/k_in", "keys/v_in", "queries/q_in", "merger/proj_in")
-    assert {f"vision/{point}" for point in points} <= set(report["points"])
-    error = relative(got, outputs["logits"][real])
+    model, config, _, _ = golden_case("public")
+    error, report = w4a8_error(FAMILY, config, get_params(model), f"{FOLDER}/public")
+    assert {f"vision/{part}/kernel" for part in RESAMPLER_WEIGHTS} <= set(report["weights"])
+    assert {f"vision/{point}" for point in RESAMPLER_POINTS} <= set(report["points"])
     assert 0.01 < error < 0.3, error  # random weights of 48 channels; measured 0.19

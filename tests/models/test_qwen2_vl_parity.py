@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 
 from models.qwen2_vl.processing import collate, reference_batch, reference_prompts
-from tests.helpers import golden_qwen2_vl, relative
+from tests.family_checks import RTOL, greedy_with_the_cache, rows_stand_alone
+from tests.helpers import forward, golden_qwen2_vl, relative
 
-RTOL = 1e-5  # float32 noise of a few layers; measured 1e-6
-forward = nnx.jit(lambda model, batch: model(batch))
 embed = nnx.jit(lambda model, batch: model.embed(batch))
 prefill = nnx.jit(lambda model, batch, cache: model.prefill(batch, cache))
-decode = nnx.jit(lambda model, *args: model.decode(*args))
 
 
 @pytest.fixture(scope="module", params=["public", "public_video"])
@@ -37,17 +36,8 @@ def test_visual_tokens(case) -> None:
 
 def test_greedy_with_the_cache(case) -> None:
     model, config, inputs, outputs = case
-    batch = reference_batch(config, inputs)
-    rows, steps = outputs["greedy"].shape
-    cache = model.language.init_cache(rows, batch.input_ids.shape[1] + steps + 3)
-    logits, cache = prefill(model, batch, cache)
-    assert relative(logits, outputs["logits"][:, -1]) < RTOL
-    order, position = np.asarray(batch.lengths), np.asarray(batch.next_position)
-    for step in range(steps):
-        assert relative(logits, outputs["greedy_logits"][:, step]) < RTOL
-        tokens = np.argmax(logits, -1).astype(np.int32)
-        np.testing.assert_array_equal(tokens, outputs["greedy"][:, step])
-        logits, cache = decode(model, tokens, order + step, position + step, cache)
+    got = greedy_with_the_cache(model, reference_batch(config, inputs), outputs)
+    assert relative(got[:, 0], outputs["logits"][:, -1]) < RTOL
 
 
 def test_more_padding_changes_nothing(case) -> None:
@@ -63,12 +53,8 @@ def test_more_padding_changes_nothing(case) -> None:
 
 def test_a_row_alone_equals_the_row_in_the_batch(case) -> None:
     model, config, inputs, _ = case
-    prompts = list(reference_prompts(inputs, config))
-    together = forward(model, collate(prompts, config, 0))
-    for row, prompt in enumerate(prompts):
-        alone = forward(model, collate([prompt], config, 0))
-        n = len(prompt.input_ids)
-        assert relative(alone[0, -n:], together[row, -n:]) < RTOL
+    own = partial(collate, config=config, pad_id=0)
+    rows_stand_alone(model, own, list(reference_prompts(inputs, config)))
 
 
 def test_text_alone(case) -> None:

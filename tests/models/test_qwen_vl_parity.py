@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
-from convert import hf_to_flax, verify
 from models.qwen_vl import FAMILY
 from models.qwen_vl.config import QwenVLConfig
 from models.qwen_vl.processing import VISUAL, collate, reference_batch
 from models.qwen_vl.weights import ignored, weight_rules
 from models.registry import family_for
 from mquant_jax.errors import UserError
-from mquant_jax.nn.params import abstract_params, get_params
+from mquant_jax.nn.params import get_params
 from mquant_jax.nn.rope import SteppedScaling, frequencies, multi_axis_angles
-from mquant_jax.ptq.pipeline import abstract_model
-from mquant_jax.recipe import Recipe
-from tests.helpers import GOLDENS, golden, relative
+from tests.family_checks import (
+    RTOL,
+    cached_logits,
+    example_prompt,
+    greedy_with_the_cache,
+    rows_stand_alone,
+    unused_tensors,
+    verified,
+    wider_than_bfloat16,
+)
+from tests.helpers import GOLDENS, forward, golden, relative
 from tests.qwen_vl_cases import (
     CASES,
     LONG,
@@ -35,21 +40,12 @@ from tests.qwen_vl_cases import (
     random_params,
 )
 
-RTOL = 1e-5  # float32 noise of a few layers; measured 8e-7
-forward = nnx.jit(lambda model, batch: model(batch))
-
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_array_and_the_greedy_tokens(case, tmp_path, capsys) -> None:
-    """Through the converter and the verifier, as users go. In one case cached decoding passes the
-    training length."""
-    folder, dst = str(GOLDENS / case), str(tmp_path / "dst")
-    assert hf_to_flax.main([folder, dst]) == 0
-    capsys.readouterr()
-    assert verify.main([dst, "--reference", folder, "--rtol", str(RTOL), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert {"vision_pre", "vision", "embeds", "hidden_1", "logits"} <= set(result["arrays"])
-    assert result["greedy_match"] == 1.0
+    """In one case cached decoding passes the training length."""
+    arrays = verified(GOLDENS / case, tmp_path / "dst", capsys)
+    assert {"vision_pre", "vision", "embeds", "hidden_1", "logits"} <= arrays
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -63,7 +59,7 @@ def test_what_the_verifier_does_not_look_at(case) -> None:
     assert relative(normed[real], outputs["hidden_final"][real]) < RTOL
     assert relative(pooled(model.vision, batch.vision), outputs["vision_pool"]) < RTOL
     assert outputs["ntk_alpha"] == [1.0]
-    assert relative(greedy_logits(model, batch, outputs["greedy"]), outputs["greedy_logits"]) < RTOL
+    greedy_with_the_cache(model, batch, outputs)
 
 
 @nnx.jit
@@ -72,19 +68,6 @@ def pooled(tower, vision):
     kv = tower.keys((tower.features(vision), vision.coords))
     q = tower.queries(tower.query.get_value()[None])
     return tower.merger.pool((jnp.broadcast_to(q, (len(kv), *q.shape[1:])), kv, vision.valid))
-
-
-def greedy_logits(model, batch, tokens):
-    """``[B, steps, vocab]``: what each of the given tokens was, or could have been, taken from."""
-    rows, width = batch.input_ids.shape
-    cache = model.language.init_cache(rows, width + tokens.shape[1])
-    logits, cache = nnx.jit(lambda m, b, c: m.prefill(b, c))(model, batch, cache)
-    out, step = [logits], nnx.jit(lambda m, *args: m.decode(*args))
-    order, position = np.asarray(batch.lengths), np.asarray(batch.next_position)
-    for i, token in enumerate(tokens.T[:-1]):
-        logits, cache = step(model, token, order + i, position + i, cache)
-        out.append(logits)
-    return np.stack(out, axis=1)
 
 
 def plain_decoder(p: dict, x: np.ndarray, first: int, prompt: int, length: int, heads: int):
@@ -138,7 +121,7 @@ def test_beyond_the_training_length(length) -> None:
     inputs = golden(*CASES[0].split("/"))[1]
     batch = reference_batch(config, inputs)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 8))
-    got = np.concatenate([forward(model, batch)[:, :-1], greedy_logits(model, batch, tokens)], 1)
+    got = np.concatenate([forward(model, batch)[:, :-1], cached_logits(model, batch, tokens)], 1)
     embeds = np.asarray(model.embed(batch), np.float64)
     for row, mask in enumerate(inputs["attention_mask"]):
         first = int(np.argmax(mask))
@@ -152,10 +135,7 @@ def test_rows_do_not_depend_on_their_company() -> None:
     config = QwenVLConfig.from_hf(changed_config(**LONG))
     model = model_of(config, random_params(config))
     prompts = [FAMILY.example_prompt(config, n, side) for n, side in ((30, 1), (7, 0), (20, 0))]
-    together = forward(model, collate(config, prompts, pad_to=64))
-    for row, prompt in enumerate(prompts):
-        n = len(prompt.input_ids)
-        assert relative(forward(model, collate(config, [prompt]))[0], together[row, -n:]) < RTOL
+    rows_stand_alone(model, partial(collate, config), prompts, pad_to=64)
 
 
 def test_stepped_rope_by_hand() -> None:
@@ -175,16 +155,8 @@ def test_stepped_rope_by_hand() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_of_the_checkpoint_is_used_whole(case) -> None:
-    config = QwenVLConfig.from_hf(golden(*case.split("/"))[0])
-    source = load_file(GOLDENS / case / "model.safetensors")
-    out = {r.src: np.full(r.src_shape, np.nan) for r in weight_rules(config)}
-    assert set(out) == set(source)
-    for rule in weight_rules(config):
-        rule.scatter(rule.apply(source[rule.src]), out[rule.src])
-    for name, value in source.items():
-        np.testing.assert_array_equal(out[name], value)
+    assert not unused_tensors(case)
     assert ignored("transformer.rotary_emb.inv_freq")
-    assert not any(map(ignored, source))
 
 
 def test_the_tower_groups_its_fused_rows_by_head() -> None:
@@ -231,19 +203,13 @@ def test_other_sizes_of_the_published_layout() -> None:
 
 
 def test_bfloat16_stays_bfloat16() -> None:
-    config = QwenVLConfig.from_hf(changed_config())
-    model = abstract_model(FAMILY, config, Recipe(), jnp.bfloat16)
-    assert all(v.dtype == jnp.bfloat16 for v in abstract_params(model).values())
-    batch = reference_batch(config, golden(*CASES[0].split("/"))[1])
-    assert jax.eval_shape(lambda m, b: m.stream(b), model, batch).dtype == jnp.bfloat16
+    assert not wider_than_bfloat16(FAMILY, QwenVLConfig.from_hf(changed_config()), CASES[0])
 
 
 def test_measurements_need_no_tokenizer() -> None:
     config = QwenVLConfig.from_hf(changed_config())
-    prompt = FAMILY.example_prompt(config, 10, 100)
+    prompt = example_prompt(FAMILY, config, model_of(config, random_params(config)), 100)
     assert prompt.input_ids.count(VISUAL) == config.resampler.queries and len(prompt.grids) == 1
-    batch = FAMILY.collate(config, [prompt, FAMILY.example_prompt(config, 7, 0)])
-    assert np.isfinite(model_of(config, random_params(config)).embed(batch)).all()
 
 
 @pytest.mark.parametrize(

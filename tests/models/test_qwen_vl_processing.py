@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mquant_jax as mq
 from convert import hf_to_flax
 from models.qwen_vl.config import QwenVLConfig
 from models.qwen_vl.processing import VISUAL
@@ -19,7 +18,8 @@ from models.qwen_vl.processor import MARK, QwenVLProcessor
 from models.squares import patchify, squeeze
 from mquant_jax.errors import UserError
 from mquant_jax.samples import Sample, write_samples
-from tests.helpers import GOLDENS, golden
+from tests.family_checks import answers, drawn
+from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer
 from tests.qwen_vl_cases import CASES, changed_config
 
@@ -32,11 +32,6 @@ GOLDEN_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<spare>", "<other spare>", "<ref>", "</ref>",
     "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>",
 )  # fmt: skip
-
-
-def raw_images(case: str = CASES[0]) -> list[np.ndarray]:
-    inputs = golden(*case.split("/"))[1]
-    return [inputs[n] for n in sorted(inputs) if n.startswith("image_")]
 
 
 def make_processor(folder: Path, image_start: int = IMG, **generation) -> QwenVLProcessor:
@@ -54,20 +49,14 @@ def processor(tmp_path_factory) -> QwenVLProcessor:
 
 
 def text_of(processor: QwenVLProcessor, ids: list[int]) -> str:
-    """The prompt's text, the visual tokens of a picture drawn as one star."""
-    n, out, i = processor.config.resampler.queries, "", 0
-    while i < len(ids):
-        visual = ids[i : i + n] == [VISUAL] * n
-        out += "*" if visual else processor.tokenizer.decode([ids[i]])
-        i += n if visual else 1
-    return out
+    return drawn(processor.tokenizer, ids, VISUAL, processor.config.resampler.queries)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_pixels_match_the_reference(case) -> None:
     hf, inputs, _ = golden(*case.split("/"))
     size = hf["visual"]["image_size"]
-    got = np.stack([squeeze(Image.fromarray(x), size) for x in raw_images(case)])
+    got = np.stack([squeeze(Image.fromarray(x), size) for x in golden_pictures(case)])
     np.testing.assert_array_equal(got, inputs["pixel_values"])
 
 
@@ -118,7 +107,7 @@ def test_the_published_template(processor) -> None:
 
 def test_the_oldest_turns_make_way(tmp_path) -> None:
     """System prompt and last question stay, whatever their length; pictures go with their turn."""
-    first, second, third = raw_images()
+    first, second, third = golden_pictures(CASES[0])
     picture = {"type": "image"}
     chat = [
         {"role": "user", "content": [picture]}, {"role": "assistant", "content": "one"},
@@ -152,10 +141,6 @@ def test_answers_keep_their_boxes(processor) -> None:
 
 
 def test_bad_input_is_named(processor, tmp_path) -> None:
-    def fails(word, call):
-        with pytest.raises(UserError, match=word):
-            call()
-
     fails("1 image placeholders, but 2", lambda: processor.prompt(MARK, [IMAGE, IMAGE]))
     fails("1 image placeholders, but 0", lambda: processor.prompt("<img>/etc/passwd</img>"))
     fails("no such file", lambda: processor.prompt("x", [tmp_path / "none.png"]))
@@ -178,10 +163,9 @@ def test_a_quantised_folder_answers(tmp_path) -> None:
     src, dst = tmp_path / "src", tmp_path / "dst"
     shutil.copytree(GOLDENS / CASES[0], src, ignore=shutil.ignore_patterns("*puts.safetensors"))
     write_tokenizer(src, GOLDEN_TOKENS, 290, eos_token="<|endoftext|>")
-    samples = [Sample((x[:33, :64],), "What is it?", "A picture.") for x in raw_images()]
+    pictures = golden_pictures(CASES[0])
+    samples = [Sample((x[:33, :64],), "What is it?", "A picture.") for x in pictures]
     write_samples(tmp_path / "few.jsonl", samples)
     args = [str(src), str(dst), "--recipe", "w4a8", "--calibration", str(tmp_path / "few.jsonl")]
     assert hf_to_flax.main(args) == 0
-    model = mq.load(dst)
-    answers = model.generate([raw_images()[:2], []], ["What?", "Text alone"], max_new_tokens=2)
-    assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
+    answers(dst, pictures[:2])

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import math
 
-import jax
-import jax.numpy as jnp
-
-from models.base import Batch
 from models.registry import family_for
-from mquant_jax.nn.params import abstract_params
-from mquant_jax.nn.vit import VisionInput
-from mquant_jax.numerics import QWeight
-from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model
+from tests.full_size import prefill_and_decode, quantised_count, w4a8
 
 PUBLISHED = {
     "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "bf16": True,
@@ -35,28 +27,9 @@ def test_full_size_w4a8() -> None:
     config = family.config_from_hf(PUBLISHED)
     shapes = {r.src: r.src_shape for r in family.weight_rules(config)}
     assert len(shapes) == TENSORS and sum(map(math.prod, shapes.values())) == PARAMETERS
-    model = abstract_model(family, config, PRESETS["w4a8"], jnp.bfloat16)
-    held = abstract_params(model)
-    assert sum(isinstance(v, QWeight) for v in held.values()) == 32 * 7 + 48 * 6 + 1 + 6 + 1
+    model, held, size = w4a8(family, config)
+    assert quantised_count(held) == 32 * 7 + 48 * 6 + 1 + 6 + 1
     assert held["vision/layers/0/fc2/kernel"].in_features == 8192
     assert held["language/layers/0/down_proj/kernel"].in_features == 11008
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
     assert 6.0e9 < size < 6.2e9  # int4, int8 head, bf16 embedding; 19.3e9 as published
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    pictures, patches, tokens = 2, 1024, 2 * 258 + 100
-    vision = VisionInput(
-        jax.ShapeDtypeStruct((pictures, patches, 588), jnp.float32),
-        ints(pictures, patches, 2),
-        jax.ShapeDtypeStruct((pictures, patches), jnp.bool_),
-    )
-    row = ints(1, tokens)
-    batch = Batch(row, row, ints(1, 1, tokens), row, row, vision)
-    cache = jax.eval_shape(lambda m: m.language.init_cache(1, tokens + 32), model)
-    logits, cache = jax.eval_shape(lambda m, b, c: m.prefill(b, c), model, batch, cache)
-    assert logits.shape == (1, 151936) and logits.dtype == jnp.float32
-    one = ints(1)
-    logits, _ = jax.eval_shape(lambda m, *a: m.decode(*a), model, one, one, one, cache)
-    assert logits.shape == (1, 151936)
+    prefill_and_decode(model, 151936, 2 * 258 + 100, 2, 1024)

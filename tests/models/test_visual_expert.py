@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.base import abstract_model
 from models.cogvlm2 import FAMILY
 from mquant_jax.nn.act_quant import SINK, VISUAL
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.presets import METHODS, PRESETS
 from mquant_jax.ptq import sequential
 from mquant_jax.ptq.pipeline import (
-    abstract_model,
     float_model,
     no_progress,
     quantize_params,
@@ -27,10 +27,10 @@ from mquant_jax.ptq.tune import tune
 from mquant_jax.recipe import Calibration, Recipe, Section, Tuning, Weights
 from mquant_jax.runtime.generate import decode, prefill
 from mquant_jax.runtime.tokens import arrange, restore
-from tests.eva2_cases import changed_config, golden_case, golden_params
-from tests.helpers import dot_flops, golden, relative
+from tests.family_cases import changed_config, golden_case, golden_params
+from tests.helpers import dot_flops, forward, golden, relative
 
-FOLDER = "cogvlm2"
+CASE = "cogvlm2/public"
 W8A8 = Recipe(
     "w8a8-language",
     language=Section(8, None, "static"),
@@ -40,12 +40,11 @@ W8A8 = Recipe(
     calibration=Calibration(headroom=1.0),
 )
 FLIPS = 0.02  # a few int8 values round the other way; a wrong expert shows as 1
-forward = jax.jit(lambda model, batch: model(batch))
 
 
 def case():
-    config = FAMILY.config_from_hf(changed_config(FOLDER))
-    batch = FAMILY.reference_batch(config, golden(FOLDER, "public")[1])
+    config = FAMILY.config_from_hf(changed_config(CASE))
+    batch = FAMILY.reference_batch(config, golden(*CASE.split("/"))[1])
     return config, jax.tree.map(np.asarray, batch)
 
 
@@ -69,7 +68,7 @@ def flops(model, batch) -> int:
 
 
 def test_under_aifs_each_token_costs_one_expert() -> None:
-    model, config, _, _ = golden_case(FOLDER)
+    model, config, _, _ = golden_case(CASE)
     c, (_, batch) = config.language, case()
     moved, _ = arrange(batch)
     rows, width = moved.input_ids.shape
@@ -81,7 +80,7 @@ def test_under_aifs_each_token_costs_one_expert() -> None:
 
 
 def test_decoding_touches_no_visual_weight() -> None:
-    model, config, _, _ = golden_case(FOLDER)
+    model, config, _, _ = golden_case(CASE)
     c, (_, batch) = config.language, case()
     logits, state = jax.jit(prefill, static_argnums=2)(model, batch, 64)
     tokens = jnp.argmax(logits, -1)
@@ -101,7 +100,7 @@ def test_decoding_touches_no_visual_weight() -> None:
 
 
 def test_text_alone_runs_on_one_expert() -> None:
-    model, config, _, _ = golden_case(FOLDER)
+    model, config, _, _ = golden_case(CASE)
     batch = FAMILY.collate(config, [FAMILY.example_prompt(config, 9, 0)])
     moved, _ = arrange(batch)
     assert moved.visual_slots == 0
@@ -120,7 +119,7 @@ def test_text_alone_runs_on_one_expert() -> None:
 @pytest.fixture(scope="module")
 def quantised():
     config, batch = case()
-    params, report = quantize_params(FAMILY, config, W8A8, golden_params(FOLDER), batch)
+    params, report = quantize_params(FAMILY, config, W8A8, golden_params(CASE), batch)
     model = abstract_model(FAMILY, config, W8A8)
     set_params(model, dict(params))
     return model, batch, params, report
@@ -134,7 +133,7 @@ def test_quantised_layouts_agree(quantised) -> None:
     got = np.asarray(restore(forward(model, moved), columns, batch.order.shape[1]))
     real = batch.order >= 0
     assert relative(got[real], expected[real]) < FLIPS
-    assert relative(expected[real], golden(FOLDER, "public")[2]["logits"][real]) < 0.1
+    assert relative(expected[real], golden(*CASE.split("/"))[2]["logits"][real]) < 0.1
 
 
 def test_a_visual_sink_stays_with_its_expert(quantised) -> None:
@@ -151,7 +150,7 @@ def test_a_visual_sink_stays_with_its_expert(quantised) -> None:
     real = batch.order >= 0
     expected = np.asarray(forward(model, batch))
     assert relative(got[real], expected[real]) < FLIPS
-    assert relative(expected[real], golden(FOLDER, "public")[2]["logits"][real]) < 0.3
+    assert relative(expected[real], golden(*CASE.split("/"))[2]["logits"][real]) < 0.3
 
 
 def test_points_are_calibrated_on_their_own_tokens(quantised) -> None:
@@ -179,7 +178,7 @@ def test_hessians_count_their_own_tokens(monkeypatch) -> None:
 
     monkeypatch.setattr(sequential.QuantizingRunner, "_watch", watching)
     recipe = Recipe("gptq", language=Section(4), weights=Weights(method="gptq"))
-    quantize_params(FAMILY, config, recipe, golden_params(FOLDER), batch)
+    quantize_params(FAMILY, config, recipe, golden_params(CASE), batch)
     visual = int((batch.token_class == VISUAL).sum())
     text = int((batch.token_class == 0).sum())
     for name, count in counts.items():
@@ -190,7 +189,7 @@ def test_hessians_count_their_own_tokens(monkeypatch) -> None:
 def test_smoothing_moves_both_experts_together() -> None:
     """Channels of one stream and of one attention: what one expert divides, both do."""
     config, batch = case()
-    params = golden_params(FOLDER)
+    params = golden_params(CASE)
     recipe = dataclasses.replace(METHODS["smoothquant"], vision=Section(), connector=Section())
     look = StatisticsRunner(columns=True)
     float_model(FAMILY, config, Recipe(), params)(jax.tree.map(jnp.asarray, batch), look)
@@ -205,7 +204,7 @@ def test_smoothing_moves_both_experts_together() -> None:
             assert moved == (alpha > 0), path
     got = np.asarray(forward(float_model(FAMILY, config, Recipe(), smooth), batch))
     real = batch.order >= 0
-    assert relative(got[real], golden(FOLDER, "public")[2]["logits"][real]) < 1e-5
+    assert relative(got[real], golden(*CASE.split("/"))[2]["logits"][real]) < 1e-5
     tokens = look.tokens["language/layers/0/visual/attn_in"]
     np.testing.assert_array_equal(np.isnan(tokens), batch.token_class != VISUAL)
 
@@ -220,7 +219,7 @@ def test_scales_of_both_experts_are_learned(quantised) -> None:
     model, batch, params, _ = quantised
     student = abstract_model(FAMILY, model.config, W8A8)
     set_params(student, dict(params))
-    teacher = float_model(FAMILY, model.config, Recipe(), golden_params(FOLDER))
+    teacher = float_model(FAMILY, model.config, Recipe(), golden_params(CASE))
     plan = Tuning(epochs=1)
     learned, report = tune(student, teacher, jax.tree.map(jnp.asarray, batch), plan, no_progress)
     assert np.isfinite(list(report.values())).all()

@@ -7,13 +7,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections import namedtuple
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from mquant_jax import atomic
+from mquant_jax import atomic, checkpoint
 from mquant_jax.checkpoint import load_manifest, load_params, save
 from mquant_jax.errors import UserError
 from mquant_jax.numerics import QWeight, quantize_weight
@@ -105,6 +108,50 @@ def test_a_failure_leaves_things_as_they_were(tmp_path, monkeypatch, stop, overw
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     if overwrite:
         load_params(tmp_path / "dst", verify_hashes=True)
+
+
+@pytest.mark.parametrize("renamed", [1, 2])
+def test_an_interrupt_between_the_renames(tmp_path, monkeypatch, renamed):
+    """The old checkpoint comes back, or the new one stands; the other does not stay around."""
+    dst, rename, seen = tmp_path / "dst", Path.rename, []
+    _save(dst)
+
+    def interrupted(path, target):
+        rename(path, target)
+        if dst in (path, target):
+            seen.append(path)
+            if len(seen) == renamed:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _save(dst, overwrite=True)
+    assert list(tmp_path.iterdir()) == [dst]
+    load_params(dst, verify_hashes=True)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_an_interrupt_does_not_stop_threads_that_write(tmp_path, monkeypatch, slow):
+    """Orbax's go on; a slow one makes the folder anew after it was removed."""
+
+    def fill(folder, params, manifest):
+        def write():
+            if slow:
+                while folder.exists():
+                    time.sleep(0.01)
+            else:
+                time.sleep(0.1)
+            (folder / "late").mkdir(parents=True)
+
+        threading.Thread(target=write).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_fill", fill)
+    monkeypatch.setattr(atomic, "PATIENCE", 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        _save(tmp_path / "dst")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

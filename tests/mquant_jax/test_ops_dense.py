@@ -27,7 +27,7 @@ from mquant_jax.ops.dense import (
 )
 from mquant_jax.presets import PRESETS
 from mquant_jax.recipe import Section
-from tests.helpers import golden, integer_dots, random_quantised, relative
+from tests.helpers import forward, golden, integer_dots, random_quantised, relative
 
 few = settings(max_examples=15, deadline=None)
 EXACT = 1e-6  # relative: integers are exact, the scales are float32
@@ -235,5 +235,5 @@ def test_batched_decoding_multiplies_integers(quantised) -> None:
 
 def test_a_quantised_model_gives_finite_logits(quantised) -> None:
     model, batch = quantised
-    logits = nnx.jit(lambda m, b: m(b))(model, batch)
+    logits = forward(model, batch)
     assert np.isfinite(np.asarray(logits)[np.asarray(batch.order) >= 0]).all()

@@ -16,7 +16,7 @@ from mquant_jax.ptq.pipeline import float_model, quantize_params, untied
 from mquant_jax.ptq.prefix import prefix_ids, prefix_params
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import Generator
-from tests.helpers import golden_model, quantised, relative
+from tests.helpers import forward, golden_model, quantised, relative
 
 PREFIX = [5, 9]
 RECIPE = Recipe(prefix_sinks=len(PREFIX))
@@ -44,9 +44,8 @@ def batch_for(family, rows) -> Batch:
 
 def test_a_prefix_is_a_longer_prompt(models) -> None:
     family, _, plain, prefixed = models
-    run = jax.jit(lambda m, b: m(b))
-    expected = run(plain, batch_for(family, [[*PREFIX, *r] for r in ROWS]))
-    got = run(prefixed, batch_for(family, ROWS))
+    expected = forward(plain, batch_for(family, [[*PREFIX, *r] for r in ROWS]))
+    got = forward(prefixed, batch_for(family, ROWS))
     for row, tokens in enumerate(ROWS):  # prompts are padded on the left
         n = len(tokens)
         assert relative(got[row, -n:], expected[row, -n:]) < 1e-5
@@ -74,7 +73,7 @@ def test_a_quantised_model_has_one() -> None:
     extra = prefix_params(float_model(family, config, Recipe(), params), report["prefix"])
     model = float_model(family, config, Recipe(prefix_sinks=1), params | extra)
     real = np.asarray(batch.token_class) >= 0
-    expected = np.asarray(jax.jit(lambda m, b: m(b))(model, batch))
+    expected = np.asarray(forward(model, batch))
     assert relative(got[real], expected[real]) < 0.3
 
 

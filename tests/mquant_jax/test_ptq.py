@@ -8,15 +8,15 @@ import pytest
 
 from models.qwen2_vl import FAMILY
 from mquant_jax.errors import UserError
-from mquant_jax.nn.params import get_params, set_params
+from mquant_jax.nn.params import get_params
 from mquant_jax.numerics import QWeight, quantize_weight
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.observe import Histogram
-from mquant_jax.ptq.pipeline import abstract_model, no_progress, quantize_params, section_of
+from mquant_jax.ptq.pipeline import no_progress, quantize_params, section_of
 from mquant_jax.ptq.scales import clip_search, mse_clip
 from mquant_jax.ptq.sequential import QuantizingRunner
 from mquant_jax.recipe import Recipe, Section, Weights
-from tests.helpers import golden_qwen2_vl, relative
+from tests.helpers import golden_qwen2_vl, quantised, relative
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,7 @@ def quantised_logits(golden, recipe: Recipe):
 def _quantised_logits(golden, recipe: Recipe):
     model, config, batch, real, _ = golden
     params, report = quantize_params(FAMILY, config, recipe, get_params(model), batch)
-    quantised = abstract_model(FAMILY, config, recipe)
-    set_params(quantised, dict(params))
-    return np.asarray(jax.jit(lambda m, b: m(b))(quantised, batch))[real], params, report
+    return quantised(FAMILY, config, recipe, params, batch)[real], params, report
 
 
 def test_a_runner_without_quantisation_changes_nothing(golden) -> None:
@@ -172,9 +170,7 @@ def test_a_tied_table_is_quantised_once_for_lookup_and_head(golden) -> None:
     logits = []
     for r in (Recipe(), recipe):
         out, _ = quantize_params(FAMILY, tied, r, params, batch)
-        built = abstract_model(FAMILY, tied, r)
-        set_params(built, dict(out))
-        logits.append(np.asarray(built(batch))[real])
+        logits.append(quantised(FAMILY, tied, r, out, batch)[real])
     assert out["language/embedding"].bits == 8 and out["language/head_in/act_scale"].shape == (1,)
     assert 0 < relative(logits[1], logits[0]) < 0.05
 

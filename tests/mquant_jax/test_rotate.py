@@ -10,30 +10,13 @@ from flax import nnx
 from models.qwen2_vl import FAMILY
 from mquant_jax.hadamard import plan_rotation, stream_rotation
 from mquant_jax.nn.norm import LayerNorm
-from mquant_jax.nn.params import get_params, set_params
+from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model, float_model, quantize_params, untied
+from mquant_jax.ptq.pipeline import float_model, quantize_params, untied
 from mquant_jax.ptq.rotate import times
 from mquant_jax.recipe import Recipe
-from tests.helpers import golden_qwen2_vl, relative
-
-ROTATED = Recipe("rotated", rotate=True, seed=3)
-
-
-def hardened(params, seed=0):
-    """Norm weights far from one, biases and means everywhere: what rotation must survive."""
-    rng = np.random.default_rng(seed)
-    out = {}
-    for name, value in params.items():
-        value = np.asarray(value, np.float32)
-        if "norm/weight" in name:
-            value = value * rng.lognormal(0, 0.7, value.shape)
-        elif name.endswith("bias"):
-            value = value + rng.normal(0.3, 0.5, value.shape)
-        elif name.endswith(("patch_embed/proj/kernel", "fc2/kernel")):
-            value = value + 0.05
-        out[name] = value.astype(np.float32)
-    return out
+from tests.family_cases import ROTATED, hardened
+from tests.helpers import forward, golden_qwen2_vl, quantised, relative
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +29,7 @@ def case():
 
 def logits(config, recipe, params, case):
     model = float_model(FAMILY, config, recipe, params)
-    return np.asarray(jax.jit(lambda m, b: m(b))(model, case[2]))[case[3]]
+    return np.asarray(forward(model, case[2]))[case[3]]
 
 
 def test_the_rotated_model_equals_the_original(case) -> None:
@@ -111,9 +94,7 @@ def test_rotation_helps_static_quantisation_of_a_hardened_model(case) -> None:
     error = {}
     for rotate in (False, True):
         recipe = dataclasses.replace(PRESETS["w8a8"], rotate=rotate)
-        quantised, _ = quantize_params(FAMILY, config, recipe, hard, batch)
-        model = abstract_model(FAMILY, config, recipe)
-        set_params(model, dict(quantised))
-        got = np.asarray(jax.jit(lambda m, b: m(b))(model, batch))[real]
+        made, _ = quantize_params(FAMILY, config, recipe, hard, batch)
+        got = quantised(FAMILY, config, recipe, made, batch)[real]
         error[rotate] = relative(got, expected)
     assert error[True] < 0.5 * error[False]

@@ -13,7 +13,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.nn.act_quant import SINK
 from mquant_jax.runtime.generate import Generator, decode, extend, prefill
 from mquant_jax.runtime.tokens import arrange, chunks, follow, restore, uses_aifs
-from tests.helpers import GOLDENS, golden_model, relative
+from tests.helpers import GOLDENS, forward, golden_model, relative
 
 # Every family with pictures: one golden each, several pictures and unequal rows where it has them.
 CASES = sorted(
@@ -24,7 +24,6 @@ CASES = sorted(
 SLOTS = 256
 RTOL = 1e-5
 
-forward = jax.jit(lambda model, batch: model(batch))
 start = jax.jit(prefill, static_argnums=2)
 go_on = jax.jit(extend)
 step = jax.jit(decode)

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.base import abstract_model
 from models.qwen2_vl import FAMILY
 from mquant_jax.nn.act_quant import ActQuant
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_static, simulate_static
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import abstract_model, quantize_params, untied
+from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Tuning
-from tests.helpers import golden_qwen2_vl, relative
+from tests.helpers import forward, golden_qwen2_vl, relative
 
 PLAIN = PRESETS["w4a8"]
 TUNED = dataclasses.replace(PLAIN, tune=Tuning(epochs=6, rate=3e-3))
@@ -55,7 +56,6 @@ def test_divergence_falls_and_only_scales_and_gains_move(made) -> None:
 
 def test_simulation_is_what_the_integers_compute(made) -> None:
     batch, _, (_, _, model) = made
-    forward = nnx.jit(lambda m, b: m(b))
     expected = forward(model, batch)
     for _, node in nnx.iter_graph(model.language):
         if isinstance(node, ActQuant):
