@@ -1,18 +1,31 @@
-"""What the processor of this machine can do."""
+"""What the processor of this machine is and can do."""
 
 from __future__ import annotations
 
 import functools
+import platform
 from pathlib import Path
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 @functools.cache
+def _fields() -> dict[str, str]:
+    """What Linux tells of the first core; nothing elsewhere."""
+    fields: dict[str, str] = {}
+    if _CPU_INFO.is_file():
+        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def model() -> str:
+    """The processor's name, or at least its architecture."""
+    return _fields().get("model name") or platform.processor() or platform.machine()
+
+
 def features() -> frozenset[str]:
     """Names of instruction-set extensions (``avx512_vnni``); none where Linux does not tell."""
-    if not _CPU_INFO.is_file():
-        return frozenset()
-    lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
-    told = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
-    return frozenset(told.partition(":")[2].split())
+    fields = _fields()
+    return frozenset((fields.get("flags") or fields.get("Features") or "").split())

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from mquant_jax import processor
 from mquant_jax.cli_support import OK, Parser, progress
 from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import float_twin, measure, summary
@@ -22,21 +23,9 @@ checkpoint's time), so more than 1 means that the checkpoint is faster.
 """
 
 
-_CPU_INFO = Path("/proc/cpuinfo")
 # Instructions that decide how fast integers are on a CPU.
 _TELLING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
             "asimddp", "i8mm")  # fmt: skip
-
-
-def _processor() -> dict:
-    """Model and telling instructions of the CPU, as far as the system says."""
-    fields = {}
-    if _CPU_INFO.is_file():
-        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
-        fields = {key.strip(): value for key, _, value in (line.partition(":") for line in lines)}
-    model = fields.get("model name", "").strip() or platform.processor() or platform.machine()
-    has = (fields.get("flags") or fields.get("Features") or "").split()
-    return {"processor": model, "instructions": [name for name in _TELLING if name in has]}
 
 
 def machine() -> dict:
@@ -45,7 +34,8 @@ def machine() -> dict:
     return {
         "platform": device.platform,
         "device": device.device_kind,
-        **_processor(),
+        "processor": processor.model(),
+        "instructions": [name for name in _TELLING if name in processor.features()],
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
