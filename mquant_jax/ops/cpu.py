@@ -5,9 +5,9 @@ before jax 0.11 the backend uses them for products of uint8 by int8 alone; those
 kernels at a quarter of the speed. But ``jax.lax.dot_general`` widens both operands to int32 where
 their types differ, on CPU, so that the product is handed to the compiler by a primitive of its own.
 
-``vector_dot``: one row, as decoding has it, is a question of reading the weights. Before jax 0.11 the
-backend reads those of a short float vector's product where they lie, converting them on the way,
-while all others are first copied out of the stack of layers. Sums of int4 by int8 products are
+``vector_dot``: one row, as decoding has it, is a question of reading the weights. Before jax 0.11
+the backend can read those of a short float vector's product where they lie and convert them on the
+way, while all others are first copied out of the stack of layers. Sums of int4 by int8 products are
 integers that float32 holds exactly.
 
 To those who read the program (``jax.make_jaxpr``) both say that they are products of integers.
@@ -26,7 +26,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
-from mquant_jax.ops.xla import float_dot, s8_dot
+from mquant_jax.ops.xla import s8_dot
 from mquant_jax.processor import features
 
 _OFFSET = 128
@@ -70,7 +70,14 @@ def _lower(ctx, x, w):
 
 
 def _as_float(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
-    return float_dot(x.astype(jnp.float32), w.astype(jnp.float32)).astype(jnp.int32)
+    """Both operands stand as XLA needs them to fuse the conversion of the weights with the product:
+    weights transposed, and the vector made by something that is never fused (each value summed up
+    with a zero, in a window), since what makes it would be done again for every row of weights."""
+    apart = jax.lax.reduce_window(
+        x.astype(jnp.float32), 0.0, jax.lax.add, (1, 2), (1, 1),
+        ((0, 0), (0, x.shape[1])), window_dilation=(1, x.shape[1]),
+    )  # fmt: skip
+    return (apart @ w.T.astype(jnp.float32)).astype(jnp.int32)
 
 
 def _moved(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
