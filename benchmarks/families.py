@@ -6,12 +6,12 @@ For each golden case in tests/goldens:
 
 ``float``     relative logits error against the numbers of the original code, and greedy tokens
 ``rotated``   the same model with norms fused and everything rotated, against float
-``rtn``, ``quarot``, ``mquant``   W4A8 static: relative logits error against float on the case's
-              prompts, for a model of the same structure widened to 512 channels and more, random
-              weights, and channels made 10 to 100 times larger than the rest without a change of
-              function (benchmarks/outliers.py)
+``rtn``, ``quarot``, ``mquant``   W4A8 static: relative logits error against float, for a model of
+              the same structure widened to 512 channels and more, random weights, and channels made
+              10 to 100 times larger than the rest without a change of function
+              (benchmarks/outliers.py); on the case's prompts with random text and pictures
 
-Calibration sees prompts of its own (other text, other pictures). Random weights have no
+Calibration sees prompts of its own, as random. Random weights have no
 redundancy: read the columns against each other, not as what a trained model would lose. ``--docs``
 writes the table and what each family can do into a Markdown file.
 """
@@ -168,9 +168,10 @@ def widened(case: str) -> dict[str, float]:
     inputs = load_file(GOLDENS / case / "inputs.safetensors")
     batch = family.reference_batch(config, inputs)
     config, params = untied(config, random_params(family, config, 0))
+    vocab = config.language.vocab_size
+    batch = other_content(batch, vocab, 2)
     plain = logits(family, config, Recipe(), params, batch)
     params = with_outliers(params, family.streams(config), 0)
-    vocab = config.language.vocab_size
     prompts = [family.example_prompt(config, 40, 56)] * CALIBRATION
     calibration = other_content(family.collate(config, prompts), vocab, 1)
     out = {"outliers": error(logits(family, config, Recipe(), params, batch), plain)}

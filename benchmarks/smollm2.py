@@ -42,7 +42,7 @@ START = "<|im_start|>"
 LENGTH = 512  # tokens of a window, START included
 CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 16, 48
 DIVERGENCE_WINDOWS = 8  # of them, KL is measured on the first; it costs a second head
-OWN_WINDOWS = 2  # windows that the float model writes itself, greedily and drawn alike
+OWN_WINDOWS = 4  # windows that the float model writes itself, drawn at temperature 1
 CHUNK = 4  # windows that go through the blocks at a time
 
 # (package, requirement, file inside) -> SHA-256. Other releases may hold other text.
@@ -210,27 +210,29 @@ def batch_of(windows: np.ndarray) -> Batch:
     return collate([text_prompt(row.tolist()) for row in windows])
 
 
-def _log_probs(module: VLM, stream: jax.Array) -> jax.Array:
-    """``[T, hidden]`` -> float32 ``[T, vocab]``."""
-    return jax.nn.log_softmax(module.language.logits(stream[None])[0])
-
-
 @jax.jit
 def _losses(module: VLM, batch: Batch, reference: tuple[VLM, jax.Array] | None):
     """Sums over the predicted tokens of each window: negative log likelihood, and KL.
 
-    The vocabulary is large, so log-probabilities exist for one window at a time. ``reference`` is
-    the float model and its residual stream for the same batch; without it KL is zero.
+    The vocabulary is large, so logits exist for one window at a time, and log-probabilities are
+    never written out. ``reference`` is the float model and its residual stream for the same batch;
+    without it KL is zero.
     """
+
+    def logits(model: VLM, stream: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """float32 ``[T, vocab]``, and the logarithm of each row's sum of exponentials."""
+        out = model.language.logits(stream[None, :-1])[0]
+        return out, jax.nn.logsumexp(out, axis=-1)
 
     def window(item):
         ids, x, ref = item
-        ours = _log_probs(module, x[:-1])
-        nll = -jnp.take_along_axis(ours, ids[1:, None], axis=-1).sum()
+        ours, total = logits(module, x)
+        nll = (total - jnp.take_along_axis(ours, ids[1:, None], axis=-1)[:, 0]).sum()
         if reference is None:
             return nll, jnp.zeros(())
-        theirs = _log_probs(reference[0], ref[:-1])
-        return nll, (jnp.exp(theirs) * (theirs - ours)).sum()
+        theirs, whole = logits(reference[0], ref)
+        likely = jnp.exp(theirs - whole[:, None])
+        return nll, ((likely * (theirs - ours)).sum(-1) - whole + total).sum()
 
     x = module.stream(batch)
     return jax.lax.map(window, (batch.input_ids, x, x if reference is None else reference[1]))
@@ -285,8 +287,8 @@ class TextBed:
         family, config, params, tokenizer: as :func:`load` gives them; the head is tied.
         calibration: 16 windows as one batch.
         windows: int32 ``[N, 512]``, evaluated.
-        own: int32 ``[2 * OWN_WINDOWS, 512]``, written by the float model after the first 16 tokens
-            of evaluated windows: half of them greedily, half drawn at temperature 1.
+        own: int32 ``[OWN_WINDOWS, 512]``, written by the float model after the first 16 tokens of
+            evaluated windows, drawn at temperature 1.
         float: the float model.
 
     Args:
@@ -299,9 +301,8 @@ class TextBed:
         self.windows = windows_of(EVALUATION, self.tokenizer, windows)
         self.float = abstract_model(self.family, self.config, Recipe())
         set_params(self.float, dict(self.params))
-        ways = (Sampling(), Sampling(temperature=1.0))
         starts = self.windows[:OWN_WINDOWS, :16]
-        self.own = np.concatenate([written(self.float, starts, how) for how in ways])
+        self.own = written(self.float, starts, Sampling(temperature=1.0))
         # Of the float model only the residual stream is kept; its log-probabilities are made
         # again from it, window by window.
         self._both = np.concatenate([self.windows[:DIVERGENCE_WINDOWS], self.own])

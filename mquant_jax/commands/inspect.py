@@ -32,8 +32,8 @@ def layer_paths(model, recipe: Recipe) -> list[dict]:
                 "weights": f"int{value.bits}",
                 "group_size": section.group_size,
                 "activations": f"int8 {section.activations}" if int8 else "float",
-                "one_row": select_path(int8, 1, value.groups),
-                "many_rows": select_path(int8, 64, value.groups),
+                "one_row": select_path(int8, 1, value),
+                "many_rows": select_path(int8, 64, value),
             }
         key = (kind, row["weights"])
         rows.setdefault(key, row)["count"] += 1

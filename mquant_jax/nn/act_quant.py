@@ -17,7 +17,7 @@ from mquant_jax.recipe import Section
 # first, mostly) whose activations are massive.
 TOKEN_CLASSES = ("text", "visual", "sink")
 TEXT, VISUAL, SINK = range(3)
-Tap = Callable[[str, jax.Array], None]
+Tap = Callable[[str, jax.Array], jax.Array]
 # A module's quantisation points in the order in which they run, each with the Dense layers that
 # read it (attribute names).
 Points = Mapping[str, tuple[str, ...]]
@@ -28,7 +28,8 @@ class ActQuant(nnx.Module):
 
     ``none`` is the identity. ``static`` looks the scale up in ``act_scale[n_classes]`` by token
     class (modality-specific scales, paper section 3.1), or uses its only entry. ``dynamic`` finds
-    one scale per token. Calibration listens here: a ``tap(name, x)`` sees the float input.
+    one scale per token. Calibration listens here: a ``tap(name, x)`` sees the float input, and
+    what it returns goes on.
 
     ``rotation`` is an online Hadamard whose inverse the weights behind the point have absorbed.
     """
@@ -61,7 +62,7 @@ class ActQuant(nnx.Module):
         if self.rotation is not None:
             x = rotate(x, self.rotation)
         if tap is not None:
-            tap(self.name, x)
+            x = tap(self.name, x)
         if self.mode == "none":
             return x
         if self.mode == "dynamic":

@@ -13,13 +13,14 @@ from functools import partial
 import jax
 
 from mquant_jax.numerics import QTensor, QWeight
-from mquant_jax.ops import x86, xla
+from mquant_jax.ops import cpu, xla
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 _FORMS = {
     "int_dot": xla.int_dot,
-    "byte_dot": partial(xla.int_dot, product=x86.byte_dot),
+    "byte_dot": partial(xla.int_dot, product=cpu.byte_dot),
+    "vector_dot": partial(xla.int_dot, product=cpu.vector_dot),
     "padded_int_dot": xla.padded_int_dot,
     "weight_only": xla.weight_only_dot,
 }
@@ -40,13 +41,16 @@ def target_platform(name: str) -> Iterator[None]:
         _PLATFORM.reset(token)
 
 
-def select_path(quantised_input: bool, rows: int, groups: int = 1) -> str:
-    """Name of the form that :func:`quantized_dot` runs for these operands."""
+def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
+    """Name of the form that :func:`quantized_dot` runs for these operands; of ``w`` only the shapes
+    and bits count."""
     if not quantised_input:
         return "weight_only"
-    one_by_one = groups == 1 or rows >= xla.MANY_ROWS  # the form has no batches
-    if platform() == "cpu" and x86.preferred() and one_by_one:
-        return "byte_dot"
+    if platform() == "cpu":
+        if rows == 1 and w.groups == 1 and cpu.suits_vector_dot(w.in_features, w.bits):
+            return "vector_dot"
+        if cpu.preferred() and (w.groups == 1 or rows >= xla.MANY_ROWS):  # it has no batches
+            return "byte_dot"
     if rows == 1 and platform() in ("cpu", "tpu"):
         return "padded_int_dot"
     return "int_dot"
@@ -62,7 +66,8 @@ def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """``x @ w.T``: float ``[..., in]`` by ``[out, in]`` -> ``[..., out]`` in their type."""
     # Rows are flattened: the gradient of a product with several leading axes is twice as slow.
     flat = x.reshape(-1, x.shape[-1])
-    form = xla.padded_float_dot if len(flat) == 1 and platform() == "tpu" else xla.float_dot
+    slow = {"tpu": True, "cpu": not cpu.reads_in_place(x.shape[-1])}.get(platform(), False)
+    form = xla.padded_float_dot if slow and len(flat) == 1 else xla.float_dot
     return form(flat, w).reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -92,5 +97,5 @@ def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
         # XLA's CPU backend widens int4 operands to int32 and multiplies naively; its GPU backend
         # does as well, but fuses a conversion to int8 into the product.
         w = w.unpacked()
-    form = _FORMS[select_path(isinstance(x, QTensor), rows, w.groups)]
+    form = _FORMS[select_path(isinstance(x, QTensor), rows, w)]
     return form(flat, w).reshape(*lead, w.out_features)

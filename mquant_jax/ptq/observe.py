@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import jax
 import numpy as np
 from flax import nnx
 
 
-def _tapped(graphdef, state, args):
+def _tapped(graphdef, state, args, known: Mapping[str, jax.Array] = MappingProxyType({})):
     taps: dict[str, jax.Array] = {}
-    out = nnx.merge(graphdef, state)(*args, tap=taps.__setitem__)
+
+    def tap(name: str, x: jax.Array) -> jax.Array:
+        taps[name] = known.get(name, x)
+        return taps[name]
+
+    out = nnx.merge(graphdef, state)(*args, tap=tap)
     return out, taps
 
 
@@ -23,9 +29,10 @@ def run_tapped(graphdef, state, *args):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def tapped(graphdef, point, state, *args):
-    """The input of one quantisation point; nothing behind it is computed."""
-    return _tapped(graphdef, state, args)[1][point]
+def tapped(graphdef, point, state, known, *args):
+    """The input of one quantisation point; nothing behind it is computed, nor what only serves
+    points whose inputs are ``known`` by name."""
+    return _tapped(graphdef, state, args, known)[1][point]
 
 
 @jax.jit

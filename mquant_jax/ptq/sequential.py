@@ -55,6 +55,8 @@ class Part:
         args: its inputs for the whole calibration batch.
         classes: int32, token class of each row.
         twin: the same module as it was, split, with the float model's inputs.
+        known: name of a point that is done -> its inputs, chunk by chunk. No weight before it will
+            change, so that later points are reached from there.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Part:
     args: Any
     classes: jax.Array
     twin: Any = None
+    known: dict[str, list[jax.Array]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -259,8 +262,11 @@ class QuantizingRunner(Runner):
             importance[VISUAL], importance[SINK] = options.visual_weight, options.sink_weight
         importance[-1] = 0.0
         classes = np.asarray(classes_at(part.module, point, part.args, part.classes))
-        for rows, args in chunks(part.args, self.chunk):
-            value = tapped(graphdef, point, state, *args)
+        values: list[jax.Array] = []
+        for n, (rows, args) in enumerate(chunks(part.args, self.chunk)):
+            known = {name: arrays[n] for name, arrays in part.known.items()}
+            value = tapped(graphdef, point, state, known, *args)
+            values.append(value)
             cls = classes[rows]
             array = np.asarray(value)
             for c, hist in enumerate(seen.hists):
@@ -273,7 +279,7 @@ class QuantizingRunner(Runner):
             if part.twin is not None:
                 (graph, own), twin_args = part.twin
                 twin_part = jax.tree.map(lambda a, r=rows: a[r], twin_args)
-                twin = tapped(graph, point, own, *twin_part)
+                twin = tapped(graph, point, own, {}, *twin_part)
             value = twin if options.inputs == "float" else value
             if seen.hessian is None:
                 seen.hessian = jnp.zeros((value.shape[-1],) * 2, jnp.float32)
@@ -283,6 +289,7 @@ class QuantizingRunner(Runner):
                     seen.cross = jnp.zeros_like(seen.hessian)
                 difference = options.asymmetry * (twin - value)
                 seen.cross = accumulate(seen.cross, value, weight, difference)
+        part.known[point] = values
         return seen
 
     def _round_split(self, name, weight, seen: Seen, inputs: Inputs | None, section) -> jax.Array:

@@ -58,6 +58,11 @@ class Sampler:
         self.rows, self._keys = rows[keep], keys[keep]
 
 
+@jax.jit
+def _largest(x: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(x), axis=-1)
+
+
 class StatisticsRunner(Runner):
     """Looks at every point of a float model.
 
@@ -103,7 +108,7 @@ class StatisticsRunner(Runner):
             out, taps = run_tapped(graphdef, state, *part)
             outs.append(out)
             for point, value in taps.items():
-                path, per_token = f"{name}/{point}", np.asarray(jnp.max(jnp.abs(value), axis=-1))
+                path, per_token = f"{name}/{point}", np.asarray(_largest(value))
                 real = np.asarray(classes_at(module, point, part, classes[rows])) >= 0
                 per_token = np.where(real, per_token, np.nan)
                 known = self.tokens.get(path)

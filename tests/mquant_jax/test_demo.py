@@ -8,6 +8,7 @@ import pytest
 
 import mquant_jax as mq
 from convert.hf_to_flax import convert
+from mquant_jax.checkpoint import load_params
 from mquant_jax.cli import COMMANDS, main
 from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.ops.dense import select_path
@@ -145,11 +146,12 @@ def test_bad_commands_and_checkpoints(tmp_path, capsys) -> None:
 def test_inspect_names_what_runs(folders, capsys) -> None:
     status, out, _ = run(capsys, "inspect", folders / "w4a8", "--json")
     layers = {row["layer"]: row for row in json.loads(out)["layers"]}
+    down = load_params(folders / "w4a8")[0]["language/layers/0/down_proj/kernel"]
     assert status == 0
     assert layers["language/layers/*/down_proj"] | {"count": 0} == {
         "layer": "language/layers/*/down_proj", "count": 0, "weights": "int4", "group_size": None,
-        "activations": "int8 static", "one_row": select_path(True, 1),
-        "many_rows": select_path(True, 64),
+        "activations": "int8 static", "one_row": select_path(True, 1, down),
+        "many_rows": select_path(True, 64, down),
     }  # fmt: skip
     assert layers["language/head"]["weights"] == "int8"
     assert run(capsys, "inspect", folders / "float")[0] == 0

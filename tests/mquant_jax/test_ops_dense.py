@@ -17,7 +17,7 @@ from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.processing import reference_batch
 from mquant_jax.nn.dense import Dense
 from mquant_jax.numerics import QTensor, QWeight, quantize_dynamic, quantize_weight
-from mquant_jax.ops import x86, xla
+from mquant_jax.ops import cpu, xla
 from mquant_jax.ops.dense import (
     float_dot,
     held,
@@ -96,27 +96,48 @@ def test_the_byte_form(monkeypatch) -> None:
     for rows, k, out in ((1, 1, 1), (1, 7, 3), (5, 64, 33), (70, 300, 130), (2, 16384, 3)):
         x = jnp.asarray(rng.integers(-128, 128, (rows, k)), jnp.int8)
         w = jnp.asarray(rng.integers(-128, 128, (out, k)), jnp.int8)
-        np.testing.assert_array_equal(x86.byte_dot(x, w), xla.s8_dot(x, w))
+        np.testing.assert_array_equal(cpu.byte_dot(x, w), xla.s8_dot(x, w))
     low = jnp.full((2, 16384), -128, jnp.int8)
-    np.testing.assert_array_equal(x86.byte_dot(low, low), 16384 * 128 * 128)
-    assert integer_dots(x86.byte_dot, x, w).dots == [("int8", "int8", "int32")]
-    monkeypatch.setattr(x86, "preferred", lambda: True)
-    for rows, groups in ((1, 1), (3, 1), (xla.MANY_ROWS, 4)):
-        assert select_path(True, rows, groups) == "byte_dot"
+    np.testing.assert_array_equal(cpu.byte_dot(low, low), 16384 * 128 * 128)
+    assert integer_dots(cpu.byte_dot, x, w).dots == [("int8", "int8", "int32")]
+    monkeypatch.setattr(cpu, "preferred", lambda: True)
+    for rows, groups in ((3, 1), (xla.MANY_ROWS, 4)):
         q, weight, expected = operands(rows, 6, groups, 20, 4, True)
+        assert select_path(True, rows, weight) == "byte_dot"
         close(quantized_dot(q, weight), expected)
-    assert select_path(True, 1, 4) == "padded_int_dot"
+    assert select_path(True, 1, operands(1, 6, 4, 20, 4, True)[1]) == "padded_int_dot"
+
+
+def test_the_form_for_one_row(monkeypatch) -> None:
+    """Exact up to the longest sums that it is chosen for."""
+    rng = np.random.default_rng(0)
+    for k, out, bits in ((1, 1, 4), (300, 130, 8), (4095, 3, 4), (1024, 5, 8)):
+        x = jnp.asarray(rng.integers(-128, 128, (1, k)), jnp.int8)
+        w = jnp.asarray(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (out, k)), jnp.int8)
+        np.testing.assert_array_equal(cpu.vector_dot(x, w), xla.s8_dot(x, w))
+    low = jnp.full((1, 1024), -128, jnp.int8)
+    np.testing.assert_array_equal(cpu.vector_dot(low, low), 1024 * 128 * 128)
+    assert integer_dots(cpu.vector_dot, x, w).dots == [("int8", "int8", "int32")]
+    monkeypatch.setattr(cpu, "reads_in_place", lambda k: k < 4096)
+    q, weight, expected = operands(1, 6, 1, 20, 4, True)
+    assert select_path(True, 1, weight) == "vector_dot"
+    close(quantized_dot(q, weight), expected)
+    monkeypatch.setattr(cpu, "preferred", lambda: False)
+    for size, bits in ((4096, 4), (1025, 8)):
+        assert select_path(True, 1, operands(1, 6, 1, size, bits, True)[1]) == "padded_int_dot"
 
 
 def test_the_chosen_form(monkeypatch) -> None:
-    monkeypatch.setattr(x86, "preferred", lambda: False)
+    monkeypatch.setattr(cpu, "preferred", lambda: False)
+    monkeypatch.setattr(cpu, "reads_in_place", lambda k: False)
+    w = operands(1, 6, 1, 20, 4, True)[1]
     for name in ("cpu", "tpu"):
         with target_platform(name):
-            assert select_path(True, 1) == "padded_int_dot"
-            assert select_path(True, 2) == "int_dot"
-            assert select_path(False, 2) == "weight_only"
+            assert select_path(True, 1, w) == "padded_int_dot"
+            assert select_path(True, 2, w) == "int_dot"
+            assert select_path(False, 2, w) == "weight_only"
     with target_platform("gpu"):
-        assert select_path(True, 1) == "int_dot"
+        assert select_path(True, 1, w) == "int_dot"
 
 
 @pytest.mark.parametrize("rows", [1, 3])

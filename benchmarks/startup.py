@@ -1,0 +1,146 @@
+"""How long a start takes: loading a checkpoint of 2B parameters and compiling it.
+
+    python -m benchmarks.startup [--layers 28] [--json] [--save FILE]
+
+Writes a random ``w4a8`` checkpoint of Qwen2-VL-2B's published shapes (1.7 GB, in a temporary
+folder), then starts three processes, one after the other. Each imports the package, loads the
+checkpoint, and compiles a prefill of 512 tokens with a picture and the decode loop:
+
+``no cache``      everything is compiled, nothing kept
+``first start``   the same, and what was compiled is kept (mquant_jax/compile_cache.py)
+``next start``    finds it there
+
+The checkpoint has just been written, so that the system may hold it in memory: no disk is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mquant_jax.cli_support import OK, Parser, progress, run_cli
+from mquant_jax.errors import UserError
+
+TEXT_TOKENS, IMAGE_SIDE, NEW_TOKENS = 256, 448, 16
+PARTS = ("import", "load", "compile_prefill", "compile_decode", "first_token")
+
+
+def write(folder: Path, layers: int) -> int:
+    """Write the checkpoint; its size in bytes."""
+    from benchmarks.random_checkpoint import config_2b
+    from benchmarks.speed import VOCAB, random_model
+    from models.qwen2_vl import FAMILY
+    from mquant_jax.checkpoint import save
+    from mquant_jax.nn.params import get_params
+    from mquant_jax.presets import PRESETS
+
+    hf = config_2b(layers, VOCAB)
+    config = FAMILY.config_from_hf(hf)
+    language = dataclasses.replace(config.language, tied_head=False)
+    recipe = PRESETS["w4a8"]
+    config = dataclasses.replace(config, language=language)
+    params = get_params(random_model(FAMILY, config, recipe, jnp.bfloat16))
+    manifest = save(
+        folder, params, family=FAMILY.name, hf_config=hf, recipe=recipe, tied_head=False
+    )
+    return manifest["total_bytes"]
+
+
+def start(folder: Path, began: float) -> dict[str, float]:
+    """One start, in this process: seconds of each of the :data:`PARTS`."""
+    from mquant_jax.compile_cache import keep_compiled_programs
+    from mquant_jax.loading import load_model
+    from mquant_jax.runtime.generate import Generator
+    from mquant_jax.runtime.sampling import Sampling
+
+    times = [began, time.time()]
+    keep_compiled_programs()
+    loaded = load_model(folder)
+    jax.block_until_ready(jax.tree.leaves(loaded.model))
+    times.append(time.time())
+    generator = Generator(loaded.model, (-1,))
+    prompt = loaded.family.example_prompt(loaded.config, TEXT_TOKENS, IMAGE_SIDE)
+    batch = jax.tree.map(jnp.asarray, loaded.family.collate(loaded.config, [prompt]))
+    slots = len(prompt.input_ids) + NEW_TOKENS
+    args = generator.params, batch, jax.random.key(0)
+    how = {"slots": slots, "limit": NEW_TOKENS, "how": Sampling()}
+    generator.start.lower(*args, **how).compile()
+    times.append(time.time())
+    loop = jax.eval_shape(generator.start, *args, **how)
+    generator.run.lower(generator.params, loop, jnp.int32(NEW_TOKENS), how=Sampling()).compile()
+    times.append(time.time())
+    jax.block_until_ready(generator.start(*args, **how))
+    times.append(time.time())
+    return {name: b - a for name, a, b in zip(PARTS, times[:-1], times[1:], strict=True)}
+
+
+def fresh(folder: Path, settings: dict[str, str]) -> dict[str, float]:
+    """:func:`start` in a process of its own with these variables set."""
+    command = [sys.executable, "-m", "benchmarks.startup", "--start", str(folder)]
+    command += ["--began", str(time.time())]
+    done = subprocess.run(
+        command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"a start failed with exit status {done.returncode}, see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as text."""
+    titles = "".join(f"{name.replace('_', ' '):>17}" for name in PARTS)
+    lines = [
+        f"{result['layers']} layers, {result['checkpoint_bytes'] / 1e9:.2f} GB; seconds",
+        f"{'':<12}{titles}",
+    ]
+    for row in result["rows"]:
+        lines.append(f"{row['start']:<12}" + "".join(f"{row[name]:>17.1f}" for name in PARTS))
+    return "\n".join(lines)
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser("python -m benchmarks.startup", __doc__ or "")
+    add = parser.add_argument
+    add("--layers", type=int, default=28, metavar="N", help="layers of each tower (default 28)")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+    add("--start", type=Path, metavar="DIR", help="one start on this checkpoint, here; as JSON")
+    add("--began", type=float, metavar="S", help="with --start: when the process was started")
+    args = parser.parse_args(argv)
+    if args.layers < 1:
+        raise UserError("--layers must be 1 or more")
+    if args.start:
+        print(json.dumps(start(args.start, args.began or time.time())))
+        return OK
+    from mquant_jax.commands.bench import machine
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, cache = Path(temporary, "checkpoint"), str(Path(temporary, "cache"))
+        size = write(folder, args.layers)
+        off = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+        kept = {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        }
+        starts = {"no cache": off, "first start": kept, "next start": kept}
+        rows = [{"start": n} | fresh(folder, s) for n, s in progress(list(starts.items()), "start")]
+    out = {"machine": machine(), "model": "Qwen2-VL-2B", "layers": args.layers,
+           "checkpoint_bytes": size, "rows": rows}  # fmt: skip
+    if args.save:
+        args.save.write_text(json.dumps(out, indent=1) + "\n")
+    print(json.dumps(out) if args.json else table(out))
+    return OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(_run))

@@ -1,0 +1,110 @@
+"""Integer products in the forms that XLA's CPU backend runs fast, all of them exact.
+
+``byte_dot``: the byte dot-product instructions of x86 (VNNI) multiply unsigned by signed bytes, and
+before jax 0.11 the backend uses them for products of uint8 by int8 alone; those of int8 by int8 get
+kernels at a quarter of the speed. But ``jax.lax.dot_general`` widens both operands to int32 where
+their types differ, on CPU, so that the product is handed to the compiler by a primitive of its own.
+
+``vector_dot``: one row, as decoding has it, is a question of reading the weights. Before jax 0.11
+the backend can read those of a short float vector's product where they lie and convert them on the
+way, while all others are first copied out of the stack of layers. Sums of int4 by int8 products are
+integers that float32 holds exactly.
+
+To those who read the program (``jax.make_jaxpr``) both say that they are products of integers.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import mlir
+
+from mquant_jax.ops.xla import s8_dot
+from mquant_jax.processor import features
+
+_OFFSET = 128
+_SHORT_BYTES = 16 * 1024  # XLA fuses what a vector is multiplied with below this size of the vector
+_EXACT = 2**24  # float32 holds every integer up to here
+
+
+@functools.cache
+def preferred() -> bool:
+    """Whether :func:`byte_dot` is the fast form here."""
+    if jax.__version_info__ >= (0, 11) or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return "avx512_vnni" in features()
+
+
+def reads_in_place(in_features: int) -> bool:
+    """Whether a product of one float32 row with weights ``[out, in]`` reads them where they lie."""
+    return jax.__version_info__ < (0, 11) and 4 * in_features < _SHORT_BYTES
+
+
+def suits_vector_dot(in_features: int, bits: int) -> bool:
+    """Whether :func:`vector_dot` is the fast form for one row here, and exact."""
+    return reads_in_place(in_features) and in_features * (1 << bits + 6) <= _EXACT
+
+
+_u8_by_s8 = Primitive("u8_by_s8_dot")
+# Their parameter ``jaxpr`` says what they compute.
+_byte_dot = Primitive("byte_dot")
+_vector_dot = Primitive("vector_dot")
+
+
+@_u8_by_s8.def_abstract_eval
+def _shape(x, w, jaxpr=None):
+    return jax.core.ShapedArray((x.shape[0], w.shape[0]), jnp.int32)
+
+
+def _lower(ctx, x, w):
+    out = ir.RankedTensorType.get(ctx.avals_out[0].shape, ir.IntegerType.get_signless(32))
+    last_on_last = stablehlo.DotDimensionNumbers.get([], [], [1], [1])
+    return [stablehlo.dot_general(out, x, w, last_on_last)]
+
+
+def _as_float(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
+    """Both operands stand as XLA needs them to fuse the conversion of the weights with the product:
+    weights transposed, and the vector made by something that is never fused (each value summed up
+    with a zero, in a window), since what makes it would be done again for every row of weights."""
+    apart = jax.lax.reduce_window(
+        x.astype(jnp.float32), 0.0, jax.lax.add, (1, 2), (1, 1),
+        ((0, 0), (0, x.shape[1])), window_dilation=(1, x.shape[1]),
+    )  # fmt: skip
+    return (apart @ w.T.astype(jnp.float32)).astype(jnp.int32)
+
+
+def _moved(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
+    """Activations are moved up by 128, which adds 128 times its sum to every product with a row of
+    ``w``; one more row of nothing but 128 says how much that is. (To sum up the weights would mean
+    to read them once more.)"""
+    moved = jax.lax.bitcast_convert_type(x, jnp.uint8) ^ jnp.uint8(_OFFSET)
+    offset = jnp.full((1, x.shape[1]), _OFFSET, jnp.uint8)
+    sums = _u8_by_s8.bind(jnp.concatenate([moved, offset]), w)
+    return sums[:-1] - sums[-1]
+
+
+_byte_dot.def_abstract_eval(_shape)
+_vector_dot.def_abstract_eval(_shape)
+mlir.register_lowering(_u8_by_s8, _lower)
+mlir.register_lowering(_byte_dot, mlir.lower_fun(_moved, multiple_results=False))
+mlir.register_lowering(_vector_dot, mlir.lower_fun(_as_float, multiple_results=False))
+
+
+@jax.jit
+def byte_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """:func:`~mquant_jax.ops.xla.s8_dot` of int8 ``[rows, in]`` by int8 ``[out, in]``, exact."""
+    return _byte_dot.bind(x, w, jaxpr=jax.make_jaxpr(s8_dot)(x, w))
+
+
+@jax.jit
+def vector_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """:func:`~mquant_jax.ops.xla.s8_dot` of int8 ``[1, in]`` by int8 ``[out, in]``; exact where
+    :func:`suits_vector_dot` says so."""
+    return _vector_dot.bind(x, w, jaxpr=jax.make_jaxpr(s8_dot)(x, w))
