@@ -48,8 +48,13 @@ def reads_in_place(in_features: int) -> bool:
 
 
 def suits_vector_dot(in_features: int, bits: int) -> bool:
-    """Whether :func:`vector_dot` is the fast form for one row here, and exact."""
-    return reads_in_place(in_features) and in_features * (1 << bits + 6) <= _EXACT
+    """Whether :func:`vector_dot` is the fast form for one row here, and exact.
+
+    Of 8-bit weights only short rows would be, as the head has them: but a head is no layer of a
+    stack, and XLA would convert it all in front of the decode loop, to four times its size.
+    """
+    exact = in_features * (1 << bits + 6) <= _EXACT
+    return bits == 4 and exact and reads_in_place(in_features)
 
 
 _u8_by_s8 = Primitive("u8_by_s8_dot")
