@@ -209,8 +209,9 @@ several rows with padding. `greedy`: whether all generated tokens are those of t
 `rotated`: the same weights with norms fused and rotations folded in, against float. The last three:
 relative logits error of W4A8 with static scales in every dense layer, vision tower and connector
 included, for the same structure widened to 512 channels, with random weights and channels 10 to 100
-times larger than the rest. Random weights have no redundancy, so these show the order of the
-methods, not what a trained model loses ([accuracy.md](accuracy.md) does).
+times larger than the rest. Random weights have no redundancy and nothing to learn from, so these
+show what outliers do, not what a trained model loses nor where the last two part
+([accuracy.md](accuracy.md) does).
 
 """
 
