@@ -134,11 +134,19 @@ def pack_int4(values):
 
 def unpack_int4(packed, in_features: int):
     """uint8 ``[..., ceil(K/2)]`` -> int8 ``[..., K]``. NumPy in, NumPy out."""
-    xp = np if isinstance(packed, np.ndarray) else jnp
     # Sign extension of a nibble: shift it to the top of a signed byte and back.
-    low = (packed << 4).astype(xp.int8) >> 4
-    high = packed.astype(xp.int8) >> 4
-    return xp.concatenate([low, high], axis=-1)[..., :in_features]
+    if not isinstance(packed, np.ndarray):
+        low = (packed << 4).astype(jnp.int8) >> 4
+        high = packed.astype(jnp.int8) >> 4
+        return jnp.concatenate([low, high], axis=-1)[..., :in_features]
+    # Loading a large checkpoint is mostly this: nothing is written twice.
+    signed, half = packed.view(np.int8), packed.shape[-1]
+    out = np.empty((*packed.shape[:-1], in_features), np.int8)
+    low, high = out[..., :half], out[..., half:]
+    np.left_shift(signed, 4, out=low)
+    np.right_shift(low, 4, out=low)
+    np.right_shift(signed[..., : in_features - half], 4, out=high)
+    return out
 
 
 def safe_scale(amax: jax.Array, bits: int) -> jax.Array:
