@@ -56,7 +56,7 @@ class Part:
         classes: int32, token class of each row.
         twin: the same module as it was, split, with the float model's inputs.
         known: name of a point that is done -> its inputs, chunk by chunk. No weight before it will
-            change, so that later points are reached from there.
+            change, so that later points are reached from there. Not of the last one, the widest.
     """
 
     name: str
@@ -262,11 +262,13 @@ class QuantizingRunner(Runner):
             importance[VISUAL], importance[SINK] = options.visual_weight, options.sink_weight
         importance[-1] = 0.0
         classes = np.asarray(classes_at(part.module, point, part.args, part.classes))
-        values: list[jax.Array] = []
+        points = tuple(getattr(part.module, "POINTS", (point,)))
+        values: list[jax.Array] | None = None if point == points[-1] else []
         for n, (rows, args) in enumerate(chunks(part.args, self.chunk)):
             known = {name: arrays[n] for name, arrays in part.known.items()}
             value = tapped(graphdef, point, state, known, *args)
-            values.append(value)
+            if values is not None:
+                values.append(value)
             cls = classes[rows]
             array = np.asarray(value)
             for c, hist in enumerate(seen.hists):
@@ -289,7 +291,8 @@ class QuantizingRunner(Runner):
                     seen.cross = jnp.zeros_like(seen.hessian)
                 difference = options.asymmetry * (twin - value)
                 seen.cross = accumulate(seen.cross, value, weight, difference)
-        part.known[point] = values
+        if values is not None:
+            part.known[point] = values
         return seen
 
     def _round_split(self, name, weight, seen: Seen, inputs: Inputs | None, section) -> jax.Array:
