@@ -121,7 +121,6 @@ def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
     Raises:
         UserError: they do not.
     """
-
     try:
         abstract_model(family, todo.config, recipe)
     except ValueError as e:

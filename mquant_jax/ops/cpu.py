@@ -35,8 +35,8 @@ _EXACT = 2**24  # float32 holds every integer up to here
 
 
 @functools.cache
-def preferred() -> bool:
-    """Whether :func:`byte_dot` is the fast form here."""
+def suits_byte_dot() -> bool:
+    """Whether :func:`byte_dot` is the fast form for any number of rows here."""
     if jax.__version_info__ >= (0, 11) or platform.machine() not in ("x86_64", "AMD64"):
         return False
     return "avx512_vnni" in features()

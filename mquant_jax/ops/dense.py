@@ -49,7 +49,7 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
     if platform() == "cpu":
         if rows == 1 and w.groups == 1 and cpu.suits_vector_dot(w.in_features, w.bits):
             return "vector_dot"
-        if cpu.preferred() and (w.groups == 1 or rows >= xla.MANY_ROWS):  # it has no batches
+        if cpu.suits_byte_dot() and (w.groups == 1 or rows >= xla.MANY_ROWS):  # it has no batches
             return "byte_dot"
     if rows == 1 and platform() in ("cpu", "tpu"):
         return "padded_int_dot"
@@ -66,7 +66,8 @@ def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """``x @ w.T``: float ``[..., in]`` by ``[out, in]`` -> ``[..., out]`` in their type."""
     # Rows are flattened: the gradient of a product with several leading axes is twice as slow.
     flat = x.reshape(-1, x.shape[-1])
-    slow = {"tpu": True, "cpu": not cpu.reads_in_place(x.shape[-1])}.get(platform(), False)
+    on_cpu = platform() == "cpu" and not cpu.reads_in_place(x.shape[-1])
+    slow = platform() == "tpu" or on_cpu
     form = xla.padded_float_dot if slow and len(flat) == 1 else xla.float_dot
     return form(flat, w).reshape(*x.shape[:-1], w.shape[0])
 

@@ -100,7 +100,7 @@ def test_the_byte_form(monkeypatch) -> None:
     low = jnp.full((2, 16384), -128, jnp.int8)
     np.testing.assert_array_equal(cpu.byte_dot(low, low), 16384 * 128 * 128)
     assert integer_dots(cpu.byte_dot, x, w).dots == [("int8", "int8", "int32")]
-    monkeypatch.setattr(cpu, "preferred", lambda: True)
+    monkeypatch.setattr(cpu, "suits_byte_dot", lambda: True)
     for rows, groups in ((3, 1), (xla.MANY_ROWS, 4)):
         q, weight, expected = operands(rows, 6, groups, 20, 4, True)
         assert select_path(True, rows, weight) == "byte_dot"
@@ -122,13 +122,13 @@ def test_the_form_for_one_row(monkeypatch) -> None:
     q, weight, expected = operands(1, 6, 1, 20, 4, True)
     assert select_path(True, 1, weight) == "vector_dot"
     close(quantized_dot(q, weight), expected)
-    monkeypatch.setattr(cpu, "preferred", lambda: False)
+    monkeypatch.setattr(cpu, "suits_byte_dot", lambda: False)
     for size, bits in ((4096, 4), (64, 8)):
         assert select_path(True, 1, operands(1, 6, 1, size, bits, True)[1]) == "padded_int_dot"
 
 
 def test_the_chosen_form(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "preferred", lambda: False)
+    monkeypatch.setattr(cpu, "suits_byte_dot", lambda: False)
     monkeypatch.setattr(cpu, "reads_in_place", lambda k: False)
     w = operands(1, 6, 1, 20, 4, True)[1]
     for name in ("cpu", "tpu"):
