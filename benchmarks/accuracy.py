@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from benchmarks.output import add_output_options, deliver, save
 from models.base import abstract_model
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.nn.params import set_params
@@ -150,7 +150,7 @@ def run_demo(draws: list[int | None], questions: int, rows: list[Row]) -> dict[s
     }
 
 
-def run_text(windows: int, rows: list[Row], save: Path | None) -> dict[str, Any]:
+def run_text(windows: int, rows: list[Row], file: Path | None) -> dict[str, Any]:
     """The smollm2 bed; what is known is saved after every row, for it takes a while."""
     from benchmarks.smollm2 import TextBed, perplexity
 
@@ -159,8 +159,7 @@ def run_text(windows: int, rows: list[Row], save: Path | None) -> dict[str, Any]
     result = {"bed": "smollm2", "float_ppl": floats, "windows": windows, "rows": []}
     for row in measured(bed, rows, float_head=True):
         result["rows"].append(row | {"ratio": row["ppl"] / floats})
-        if save:
-            save.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, file)
     return result
 
 
@@ -199,8 +198,7 @@ def _run(argv: list[str]) -> int:
     add("--method", action="append", metavar="NAME", help="only rows of this name; repeatable")
     add("--quick", action="store_true", help="a minute's version: 100 questions, one draw, "
         "per-channel weights; smollm2: 8 windows, static rows of two methods")  # fmt: skip
-    add("--json", action="store_true", help="one JSON object on stdout")
-    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+    add_output_options(parser)
     args = parser.parse_args(argv)
     text = args.bed == "smollm2"
     rows = ablation_rows() if args.ablation else method_rows(
@@ -216,9 +214,7 @@ def _run(argv: list[str]) -> int:
     else:
         draws = list(range(1 if args.quick else args.draws)) if args.bed == "outlier" else [None]
         result |= run_demo(draws, 100 if args.quick else 500, rows)
-    if args.save:
-        args.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if args.json else table(result))
+    deliver(result, args, table)
     return OK
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.output import add_output_options, deliver
 from benchmarks.random_checkpoint import config_2b
 from models.base import VLM, Batch, Family, abstract_model
 from models.qwen2_vl import FAMILY
@@ -244,8 +244,7 @@ def _run(argv: list[str]) -> int:
     add("--repeats", type=int, default=5, metavar="N", help="rounds counted (default 5)")
     add("--sweep", nargs=2, metavar=("WHAT", "VALUES"), help="several runs: " + ", ".join(SWEEPS))
     add("--variant", action="append", metavar="NAME", help="only these, and ours; repeatable")
-    add("--json", action="store_true", help="one JSON object on stdout")
-    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+    add_output_options(parser)
     add("--plot", type=Path, metavar="FILE", help="draw the speeds (PNG)")
     args = parser.parse_args(argv)
     for name in ("layers", "text_tokens", "batch", "new_tokens", "repeats"):
@@ -275,12 +274,10 @@ def _run(argv: list[str]) -> int:
         "new_tokens": args.new_tokens, "repeats": args.repeats, "peak_process_bytes": peak_bytes(),
     }  # fmt: skip
     out |= results[0] if args.sweep is None else {"sweep": axis, "runs": results}
-    if args.save:
-        args.save.write_text(json.dumps(out, indent=1) + "\n")
     if args.plot:
         key = {"image-side": "image_side", "text-tokens": "prompt_tokens", "batch": "batch"}[axis]
         plot(results, key, args.plot)
-    print(json.dumps(out) if args.json else "\n\n".join(map(table, results)))
+    deliver(out, args, lambda _: "\n\n".join(map(table, results)))
     return OK
 
 

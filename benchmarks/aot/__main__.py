@@ -12,9 +12,7 @@ No weights are made and no accelerator is needed, but its compiler is: the extra
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +22,7 @@ from benchmarks.aot.devices import DEVICES, Device
 from benchmarks.aot.programs import PROGRAMS, Setup, compile_program, prompt
 from benchmarks.aot.report import DYNAMIC, FLOAT, STATIC, figures, memory_of, ratios, table
 from benchmarks.aot.sizes import MODELS
+from benchmarks.output import add_output_options, deliver
 from models.registry import family_for
 from mquant_jax.cli_support import OK, Parser, run_cli
 from mquant_jax.errors import UserError
@@ -122,8 +121,7 @@ def _run(argv: list[str]) -> int:
     add("--program", action="append", choices=PROGRAMS, help="only this one; repeatable")
     add("--top", type=int, default=0, metavar="N", help="list the N costliest instructions of each "
         "program on stderr (TPU)")  # fmt: skip
-    add("--json", action="store_true", help="one JSON object on stdout")
-    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+    add_output_options(parser)
     args = parser.parse_args(argv)
     for name in ("tokens", "image_side", "cache"):
         if getattr(args, name) < 1:
@@ -134,9 +132,7 @@ def _run(argv: list[str]) -> int:
         args.target, args.model, args.tokens, args.image_side, args.cache,
         tuple(args.variant or RECIPES), tuple(args.program or PROGRAMS), args.top,
     )  # fmt: skip
-    if args.save:
-        args.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if args.json else table(result))
+    deliver(result, args, table)
     return OK
 
 

@@ -25,12 +25,11 @@ installed is left out, with a note. To install them all::
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.output import add_output_options, deliver
 from benchmarks.peers.base import Group, Peer, Source, Timed, continued, share_equal, threads
 from benchmarks.smollm2 import (
     CALIBRATION,
@@ -174,8 +173,7 @@ def _run(argv: list[str]) -> int:
     add("--new-tokens", type=int, default=64, metavar="N", help="decode steps (default 64)")
     add("--repeats", type=int, default=5, metavar="N", help="rounds counted (default 5)")
     add("--peer", action="append", metavar="NAME", help="only these, and ours; repeatable")
-    add("--json", action="store_true", help="one JSON object on stdout")
-    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+    add_output_options(parser)
     args = parser.parse_args(argv)
     for name in ("prompt_tokens", "new_tokens", "repeats"):
         if getattr(args, name) < 1:
@@ -206,9 +204,7 @@ def _run(argv: list[str]) -> int:
         "new_tokens": args.new_tokens, "repeats": args.repeats, "threads": source.threads,
         "ours": OURS, "rows": rows, "ratios": ratios, "skipped": skipped,
     }  # fmt: skip
-    if args.save:
-        args.save.write_text(json.dumps(out, indent=1) + "\n")
-    print(json.dumps(out) if args.json else table(out))
+    deliver(out, args, table)
     return OK
 
 

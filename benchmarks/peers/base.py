@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import importlib
 import importlib.util
@@ -35,6 +36,30 @@ class Peer(Protocol):
     def decode(self, n: int) -> list[int]:
         """Generate ``n`` tokens more; all tokens since the prompt, the first one included."""
         ...
+
+
+class TokenByToken(abc.ABC):
+    """A peer that is called once for a prompt and once for each token after it."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    @abc.abstractmethod
+    def clear(self) -> None:
+        """Forget the prompt and what came after it."""
+
+    @abc.abstractmethod
+    def next_token(self, tokens: Sequence[int]) -> int:
+        """Run tokens after those that are known, and choose the next."""
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        self.clear()
+        self.tokens = [self.next_token(tokens)]
+
+    def decode(self, n: int) -> list[int]:
+        for _ in range(n):
+            self.tokens.append(self.next_token(self.tokens[-1:]))
+        return self.tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import llama_cpp
 import numpy as np
 
-from benchmarks.peers.base import Peer, Source
+from benchmarks.peers.base import Peer, Source, TokenByToken
 from mquant_jax.errors import UserError
 
 
@@ -22,10 +22,11 @@ def _silent(level, text, user_data):
     """llama.cpp writes pages to stderr."""
 
 
-class LlamaCpp:
+class LlamaCpp(TokenByToken):
     """The library's low-level interface: one context, its memory cleared before every prompt."""
 
     def __init__(self, source: Source, repack: bool):
+        super().__init__()
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         how = llama_cpp.llama_model_default_params()
@@ -42,10 +43,11 @@ class LlamaCpp:
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.weight_bytes = llama_cpp.llama_model_size(self.model)
         self.settings = f"{source.threads} threads, use_extra_bufts={repack}, else defaults"
-        self.tokens: list[int] = []
 
-    def _run(self, tokens: Sequence[int]) -> None:
-        """Run tokens after those in the memory and choose the next."""
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
+
+    def next_token(self, tokens: Sequence[int]) -> int:
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
         status = llama_cpp.llama_decode(
             self.context, llama_cpp.llama_batch_get_one(ids, len(tokens))
@@ -53,17 +55,7 @@ class LlamaCpp:
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
-        self.tokens.append(int(np.ctypeslib.as_array(logits, (self.vocab,)).argmax()))
-
-    def prefill(self, tokens: Sequence[int]) -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
-        self.tokens = []
-        self._run(tokens)
-
-    def decode(self, n: int) -> list[int]:
-        for _ in range(n):
-            self._run(self.tokens[-1:])
-        return self.tokens
+        return int(np.ctypeslib.as_array(logits, (self.vocab,)).argmax())
 
 
 def build(source: Source, names: Sequence[str]) -> Iterator[tuple[str, Peer]]:

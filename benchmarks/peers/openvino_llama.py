@@ -16,7 +16,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from benchmarks.peers.base import Peer, Source
+from benchmarks.peers.base import Peer, Source, TokenByToken
 from mquant_jax.nn.params import Params
 
 GROUP = 64  # divides 576 and 1536
@@ -124,10 +124,11 @@ def _attention(cfg, layer: Params, x, context, index: int):
     return _dense(joined, layer["o_proj"]), sinks
 
 
-class OpenVINO:
+class OpenVINO(TokenByToken):
     """One compiled model and its state."""
 
     def __init__(self, source: Source, model: ov.Model, **properties: str):
+        super().__init__()
         constants = [n for n in model.get_ops() if n.get_type_name() == "Constant"]
         self.weight_bytes = sum(n.get_byte_size() for n in constants)
         properties |= {"INFERENCE_NUM_THREADS": str(source.threads)}
@@ -140,26 +141,19 @@ class OpenVINO:
             for name in ("INFERENCE_NUM_THREADS", "INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION",
                          "DYNAMIC_QUANTIZATION_GROUP_SIZE")
         )  # fmt: skip
-        self.seen, self.tokens = 0, []
 
-    def _run(self, tokens: Sequence[int]) -> None:
+    def clear(self) -> None:
+        self.request.reset_state()
+        self.seen = 0
+
+    def next_token(self, tokens: Sequence[int]) -> int:
         out = self.request.infer({
             "tokens": np.asarray([tokens], np.int64),
             "positions": np.arange(self.seen, self.seen + len(tokens))[None],
             "beam": np.zeros(1, np.int32),
         })  # fmt: skip
         self.seen += len(tokens)
-        self.tokens.append(int(out[0][0, -1].argmax()))
-
-    def prefill(self, tokens: Sequence[int]) -> None:
-        self.request.reset_state()
-        self.seen, self.tokens = 0, []
-        self._run(tokens)
-
-    def decode(self, n: int) -> list[int]:
-        for _ in range(n):
-            self._run(self.tokens[-1:])
-        return self.tokens
+        return int(out[0][0, -1].argmax())
 
 
 def build(source: Source, names: Sequence[str]) -> Iterator[tuple[str, Peer]]:

@@ -8,36 +8,30 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.peers.base import Peer, Source, hf_names
+from benchmarks.peers.base import Peer, Source, TokenByToken, hf_names
 
 DTYPES = {"torch-float32": torch.float32, "torch-bfloat16": torch.bfloat16}
 
 
-class Torch:
+class Torch(TokenByToken):
     """The model with a dynamic cache, one call per token."""
 
     def __init__(self, model: torch.nn.Module, settings: str):
+        super().__init__()
         self.model, self.settings = model.eval(), settings
         self.weight_bytes = _bytes(model)
-        self.cache, self.tokens = None, []
 
-    def _run(self, tokens: Sequence[int]) -> None:
+    def clear(self) -> None:
+        self.cache = None
+
+    def next_token(self, tokens: Sequence[int]) -> int:
         with torch.inference_mode():
             out = self.model(
-                input_ids=torch.tensor([tokens]), past_key_values=self.cache, use_cache=True,
+                input_ids=torch.tensor([list(tokens)]), past_key_values=self.cache, use_cache=True,
                 logits_to_keep=1,
             )  # fmt: skip
         self.cache = out.past_key_values
-        self.tokens.append(int(out.logits[0, -1].argmax()))
-
-    def prefill(self, tokens: Sequence[int]) -> None:
-        self.cache, self.tokens = None, []
-        self._run(list(tokens))
-
-    def decode(self, n: int) -> list[int]:
-        for _ in range(n):
-            self._run(self.tokens[-1:])
-        return self.tokens
+        return int(out.logits[0, -1].argmax())
 
 
 def _bytes(model: torch.nn.Module) -> int:

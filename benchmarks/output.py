@@ -1,0 +1,30 @@
+"""What every benchmark does with its result: a table or JSON on stdout, JSON in a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--save``."""
+    add = parser.add_argument
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
+
+
+def save(result: dict[str, Any], file: Path | None) -> None:
+    """Write a result where a file is named."""
+    if file:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def deliver(
+    result: dict[str, Any], args: argparse.Namespace, table: Callable[[dict[str, Any]], str]
+) -> None:
+    """Save and print a result as the options of :func:`add_output_options` say."""
+    save(result, args.save)
+    print(json.dumps(result) if args.json else table(result))
