@@ -184,9 +184,10 @@ def quantize_static(x: jax.Array, scale: jax.Array) -> QTensor:
     return QTensor(q.astype(jnp.int8), scale)
 
 
-def quantize_dynamic(x: jax.Array) -> QTensor:
-    """int8 with one scale per token, found from the token itself (the baseline, not the paper)."""
-    amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+def quantize_dynamic(x: jax.Array, axis: int = -1) -> QTensor:
+    """int8 with one scale per token, found from the token itself (the baseline, not the paper);
+    ``axis`` is that of the channels."""
+    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
     scale = safe_scale(amax, 8)
     return QTensor(round_to_grid(x, scale, 8), scale)
 

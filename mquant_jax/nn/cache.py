@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, quantize_dynamic
 
+Store = jax.Array | QTensor
 NEVER = jnp.iinfo(jnp.int32).max
 
 
@@ -23,8 +24,10 @@ class KVCache:
     """Keys and values of every layer.
 
     Attributes:
-        k, v: ``[layers, B, kv_heads, slots, head_dim]``; int8 ones have a scale for each token and
-            head, float32 ``[layers, B, kv_heads, slots, 1]``.
+        k: ``[layers, B, kv_heads, head_dim, slots]``, as the product with queries takes them: else
+            XLA's CPU backend would transpose all keys at every step.
+        v: ``[layers, B, kv_heads, slots, head_dim]``. int8 keys and values have a scale for each
+            token and head, float32 with 1 in the place of ``head_dim``.
         order: int32 ``[B, slots]``, the place of each slot's token in its sequence; unused and
             padding slots hold ``NEVER``. A query sees a slot iff ``order[slot] <= order[query]``,
             which is causality, padding and any reordering of tokens (AIFS) in one rule.
@@ -35,8 +38,8 @@ class KVCache:
             length gives other numbers in chunks than in one piece.
     """
 
-    k: jax.Array | QTensor
-    v: jax.Array | QTensor
+    k: Store
+    v: Store
     order: jax.Array
     cursor: jax.Array
     span: jax.Array
@@ -46,36 +49,39 @@ class KVCache:
         return self.order.shape[-1]
 
 
-def write(store: jax.Array | QTensor, new: jax.Array, layer, cursor) -> jax.Array | QTensor:
-    """``store`` with ``new [B, kv_heads, T, d]`` from slot ``cursor`` of a layer on; int8 if the
-    store is."""
-    new = quantize_dynamic(new) if isinstance(store, QTensor) else new
-    at = (layer, 0, 0, cursor, 0)
-    return jax.tree.map(
-        lambda old, x: jax.lax.dynamic_update_slice(old, x[None].astype(old.dtype), at), store, new
-    )
+def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor):
+    """The keys and values of a :class:`KVCache` with new ones, ``[B, kv_heads, d, T]`` and
+    ``[B, kv_heads, T, d]``, from slot ``cursor`` of a layer on; int8 if the cache is."""
+    if isinstance(cache[0], QTensor):
+        k, v = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
+
+    def put(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, 0, *at))
+
+    keys = jax.tree.map(lambda old, new: put(old, new, (0, cursor)), cache[0], k)
+    return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], v)
 
 
-def read(store: jax.Array | QTensor, layer) -> jax.Array | QTensor:
-    """One layer's part of a store."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), store)
+def read(cache: tuple[Store, Store], layer) -> tuple[Store, Store]:
+    """One layer's keys ``[B, kv_heads, d, slots]`` and values ``[B, kv_heads, slots, d]``."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
 
 
 def empty_cache(
     layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype
 ) -> KVCache:
     """A cache with no token in it; ``dtype`` int8 makes it a quantised one."""
-    shape = (layers, batch, kv_heads, slots, head_dim)
 
-    def store() -> jax.Array | QTensor:
-        values = jnp.zeros(shape, dtype)
+    def store(own: tuple[int, int], of_scale: tuple[int, int]) -> Store:
+        heads = layers, batch, kv_heads
+        values = jnp.zeros((*heads, *own), dtype)
         if values.dtype != jnp.int8:
             return values
-        return QTensor(values, jnp.ones((*shape[:-1], 1), jnp.float32))
+        return QTensor(values, jnp.ones((*heads, *of_scale), jnp.float32))
 
     return KVCache(
-        store(),
-        store(),
+        store((head_dim, slots), (1, slots)),
+        store((slots, head_dim), (slots, 1)),
         jnp.full((batch, slots), NEVER, jnp.int32),
         jnp.zeros((), jnp.int32),
         jnp.zeros((batch,), jnp.int32),

@@ -114,10 +114,12 @@ class Decoder(nnx.Module):
         if cfg.logn_length is not None:
             length = jnp.maximum(jnp.max(positions, axis=0), 0).astype(jnp.float32) + 1
             gain = jnp.maximum(jnp.log(length) / math.log(cfg.logn_length), 1.0)
+        # Only visual tokens are ever moved.
+        in_order = keys is None and not visual_slots
         keys = key_order(order, token_class) if keys is None else keys
         mask = keys[:, None, :] <= order[:, :, None]
         visual = visual if cfg.visual_expert else None
-        return DecoderContext(angles, mask, token_class, gain, visual, visual_slots)
+        return DecoderContext(angles, mask, token_class, gain, visual, visual_slots, in_order)
 
     def __call__(
         self,
@@ -174,10 +176,11 @@ class Decoder(nnx.Module):
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
         # place; as a scanned input and output it would be copied whole at every step.
         def body(carry, layer):
-            x, k, v, i = carry
+            x, store, i = carry
             block = nnx.merge(graphdef, layer)
-            x, k, v = block.cached(x, ctx, k, v, i, cache.cursor, fresh)
-            return (x, k, v, i + 1), None
+            x, store = block.cached(x, ctx, store, i, cache.cursor, fresh)
+            return (x, store, i + 1), None
 
-        (x, k, v, _), _ = jax.lax.scan(body, (x, cache.k, cache.v, jnp.int32(0)), state)
+        start = x, (cache.k, cache.v), jnp.int32(0)
+        (x, (k, v), _), _ = jax.lax.scan(body, start, state)
         return x, KVCache(k, v, slots, cache.cursor + x.shape[1], span)

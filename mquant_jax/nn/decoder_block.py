@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.cache import read, write
+from mquant_jax.nn.cache import Store, read, write
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
@@ -65,7 +65,7 @@ class DecoderConfig:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["angles", "mask", "token_class", "query_gain", "visual"],
-    meta_fields=["visual_slots"],
+    meta_fields=["visual_slots", "in_order"],
 )
 @dataclasses.dataclass(frozen=True)
 class DecoderContext:
@@ -81,6 +81,7 @@ class DecoderContext:
             ``None``: they stand anywhere.
         visual: bool ``[B, T]``, which tokens are the visual expert's (sinks among them are no
             exception); ``None`` where there is no such expert, or nothing for it to do.
+        in_order: keys are those of the same tokens, and columns stand in the order of the sequence.
     """
 
     angles: jax.Array
@@ -89,6 +90,7 @@ class DecoderContext:
     query_gain: jax.Array | None = None
     visual: jax.Array | None = None
     visual_slots: int | None = None
+    in_order: bool = False
 
 
 class Projections(nnx.Module):
@@ -172,7 +174,8 @@ class DecoderBlock(Projections):
         return phase(self, h, ctx.token_class, tap)
 
     def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):
-        """Normed, projected and rotated ``q [B, heads, T, d]``, ``k`` and ``v [B, kv, T, d]``."""
+        """Normed, projected and rotated ``q [B, heads, T, d]``, ``k [B, kv, d, T]``; and
+        ``v [B, kv, T, d]``."""
         q, k, v = (
             split_heads(y, self.cfg.head_dim)
             for y in self.run(Projections.project, self.attn_norm(x), ctx, tap)
@@ -185,12 +188,12 @@ class DecoderBlock(Projections):
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         if ctx.query_gain is not None:
             q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
-        return q, k, v
+        return q, jnp.swapaxes(k, 2, 3), v
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext) -> jax.Array:
         """Attention to the keys given and to the prefix, if there is one."""
         prefix = (self.prefix_k.get_value(), self.prefix_v.get_value()) if self.prefixed else None
-        return attend(q, k, v, mask, prefix)
+        return attend(q, k, v, ctx.mask, prefix, ctx.in_order)
 
     def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):
         """Output projection and MLP, each added to the residual stream ``x``."""
@@ -200,22 +203,25 @@ class DecoderBlock(Projections):
     def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
         """Without a cache: queries see the keys of the same call only."""
         q, k, v = self.qkv(x, ctx, tap)
-        return self.rest(x, self.attend(q, k, v, ctx.mask), ctx, tap)
+        return self.rest(x, self.attend(q, k, v, ctx), ctx, tap)
 
-    def cached(self, x, ctx: DecoderContext, k_all, v_all, layer, cursor, fresh: bool):
+    def cached(
+        self, x, ctx: DecoderContext, cache: tuple[Store, Store], layer, cursor, fresh: bool
+    ):
         """With a cache: writes this call's keys and values at ``cursor`` of ``layer``.
 
         Args:
+            cache: keys and values of all layers, as a :class:`KVCache` holds them.
             fresh: the cache was empty; attend to this call's keys alone (``ctx.mask`` is square).
 
         Returns:
-            The residual stream and the updated ``k_all``, ``v_all``.
+            The residual stream and the updated ``cache``.
         """
         q, k, v = self.qkv(x, ctx, None)
-        k_all, v_all = write(k_all, k, layer, cursor), write(v_all, v, layer, cursor)
+        cache = write(cache, k, v, layer, cursor)
         if not fresh:
-            k, v = read(k_all, layer), read(v_all, layer)
-        return self.rest(x, self.attend(q, k, v, ctx.mask), ctx, None), k_all, v_all
+            k, v = read(cache, layer)
+        return self.rest(x, self.attend(q, k, v, ctx), ctx, None), cache
 
 
 class ExpertBlock(DecoderBlock):

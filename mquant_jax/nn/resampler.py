@@ -168,7 +168,8 @@ class Resampler(nnx.Module):
         """
         q, kv, valid = x
         k, v = jnp.split(kv, 2, axis=-1)
-        h = attend(*(_heads(y, self.heads) for y in (q, k, v)), valid[:, None])
+        q, k, v = (_heads(y, self.heads) for y in (q, k, v))
+        h = attend(q, jnp.swapaxes(k, 2, 3), v, valid[:, None])
         return self.out_proj(self.attn_out(h, None, tap))
 
     def __call__(

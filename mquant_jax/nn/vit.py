@@ -236,7 +236,8 @@ class ViTBlock(nnx.Module):
         q, k, v = (split_heads(y, self.cfg.head_dim) for y in (q, k, v))
         if ctx.angles is not None:
             q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
-        h = self.o_proj(self.attn_out(attend(q, k, v, ctx.mask), None, tap))
+        h = attend(q, jnp.swapaxes(k, 2, 3), v, ctx.mask)
+        h = self.o_proj(self.attn_out(h, None, tap))
         h = self.attn_norm(h) if post else h
         x = x + (h * self.attn_gain.get_value() if self.has_gains else h)
         h = self.fc1(self.mlp_in(x if post else self.mlp_norm(x), None, tap))

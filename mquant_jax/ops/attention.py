@@ -21,6 +21,7 @@ def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
 # elsewhere what memory can spare.
 _MOST_LOGITS = {"cpu": (2**22, 2**21), "gpu": (2**28, 2**27), "tpu": (2**28, 2**27)}
 _LEAST_QUERIES = 64  # that go together: fewer make small products
+_ORDERED_BLOCKS = 8  # of queries in order, each of which is spared the keys behind it
 
 
 def attend(
@@ -29,72 +30,115 @@ def attend(
     v: jax.Array | QTensor,
     mask: jax.Array,
     prefix: tuple[jax.Array, jax.Array] | None = None,
+    in_order: bool = False,
 ) -> jax.Array:
-    """Scaled dot-product attention, for a few queries at a time where there are many.
+    """Scaled dot-product attention, for a few heads or queries at a time where there are many.
 
     Args:
         q: ``[B, heads, T, d]``.
-        k: ``[B, kv_heads, S, d]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
+        k: ``[B, kv_heads, d, S]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
         v: ``[B, kv_heads, S, d]``; both may be int8 with a scale per key.
         mask: bool, broadcastable to ``[B, T, S]``; True where a query may see a key. A query that
             sees nothing gets a meaningless but finite row.
         prefix: more keys and values, ``[kv_heads, P, d]`` each, which every query sees.
+        in_order: ``S == T``, and the mask shows no query a key that stands behind it: such keys
+            are left out by whole blocks.
 
     Returns:
         ``[B, T, heads * d]`` in ``q.dtype``.
     """
-    b, heads, t, _ = q.shape
+    b, heads, t, d = q.shape
+    kv_heads = (k.values if isinstance(k, QTensor) else k).shape[1]
+    mask = jnp.broadcast_to(mask, (b, t, mask.shape[-1]))
+    q = q.reshape(b, kv_heads, heads // kv_heads, t, d)
+    size = max(_LEAST_QUERIES, -(-t // _ORDERED_BLOCKS)) if in_order else t
+    blocks = []
+    for start in range(0, t, size):
+        at, end = slice(start, start + size), start + size if in_order else None
+        keys = jax.tree.map(lambda x, end=end: x[..., :end], k)
+        values = jax.tree.map(lambda x, end=end: x[..., :end, :], v)
+        blocks.append(_in_parts(q[..., at, :], keys, values, mask[:, at, :end], prefix))
+    out = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
+    return out.reshape(b, heads, t, d).swapaxes(1, 2).reshape(b, t, heads * d)
+
+
+def _in_parts(q, k, v, mask, prefix) -> jax.Array:
+    """Queries ``[B, kv_heads, g, T, d]`` -> what each sees, in the same shape; row by row, then by
+    groups of kv heads, then by queries, as long as there are too many logits."""
+    b, kv_heads, g, t, d = q.shape
     s, (most, part) = mask.shape[-1], _MOST_LOGITS[platform()]
-    if b * heads * t * s <= most or t <= _LEAST_QUERIES:
+    if b * kv_heads * g * t * s <= most or t <= _LEAST_QUERIES:
         return _attend(q, k, v, mask, prefix)
-    mask = jnp.broadcast_to(mask, (b, t, s))
     if b > 1:
+        return jax.lax.map(
+            lambda row: _in_parts(*jax.tree.map(lambda x: x[None], row), prefix)[0], (q, k, v, mask)
+        )
+    if kv_heads > 1:
+        fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * g * t * s <= part]
+        n = max(fitting, default=1)
 
-        def row(args):
-            return attend(*jax.tree.map(lambda a: a[None], args), prefix)[0]
+        def split(x: jax.Array, axis: int) -> jax.Array:
+            """The axis of kv heads -> groups in front, ``n`` heads in its place."""
+            x = x.reshape(*x.shape[:axis], -1, n, *x.shape[axis + 1 :])
+            return jnp.moveaxis(x, axis, 0)
 
-        return jax.lax.map(row, (q, k, v, mask))
+        groups = (
+            *jax.tree.map(lambda x: split(x, 1), (q, k, v)),
+            jax.tree.map(lambda x: split(x, 0), prefix),
+        )
+        out = jax.lax.map(lambda a: _in_parts(*a[:3], mask, a[3])[0], groups)
+        return out.reshape(q.shape)
     size = _LEAST_QUERIES
-    while 2 * size * heads * s <= part:
+    while 2 * size * g * s <= part:
         size *= 2
     count = -(-t // size)
     missing = count * size - t
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    q = jnp.pad(q, ((0, 0),) * 3 + ((0, missing), (0, 0)))
     mask = jnp.pad(mask, ((0, 0), (0, missing), (0, 0)))
 
     def some(i):
-        own = jax.lax.dynamic_slice_in_dim(q, i * size, size, axis=2)
+        own = jax.lax.dynamic_slice_in_dim(q, i * size, size, axis=3)
         seen = jax.lax.dynamic_slice_in_dim(mask, i * size, size, axis=1)
-        return _attend(own, k, v, seen, prefix)[0]
+        return _attend(own, k, v, seen, prefix)
 
     out = jax.lax.map(some, jnp.arange(count))
-    return out.reshape(1, count * size, -1)[:, :t]
+    return jnp.moveaxis(out, 0, 3).reshape(1, 1, g, count * size, d)[..., :t, :]
 
 
 def _attend(q, k, v, mask, prefix) -> jax.Array:
-    """:func:`attend` for all queries at once."""
-    (b, heads, t, d), s = q.shape, mask.shape[-1]
+    """:func:`_in_parts` for all at once.
+
+    Products are written so that logits and values enter them as they lie. What makes weights add
+    up to one is divided out last, where there is least of it.
+    """
+    (b, kv_heads, g, t, d), s = q.shape, mask.shape[-1]
     keys, values = (x.values if isinstance(x, QTensor) else x for x in (k, v))
-    kv_heads = keys.shape[1]
-    q = q.reshape(b, kv_heads, heads // kv_heads, t, d)
-    logits = jnp.einsum(
-        "bhgtd,bhsd->bhgts", q, keys.astype(q.dtype), preferred_element_type=jnp.float32
-    )
+    rows, gain = q.reshape(b, kv_heads, g * t, d), d**-0.5
+    logits = _product(rows, keys.astype(q.dtype)).reshape(b, kv_heads, g, t, s)
     if isinstance(k, QTensor):
-        logits = logits * _per_key(k)
-    floor = jnp.finfo(jnp.float32).min
-    logits = jnp.where(mask[:, None, None], logits * (d**-0.5), floor)
+        logits = logits * k.scale[:, :, None]
+    logits = jnp.where(mask[:, None, None], logits * gain, jnp.finfo(jnp.float32).min)
+    top = jnp.max(logits, axis=-1, keepdims=True)
     if prefix is not None:
-        seen = jnp.einsum("bhgtd,hpd->bhgtp", q, prefix[0], preferred_element_type=jnp.float32)
-        logits = jnp.concatenate([logits, seen * (d**-0.5)], axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1)
-    own = weights[..., :s] * _per_key(v) if isinstance(v, QTensor) else weights[..., :s]
-    out = jnp.einsum("bhgts,bhsd->bthgd", own.astype(q.dtype), values.astype(q.dtype))
+        more = jnp.einsum("bhgtd,hpd->bhgtp", q, prefix[0], preferred_element_type=jnp.float32)
+        more = more * gain
+        top = jnp.maximum(top, jnp.max(more, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if isinstance(v, QTensor):
+        weights = weights * jnp.swapaxes(v.scale, -1, -2)[:, :, None]
+    weights = weights.astype(q.dtype).reshape(b, kv_heads, g * t, s)
+    out = _product(weights, values.astype(q.dtype)).reshape(q.shape)
     if prefix is not None:
-        out = out + jnp.einsum("bhgtp,hpd->bthgd", weights[..., s:].astype(q.dtype), prefix[1])
-    return out.reshape(b, t, heads * d)
+        weights = jnp.exp(more - top)
+        total += jnp.sum(weights, axis=-1, keepdims=True)
+        out += jnp.einsum(
+            "bhgtp,hpd->bhgtd", weights.astype(q.dtype), prefix[1],
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+    return (out / total).astype(q.dtype)
 
 
-def _per_key(x: QTensor) -> jax.Array:
-    """Scales ``[B, kv_heads, S, 1]`` as factors of logits ``[B, kv_heads, groups, T, S]``."""
-    return x.scale[:, :, None, None, :, 0]
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x @ y`` in float32: ``[B, kv_heads, rows, K]`` by ``[B, kv_heads, K, columns]``."""
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)

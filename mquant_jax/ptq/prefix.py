@@ -17,6 +17,7 @@ from models.base import VLM, Batch
 from mquant_jax.errors import UserError
 from mquant_jax.nn.act_quant import TEXT
 from mquant_jax.nn.params import Params
+from mquant_jax.nn.stack import num_layers
 
 
 def prefix_ids(positions: Sequence[int], ids: Sequence[int], batch: Batch, count: int) -> list[int]:
@@ -60,9 +61,8 @@ def prefix_params(model: VLM, ids: Sequence[int]) -> Params:
         language.embed(tokens), positions, order, jnp.full((1, n), TEXT), language.init_cache(1, n),
         fresh=True,
     )  # fmt: skip
-    layers = zip(np.asarray(cache.k[:, 0]), np.asarray(cache.v[:, 0]), strict=True)
     return {
-        f"language/layers/{i}/prefix_{name}": value
-        for i, both in enumerate(layers)
-        for name, value in zip("kv", both, strict=True)
+        f"language/layers/{i}/prefix_{name}": np.asarray(value)
+        for i in range(num_layers(language.layers))
+        for name, value in (("k", cache.k[i, 0].swapaxes(1, 2)), ("v", cache.v[i, 0]))
     }

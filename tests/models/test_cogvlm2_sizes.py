@@ -38,4 +38,4 @@ def test_full_size_w4a8(aifs) -> None:
     assert 10.0 < size / 2**30 < 10.2  # int4, int8 head, bf16 embedding; 36.3 in bf16
     slots = 2305 if aifs else None  # the last vector is the language expert's
     cache = prefill_and_decode(model, 128256, 2306 + 62, 1, 9216, slots)
-    assert cache.k.shape == (32, 1, 8, 2306 + 62 + 32, 128)
+    assert cache.v.shape == (32, 1, 8, 2306 + 62 + 32, 128)

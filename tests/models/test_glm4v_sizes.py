@@ -39,4 +39,4 @@ def test_full_size_w4a8() -> None:
     assert quantised_count(held) == 40 * 7 + 63 * 6 + 1 + 1 + 4 + 1
     assert 7.6 < size / 2**30 < 7.7  # int4, int8 head, bf16 embedding; float: 25.9 in bf16
     cache = prefill_and_decode(model, 151552, 1602 + 62, 1, 6400)
-    assert cache.k.shape == (40, 1, 2, 1602 + 62 + 32, 128)
+    assert cache.v.shape == (40, 1, 2, 1602 + 62 + 32, 128)

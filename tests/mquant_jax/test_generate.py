@@ -55,8 +55,9 @@ def test_the_pure_functions_follow_the_reference_logits(case) -> None:
 def test_an_int8_cache_is_close(case) -> None:
     model, batch, outputs = case
     logits, state = jax.jit(prefill, static_argnums=(2, 3))(model, batch, 48, True)
-    step, store = jax.jit(decode, donate_argnums=2), state.cache.k
+    step, store = jax.jit(decode, donate_argnums=2), state.cache.v
     assert store.values.dtype == jnp.int8 and store.scale.shape == (*store.values.shape[:-1], 1)
+    assert state.cache.k.scale.shape == (*store.values.shape[:-2], 1, store.values.shape[-2])
     assert relative(logits, outputs["greedy_logits"][:, 0]) < 1e-5  # a prompt sees itself in float
     for i in range(1, 8):
         logits, state = step(model, jnp.asarray(outputs["greedy"][:, i - 1]), state)
