@@ -36,13 +36,11 @@ from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import Generator
-from mquant_jax.runtime.sampling import Sampling
 
 START = "<|im_start|>"
 LENGTH = 512  # tokens of a window, START included
 CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 16, 48
 DIVERGENCE_WINDOWS = 8  # of them, KL is measured on the first; it costs a second head
-OWN_WINDOWS = 4  # windows that the float model writes itself, drawn at temperature 1
 CHUNK = 4  # windows that go through the blocks at a time
 
 # (package, requirement, file inside) -> SHA-256. Other releases may hold other text.
@@ -273,13 +271,6 @@ def streams(module: VLM, windows: np.ndarray) -> np.ndarray:
     )
 
 
-def written(model: VLM, starts: np.ndarray, how: Sampling) -> np.ndarray:
-    """Windows that the model goes on with after ``starts`` int32 ``[N, n]``: ``[N, LENGTH]``."""
-    generator = Generator(model, (-1,))
-    out = generator.generate(batch_of(starts), LENGTH - starts.shape[1], how, jax.random.key(0))
-    return np.concatenate([starts, np.asarray(out.tokens, np.int32)], axis=1)
-
-
 class TextBed:
     """The float model, calibration text, and evaluation of any model made from it.
 
@@ -287,8 +278,6 @@ class TextBed:
         family, config, params, tokenizer: as :func:`load` gives them; the head is tied.
         calibration: 16 windows as one batch.
         windows: int32 ``[N, 512]``, evaluated.
-        own: int32 ``[OWN_WINDOWS, 512]``, written by the float model after the first 16 tokens of
-            evaluated windows, drawn at temperature 1.
         float: the float model.
 
     Args:
@@ -301,23 +290,19 @@ class TextBed:
         self.windows = windows_of(EVALUATION, self.tokenizer, windows)
         self.float = abstract_model(self.family, self.config, Recipe())
         set_params(self.float, dict(self.params))
-        starts = self.windows[:OWN_WINDOWS, :16]
-        self.own = written(self.float, starts, Sampling(temperature=1.0))
         # Of the float model only the residual stream is kept; its log-probabilities are made
         # again from it, window by window.
-        self._both = np.concatenate([self.windows[:DIVERGENCE_WINDOWS], self.own])
-        self._streams = streams(self.float, self._both)
+        self._streams = streams(self.float, self.windows[:DIVERGENCE_WINDOWS])
 
     def evaluate(self, module: VLM) -> dict[str, float]:
-        """Perplexity, and mean KL per token from the float model in nats: on the first of the
-        windows (``kl``), and on what the float model wrote itself (``kl_own``)."""
-        n = len(self._both) - len(self.own)
-        nll, kl = mean_losses(module, self._both[:n], (self.float, self._streams[:n]))
-        _, own = mean_losses(module, self.own, (self.float, self._streams[n:]))
+        """Perplexity, and mean KL per token from the float model in nats on the first of the
+        windows (``kl``)."""
+        n = len(self._streams)
+        nll, kl = mean_losses(module, self.windows[:n], (self.float, self._streams))
         rest = self.windows[n:]
         if len(rest):
             nll = (n * nll + len(rest) * mean_losses(module, rest)[0]) / len(self.windows)
-        return {"ppl": math.exp(nll), "kl": kl, "kl_own": own}
+        return {"ppl": math.exp(nll), "kl": kl}
 
 
 def continuation(bed: TextBed, text: str, tokens: int = 32) -> str:
