@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from models.base import VLM, Family, abstract_model
 from models.registry import family_for
@@ -58,8 +58,8 @@ def load_model(
         model = abstract_model(family, config, recipe, dtype)
     except ValueError as e:
         raise UserError(f"{folder}: config.json and recipe do not fit: {e}") from e
-    params = _fitted(params, abstract_params(model), keep_packed, folder)
-    set_params(model, params)
+    _check(params, abstract_params(model), folder)
+    set_params(model, params, partial(_held, keep_packed))
     return Loaded(model, config, manifest, family, hf_config)
 
 
@@ -74,29 +74,34 @@ def _describe(folder: Path) -> tuple[Family, Any, Recipe, dict[str, Any]]:
     return family, dataclasses.replace(config, language=language), recipe, hf_config
 
 
-def _fitted(params: Params, expected: Params, keep_packed: bool | None, folder: Path) -> Params:
-    """The tensors checked against the model's and cast to its types; ``params`` is emptied."""
+def _check(params: Params, expected: Params, folder: Path) -> None:
+    """The tensors are those of the model.
+
+    Raises:
+        UserError: they are not.
+    """
     if params.keys() != expected.keys():
         odd = sorted(params.keys() ^ expected.keys())
         raise UserError(
             f"{folder}: {len(odd)} tensors do not fit the recipe and config, first {odd[0]}; "
             "convert the model again"
         )
-    out: Params = {}
     for name, like in expected.items():
-        value = params.pop(name)
+        value = params[name]
         if jax.tree.structure(value) != jax.tree.structure(like) or _shapes(value) != _shapes(like):
             raise UserError(
                 f"{folder}: tensor {name}: expected {_shapes(like)}, found {_shapes(value)}; "
                 "convert the model again"
             )
-        if not isinstance(value, QWeight):
-            out[name] = np.asarray(value).astype(like.dtype)
-        elif keep_packed is None:
-            out[name] = held(value)
-        else:
-            out[name] = value if keep_packed else value.unpacked()
-    return out
+
+
+def _held(keep_packed: bool | None, value: Any, like: Any) -> Any:
+    """A tensor in the model's type; a quantised one as the platform wants it, or as asked for."""
+    if not isinstance(value, QWeight):
+        return jnp.asarray(value).astype(like.dtype)
+    if keep_packed is None:
+        return held(value)
+    return value if keep_packed else value.unpacked()
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:

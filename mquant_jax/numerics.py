@@ -15,6 +15,7 @@ Conventions
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Literal
 
@@ -24,6 +25,7 @@ import numpy as np
 
 Storage = Literal["packed", "int8", "int4"]
 INT_MAX = {4: 7, 8: 127}
+_ALIGNED = 64
 _TINY = 1e-30  # below this a scale would overflow 1/scale in float32
 
 
@@ -141,12 +143,21 @@ def unpack_int4(packed, in_features: int):
         return jnp.concatenate([low, high], axis=-1)[..., :in_features]
     # Loading a large checkpoint is mostly this: nothing is written twice.
     signed, half = packed.view(np.int8), packed.shape[-1]
-    out = np.empty((*packed.shape[:-1], in_features), np.int8)
+    out = empty_aligned((*packed.shape[:-1], in_features), np.int8)
     low, high = out[..., :half], out[..., half:]
     np.left_shift(signed, 4, out=low)
     np.right_shift(low, 4, out=low)
     np.right_shift(signed[..., : in_features - half], 4, out=high)
     return out
+
+
+def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An uninitialised NumPy array that ``jax.device_put`` can take over on CPU as it is, which it
+    does where memory begins at a multiple of 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNED, np.int8)
+    start = -raw.ctypes.data % _ALIGNED
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def safe_scale(amax: jax.Array, bits: int) -> jax.Array:

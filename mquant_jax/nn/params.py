@@ -7,14 +7,19 @@ then gets the layer's number after ``layers``. Values are arrays or :class:`QWei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from mquant_jax.numerics import empty_aligned
+
 STACK = "layers"
+_THREADS = min(4, os.cpu_count() or 1)  # NumPy copies without holding the interpreter
 Params = dict[str, Any]
 
 
@@ -59,20 +64,39 @@ def get_params(model: nnx.Module) -> Params:
     return out
 
 
-def set_params(model: nnx.Module, params: Params) -> None:
+def set_params(
+    model: nnx.Module, params: Params, hold: Callable[[Any, Any], Any] | None = None
+) -> None:
     """Fill an abstract model in place, stacking layers; entries of ``params`` are consumed.
+
+    Args:
+        hold: ``hold(value, like)`` gives what is to be held of a value, where the model has
+            ``like``; called from several threads.
 
     Raises:
         KeyError: a tensor of the model is not in ``params``.
     """
-    for path, variable in variables(model):
-        names = _layer_names(path, variable.get_value())
-        values = [params.pop(name) for name in names]
-        if STACK in path:
-            value = jax.tree.map(lambda *xs: jax.numpy.asarray(np.stack(xs)), *values)
-        else:
-            value = jax.tree.map(jax.numpy.asarray, values[0])
-        assign(model, path, value)
+
+    def made(item: tuple[tuple[str, ...], nnx.Variable]) -> Any:
+        path, variable = item
+        like = variable.get_value()
+        values = [params.pop(name) for name in _layer_names(path, like)]
+        value = jax.tree.map(_stacked, *values) if STACK in path else values[0]
+        value = value if hold is None else hold(value, like)
+        # What stacking made is nobody else's and may be taken over without a copy.
+        put = jax.device_put if STACK in path else jax.numpy.asarray
+        return jax.tree.map(put, value)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        todo = list(variables(model))
+        for (path, _), value in zip(todo, pool.map(made, todo), strict=True):
+            assign(model, path, value)
+
+
+def _stacked(*layers: Any) -> np.ndarray:
+    """Layers one after the other."""
+    first = np.asarray(layers[0])
+    return np.stack(layers, out=empty_aligned((len(layers), *first.shape), first.dtype))
 
 
 def find(model: nnx.Module, path: str) -> Any:
