@@ -85,7 +85,8 @@ class Decoder(nnx.Module):
         """
         h = runner.module("language", self.head_in, self.norm(x), classes)
         kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()
-        return linear(h, kernel, self.dtype).astype(jnp.float32)
+        dtype = jnp.float32 if isinstance(kernel, QWeight) else self.dtype
+        return linear(h, kernel, dtype).astype(jnp.float32)
 
     def context(
         self,

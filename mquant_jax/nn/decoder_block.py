@@ -19,7 +19,8 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, apply_rope
 from mquant_jax.ops.attention import attend, split_heads
 
-Phase = Callable[["Projections", jax.Array, jax.Array, Tap | None], Any]
+# What a phase takes stands per token: arrays ``[B, T, ...]``, one or several.
+Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +140,19 @@ class Projections(nnx.Module):
         h = self.attn_in(h, cls, tap)
         return self.q_proj(h), self.k_proj(h), self.v_proj(h)
 
-    def output(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> jax.Array:
-        """What attention adds to the stream."""
-        return self.o_proj(self.attn_out(h, cls, tap))
+    def output(self, parts: tuple[jax.Array, jax.Array], cls: jax.Array, tap: Tap | None):
+        """The stream with what attention adds to it; ``parts`` are the heads' results and the
+        stream."""
+        attended, x = parts
+        return self.o_proj(self.attn_out(attended, cls, tap), x)
 
-    def mlp(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> jax.Array:
-        """What the MLP adds to the stream."""
+    def mlp(self, parts: tuple[jax.Array, jax.Array], cls: jax.Array, tap: Tap | None):
+        """The stream with what the MLP adds to it; ``parts`` are the normed stream and the
+        stream."""
+        h, x = parts
         h = self.mlp_in(h, cls, tap)
         h = jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)
-        return self.down_proj(self.mlp_hidden(h, cls, tap))
+        return self.down_proj(self.mlp_hidden(h, cls, tap), x)
 
 
 class DecoderBlock(Projections):
@@ -169,7 +174,7 @@ class DecoderBlock(Projections):
         if cfg.stored_rope:  # positions times these are too large for a narrower type
             self.frequencies = nnx.Param(jnp.zeros((cfg.rotary_dim // 2,), jnp.float32))
 
-    def run(self, phase: Phase, h: jax.Array, ctx: DecoderContext, tap: Tap | None) -> Any:
+    def run(self, phase: Phase, h: Any, ctx: DecoderContext, tap: Tap | None) -> Any:
         """One of the :class:`Projections`' methods, on all tokens."""
         return phase(self, h, ctx.token_class, tap)
 
@@ -197,8 +202,8 @@ class DecoderBlock(Projections):
 
     def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):
         """Output projection and MLP, each added to the residual stream ``x``."""
-        x = x + self.run(Projections.output, attended, ctx, tap)
-        return x + self.run(Projections.mlp, self.mlp_norm(x), ctx, tap)
+        x = self.run(Projections.output, (attended, x), ctx, tap)
+        return self.run(Projections.mlp, (self.mlp_norm(x), x), ctx, tap)
 
     def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
         """Without a cache: queries see the keys of the same call only."""
@@ -246,7 +251,7 @@ class ExpertBlock(DecoderBlock):
         own = ctx.visual if point.startswith("visual/") else ~ctx.visual
         return jnp.where(own, ctx.token_class, -1)
 
-    def run(self, phase: Phase, h: jax.Array, ctx: DecoderContext, tap: Tap | None) -> Any:
+    def run(self, phase: Phase, h: Any, ctx: DecoderContext, tap: Tap | None) -> Any:
         """A phase of each token's own expert; with a ``tap``, both experts see everything."""
         at, cls = ctx.visual_slots, ctx.token_class
         if at == 0:
@@ -255,6 +260,6 @@ class ExpertBlock(DecoderBlock):
             text, visual = phase(self, h, cls, tap), phase(self.visual, h, cls, tap)
             own = ctx.visual[..., None]
             return jax.tree.map(lambda v, t: jnp.where(own, v, t), visual, text)
-        front = phase(self.visual, h[:, :at], cls[:, :at], None)
-        back = phase(self, h[:, at:], cls[:, at:], None)
+        front = phase(self.visual, *jax.tree.map(lambda y: y[:, :at], (h, cls)), None)
+        back = phase(self, *jax.tree.map(lambda y: y[:, at:], (h, cls)), None)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), front, back)

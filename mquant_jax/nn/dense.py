@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.numerics import QTensor, QWeight, grouped
-from mquant_jax.ops.dense import float_dot, quantized_dot
+from mquant_jax.ops.dense import finish, float_dot, quantized_dot
 from mquant_jax.recipe import Section, Split
 
 FLOAT = Section()
@@ -22,11 +22,19 @@ def empty_qweight(out_features: int, in_features: int, section: Section) -> QWei
     return QWeight(weight, scale, in_features, section.w_bits, "int8").packed()
 
 
-def linear(x: jax.Array | QTensor, kernel: jax.Array | QWeight, dtype) -> jax.Array:
-    """``x @ kernel.T``: float32 where the kernel is quantised, ``dtype`` where it is float."""
+def linear(
+    x: jax.Array | QTensor,
+    kernel: jax.Array | QWeight,
+    dtype,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """``residual + (x @ kernel.T + bias)`` in ``dtype``; products of float kernels have ``dtype``
+    before anything is added."""
     if isinstance(kernel, QWeight):
-        return quantized_dot(x, kernel)
-    return float_dot((x.dequantize() if isinstance(x, QTensor) else x).astype(dtype), kernel)
+        return quantized_dot(x, kernel, bias, residual, dtype)
+    x = x.dequantize() if isinstance(x, QTensor) else x
+    return finish(float_dot(x.astype(dtype), kernel), bias, residual, dtype)
 
 
 class SplitColumn(nnx.Module):
@@ -86,10 +94,11 @@ class Dense(nnx.Module):
             self.kernel = nnx.Param((init * in_features**-0.5).astype(dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
 
-    def __call__(self, x: jax.Array | QTensor) -> jax.Array:
-        y = linear(x, self.kernel.get_value(), self.dtype)
+    def __call__(self, x: jax.Array | QTensor, residual: jax.Array | None = None) -> jax.Array:
+        """``[..., in]`` -> ``[..., out]``, added to ``residual [..., out]`` if there is one."""
+        kernel = self.kernel.get_value()
+        bias = None if self.bias is None else self.bias.get_value()
         if self.has_split:
-            y = y + self.split(x)
-        if self.bias is not None:
-            y = y + self.bias.get_value()
-        return y.astype(self.dtype)
+            y = linear(x, kernel, jnp.float32) + self.split(x)
+            return finish(y, bias, residual, self.dtype)
+        return linear(x, kernel, self.dtype, bias, residual)

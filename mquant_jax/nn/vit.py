@@ -19,6 +19,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
+from mquant_jax.numerics import QTensor
 from mquant_jax.ops.attention import attend, split_heads
 
 
@@ -237,13 +238,19 @@ class ViTBlock(nnx.Module):
         if ctx.angles is not None:
             q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
         h = attend(q, jnp.swapaxes(k, 2, 3), v, ctx.mask)
-        h = self.o_proj(self.attn_out(h, None, tap))
-        h = self.attn_norm(h) if post else h
-        x = x + (h * self.attn_gain.get_value() if self.has_gains else h)
+        x = self._add(x, self.o_proj, self.attn_out(h, None, tap), "attn")
         h = self.fc1(self.mlp_in(x if post else self.mlp_norm(x), None, tap))
-        h = self.fc2(self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap))
-        h = self.mlp_norm(h) if post else h
-        return x + (h * self.mlp_gain.get_value() if self.has_gains else h)
+        h = self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap)
+        return self._add(x, self.fc2, h, "mlp")
+
+    def _add(self, x: jax.Array, dense: Dense, h: jax.Array | QTensor, half: str) -> jax.Array:
+        """The stream with what one half of the block adds to it."""
+        if not (self.cfg.post_norm or self.has_gains):
+            return dense(h, x)
+        h = dense(h)
+        if self.cfg.post_norm:
+            h = getattr(self, f"{half}_norm")(h)
+        return x + (h * getattr(self, f"{half}_gain").get_value() if self.has_gains else h)
 
 
 class InputNorm(nnx.Module):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.ops import cpu, xla
@@ -72,15 +73,24 @@ def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return form(flat, w).reshape(*x.shape[:-1], w.shape[0])
 
 
-def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
-    """``x @ w.T`` with the scales applied.
+def quantized_dot(
+    x: QTensor | jax.Array,
+    w: QWeight,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    dtype=jnp.float32,
+) -> jax.Array:
+    """``x @ w.T`` with the scales applied, and what ends a dense layer.
 
     Args:
         x: a :class:`QTensor` ``[..., in]``, or float ``[..., in]`` for weight-only layers.
         w: one layer's weight, ``[out, in]``, in any storage.
+        bias: float ``[out]``, added in float32.
+        residual: float ``[..., out]`` of ``dtype``, added last.
+        dtype: of the result.
 
     Returns:
-        float32 ``[..., out]``.
+        ``dtype`` ``[..., out]``.
 
     Raises:
         ValueError: contraction lengths differ.
@@ -99,4 +109,12 @@ def quantized_dot(x: QTensor | jax.Array, w: QWeight) -> jax.Array:
         # does as well, but fuses a conversion to int8 into the product.
         w = w.unpacked()
     form = _FORMS[select_path(isinstance(x, QTensor), rows, w)]
-    return form(flat, w).reshape(*lead, w.out_features)
+    y = form(flat, w).reshape(*lead, w.out_features)
+    return finish(y, bias, residual, dtype)
+
+
+def finish(y: jax.Array, bias: jax.Array | None, residual: jax.Array | None, dtype) -> jax.Array:
+    """``y + bias`` in ``dtype``, plus ``residual``."""
+    y = y if bias is None else y + bias
+    y = y.astype(dtype)
+    return y if residual is None else residual + y
