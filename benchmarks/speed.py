@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -43,6 +42,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import measure, summary
 from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes, set_params
 from mquant_jax.numerics import QWeight
+from mquant_jax.ops.dense import held
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import sink_rule
 from mquant_jax.recipe import Recipe, Section
@@ -77,10 +77,9 @@ def recipes() -> dict[str, tuple[Recipe, Any]]:
 
 
 def random_model(family: Family, config: Any, recipe: Recipe, dtype: Any) -> VLM:
-    """A model with weights of sensible size; int4 unpacked on CPU, as loading does."""
+    """A model with weights of sensible size, held as loading does."""
     model = abstract_model(family, config, recipe, dtype)
     rng = np.random.default_rng(0)
-    keep_packed = jax.default_backend() != "cpu"
 
     def tensor(name: str, like: Any) -> Any:
         if isinstance(like, QWeight):
@@ -89,7 +88,7 @@ def random_model(family: Family, config: Any, recipe: Recipe, dtype: Any) -> VLM
             values = rng.integers(-top, top + 1, shape, np.int8)
             scale = np.full(like.scale.shape, 1.7 / top * like.in_features**-0.5, np.float32)
             q = QWeight(values, scale, like.in_features, like.bits, "int8")
-            return q.packed() if keep_packed else q
+            return held(q)
         if name.endswith("norm/weight"):
             return np.ones(like.shape, like.dtype)
         if name.endswith("act_scale"):

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Storage = Literal["packed", "int8", "int4"]
+Storage = Literal["packed", "int8", "parts", "int4"]
 INT_MAX = {4: 7, 8: 127}
 _ALIGNED = 64
 _TINY = 1e-30  # below this a scale would overflow 1/scale in float32
@@ -60,6 +60,8 @@ class QWeight:
     Attributes:
         values: ``storage == "packed"``: uint8 ``[..., out, ceil(in/2)]`` (4 bits only);
             ``storage == "int8"``: int8 ``[..., out, in]``, whatever ``bits`` says of the range;
+            ``storage == "parts"``: the same as int8 ``[..., parts, out, in/parts]``, columns in
+            ``parts`` runs that each lie in one piece of memory (per-channel scales only);
             ``storage == "int4"``: int4 ``[..., out, in]`` (4 bits only), which accelerators hold
             two per byte and feed to their matrix units as they are.
         scale: float32 ``[..., out, groups]``; group ``g`` covers columns
@@ -89,9 +91,33 @@ class QWeight:
             return self
         if self.storage == "int4":
             values = self.values.astype(jnp.int8)
+        elif self.storage == "parts":
+            values = self.values.swapaxes(-3, -2)
+            values = values.reshape(*values.shape[:-2], self.in_features)
         else:
             values = unpack_int4(self.values, self.in_features)
         return dataclasses.replace(self, values=values, storage="int8")
+
+    def rows(self, index: jax.Array) -> QWeight:
+        """Some rows of one matrix: int ``[n]`` -> a weight ``[n, in]``."""
+        values = jnp.take(self.values, index, axis=-2)
+        return dataclasses.replace(self, values=values, scale=self.scale[index])
+
+    def in_parts(self, parts: int) -> QWeight:
+        """The same weight in ``parts`` runs of columns.
+
+        Raises:
+            ValueError: they would not be equally long, or there are groups.
+        """
+        if self.in_features % parts or self.groups > 1:
+            raise ValueError(f"{parts} parts of {self.in_features} columns, {self.groups} group(s)")
+        values = self.unpacked().values
+        values = values.reshape(*values.shape[:-1], parts, -1).swapaxes(-3, -2)
+        if isinstance(values, np.ndarray):
+            into = empty_aligned(values.shape, values.dtype)
+            np.copyto(into, values)
+            values = into
+        return dataclasses.replace(self, values=values, storage="parts")
 
     def packed(self) -> QWeight:
         """The same weight with two values per byte; 8-bit weights are returned unchanged."""

@@ -156,6 +156,8 @@ class Recipe:
             (PrefixQuant).
         smooth: move activation outliers into the weights first (SmoothQuant), its strength
             searched per layer.
+        balance: make channels even where their size is free, before they are rotated
+            (:mod:`mquant_jax.ptq.balance`).
         rotate: fold norms and sign-randomised Hadamard rotations into the weights (paper section
             3.2), with an online rotation in front of every MLP's last layer.
         orthogonal: random orthogonal matrices instead of Hadamards where a rotation costs nothing
@@ -180,6 +182,7 @@ class Recipe:
     sink_class: bool = False
     prefix_sinks: int = 0
     smooth: bool = False
+    balance: bool = False
     rotate: bool = False
     orthogonal: bool = False
     online_signs: bool = True
@@ -228,6 +231,7 @@ class Recipe:
         return (
             self.rotate
             or self.smooth
+            or self.balance
             or any(s.quantised or s.activations != "none" for s in map(self.section, SECTIONS))
         )
 
@@ -240,8 +244,8 @@ class Recipe:
     def needs_calibration(self) -> bool:
         parts = [self.section(s) for s in SECTIONS]
         gptq = self.weights.method == "gptq" and any(s.quantised for s in parts)
-        weights = gptq or self.smooth or self.split.wanted or self.learns or self.prefix_sinks > 0
-        return weights or any(s.activations == "static" for s in parts)
+        weights = gptq or self.smooth or self.balance or self.split.wanted or self.learns
+        return weights or self.prefix_sinks > 0 or any(s.activations == "static" for s in parts)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings: what a JSON file would give back."""

@@ -57,8 +57,9 @@ class ActQuant(nnx.Module):
         Padding carries class -1 and may get any scale: nothing real ever reads it.
         """
         plain = tap is None and not self.simulated
-        if self.mode == "static" and self.rotation is not None and plain:
-            return rotate_quantize(x, self.rotation, self._scale(token_class))
+        if self.mode != "none" and self.rotation is not None and plain:
+            scale = self._scale(token_class) if self.mode == "static" else None
+            return rotate_quantize(x, self.rotation, scale)
         if self.rotation is not None:
             x = rotate(x, self.rotation)
         if tap is not None:

@@ -67,9 +67,8 @@ class Decoder(nnx.Module):
         """int32 ``[B, T]`` -> ``[B, T, hidden]``."""
         table = self.embedding.get_value()
         if isinstance(table, QWeight):
-            rows = QWeight(table.values[ids], table.scale[ids], table.in_features, table.bits,
-                           table.storage)  # fmt: skip
-            return rows.dequantize().astype(self.dtype)
+            rows = table.rows(ids.ravel()).dequantize()
+            return rows.reshape(*ids.shape, -1).astype(self.dtype)
         return table[ids]
 
     def classes(self, input_ids, order, token_class) -> jax.Array:

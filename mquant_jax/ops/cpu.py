@@ -8,7 +8,8 @@ their types differ, on CPU, so that the product is handed to the compiler by a p
 ``vector_dot``: one row, as decoding has it, is a question of reading the weights. Before jax 0.11
 the backend can read those of a short float vector's product where they lie and convert them on the
 way, while all others are first copied out of the stack of layers. Sums of int4 by int8 products are
-integers that float32 holds exactly.
+integers that float32 holds exactly. Rows that are too long are kept in parts that are not
+(:func:`parts_for`), each in one piece: read with gaps between, memory gives a third of its rate.
 
 To those who read the program (``jax.make_jaxpr``) both say that they are products of integers.
 """
@@ -26,12 +27,15 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
+from mquant_jax.numerics import QWeight
 from mquant_jax.ops.xla import s8_dot
 from mquant_jax.processor import features
 
 _OFFSET = 128
-_SHORT_BYTES = 16 * 1024  # XLA fuses what a vector is multiplied with below this size of the vector
-_EXACT = 2**24  # float32 holds every integer up to here
+# XLA fuses what a vector is multiplied with if the vector takes less than 16 KiB; then no sum of
+# products of int4 by int8 is larger than float32 can hold exactly.
+_SHORT = 16 * 1024 // 4 - 1
+_MOST_PARTS = 16
 
 
 @functools.cache
@@ -44,17 +48,23 @@ def suits_byte_dot() -> bool:
 
 def reads_in_place(in_features: int) -> bool:
     """Whether a product of one float32 row with weights ``[out, in]`` reads them where they lie."""
-    return jax.__version_info__ < (0, 11) and 4 * in_features < _SHORT_BYTES
+    return jax.__version_info__ < (0, 11) and in_features <= _SHORT
 
 
-def suits_vector_dot(in_features: int, bits: int) -> bool:
-    """Whether :func:`vector_dot` is the fast form for one row here, and exact.
+def parts_for(w: QWeight) -> int | None:
+    """How many parts a 4-bit weight's columns are to be kept in for :func:`vector_dot`, if it is
+    the fast form for one row here."""
+    if w.bits != 4 or w.groups > 1:
+        return None
+    counts = range(1, _MOST_PARTS + 1)
+    fitting = (n for n in counts if w.in_features % n == 0 and reads_in_place(w.in_features // n))
+    return next(fitting, None)
 
-    Of 8-bit weights only short rows would be, as the head has them: but a head is no layer of a
-    stack, and XLA would convert it all in front of the decode loop, to four times its size.
-    """
-    exact = in_features * (1 << bits + 6) <= _EXACT
-    return bits == 4 and exact and reads_in_place(in_features)
+
+def suits_halves_dot(w: QWeight) -> bool:
+    """Whether :func:`halves_dot` is the fast form for one row here."""
+    whole = w.bits == 8 and w.groups == 1 and w.out_features % 2 == 0
+    return whole and reads_in_place(w.in_features)
 
 
 _u8_by_s8 = Primitive("u8_by_s8_dot")
@@ -110,6 +120,19 @@ def byte_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 @jax.jit
 def vector_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """:func:`~mquant_jax.ops.xla.s8_dot` of int8 ``[1, in]`` by int8 ``[out, in]``; exact where
-    :func:`suits_vector_dot` says so."""
+    """:func:`~mquant_jax.ops.xla.s8_dot` of int8 ``[1, in]`` by 4-bit values in int8 ``[out, in]``,
+    exact for rows that :func:`reads_in_place`."""
     return _vector_dot.bind(x, w, jaxpr=jax.make_jaxpr(s8_dot)(x, w))
+
+
+@jax.jit
+def halves_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """:func:`vector_dot` by the halves of ``w``'s rows: 8-bit weights, which heads have.
+
+    A head is no layer of a stack, and XLA would convert it all in front of the decode loop, to four
+    times its size. Of what a loop of its own slices it converts what it multiplies. Sums beyond
+    2^24, which more than 1032 inputs can reach, are rounded as float32 is.
+    """
+    halves = w.reshape(2, -1, w.shape[1])
+    parts = jax.lax.map(lambda half: vector_dot(x, half), halves)
+    return parts.swapaxes(0, 1).reshape(x.shape[0], -1)

@@ -22,6 +22,7 @@ _FORMS = {
     "int_dot": xla.int_dot,
     "byte_dot": partial(xla.int_dot, product=cpu.byte_dot),
     "vector_dot": partial(xla.int_dot, product=cpu.vector_dot),
+    "halves_dot": partial(xla.int_dot, product=cpu.halves_dot),
     "padded_int_dot": xla.padded_int_dot,
     "weight_only": xla.weight_only_dot,
 }
@@ -48,8 +49,10 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
     if not quantised_input:
         return "weight_only"
     if platform() == "cpu":
-        if rows == 1 and w.groups == 1 and cpu.suits_vector_dot(w.in_features, w.bits):
+        if rows == 1 and cpu.parts_for(w) == (len(w.values) if w.storage == "parts" else 1):
             return "vector_dot"
+        if rows == 1 and cpu.suits_halves_dot(w):
+            return "halves_dot"
         if cpu.suits_byte_dot() and (w.groups == 1 or rows >= xla.MANY_ROWS):  # it has no batches
             return "byte_dot"
     if rows == 1 and platform() in ("cpu", "tpu"):
@@ -58,9 +61,13 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
 
 
 def held(w: QWeight) -> QWeight:
-    """A weight in the form that the platform's products want: int8 on CPU, where unpacking at
-    every use costs more than the memory; elsewhere int4, if it has 4 bits."""
-    return w.unpacked() if platform() == "cpu" else w.native()
+    """A weight (or a stack of them) in the form that the platform's products want: int8 on CPU,
+    where unpacking at every use costs more than the memory, in parts if rows are long; elsewhere
+    int4, if it has 4 bits."""
+    if platform() != "cpu":
+        return w.native()
+    parts = cpu.parts_for(w) or 1
+    return w.in_parts(parts) if parts > 1 else w.unpacked()
 
 
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:

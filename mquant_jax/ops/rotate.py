@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from mquant_jax.hadamard import LANES, Rotation
-from mquant_jax.numerics import QTensor, quantize_static
+from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
 from mquant_jax.ops.dense import platform
 
 FEWEST_ROWS = 64  # below, the kernel's fixed cost is not worth it
+# Rows that a core's cache holds from the first product to the last; fewer where they do not divide.
+BLOCKS = (64, 32)
 
 
 def select_path(rotation: Rotation, rows: int, dtype) -> str:
     """Name of the form that :func:`rotate` and :func:`rotate_quantize` run: ``pallas_tpu`` for
-    many bfloat16 rows on TPU if the rotation has one block and fills the lanes, else ``xla``."""
+    many bfloat16 rows on TPU if the rotation has one block and fills the lanes; ``blocks`` for many
+    rows on CPU; else ``xla``."""
+    if platform() == "cpu":
+        return "blocks" if _block(rows) else "xla"
     fits = rotation.blocks == 1 and rotation.inner == LANES and dtype == jnp.bfloat16
     return "pallas_tpu" if platform() == "tpu" and fits and rows >= FEWEST_ROWS else "xla"
 
 
+def _block(rows: int) -> int | None:
+    """Rows that go through a rotation at a time, if not all do."""
+    return next((size for size in BLOCKS if rows % size == 0 and rows > size), None)
+
+
 def _rows(x: jax.Array) -> int:
     return x.size // x.shape[-1]
+
+
+def _by_blocks(f: Callable[..., Any], x: jax.Array, *more: jax.Array) -> Any:
+    """``f`` of ``[rows, ...]`` arrays, a block of rows at a time."""
+    size = _block(len(x))
+    parts = jax.lax.map(
+        lambda a: f(*a), tuple(a.reshape(-1, size, *a.shape[1:]) for a in (x, *more))
+    )
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), parts)
 
 
 def _kernel(x: jax.Array, rotation: Rotation, scale: jax.Array | None = None) -> jax.Array:
@@ -34,19 +56,31 @@ def _kernel(x: jax.Array, rotation: Rotation, scale: jax.Array | None = None) ->
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """float ``[..., inputs]`` -> ``[..., n]`` in the same type."""
-    if select_path(rotation, _rows(x), x.dtype) == "xla":
-        return rotation(x)
-    return _kernel(x, rotation)
+    form = select_path(rotation, _rows(x), x.dtype)
+    if form == "blocks":
+        flat = _by_blocks(rotation, x.reshape(-1, x.shape[-1]))
+        return flat.reshape(*x.shape[:-1], rotation.n)
+    return rotation(x) if form == "xla" else _kernel(x, rotation)
 
 
-def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array) -> QTensor:
-    """:func:`rotate`, then int8 with a known scale.
+def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array | None) -> QTensor:
+    """:func:`rotate`, then int8.
 
     Args:
         x: float ``[..., inputs]``.
-        scale: float32, one number or ``[..., 1]``, per row.
+        scale: float32, one number or ``[..., 1]``, per row; ``None``: found from each row.
     """
-    if select_path(rotation, _rows(x), x.dtype) == "xla":
-        return quantize_static(rotation(x), scale)
-    rows = jnp.broadcast_to(scale, (*x.shape[:-1], 1)).reshape(-1, 1)
-    return QTensor(_kernel(x, rotation, rows), scale)
+    form = select_path(rotation, _rows(x), x.dtype)
+    lead = x.shape[:-1]
+    if form == "xla" or (form == "pallas_tpu" and scale is None):
+        y = rotate(x, rotation)
+        return quantize_dynamic(y) if scale is None else quantize_static(y, scale)
+    rows = None if scale is None else jnp.broadcast_to(scale, (*lead, 1)).reshape(-1, 1)
+    if form == "pallas_tpu":
+        return QTensor(_kernel(x, rotation, rows), scale)
+    flat = x.reshape(-1, x.shape[-1])
+    if scale is None:
+        q = _by_blocks(lambda a: quantize_dynamic(rotation(a)), flat)
+        return QTensor(q.values.reshape(*lead, rotation.n), q.scale.reshape(*lead, 1))
+    values = _by_blocks(lambda a, s: quantize_static(rotation(a), s).values, flat, rows)
+    return QTensor(values.reshape(*lead, rotation.n), scale)

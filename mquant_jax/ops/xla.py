@@ -23,6 +23,14 @@ def s8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, _LAST_ON_LAST, preferred_element_type=jnp.int32)
 
 
+def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, jax.Array]]:
+    """The operands whose products add up to that of ``x [rows, in]``: one pair, or a pair for each
+    of the weight's parts."""
+    if w.storage != "parts":
+        return [(x, w.values)]
+    return list(zip(jnp.split(x, len(w.values), axis=1), w.values, strict=True))
+
+
 def int_dot(
     x: QTensor, w: QWeight, product: Callable[[jax.Array, jax.Array], jax.Array] = s8_dot
 ) -> jax.Array:
@@ -32,9 +40,9 @@ def int_dot(
     group and add the scaled partial sums in float32: one after the other when there are many rows
     (all partial sums at once would take ``groups`` times the memory of the result), else together.
     """
-    w = w if w.storage == "int4" else w.unpacked()
+    w = w if w.storage in ("int4", "parts") else w.unpacked()
     if w.groups == 1:
-        acc = product(x.values, w.values)
+        acc = sum(product(*run) for run in _runs(x.values, w))
         return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
     rows, size = x.values.shape[0], w.in_features // w.groups
     if rows >= MANY_ROWS:
@@ -84,8 +92,13 @@ def padded_float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     """Float activations by quantised weights (W4A16): float ``[rows, in]`` -> float32."""
     if w.groups == 1:  # the integers are exact in any float type
-        whole = w.unpacked().values.astype(x.dtype)
-        y = jax.lax.dot_general(x, whole, _LAST_ON_LAST, preferred_element_type=jnp.float32)
+        w = w if w.storage == "parts" else w.unpacked()
+        y = sum(
+            jax.lax.dot_general(
+                a, b.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32
+            )
+            for a, b in _runs(x, w)
+        )
         return y * w.scale[:, 0]
     dense = w.dequantize().astype(x.dtype)
     return jax.lax.dot_general(x, dense, _LAST_ON_LAST, preferred_element_type=jnp.float32)

@@ -29,6 +29,7 @@ class Link:
         columns: int ``[K]``, the channel of each input column of the readers.
         width: number of channels.
         gated: channels are multiplied by others on their way.
+        is_norm: a norm writes them.
     """
 
     sources: tuple[str, ...]
@@ -36,6 +37,7 @@ class Link:
     columns: np.ndarray
     width: int
     gated: bool = False
+    is_norm: bool = False
 
 
 def links(params: Params, streams: Streams) -> Iterator[Link]:
@@ -50,7 +52,7 @@ def links(params: Params, streams: Streams) -> Iterator[Link]:
                 width = len(params[f"{norm}/weight"])  # that of all blocks, if it spans them
                 columns = np.tile(np.arange(width), stream.width * read.blocks // width)
                 readers = tuple(readers_of(read, norm))
-                yield Link(present(norm, "weight", "bias"), readers, columns, width)
+                yield Link(present(norm, "weight", "bias"), readers, columns, width, is_norm=True)
     for attention in streams.attentions:
         values, outputs = (
             zip(*(expand(path, params) for path in paths), strict=True)

@@ -17,6 +17,7 @@ from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.nn.stack import Runner
 from mquant_jax.numerics import QWeight
+from mquant_jax.ptq.balance import balance_params
 from mquant_jax.ptq.prefix import prefix_ids, prefix_params
 from mquant_jax.ptq.rotate import rotate_params
 from mquant_jax.ptq.scales import round_weight
@@ -70,6 +71,12 @@ def quantize_params(
         )
     dtypes = {name: value.dtype for name, value in params.items()}
     report: dict[str, Any] = {"weights": {}, "points": {}}
+    if batch is not None:
+        batch = jax.tree.map(jnp.asarray, batch)
+    if recipe.balance:
+        look = StatisticsRunner(columns=True)
+        float_model(family, config, Recipe(), params)(batch, look)
+        params, report["balance"] = balance_params(params, family.streams(config), look)
     if recipe.rotate:
         params = rotate_params(
             params,
@@ -82,7 +89,6 @@ def quantize_params(
     target = abstract_model(family, config, recipe)
     done: Params = {}
     if recipe.needs_calibration:
-        batch = jax.tree.map(jnp.asarray, batch)
         params, done = _calibrated(family, config, recipe, params, batch, target, progress, report)
     out: Params = {}
     for name, shape in progress(list(abstract_params(target).items()), "quantise weights"):

@@ -76,6 +76,7 @@ class StatisticsRunner(Runner):
             those that the point does not serve.
         channels: path of a point -> float32 ``[K]``, largest magnitude of each channel.
         samples: path of a point -> a :class:`Sampler` of its rows, padding left out.
+        moments: path of a point -> float64 ``[2, K]``, mean and mean square of each channel.
         point_of: path of a dense layer -> path of the point in front of it.
     """
 
@@ -85,6 +86,8 @@ class StatisticsRunner(Runner):
         self.tokens: dict[str, np.ndarray] = {}
         self.channels: dict[str, np.ndarray] = {}
         self.samples: dict[str, Sampler] = {}
+        self.moments: dict[str, np.ndarray] = {}
+        self._seen: dict[str, int] = {}
         self.point_of: dict[str, str] = {}
 
     def layers(self, name, stack, x, context):
@@ -122,3 +125,8 @@ class StatisticsRunner(Runner):
         per_channel = np.abs(rows).max(0, initial=0.0)
         self.channels[path] = np.maximum(self.channels.get(path, 0.0), per_channel)
         self.samples.setdefault(path, Sampler()).add(rows)
+        before = self._seen.get(path, 0)
+        self._seen[path] = before + len(rows)
+        sums = np.stack([rows.sum(0, np.float64), np.square(rows).sum(0, np.float64)])
+        known = self.moments.get(path, np.zeros_like(sums))
+        self.moments[path] = (known * before + sums) / max(self._seen[path], 1)

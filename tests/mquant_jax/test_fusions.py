@@ -58,6 +58,7 @@ def sizes(preset: str, *dtypes: str) -> list[tuple[int, ...]]:
         for a in i.arrays
         if a.dtype in dtypes and a.size >= TOKENS * WIDTH
         and "dynamic_slice" not in i.source  # a layer's weights out of the stack
+        and "broadcast_in_dim" not in i.source  # what a loop over blocks of rows fills
     ]  # fmt: skip
 
 
@@ -70,8 +71,9 @@ def test_one_array_of_bytes_for_each_point() -> None:
 
 def test_static_scales_write_no_float_where_bytes_will_do() -> None:
     """Norm, attention, activation and rotation end in bytes at once; scales that are found at run
-    time need the floats in memory, at each of the four points (and attention's parts once more)."""
+    time need the floats in memory. (Not those of the rotation, which goes by blocks of rows that
+    caches hold.)"""
     static, dynamic = sizes("w4a8", "f32"), sizes("w4a8-dynamic", "f32")
-    assert len(dynamic) >= len(static) + 4
+    assert len(dynamic) >= len(static) + 3
     # Of the stream's own shape there are its two sums: scales, biases and sums end the products.
     assert static.count((1, TOKENS, WIDTH)) == 2

@@ -135,6 +135,29 @@ def test_storage_forms_of_a_weight_agree(k, lead) -> None:
     assert packed.packed() is packed and plain.unpacked() is plain
 
 
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_a_weight_in_parts(lead, array) -> None:
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(*lead, 5, 12)), jnp.float32)
+    plain = jax.tree.map(array, quantize_weight(weight, 4))
+    parts = plain.in_parts(3)
+    assert parts.values.shape == (*lead, 3, 5, 4) and parts.out_features == 5
+    np.testing.assert_array_equal(parts.values[..., 1, :, :], plain.values[..., 4:8])
+    np.testing.assert_array_equal(parts.unpacked().values, plain.values)
+    np.testing.assert_array_equal(parts.packed().values, plain.packed().values)
+    if not lead:
+        some = jnp.array([4, 0])
+        for form in (plain, parts, plain.packed()):
+            np.testing.assert_array_equal(form.rows(some).dequantize(), plain.dequantize()[some])
+
+
+def test_parts_are_equal_and_have_no_groups() -> None:
+    with pytest.raises(ValueError, match=r"5 parts of 12 columns, 1 group"):
+        quantize_weight(jnp.ones((2, 12)), 4).in_parts(5)
+    with pytest.raises(ValueError, match=r"2 parts of 12 columns, 3 group"):
+        quantize_weight(jnp.ones((2, 12)), 4, 4).in_parts(2)
+
+
 def test_8_bit_weights_are_never_packed() -> None:
     weight = quantize_weight(jnp.ones((2, 4)), 8)
     assert weight.packed() is weight and weight.storage == "int8"

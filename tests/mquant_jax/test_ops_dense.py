@@ -123,8 +123,48 @@ def test_the_form_for_one_row(monkeypatch) -> None:
     assert select_path(True, 1, weight) == "vector_dot"
     close(quantized_dot(q, weight), expected)
     monkeypatch.setattr(cpu, "suits_byte_dot", lambda: False)
-    for size, bits in ((4096, 4), (64, 8)):
+    for size, bits in ((4096, 4), (4096, 8)):
         assert select_path(True, 1, operands(1, 6, 1, size, bits, True)[1]) == "padded_int_dot"
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_long_rows_are_held_in_parts(monkeypatch, rows) -> None:
+    monkeypatch.setattr(cpu, "reads_in_place", lambda k: k <= 8)
+    x, w, expected = operands(rows, 5, 1, 24, 4, True)
+    with target_platform("cpu"):
+        parts = held(w.packed())
+        assert parts.storage == "parts" and parts.values.shape == (3, 5, 8)
+        assert select_path(True, 1, parts) == "vector_dot"
+        assert held(operands(1, 5, 2, 12, 4, True)[1]).storage == "int8"  # groups stay whole
+        for vnni in (False, True):
+            monkeypatch.setattr(cpu, "suits_byte_dot", lambda vnni=vnni: vnni)
+            close(quantized_dot(x, parts), expected)
+            close(quantized_dot(x.dequantize(), parts), expected)
+
+
+def test_a_head_of_8_bits_is_read_by_halves(monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "reads_in_place", lambda k: k < 4096)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-128, 128, (1, 700)), jnp.int8)
+    w = jnp.asarray(rng.integers(-128, 128, (10, 700)), jnp.int8)
+    np.testing.assert_array_equal(cpu.halves_dot(x, w), xla.s8_dot(x, w))
+    assert integer_dots(cpu.halves_dot, x, w).integer_only
+    q, weight, expected = operands(1, 6, 1, 20, 8, True)
+    assert select_path(True, 1, weight) == "halves_dot"
+    assert select_path(True, 1, operands(1, 5, 1, 20, 8, True)[1]) != "halves_dot"
+    close(quantized_dot(q, weight), expected)
+
+
+def test_what_ends_a_layer() -> None:
+    """Bias in float32, one rounding, the residual stream last."""
+    x, w, expected = operands(3, 5, 1, 20, 4, True)
+    rng = np.random.default_rng(1)
+    bias, stream = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5,), (3, 5)))
+    close(quantized_dot(x, w, bias, stream), expected + np.asarray(bias) + np.asarray(stream))
+    low = quantized_dot(x, w, bias, stream.astype(jnp.bfloat16), jnp.bfloat16)
+    assert low.dtype == jnp.bfloat16
+    product = jnp.asarray(expected + np.asarray(bias), jnp.bfloat16)
+    assert relative(low, np.asarray(product + stream.astype(jnp.bfloat16), np.float64)) < 4e-3
 
 
 def test_the_chosen_form(monkeypatch) -> None:

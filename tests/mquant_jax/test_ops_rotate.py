@@ -1,4 +1,5 @@
-"""The TPU's rotation kernel, interpreted, against the plain form; and which one is chosen."""
+"""The TPU's rotation kernel, interpreted, and the CPU's blocks of rows against the plain form; and
+which one is chosen."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
-from mquant_jax.numerics import quantize_static
+from mquant_jax.numerics import quantize_dynamic, quantize_static
 from mquant_jax.ops import pallas_tpu
 from mquant_jax.ops.dense import target_platform
 from mquant_jax.ops.rotate import rotate, rotate_quantize, select_path
@@ -52,6 +53,26 @@ def test_plans_fill_the_lanes_where_that_is_cheap() -> None:
     assert (padded.n, padded.padding, padded.outer, padded.inner) == (9216, 256, 72, 128)
 
 
+@pytest.mark.parametrize("lead", [(2, 64), (96,), (1, 40)])
+def test_blocks_of_rows_on_cpu(lead) -> None:
+    rotation = Rotation(48, 1, 4, 12, 3, 4)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(*lead, 44)), jnp.float32)
+    scale = jnp.asarray(rng.uniform(0.01, 0.05, (*lead, 1)), jnp.float32)
+    with target_platform("cpu"):
+        form = select_path(rotation, x.size // 44, x.dtype)
+        assert form == ("xla" if lead == (1, 40) else "blocks")
+        got, whole = rotate(x, rotation), rotation(x)
+        np.testing.assert_allclose(got, whole, atol=1e-5)
+        for s in (scale, jnp.float32(0.03), None):
+            q = rotate_quantize(x, rotation, s)
+            ref = quantize_dynamic(whole) if s is None else quantize_static(whole, s)
+            assert q.values.shape == (*lead, 48) and q.values.dtype == jnp.int8
+            np.testing.assert_allclose(q.scale, ref.scale, rtol=1e-5)
+            assert np.abs(q.values.astype(int) - ref.values.astype(int)).max() <= 1
+            assert np.mean(np.asarray(q.values) != np.asarray(ref.values)) < 0.01
+
+
 @pytest.mark.parametrize(("seed", "padding"), [(None, 12), (3, 12), (3, 128)])
 def test_forms_agree(monkeypatch, seed, padding) -> None:
     """The whole path that a TPU takes, with the kernel interpreted."""
@@ -76,7 +97,7 @@ def test_forms_agree(monkeypatch, seed, padding) -> None:
 
 def test_the_chosen_form() -> None:
     wide, narrow = plan_rotation(18944), plan_rotation(1536)
-    assert select_path(wide, 1024, jnp.bfloat16) == "xla"  # on CPU
+    assert select_path(wide, 1024, jnp.bfloat16) == "blocks"  # on CPU
     with target_platform("tpu"):
         assert select_path(wide, 1024, jnp.bfloat16) == "pallas_tpu"
         assert select_path(wide, 1, jnp.bfloat16) == "xla"
