@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed [--suite cpu-2b] [--json] [--save FILE] [--plot FILE]
     python -m benchmarks.speed --sweep image-side 224,448,896
+    python -m benchmarks.speed --sweep images 1,4,8 --image-side 896 --layers 2
     python -m benchmarks.speed --sweep batch 1,8,32
 
 The model has Qwen2-VL-2B's published layer shapes and random weights (speed does not depend on
@@ -14,7 +15,9 @@ every layer has its share of the whole. Each repeat runs all variants once:
 ``w4a8``          static, scales by token class (MSQ), tokens where they stand: what we ship
 ``w4a8-aifs``     the same with the visual tokens moved to the front (AIFS)
 
-Ratios are time of the other / time of ``w4a8``: more than 1 means that we are faster.
+Ratios are time of the other / time of ``w4a8``: more than 1 means that we are faster. Prefill
+begins with the pictures and ends with the first token, so that it is the time to that as well;
+memory is what it holds, weights included, by XLA's analysis of the compiled program.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.commands.bench import machine
 from mquant_jax.errors import UserError
-from mquant_jax.eval.speed import measure, summary
+from mquant_jax.eval.speed import Greedy, measure, summary
 from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import held
@@ -50,7 +53,7 @@ from mquant_jax.runtime.tokens import arrange
 
 LAYERS, VOCAB = 28, 151936  # of the published model
 OURS, AIFS = "w4a8", "w4a8-aifs"
-SWEEPS = ("image-side", "text-tokens", "batch")
+SWEEPS = ("image-side", "images", "text-tokens", "batch")
 
 
 def recipes() -> dict[str, tuple[Recipe, Any]]:
@@ -113,27 +116,42 @@ def cut_config(layers: int) -> Qwen2VLConfig:
     return dataclasses.replace(config, language=language)
 
 
-def example(config: Any, text_tokens: int, image_side: int, batch: int) -> tuple[Batch, int]:
-    """A batch of equal prompts, and the tokens of one."""
+def example(
+    config: Any, text_tokens: int, image_side: int, batch: int, images: int = 1
+) -> tuple[Batch, int]:
+    """A batch of equal prompts, and the tokens of one; all pictures but the first stand at its
+    end."""
     prompt = FAMILY.example_prompt(config, text_tokens, image_side)
+    if images > 1 and image_side:
+        visual = FAMILY.example_prompt(config, 0, image_side).input_ids
+        prompt = dataclasses.replace(
+            prompt,
+            input_ids=[*prompt.input_ids, *visual * (images - 1)],
+            grids=prompt.grids * images,
+            patches=np.tile(prompt.patches, (images, 1)),
+        )
     return FAMILY.collate(config, [prompt] * batch), len(prompt.input_ids)
 
 
 def run_once(
-    config: Any, models: dict[str, nnx.Module], args: Any, text: int, side: int, batch: int
+    config: Any, models: dict[str, nnx.Module], args: Any, at: dict[str, int]
 ) -> dict[str, Any]:
-    """One table and its ratios."""
-    prompts, tokens = example(config, text, side, batch)
+    """One table and its ratios at one place: a value for each of ``SWEEPS``."""
+    side, batch = at["image-side"], at["batch"]
+    prompts, tokens = example(config, at["text-tokens"], side, batch, at["images"])
     variants = {name: (model, prompts) for name, model in models.items()}
     if OURS in models and side:
         variants[AIFS] = (models[OURS], arrange(prompts)[0])
     timings = measure(variants, args.new_tokens, args.repeats, progress)
     rows, ratios = summary(timings, batch, tokens, args.new_tokens, OURS)
     for row in rows:
-        row["weight_bytes"] = parameter_bytes(get_params(variants[row["variant"]][0]))
+        model, prompts = variants[row["variant"]]
+        row["weight_bytes"] = parameter_bytes(get_params(model))
+        row["prefill_bytes"] = Greedy(model, args.new_tokens).prefill_bytes(prompts)
     return {
         "prompt_tokens": tokens, "visual_tokens": int((prompts.token_class[0] == 1).sum()),
-        "image_side": side, "batch": batch, "rows": rows, "ratios": named(ratios),
+        "image_side": side, "images": at["images"], "batch": batch, "rows": rows,
+        "ratios": named(ratios),
     }  # fmt: skip
 
 
@@ -154,7 +172,7 @@ def named(ratios: dict[str, float]) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """One run as text."""
-    titles = ("vision ms", "prefill ms", "tok/s", "spread", "decode tok/s", "spread")
+    titles = ("vision ms", "prefill ms", "tok/s", "spread", "decode tok/s", "spread", "memory MB")
     lines = [
         f"{result['prompt_tokens']} tokens ({result['visual_tokens']} visual), batch "
         f"{result['batch']}",
@@ -166,6 +184,7 @@ def table(result: dict[str, Any]) -> str:
             f"{r['variant']:<14}{vision:>13}{1e3 * r['prefill_seconds']:>13.0f}"
             f"{r['prefill_tokens_per_second']:>13.0f}{r['prefill_spread']:>13.0%}"
             f"{r['decode_tokens_per_second']:>13.1f}{r['decode_spread']:>13.0%}"
+            f"{r['prefill_bytes'] / 1e6:>13.0f}"
         )
     lines += [f"{name:<28}{value:>7.2f} x" for name, value in result["ratios"].items()]
     return "\n".join(lines)
@@ -238,6 +257,7 @@ def _run(argv: list[str]) -> int:
     add("--layers", type=int, default=4, metavar="N", help="layers of each tower (default 4)")
     add("--text-tokens", type=int, default=256, metavar="N", help="text of a prompt (default 256)")
     add("--image-side", type=int, default=448, metavar="PX", help="picture (default 448; 0: none)")
+    add("--images", type=int, default=1, metavar="N", help="pictures of a prompt (default 1)")
     add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
     add("--new-tokens", type=int, default=16, metavar="N", help="decode steps (default 16)")
     add("--repeats", type=int, default=5, metavar="N", help="rounds counted (default 5)")
@@ -246,7 +266,7 @@ def _run(argv: list[str]) -> int:
     add_output_options(parser)
     add("--plot", type=Path, metavar="FILE", help="draw the speeds (PNG)")
     args = parser.parse_args(argv)
-    for name in ("layers", "text_tokens", "batch", "new_tokens", "repeats"):
+    for name in ("layers", "text_tokens", "images", "batch", "new_tokens", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -263,18 +283,17 @@ def _run(argv: list[str]) -> int:
         name: random_model(FAMILY, config, recipe, dtype)
         for name, (recipe, dtype) in progress(list(chosen.items()), "random weights")
     }
-    shape = {"text-tokens": args.text_tokens, "image-side": args.image_side, "batch": args.batch}
-    results = [
-        run_once(config, models, args, at["text-tokens"], at["image-side"], at["batch"])
-        for at in (shape | {axis: value} for value in values)
-    ]
+    shape = {"text-tokens": args.text_tokens, "image-side": args.image_side, "batch": args.batch,
+             "images": args.images}  # fmt: skip
+    results = [run_once(config, models, args, shape | {axis: value}) for value in values]
     out: dict[str, Any] = {
         "machine": machine(), "suite": args.suite, "layers": args.layers, "of_layers": LAYERS,
         "new_tokens": args.new_tokens, "repeats": args.repeats, "peak_process_bytes": peak_bytes(),
     }  # fmt: skip
     out |= results[0] if args.sweep is None else {"sweep": axis, "runs": results}
     if args.plot:
-        key = {"image-side": "image_side", "text-tokens": "prompt_tokens", "batch": "batch"}[axis]
+        key = {"text-tokens": "prompt_tokens", "images": "visual_tokens"}.get(axis)
+        key = key or axis.replace("-", "_")
         plot(results, key, args.plot)
     deliver(out, args, lambda _: "\n\n".join(map(table, results)))
     return OK

@@ -68,11 +68,20 @@ class Greedy:
 
     def prefill(self, batch: Batch) -> None:
         """Run the prompts and draw the first token."""
+        args, static = self._start(batch)
+        self.loop = jax.block_until_ready(self.generator.start(*args, **static))
+
+    def prefill_bytes(self, batch: Batch) -> int:
+        """Memory that :meth:`prefill` holds: weights, prompts, cache, and what is in between, by
+        XLA's analysis of the compiled program."""
+        args, static = self._start(batch)
+        m = self.generator.start.lower(*args, **static).compile().memory_analysis()
+        return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+
+    def _start(self, batch: Batch) -> tuple[tuple, dict[str, Any]]:
         g, slots = self.generator, bucket(batch.input_ids.shape[1] + self.limit, 32)
-        loop = g.start(
-            g.params, batch, jax.random.key(0), slots=slots, limit=self.limit, how=Sampling()
-        )
-        self.loop = jax.block_until_ready(loop)
+        static = {"slots": slots, "limit": self.limit, "how": Sampling()}
+        return (g.params, batch, jax.random.key(0)), static
 
     def decode(self, until: jax.Array) -> jax.Array:
         """Go on to token ``until``, int32 ``[]``; the tokens so far, int32 ``[B, limit]``."""
