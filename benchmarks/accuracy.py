@@ -82,6 +82,7 @@ def ablation_rows() -> list[Row]:
         "+rms": {"split": Split("measured")},
         "+headroom": {"weights": full.weights, "calibration": full.calibration},
         "+learned scales": {"tune": full.tune},
+        "+balance": {"balance": True},
     }
     for name, changes in steps.items():
         recipe = dataclasses.replace(recipe, **changes)

@@ -24,6 +24,7 @@ _GPTQ = Weights(method="gptq")
 _MQUANT = {
     "head": _W8A8,
     "weights": _GPTQ,
+    "balance": True,
     "rotate": True,
     "sink_class": True,
     "calibration": Calibration(headroom=1.1),

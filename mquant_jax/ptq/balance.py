@@ -9,6 +9,10 @@ error of one size each, whose square in the output is that of ``|x|^2 |W|^2``. C
 ``w`` the columns' norms, and by Cauchy and Schwarz least, ``(sum_j a_j w_j)^2``, at ``s_j^2 =
 w_j / a_j``. Means are taken out of values first, where biases let them: attention keeps constants.
 
+Only channels so uneven that less than half is left are touched. GPTQ makes up for much of what
+the rest would gain: on SmolLM2, where 0.6 to 0.9 is left at most layers, balancing them all gained
+nothing.
+
 Norms need none of this: their weights and biases move into their readers as they are rotated.
 """
 
@@ -22,6 +26,7 @@ from mquant_jax.ptq.channels import Link, can_shift, links, scale, shift
 from mquant_jax.ptq.statistics import StatisticsRunner
 
 _LARGEST = 1e3  # gain, from the middle of all
+_WORTH = 0.5  # of what there was, at most so much may be left
 
 
 def balance_params(
@@ -54,7 +59,7 @@ def balance_params(
         gains = np.clip(gains, 1 / _LARGEST, _LARGEST)
         before = squares.sum() * columns.sum()
         after = (squares * gains**2).sum() * (columns / gains**2).sum()
-        if after < before:
+        if after < _WORTH * before:
             scale(out, link, gains)
             left[link.readers[0]] = float(after / before)
     return {name: value.astype(np.float32) for name, value in out.items()}, left

@@ -74,7 +74,7 @@ def quantize_params(
     if batch is not None:
         batch = jax.tree.map(jnp.asarray, batch)
     if recipe.balance:
-        look = StatisticsRunner(columns=True)
+        look = StatisticsRunner(columns=True, sample=0)
         float_model(family, config, Recipe(), params)(batch, look)
         params, report["balance"] = balance_params(params, family.streams(config), look)
     if recipe.rotate:

@@ -67,7 +67,9 @@ class StatisticsRunner(Runner):
     """Looks at every point of a float model.
 
     Args:
-        columns: look at channels, too, and keep rows; else ``channels`` and ``samples`` stay empty.
+        columns: look at channels, too, and keep rows; else ``channels``, ``moments`` and
+            ``samples`` stay empty.
+        sample: rows kept per point.
         chunk: rows of the batch that run at a time.
 
     Attributes:
@@ -80,8 +82,8 @@ class StatisticsRunner(Runner):
         point_of: path of a dense layer -> path of the point in front of it.
     """
 
-    def __init__(self, columns: bool, chunk: int = 16):
-        self.columns, self.chunk = columns, chunk
+    def __init__(self, columns: bool, chunk: int = 16, sample: int = SAMPLE):
+        self.columns, self.chunk, self.sample = columns, chunk, sample
         self.inputs: dict[str, jax.Array] = {}
         self.tokens: dict[str, np.ndarray] = {}
         self.channels: dict[str, np.ndarray] = {}
@@ -124,7 +126,7 @@ class StatisticsRunner(Runner):
     def _see_columns(self, path: str, rows: np.ndarray) -> None:
         per_channel = np.abs(rows).max(0, initial=0.0)
         self.channels[path] = np.maximum(self.channels.get(path, 0.0), per_channel)
-        self.samples.setdefault(path, Sampler()).add(rows)
+        self.samples.setdefault(path, Sampler(self.sample)).add(rows)
         before = self._seen.get(path, 0)
         self._seen[path] = before + len(rows)
         sums = np.stack([rows.sum(0, np.float64), np.square(rows).sum(0, np.float64)])

@@ -41,10 +41,9 @@ def test_the_function_stays_and_a_second_time_changes_nothing(hard) -> None:
     got = np.asarray(float_model(FAMILY, config, Recipe(), even)(batch))[real]
     assert relative(got, expected) < 1e-4
     # One channel in fifty was made 10 to 100 times larger: that is most of what there was.
-    assert min(left.values()) < 0.3 and max(left.values()) < 1
+    assert min(left.values()) < 0.3 and max(left.values()) < 0.5
     assert {name.split("/")[-1] for name in left} == {"o_proj", "down_proj"}
-    again = balance_params(even, streams, looked(config, even, batch))[1]
-    assert min(again.values(), default=1.0) > 0.99
+    assert not balance_params(even, streams, looked(config, even, batch))[1]
 
 
 def test_values_lose_their_mean_where_biases_let_them(hard) -> None:

@@ -72,7 +72,8 @@ def test_files_that_are_no_recipes(tmp_path) -> None:
 def test_what_needs_calibration() -> None:
     needing = {name for name, recipe in PRESETS.items() if recipe.needs_calibration}
     assert needing == set(PRESETS) - {"float"}  # static scales, or GPTQ
-    dynamic = dataclasses.replace(PRESETS["w4a8-dynamic"], weights=Weights())
+    assert Recipe(balance=True).needs_calibration and Recipe(balance=True).changes_weights
+    dynamic = dataclasses.replace(PRESETS["w4a8-dynamic"], weights=Weights(), balance=False)
     assert not dynamic.needs_calibration and dynamic.changes_weights
     assert not PRESETS["float"].changes_weights
 
