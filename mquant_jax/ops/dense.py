@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
-from mquant_jax.ops import cpu, xla
+from mquant_jax.ops import cpu, gpu, xla
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -25,6 +25,8 @@ _FORMS = {
     "padded_int_dot": xla.padded_int_dot,
     "weight_only": xla.weight_only_dot,
 }
+# On GPU, where 4 bits stay packed.
+_PACKED_FORMS = {"int_dot": xla.packed_int_dot, "weight_only": xla.packed_weight_only_dot}
 
 
 def platform() -> str:
@@ -52,6 +54,8 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
             return "vector_dot"
         if cpu.suits_byte_dot() and (w.groups == 1 or rows >= xla.MANY_ROWS):  # it has no batches
             return "byte_dot"
+    if platform() == "gpu" and gpu.suits(w):
+        return gpu.choose(rows, w.out_features, w.in_features).path
     if rows == 1 and platform() in ("cpu", "tpu"):
         return "padded_int_dot"
     return "int_dot"
@@ -59,8 +63,16 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
 
 def held(w: QWeight) -> QWeight:
     """A weight in the form that the platform's products want: int8 on CPU, where unpacking at
-    every use costs more than the memory; elsewhere int4, if it has 4 bits."""
-    return w.unpacked() if platform() == "cpu" else w.native()
+    every use costs more than the memory. Elsewhere, if it has 4 bits, packed for the GPU's kernels,
+    which have no groups, else int4."""
+    if platform() == "cpu":
+        return w.unpacked()
+    return w.packed() if platform() == "gpu" and w.groups == 1 else w.native()
+
+
+def reads_stacks(w: QWeight) -> bool:
+    """Whether products with one layer of the stack ``w [layers, out, in]`` read it in its place."""
+    return platform() == "gpu" and w.storage == "packed" and gpu.suits(w)
 
 
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -79,6 +91,7 @@ def quantized_dot(
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     dtype=jnp.float32,
+    gate: jax.Array | None = None,
 ) -> jax.Array:
     """``x @ w.T`` with the scales applied, and what ends a dense layer.
 
@@ -88,6 +101,8 @@ def quantized_dot(
         bias: float ``[out]``, added in float32.
         residual: float ``[..., out]`` of ``dtype``, added last.
         dtype: of the result.
+        gate: float ``[..., out]`` of ``dtype``, whose SiLU multiplies the result before the
+            residual comes to it.
 
     Returns:
         ``dtype`` ``[..., out]``.
@@ -104,17 +119,32 @@ def quantized_dot(
     if isinstance(x, QTensor):
         scale = x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1)
         flat = QTensor(flat, scale)
+    path = select_path(isinstance(x, QTensor), rows, w)
+    packed = platform() == "gpu" and w.storage == "packed"
+    if path in gpu.PATHS and packed:
+        residual, gate = (None if a is None else a.reshape(rows, -1) for a in (residual, gate))
+        y = gpu.dense(flat, w, bias, residual, dtype, gate)
+        return y.reshape(*lead, w.out_features)
+    w = w.of_layer()
     if w.storage == "int4" and platform() != "tpu":
         # XLA's CPU backend widens int4 operands to int32 and multiplies naively; its GPU backend
         # does as well, but fuses a conversion to int8 into the product.
         w = w.unpacked()
-    form = _FORMS[select_path(isinstance(x, QTensor), rows, w)]
+    path = "int_dot" if path in gpu.PATHS else path
+    form = (_PACKED_FORMS if packed and w.groups == 1 else _FORMS)[path]
     y = form(flat, w).reshape(*lead, w.out_features)
-    return finish(y, bias, residual, dtype)
+    return finish(y, bias, residual, dtype, gate)
 
 
-def finish(y: jax.Array, bias: jax.Array | None, residual: jax.Array | None, dtype) -> jax.Array:
-    """``y + bias`` in ``dtype``, plus ``residual``."""
+def finish(
+    y: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    dtype,
+    gate: jax.Array | None = None,
+) -> jax.Array:
+    """``y + bias`` in ``dtype``, times the SiLU of ``gate``, plus ``residual``."""
     y = y if bias is None else y + bias
     y = y.astype(dtype)
+    y = y if gate is None else jax.nn.silu(gate) * y
     return y if residual is None else residual + y
