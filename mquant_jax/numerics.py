@@ -50,7 +50,7 @@ class QTensor:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scale"],
+    data_fields=["values", "scale", "layer"],
     meta_fields=["in_features", "bits", "storage"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,8 @@ class QWeight:
         in_features: the true contraction length.
         bits: 4 or 8.
         storage: how ``values`` is held in memory.
+        layer: int32 ``[]``, where ``values`` and ``scale`` are a stack of layers of which this is
+            the one that is meant: kernels read it where it lies. ``None``: they are what is meant.
     """
 
     values: jax.Array
@@ -76,6 +78,7 @@ class QWeight:
     in_features: int
     bits: int
     storage: Storage
+    layer: jax.Array | None = None
 
     @property
     def out_features(self) -> int:
@@ -84,6 +87,16 @@ class QWeight:
     @property
     def groups(self) -> int:
         return self.scale.shape[-1]
+
+    def of_layer(self) -> QWeight:
+        """The layer that is meant, alone (a no-op when it already is)."""
+        if self.layer is None:
+            return self
+        values, scale = (
+            jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False)
+            for a in (self.values, self.scale)
+        )
+        return dataclasses.replace(self, values=values, scale=scale, layer=None)
 
     def unpacked(self) -> QWeight:
         """The same weight with one int8 per value (a no-op when it already is)."""

@@ -36,8 +36,11 @@ NOTES = {
         "estimate: the larger of cycles and bytes at the memory's rate; nothing here was run.",
     ],
     "gpu": [
-        "No cycle estimates on this target: times are operations and bytes at published rates.",
-        "Bytes count every kernel's operands once, as if nothing stayed in the caches.",
+        "No cycle estimates on this target. estimate: each kernel takes the larger of its "
+        "operations and bytes at published rates, which none reaches, one after the other.",
+        "Bytes count every kernel's operands once, as if nothing stayed in the caches; Pallas "
+        "kernels count by their cost estimates.",
+        "in_place: without the copies that XLA makes of layers of a stack, on both sides.",
     ],
 }
 

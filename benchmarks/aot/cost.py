@@ -7,6 +7,9 @@ Three kinds of work carry none and are charged here, so that nothing is left out
   least the bytes read and written at the memory's rate;
 * Pallas kernels: operations and bytes of their own cost estimate at the published rates;
 * transfers that run beside compute: bytes alone.
+
+GPU programs carry no estimates: each kernel takes the larger of its operations and its bytes at the
+published rates, and they run one after the other.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 from typing import Any
 
 from benchmarks.aot.devices import Device
@@ -29,7 +33,9 @@ _FREE = {
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "LayoutConstraint"}
 _STARTS = {"copy-start", "slice-start", "async-start"}
 _MOVES = {"copy", "reshape", "transpose", "concatenate", "reverse", "gather"}
-_KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2", "mosaic_gpu"}
+TRITON = "__gpu$xla.gpu.triton"
+_KERNELS = {"tpu_custom_call", TRITON, "mosaic_gpu_v2", "mosaic_gpu"}
+_INTEGERS = ("s8", "u8", "s4", "u4")
 _SMALL = 4096  # bytes; the scalar unit's arithmetic is no data movement
 
 
@@ -42,6 +48,9 @@ class Cost:
         charged: the part of ``cycles`` that is not XLA's own: movement by bytes.
         kernel_cycles: the part that Pallas kernels' cost estimates stand for.
         bytes: read from and written to the large memory.
+        seconds: where there are no cycles, the sum of what each kernel takes.
+        copying: the part of ``seconds`` in which layers are cut out of their stacks, to be operands
+            of kernels that cannot do so themselves.
         top: cycles by instruction, with the loops it stands in: ``(cycles, name, what)``.
     """
 
@@ -49,6 +58,8 @@ class Cost:
     charged: float = 0.0
     kernel_cycles: float = 0.0
     bytes: float = 0.0
+    seconds: float = 0.0
+    copying: float = 0.0
     top: list[tuple[float, str, str]] = dataclasses.field(default_factory=list)
 
 
@@ -82,8 +93,8 @@ def _add(
             for name in [n for names in i.called.values() for n in names]:
                 costs.append(branch := Cost())
                 _add(branch, module, module.computations[name], device, times, trips)
-            worst = max(costs, key=lambda c: (c.cycles, c.bytes))
-            for field in ("cycles", "charged", "kernel_cycles", "bytes", "top"):
+            worst = max(costs, key=lambda c: (c.cycles, c.seconds, c.bytes))
+            for field in (f.name for f in dataclasses.fields(Cost)):
                 setattr(total, field, getattr(total, field) + getattr(worst, field))
         elif i.opcode == "call":
             inner = module.computations[i.called["to_apply"][0]]
@@ -102,6 +113,7 @@ def _add_one(
     cycles = float(i.cycles or 0)
     total.bytes += in_memory * times
     if device.clock is None:
+        _add_seconds(total, module, body, i, device, times, in_memory)
         return
     if target in _KERNELS:
         cycles = kernel_cycles(i, operand_arrays(body, i), device)
@@ -114,6 +126,40 @@ def _add_one(
     if cycles:
         what = " ".join(_short(a) for a in i.arrays[:2])
         total.top.append((cycles * times, i.name, f"{what} {i.source[-60:]}"))
+
+
+def _add_seconds(
+    total: Cost, module: Module, body: Computation, i: Instruction, device: Device, times: int,
+    moved: float,
+) -> None:  # fmt: skip
+    """One kernel of a target without cycles."""
+    if i.attribute("custom_call_target") == TRITON:
+        integer = any(a.dtype in _INTEGERS for a in operand_arrays(body, i))
+        flops = {"int8" if integer else "bf16": float(i.notes["flops"])}
+    else:
+        flops = products(module, body, i)
+    seconds = max(device.compute_seconds(flops), moved / device.bandwidth) * times
+    total.seconds += seconds
+    if '"name":"dynamic_slice_fusion"' in i.attributes:
+        total.copying += seconds
+    what = " ".join(_short(a) for a in i.arrays[:2])
+    total.top.append((seconds, i.name, f"{what} {i.source[-60:]}"))
+
+
+def products(module: Module, body: Computation, i: Instruction) -> dict[str, float]:
+    """Operations of the matrix products in an instruction, by operand type, those of fusions
+    within it included."""
+    flops: collections.Counter = collections.Counter()
+    if i.opcode == "dot":
+        left = body.instructions[i.operands[0]].arrays[0]
+        found = re.search(r"lhs_contracting_dims={([\d,]*)}", i.attributes)
+        length = math.prod(left.dims[int(d)] for d in found.group(1).split(",") if d)
+        flops["int8" if left.dtype in _INTEGERS else "bf16"] += 2.0 * length * i.arrays[0].size
+    for name in i.called.get("calls", ()):
+        inner = module.computations[name]
+        for one in inner.instructions.values():
+            flops.update(products(module, inner, one))
+    return dict(flops)
 
 
 def _short(a: Array) -> str:
@@ -131,7 +177,7 @@ def kernel_cycles(i: Instruction, operands: list[Array], device: Device) -> floa
     estimate = kernel_estimate(i.config)
     if estimate is None:
         raise ValueError(f"kernel %{i.name} has no cost estimate; give its pallas_call one")
-    integer = any(a.dtype in ("s8", "u8", "s4", "u4") for a in operands)
+    integer = any(a.dtype in _INTEGERS for a in operands)
     flops = float(estimate.get("flops", 0)) / device.rates["int8" if integer else "bf16"]
     return max(flops, float(estimate.get("bytes_accessed", 0)) / device.bandwidth) * device.clock
 
@@ -153,6 +199,13 @@ def operand_arrays(body: Computation, i: Instruction) -> list[Array]:
 
 def _traffic(module: Module, body: Computation, i: Instruction) -> tuple[float, float]:
     """Bytes that an instruction reads and writes: anywhere, and in the large memory."""
+    if i.attribute("custom_call_target") == TRITON:
+        # Which parts of its operands it reads only the kernel can tell.
+        if "bytes_accessed" not in i.notes:
+            raise ValueError(
+                f"kernel %{i.name} has no cost estimate; give its pallas_call metadata"
+            )
+        return 0.0, float(i.notes["bytes_accessed"])
     if i.opcode in _STARTS:
         # (destination, source, context): what is in the large memory is read or written.
         whole = operand_arrays(body, i)

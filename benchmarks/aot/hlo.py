@@ -80,6 +80,12 @@ class Instruction:
             return {}
         return value if isinstance(value, dict) else {}
 
+    @functools.cached_property
+    def notes(self) -> dict[str, str]:
+        """What a Triton kernel's ``pallas_call`` was given as metadata; empty without any."""
+        found = re.search(r'serialized_metadata = "([^"]*)"', self.attributes)
+        return json.loads(found.group(1).replace(r"\22", '"')) if found else {}
+
     @property
     def cycles(self) -> int | None:
         """XLA's estimate for one run of this instruction."""

@@ -16,12 +16,13 @@ def figures(program: Program, device: Device) -> dict[str, Any]:
     ``cycles`` (TPU) with its parts ``charged_cycles`` and ``kernel_cycles``, bytes, operations, and
     seconds: ``compute`` of the operations and ``memory`` of the bytes at published rates,
     ``roofline`` the larger of the two, ``estimate`` the larger of cycles and memory (on targets
-    without cycles the roofline).
+    without cycles the sum of each kernel's own roofline, which also knows ``copying``, see
+    :class:`~benchmarks.aot.cost.Cost`).
     """
     cost = program.cost
     compute, memory = device.compute_seconds(program.flops), cost.bytes / device.bandwidth
     seconds = {"compute": compute, "memory": memory, "roofline": max(compute, memory)}
-    seconds["estimate"] = seconds["roofline"]
+    seconds |= {"estimate": cost.seconds, "copying": cost.copying}
     out: dict[str, Any] = {"compiled": program.compiled}
     if program.error:
         out["error"] = program.error
@@ -31,6 +32,7 @@ def figures(program: Program, device: Device) -> dict[str, Any]:
             "charged_cycles": round(cost.charged),
             "kernel_cycles": round(cost.kernel_cycles),
         }
+        del seconds["copying"]
         seconds["estimate"] = max(cost.cycles / device.clock, memory)
     return out | {
         "bytes": round(cost.bytes),
@@ -54,7 +56,10 @@ def memory_of(programs: dict[str, dict[str, Any]], device: Device) -> dict[str, 
 
 
 def ratios(variants: dict[str, dict[str, Any]], memory: dict[str, Any]) -> dict[str, Any]:
-    """Ours over the others' (less than 1: we are cheaper); ``None`` where a part was not run."""
+    """Ours over the others' (less than 1: we are cheaper); ``None`` where a part was not run.
+
+    ``in_place`` ratios, where they can be told, leave the copying of layers out on both sides.
+    """
 
     def over(program: str, other: str, *keys: str) -> float | None:
         values = []
@@ -77,7 +82,16 @@ def ratios(variants: dict[str, dict[str, Any]], memory: dict[str, Any]) -> dict[
             out[f"{program}_seconds_static_vs_{short}"] = over(
                 program, other, "seconds", "estimate"
             )
+            ours, theirs = (_in_place(variants, name, program) for name in (STATIC, other))
+            if ours and theirs:
+                out[f"{program}_seconds_in_place_static_vs_{short}"] = ours / theirs
     return out
+
+
+def _in_place(variants: dict[str, dict[str, Any]], name: str, program: str) -> float | None:
+    """Seconds as if no layer were copied out of its stack; ``None`` where that is not known."""
+    seconds = variants.get(name, {}).get(program, {}).get("seconds", {})
+    return seconds["estimate"] - seconds["copying"] if "copying" in seconds else None
 
 
 def table(result: dict[str, Any]) -> str:
@@ -112,6 +126,6 @@ def table(result: dict[str, Any]) -> str:
             f"({m['in']}): {verdict}"
         )
     lines.append("")
-    lines += [f"{k:<36} {v if v is None or isinstance(v, bool) else f'{v:.3f}'}"
+    lines += [f"{k:<42} {v if v is None or isinstance(v, bool) else f'{v:.3f}'}"
               for k, v in result["ratios"].items()]  # fmt: skip
     return "\n".join([*lines, "", *result["notes"]])

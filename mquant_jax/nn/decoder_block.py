@@ -151,7 +151,7 @@ class Projections(nnx.Module):
         stream."""
         h, x = parts
         h = self.mlp_in(h, cls, tap)
-        h = jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)
+        h = self.up_proj(h, gate=self.gate_proj(h))
         return self.down_proj(self.mlp_hidden(h, cls, tap), x)
 
 

@@ -28,13 +28,14 @@ def linear(
     dtype,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
+    gate: jax.Array | None = None,
 ) -> jax.Array:
-    """``residual + (x @ kernel.T + bias)`` in ``dtype``; products of float kernels have ``dtype``
-    before anything is added."""
+    """``residual + silu(gate) * (x @ kernel.T + bias)`` in ``dtype``; products of float kernels
+    have ``dtype`` before anything is added."""
     if isinstance(kernel, QWeight):
-        return quantized_dot(x, kernel, bias, residual, dtype)
+        return quantized_dot(x, kernel, bias, residual, dtype, gate)
     x = x.dequantize() if isinstance(x, QTensor) else x
-    return finish(float_dot(x.astype(dtype), kernel), bias, residual, dtype)
+    return finish(float_dot(x.astype(dtype), kernel), bias, residual, dtype, gate)
 
 
 class SplitColumn(nnx.Module):
@@ -56,6 +57,7 @@ class SplitColumn(nnx.Module):
         values = x.values if isinstance(x, QTensor) else x
         channel = jnp.take(values, self.index.get_value(), axis=-1)[..., None]
         column = self.column.get_value()
+        column = column.of_layer() if isinstance(column, QWeight) else column
         if not (isinstance(x, QTensor) and isinstance(column, QWeight)):
             column = column.dequantize() if isinstance(column, QWeight) else column
             y = channel.astype(jnp.float32) * column[0]
@@ -94,11 +96,17 @@ class Dense(nnx.Module):
             self.kernel = nnx.Param((init * in_features**-0.5).astype(dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
 
-    def __call__(self, x: jax.Array | QTensor, residual: jax.Array | None = None) -> jax.Array:
-        """``[..., in]`` -> ``[..., out]``, added to ``residual [..., out]`` if there is one."""
+    def __call__(
+        self,
+        x: jax.Array | QTensor,
+        residual: jax.Array | None = None,
+        gate: jax.Array | None = None,
+    ) -> jax.Array:
+        """``[..., in]`` -> ``[..., out]``, times the SiLU of ``gate [..., out]``, added to
+        ``residual [..., out]``, if there is one."""
         kernel = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         if self.has_split:
             y = linear(x, kernel, jnp.float32) + self.split(x)
-            return finish(y, bias, residual, self.dtype)
-        return linear(x, kernel, self.dtype, bias, residual)
+            return finish(y, bias, residual, self.dtype, gate)
+        return linear(x, kernel, self.dtype, bias, residual, gate)

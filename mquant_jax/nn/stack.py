@@ -8,11 +8,16 @@ model gives to its parts are the paths of their parameters.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from mquant_jax.numerics import QWeight
+from mquant_jax.ops.dense import reads_stacks
 
 
 def stack_layers(
@@ -29,6 +34,31 @@ def num_layers(stack: nnx.Module) -> int:
     return jax.tree.leaves(nnx.state(stack))[0].shape[0]
 
 
+def by_layer(stack: nnx.Module) -> tuple[Callable[[Any], nnx.Module], Any]:
+    """A stack as ``(block, layers)``: ``layers`` is what to scan over, and ``block(layer)`` makes a
+    module of what the scan hands out.
+
+    A scan cuts each layer's arrays out of their stacks, and a kernel's operands have to stand
+    alone, so that they would be copied. Weights whose kernels find their layer themselves stay
+    behind as they are, and each layer gets its number.
+    """
+    graphdef, state = nnx.split(stack)
+    leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QWeight))
+    whole = [isinstance(leaf, QWeight) and reads_stacks(leaf) for leaf in leaves]
+    cut = [None if stays else leaf for leaf, stays in zip(leaves, whole, strict=True)]
+    numbers = jnp.arange(num_layers(stack)) if any(whole) else None
+
+    def block(layer: Any) -> nnx.Module:
+        parts, number = layer
+        parts = [
+            dataclasses.replace(leaf, layer=number) if stays else part
+            for leaf, part, stays in zip(leaves, parts, whole, strict=True)
+        ]
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, parts))
+
+    return block, (cut, numbers)
+
+
 class Runner:
     """Runs blocks by scan and single modules directly."""
 
@@ -37,12 +67,12 @@ class Runner:
 
         ``context.token_class`` tells the class of each token of ``x``; -1 marks padding.
         """
-        graphdef, state = nnx.split(stack)
+        block, layers = by_layer(stack)
 
         def body(carry, layer):
-            return nnx.merge(graphdef, layer)(carry, context), None
+            return block(layer)(carry, context), None
 
-        return jax.lax.scan(body, x, state)[0]
+        return jax.lax.scan(body, x, layers)[0]
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
         """Call one module that stands outside the stacks (patch embedding, merger).

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor
+from mquant_jax.ops import gpu
 from mquant_jax.ops.dense import platform
 
 
@@ -50,6 +51,10 @@ def attend(
     b, heads, t, d = q.shape
     kv_heads = (k.values if isinstance(k, QTensor) else k).shape[1]
     mask = jnp.broadcast_to(mask, (b, t, mask.shape[-1]))
+    if platform() == "gpu" and gpu.suits_attention(q, k, prefix):
+        from mquant_jax.ops import flash_gpu  # slow to import
+
+        return flash_gpu.attend(q, k, v, mask, in_order)
     q = q.reshape(b, kv_heads, heads // kv_heads, t, d)
     size = max(_LEAST_QUERIES, -(-t // _ORDERED_BLOCKS)) if in_order else t
     blocks = []

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
-from mquant_jax.ops import cpu, xla
+from mquant_jax.ops import cpu, gpu, xla
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -26,6 +26,8 @@ _FORMS = {
     "padded_int_dot": xla.padded_int_dot,
     "weight_only": xla.weight_only_dot,
 }
+# On GPU, where 4 bits stay packed.
+_PACKED_FORMS = {"int_dot": xla.packed_int_dot, "weight_only": xla.packed_weight_only_dot}
 
 
 def platform() -> str:
@@ -55,6 +57,8 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
             return "halves_dot"
         if cpu.suits_byte_dot() and (w.groups == 1 or rows >= xla.MANY_ROWS):  # it has no batches
             return "byte_dot"
+    if platform() == "gpu" and gpu.suits(w):
+        return gpu.choose(rows, w.out_features, w.in_features).path
     if rows == 1 and platform() in ("cpu", "tpu"):
         return "padded_int_dot"
     return "int_dot"
@@ -62,12 +66,17 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
 
 def held(w: QWeight) -> QWeight:
     """A weight (or a stack of them) in the form that the platform's products want: int8 on CPU,
-    where unpacking at every use costs more than the memory, in parts if rows are long; elsewhere
-    int4, if it has 4 bits."""
-    if platform() != "cpu":
-        return w.native()
-    parts = cpu.parts_for(w) or 1
-    return w.in_parts(parts) if parts > 1 else w.unpacked()
+    where unpacking at every use costs more than the memory, in parts if rows are long. Elsewhere,
+    if it has 4 bits, packed for the GPU's kernels, which have no groups, else int4."""
+    if platform() == "cpu":
+        parts = cpu.parts_for(w) or 1
+        return w.in_parts(parts) if parts > 1 else w.unpacked()
+    return w.packed() if platform() == "gpu" and w.groups == 1 else w.native()
+
+
+def reads_stacks(w: QWeight) -> bool:
+    """Whether products with one layer of the stack ``w [layers, out, in]`` read it in its place."""
+    return platform() == "gpu" and w.storage == "packed" and gpu.suits(w)
 
 
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -86,6 +95,7 @@ def quantized_dot(
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     dtype=jnp.float32,
+    gate: jax.Array | None = None,
 ) -> jax.Array:
     """``x @ w.T`` with the scales applied, and what ends a dense layer.
 
@@ -95,6 +105,8 @@ def quantized_dot(
         bias: float ``[out]``, added in float32.
         residual: float ``[..., out]`` of ``dtype``, added last.
         dtype: of the result.
+        gate: float ``[..., out]`` of ``dtype``, whose SiLU multiplies the result before the
+            residual comes to it.
 
     Returns:
         ``dtype`` ``[..., out]``.
@@ -111,17 +123,32 @@ def quantized_dot(
     if isinstance(x, QTensor):
         scale = x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1)
         flat = QTensor(flat, scale)
+    path = select_path(isinstance(x, QTensor), rows, w)
+    packed = platform() == "gpu" and w.storage == "packed"
+    if path in gpu.PATHS and packed:
+        residual, gate = (None if a is None else a.reshape(rows, -1) for a in (residual, gate))
+        y = gpu.dense(flat, w, bias, residual, dtype, gate)
+        return y.reshape(*lead, w.out_features)
+    w = w.of_layer()
     if w.storage == "int4" and platform() != "tpu":
         # XLA's CPU backend widens int4 operands to int32 and multiplies naively; its GPU backend
         # does as well, but fuses a conversion to int8 into the product.
         w = w.unpacked()
-    form = _FORMS[select_path(isinstance(x, QTensor), rows, w)]
+    path = "int_dot" if path in gpu.PATHS else path
+    form = (_PACKED_FORMS if packed and w.groups == 1 else _FORMS)[path]
     y = form(flat, w).reshape(*lead, w.out_features)
-    return finish(y, bias, residual, dtype)
+    return finish(y, bias, residual, dtype, gate)
 
 
-def finish(y: jax.Array, bias: jax.Array | None, residual: jax.Array | None, dtype) -> jax.Array:
-    """``y + bias`` in ``dtype``, plus ``residual``."""
+def finish(
+    y: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    dtype,
+    gate: jax.Array | None = None,
+) -> jax.Array:
+    """``y + bias`` in ``dtype``, times the SiLU of ``gate``, plus ``residual``."""
     y = y if bias is None else y + bias
     y = y.astype(dtype)
+    y = y if gate is None else jax.nn.silu(gate) * y
     return y if residual is None else residual + y

@@ -11,20 +11,27 @@ import jax.numpy as jnp
 from mquant_jax.hadamard import LANES, Rotation
 from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
 from mquant_jax.ops.dense import platform
+from mquant_jax.ops.gpu import suits_device
 
 FEWEST_ROWS = 64  # below, the kernel's fixed cost is not worth it
 # Rows that a core's cache holds from the first product to the last; fewer where they do not divide.
 BLOCKS = (64, 32)
+WIDEST_OUTER = 160  # of what a GPU's shared memory holds beside a row
 
 
 def select_path(rotation: Rotation, rows: int, dtype) -> str:
-    """Name of the form that :func:`rotate` and :func:`rotate_quantize` run: ``pallas_tpu`` for
-    many bfloat16 rows on TPU if the rotation has one block and fills the lanes; ``blocks`` for many
-    rows on CPU; else ``xla``."""
+    """Name of the form that :func:`rotate` and :func:`rotate_quantize` run: ``pallas_tpu`` or
+    ``pallas_gpu`` for many bfloat16 rows if the rotation has one block with an inner factor of 128
+    (and, on GPU, an outer one that fits the chip's shared memory); ``blocks`` for many rows on CPU;
+    else ``xla``."""
     if platform() == "cpu":
         return "blocks" if _block(rows) else "xla"
     fits = rotation.blocks == 1 and rotation.inner == LANES and dtype == jnp.bfloat16
-    return "pallas_tpu" if platform() == "tpu" and fits and rows >= FEWEST_ROWS else "xla"
+    if not fits or rows < FEWEST_ROWS:
+        return "xla"
+    if platform() == "gpu":
+        return "pallas_gpu" if rotation.outer <= WIDEST_OUTER and suits_device() else "xla"
+    return "pallas_tpu" if platform() == "tpu" else "xla"
 
 
 def _block(rows: int) -> int | None:
@@ -46,11 +53,15 @@ def _by_blocks(f: Callable[..., Any], x: jax.Array, *more: jax.Array) -> Any:
 
 
 def _kernel(x: jax.Array, rotation: Rotation, scale: jax.Array | None = None) -> jax.Array:
-    from mquant_jax.ops import pallas_tpu  # not needed, and slow to import, where there is no TPU
+    # Not needed, and slow to import, elsewhere.
+    if platform() == "gpu":
+        from mquant_jax.ops import rotate_gpu as kernels
+    else:
+        from mquant_jax.ops import pallas_tpu as kernels
 
     x = rotation.signed(x)
     x = rotation.padded(x) if rotation.inputs % LANES else x  # whole tiles the kernel pads itself
-    flat = pallas_tpu.rotate(x.reshape(-1, x.shape[-1]), rotation.outer, scale)
+    flat = kernels.rotate(x.reshape(-1, x.shape[-1]), rotation.outer, scale)
     return flat.reshape(*x.shape[:-1], rotation.n)
 
 
@@ -72,11 +83,11 @@ def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array | None) -
     """
     form = select_path(rotation, _rows(x), x.dtype)
     lead = x.shape[:-1]
-    if form == "xla" or (form == "pallas_tpu" and scale is None):
+    if form == "xla" or (form != "blocks" and scale is None):
         y = rotate(x, rotation)
         return quantize_dynamic(y) if scale is None else quantize_static(y, scale)
     rows = None if scale is None else jnp.broadcast_to(scale, (*lead, 1)).reshape(-1, 1)
-    if form == "pallas_tpu":
+    if form != "blocks":
         return QTensor(_kernel(x, rotation, rows), scale)
     flat = x.reshape(-1, x.shape[-1])
     if scale is None:

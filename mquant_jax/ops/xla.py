@@ -78,6 +78,42 @@ def padded_int_dot(x: QTensor, w: QWeight) -> jax.Array:
     return int_dot(QTensor(values, scale), w)[:1]
 
 
+def paired(x: jax.Array, w: QWeight) -> tuple[jax.Array, jax.Array]:
+    """``x [rows, in]`` and packed weights as int4, both with columns ``j`` and ``j + half`` side by
+    side: the order in which a byte has them, so that the weights are not touched.
+
+    Returns:
+        ``[rows, 2 * half]`` and int4 ``[out, 2 * half]``.
+    """
+    out, half = w.values.shape
+    x = jnp.pad(x, ((0, 0), (0, 2 * half - w.in_features)))
+    values = jax.lax.bitcast_convert_type(w.values, jnp.int4).reshape(out, 2 * half)
+    return jnp.swapaxes(x.reshape(-1, 2, half), 1, 2).reshape(-1, 2 * half), values
+
+
+def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
+    """:func:`int_dot` of packed weights with one scale per channel, which XLA's GPU backend
+    converts inside the product; of a single row it does so only by halves, in two products."""
+    if x.values.shape[0] == 1:
+        half = w.values.shape[1]
+        low, high = (w.values << 4).astype(jnp.int8) >> 4, w.values.astype(jnp.int8) >> 4
+        behind = w.in_features - half
+        acc = s8_dot(x.values[:, :half], low) + s8_dot(x.values[:, half:], high[:, :behind])
+    else:
+        values, weights = paired(x.values, w)
+        acc = s8_dot(values, weights.astype(jnp.int8))
+    return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
+
+
+def packed_weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
+    """:func:`weight_only_dot` of packed weights with one scale per channel, likewise."""
+    x, weights = paired(x, w)
+    y = jax.lax.dot_general(
+        x, weights.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32
+    )
+    return y * w.scale[:, 0]
+
+
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """Float ``[rows, in]`` by float ``[out, in]``, in their type."""
     return jax.lax.dot_general(x, w, _LAST_ON_LAST)

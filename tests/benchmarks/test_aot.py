@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.aot import backend, cost, hlo, report
+from benchmarks.aot import backend, cost, hlo, occupancy, report
 from benchmarks.aot.__main__ import _run
 from benchmarks.aot.devices import DEVICES
 from benchmarks.aot.programs import Program, flop_count, prompt, size
@@ -131,9 +131,87 @@ def test_a_kernel_must_tell_what_it_costs() -> None:
         cost.program_cost(hlo.parse(text), V5E)
 
 
-def test_targets_without_cycles_count_bytes() -> None:
-    total = cost.program_cost(hlo.parse(TEXT), DEVICES["h100"])
-    assert total.cycles == 0 and total.bytes > 0
+# One layer: it is cut out of the stack, a fused product reads it, a kernel reads another stack.
+GPU_TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+%cut (p0: s8[8,64,128], p1: s32[]) -> s8[1,64,128] {
+  %p0 = s8[8,64,128]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = s8[1,64,128]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+}
+
+%inner (q0: s8[32,128], q1: s8[64,128]) -> f32[32,64] {
+  %q0 = s8[32,128]{1,0} parameter(0)
+  %q1 = s8[64,128]{1,0} parameter(1)
+  %dot = s32[32,64]{1,0} dot(%q0, %q1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %float = f32[32,64]{1,0} convert(%dot)
+}
+
+ENTRY %main (x: s8[32,128], w: s8[8,64,128], v: u8[8,64,64], l: s32[]) -> bf16[32,64] {
+  %x = s8[32,128]{1,0} parameter(0)
+  %w = s8[8,64,128]{2,1,0} parameter(1)
+  %v = u8[8,64,64]{2,1,0} parameter(2)
+  %l = s32[] parameter(3)
+  %copied = s8[1,64,128]{2,1,0} fusion(%w, %l), kind=kCustom, calls=%cut, backend_config={"fusion_backend_config":{"kind":"__custom_fusion","custom_fusion_config":{"name":"dynamic_slice_fusion","kernel_index":0}}}
+  %flat = s8[64,128]{1,0} bitcast(%copied)
+  %product = f32[32,64]{1,0} fusion(%x, %flat), kind=kCustom, calls=%inner, backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+  ROOT %kernel = bf16[32,64]{1,0} custom-call(%l, %x, %v), custom_call_target="__gpu$xla.gpu.triton", api_version=API_VERSION_TYPED_FFI, backend_config={debug = false, ir = "ML\\22R", serialized_metadata = "{\\22flops\\22: \\221979000000\\22, \\22bytes_accessed\\22: \\223352\\22}"}
+}
+"""  # noqa: E501
+
+
+def test_targets_without_cycles_add_up_kernels() -> None:
+    h100 = DEVICES["h100"]
+    module = hlo.parse(GPU_TEXT)
+    total = cost.program_cost(module, h100)
+    layer, product = 64 * 128, 32 * 128 + 64 * 128 + 32 * 64 * 4
+    assert total.cycles == 0 and total.bytes == 2 * layer + 4 + product + 3352
+    # The kernel is bound by its operations, a microsecond's, the rest by bytes.
+    assert total.copying == pytest.approx((2 * layer + 4) / 3352e9)
+    assert total.seconds == pytest.approx(total.copying + product / 3352e9 + 1e-6)
+    fused = module.entry.instructions["product"]
+    assert cost.products(module, module.entry, fused) == {"int8": 2 * 32 * 128 * 64}
+    text = GPU_TEXT[: GPU_TEXT.index(", serialized")] + "}\n}\n"
+    with pytest.raises(ValueError, match="kernel %kernel has no cost estimate"):
+        cost.program_cost(hlo.parse(text), h100)
+
+
+def test_copies_are_told_apart() -> None:
+    def made_for(seconds: float, copying: float) -> dict:
+        cost_ = cost.Cost(seconds=seconds, copying=copying, bytes=1e6)
+        program = Program(True, {"total": 1.0}, cost_, {"int8": 1e9})
+        return {"decode": report.figures(program, DEVICES["h100"])}
+
+    variants = {"bf16": made_for(9.0, 4.0), "w4a8-static": made_for(2.0, 1.0)}
+    ratios = report.ratios(variants, {})
+    assert ratios["decode_seconds_static_vs_bf16"] == pytest.approx(2 / 9)
+    assert ratios["decode_seconds_in_place_static_vs_bf16"] == pytest.approx(1 / 5)
+    assert "decode_seconds_in_place_static_vs_dynamic" not in ratios
+    tpu = {name: {"decode": made(3e6, 6e9)} for name in variants}
+    assert not [key for key in report.ratios(tpu, {}) if "in_place" in key]
+
+
+def test_a_kernels_figures(monkeypatch, tmp_path) -> None:
+    """What is read from the assembler's words, and what it makes of a block's fate."""
+    said = "0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\nUsed 100 registers"
+    monkeypatch.setattr(
+        occupancy.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "", said)
+    )
+    ptx = tmp_path / "k.ptx"
+    ptx.write_text(".reqntid 256, 1, 1\n wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 ...")
+    kernel = occupancy.read_kernel(ptx, "1: w4a8 grid: [1] threads: [256] shared_memory: 65536 b")
+    assert kernel == occupancy.Kernel(256, 100, 12, 65536, "wgmma") and kernel.resident == 2
+    blocks = occupancy.Blocks(128, 128, 64, 8, 3)
+    shape = True, 1024, 3584, 3584, blocks
+    assert occupancy.score(kernel, *shape) == np.inf
+    kernel = dataclasses.replace(kernel, spills=0)
+    published = 2 * 1024 * 3584 * 3584 / 1979e12 * 1e6
+    assert published < occupancy.score(kernel, *shape) < 4 * published
+    few = dataclasses.replace(blocks, rows=16, splits=4)
+    least = 3584 * 1792 / 3352e9 * 1e6
+    assert least < occupancy.score(kernel, False, 1, 3584, 3584, few) < 6 * least
 
 
 def test_operations_of_a_traced_program() -> None:
@@ -243,6 +321,33 @@ def test_a_real_compile(tmp_path) -> None:
     # All weights but the embedding are read once; the cache's keys and values, too.
     held = ours["memory"]["arguments"]
     assert 0.3 * held < ours["bytes"] < held
+
+
+@pytest.mark.skipif(
+    backend.missing(DEVICES["h100"]) is not None,
+    reason=f"no CUDA compiler: {backend.missing(DEVICES['h100'])}",
+)
+def test_real_gpu_kernels() -> None:
+    """Both kernels reach the int8 tensor cores of an H100, and nothing spills, in the cuts that
+    shapes without an entry get."""
+    program = """
+import json
+from benchmarks.aot.backend import prepare, sharding
+from benchmarks.aot.devices import DEVICES
+from benchmarks.aot.occupancy import Blocks, compile_kernel
+from mquant_jax.ops import gpu
+prepare(DEVICES["h100"])
+where = sharding(DEVICES["h100"])
+for rows in (1, 40, 1000):
+    choice = gpu.choose(rows, 4000, 1001)
+    made = compile_kernel(choice.path == gpu.MANY, rows, 4000, 1001, Blocks(*choice.blocks), where)
+    print(json.dumps([choice.path, made.tensor, made.spills, made.shared]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["pallas_gpu_gemv", "pallas_gpu", "pallas_gpu"]
+    assert all(row[1:3] == ["wgmma", 0] and row[3] <= 99 * 1024 for row in rows), rows
 
 
 def test_devices_say_what_they_are() -> None:

@@ -177,7 +177,11 @@ def test_the_chosen_form(monkeypatch) -> None:
             assert select_path(True, 2, w) == "int_dot"
             assert select_path(False, 2, w) == "weight_only"
     with target_platform("gpu"):
-        assert select_path(True, 1, w) == "int_dot"
+        assert select_path(True, 1, w) == "pallas_gpu_gemv"
+        assert select_path(True, 17, w) == "pallas_gpu"
+        assert select_path(False, 17, w) == "weight_only"
+        grouped, wide = operands(1, 6, 4, 5, 4, True)[1], operands(1, 6, 1, 20, 8, True)[1]
+        assert select_path(True, 1, grouped) == select_path(True, 17, wide) == "int_dot"
 
 
 @pytest.mark.parametrize("rows", [1, 3])

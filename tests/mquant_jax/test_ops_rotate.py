@@ -1,5 +1,5 @@
-"""The TPU's rotation kernel, interpreted, and the CPU's blocks of rows against the plain form; and
-which one is chosen."""
+"""The rotation kernels of TPU and GPU, interpreted, and the CPU's blocks of rows against the plain
+form; the choice of one."""
 
 from __future__ import annotations
 
@@ -10,37 +10,43 @@ import pytest
 
 from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
 from mquant_jax.numerics import quantize_dynamic, quantize_static
-from mquant_jax.ops import pallas_tpu
+from mquant_jax.ops import pallas_tpu, rotate_gpu
 from mquant_jax.ops.dense import target_platform
 from mquant_jax.ops.rotate import rotate, rotate_quantize, select_path
 
 
-@pytest.mark.parametrize(("rows", "outer"), [(1, 2), (64, 12), (65, 20), (130, 1)])
-def test_kernel(rows, outer) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "rows", "outer"),
+    [(pallas_tpu, rows, outer) for rows, outer in ((1, 2), (64, 12), (65, 20), (130, 1))]
+    + [(rotate_gpu, rows, outer) for rows, outer in ((3, 20), (2, 1))],
+)
+def test_kernel(kernels, rows, outer) -> None:
     rng = np.random.default_rng(0)
     n = 128 * outer
     x = jnp.asarray(rng.normal(size=(rows, n)), jnp.bfloat16)
     scale = jnp.asarray(rng.uniform(0.005, 0.05, (rows, 1)), jnp.float32)
     matrix = np.kron(hadamard(outer), hadamard(128)) * n**-0.5
     exact = np.asarray(x, np.float64) @ matrix
-    got = np.asarray(pallas_tpu.rotate(x, outer, interpret=True), np.float64)
+    got = np.asarray(kernels.rotate(x, outer, interpret=True), np.float64)
     assert np.abs(got - exact).max() < 0.02 * np.abs(exact).max()  # bfloat16 on the way
-    q = pallas_tpu.rotate(x, outer, scale, interpret=True)
+    q = kernels.rotate(x, outer, scale, interpret=True)
     assert q.dtype == jnp.int8 and q.shape == (rows, n)
     expected = np.clip(exact / np.asarray(scale), -128, 127)
     # Half a step of rounding, and bfloat16's error in front of it.
     assert np.abs(np.asarray(q) - expected).max() < 0.5 + 0.02 * 128
 
 
-def test_kernel_pads() -> None:
+@pytest.mark.parametrize("kernels", [pallas_tpu, rotate_gpu])
+def test_kernel_pads(kernels) -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 10 * 128)), jnp.bfloat16)
-    whole = pallas_tpu.rotate(jnp.pad(x, ((0, 0), (0, 256))), 12, interpret=True)
-    np.testing.assert_array_equal(pallas_tpu.rotate(x, 12, interpret=True), whole)
+    whole = kernels.rotate(jnp.pad(x, ((0, 0), (0, 256))), 12, interpret=True)
+    np.testing.assert_array_equal(kernels.rotate(x, 12, interpret=True), whole)
 
 
-def test_kernel_saturates() -> None:
+@pytest.mark.parametrize("kernels", [pallas_tpu, rotate_gpu])
+def test_kernel_saturates(kernels) -> None:
     x = jnp.zeros((1, 128), jnp.bfloat16).at[0, 1].set(1e4)  # a column with both signs
-    q = np.asarray(pallas_tpu.rotate(x, 1, jnp.full((1, 1), 0.1), interpret=True))
+    q = np.asarray(kernels.rotate(x, 1, jnp.full((1, 1), 0.1), interpret=True))
     assert set(q.ravel().tolist()) == {-128, 127}
 
 
@@ -73,19 +79,23 @@ def test_blocks_of_rows_on_cpu(lead) -> None:
             assert np.mean(np.asarray(q.values) != np.asarray(ref.values)) < 0.01
 
 
-@pytest.mark.parametrize(("seed", "padding"), [(None, 12), (3, 12), (3, 128)])
-def test_forms_agree(monkeypatch, seed, padding) -> None:
-    """The whole path that a TPU takes, with the kernel interpreted."""
+@pytest.mark.parametrize(
+    ("platform", "seed", "padding"),
+    [("tpu", None, 12), ("tpu", 3, 12), ("tpu", 3, 128), ("gpu", None, 12), ("gpu", 3, 128)],
+)
+def test_forms_agree(monkeypatch, platform, seed, padding) -> None:
+    """The whole path that an accelerator takes, with the kernel interpreted."""
     rotation = Rotation(512, 1, 4, 128, seed, padding)
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(2, 40, rotation.inputs)), jnp.bfloat16)
     scale = jnp.asarray(rng.uniform(0.02, 0.05, (2, 40, 1)), jnp.float32)
     plain, q = rotate(x, rotation), rotate_quantize(x, rotation, scale)
     np.testing.assert_array_equal(q.values, quantize_static(rotation(x), scale).values)
-    kernel = pallas_tpu.rotate
-    monkeypatch.setattr(pallas_tpu, "rotate", lambda *a: kernel(*a, interpret=True))
-    with target_platform("tpu"):
-        assert select_path(rotation, 80, x.dtype) == "pallas_tpu"
+    kernels = {"tpu": pallas_tpu, "gpu": rotate_gpu}[platform]
+    kernel = kernels.rotate
+    monkeypatch.setattr(kernels, "rotate", lambda *a: kernel(*a, interpret=True))
+    with target_platform(platform):
+        assert select_path(rotation, 80, x.dtype) == f"pallas_{platform}"
         theirs, shared = rotate(x, rotation), rotate_quantize(x, rotation, jnp.float32(0.03))
         per_row = rotate_quantize(x, rotation, scale)
     assert theirs.dtype == plain.dtype and theirs.shape == (2, 40, 512)
@@ -103,6 +113,9 @@ def test_the_chosen_form() -> None:
         assert select_path(wide, 1, jnp.bfloat16) == "xla"
         assert select_path(wide, 1024, jnp.float32) == "xla"
         assert select_path(narrow, 1024, jnp.bfloat16) == "xla"
+        with target_platform("gpu"):
+            assert select_path(wide, 1024, jnp.bfloat16) == "pallas_gpu"
+            assert select_path(plan_rotation(29568), 1024, jnp.bfloat16) == "xla"  # too wide
         x = jax.ShapeDtypeStruct((128, 18944), jnp.bfloat16)
         text = str(jax.make_jaxpr(lambda x: rotate(x, wide))(x))
         assert "pallas_call" in text

@@ -1,0 +1,165 @@
+"""What a candidate cut of a GPU product would cost, from its compiled kernel alone.
+
+The compiler's PTX goes through ``ptxas``, whose count of registers and spills, with the shared
+memory that the program asks for, says how many blocks a multiprocessor holds. From there on it is
+arithmetic on published or commonly measured rates: a ranking, no time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from benchmarks.aot.devices import DEVICES
+from mquant_jax.ops.gpu import FEW_ROWS
+from mquant_jax.ops.pallas_gpu import Blocks, matmul, partial_sums
+
+SMS, THREADS, REGISTERS, SHARED = 132, 2048, 65536, 232448  # H100; per multiprocessor but for SMS
+SMALL_SHARED = 99 * 1024  # of a block, on the smallest of the chips that the kernels are for
+CLOCK = 1.755e9
+MACS = 1979e12 / 2 / SMS / CLOCK  # int8, per multiprocessor and cycle
+L2_BYTES = 5.5e12 / SMS / CLOCK  # per multiprocessor and cycle; measured by others, not published
+UNPACK = 3 / 4 / 128  # cycles per byte of packed weights: three operations on four at a time
+LATENCY = 800e-9  # seconds from asking the large memory to having; likewise
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What the compiler made of a candidate."""
+
+    threads: int
+    registers: int
+    spills: int
+    shared: int
+    tensor: str
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor holds at a time."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        shared = self.shared + 1024
+        return min(THREADS // self.threads, REGISTERS // registers, SHARED // shared)
+
+
+def compile_kernel(
+    many: bool, rows: int, out: int, k: int, blocks: Blocks, where: Sharding
+) -> Kernel | None:
+    """A candidate for one shape compiled for an H100; ``None`` if the compiler refuses it."""
+
+    def one(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def whole(x, w, x_scale, w_scale):
+        return matmul(x, w, x_scale, w_scale, blocks)
+
+    def parts(x, w, x_scale, w_scale):
+        return partial_sums(x, w, blocks)
+
+    args = (
+        one((rows, k), jnp.int8), one((out, -(-k // 2)), jnp.uint8),
+        one((rows, 1), jnp.float32), one((out, 1), jnp.float32),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder}
+        try:
+            jax.jit(whole if many else parts).lower(*args).compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError:
+            return None
+        ptx = max(glob.glob(f"{folder}/*.ptx"), key=lambda name: Path(name).stat().st_size)
+        thunks = Path(glob.glob(f"{folder}/*thunk_sequence.txt")[0]).read_text()
+        return read_kernel(Path(ptx), thunks)
+
+
+def read_kernel(ptx: Path, thunks: str) -> Kernel:
+    """Figures of a PTX file with one kernel, called ``w4a8`` in XLA's list of what runs."""
+    done = subprocess.run(
+        [assembler(), "-arch=sm_90a", "-v", str(ptx), "-o", "/dev/null"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    said, text = done.stdout + done.stderr, ptx.read_text()
+    launch = next(line for line in thunks.splitlines() if "w4a8" in line)
+    return Kernel(
+        threads=int(re.search(r"\.reqntid (\d+)", text).group(1)),
+        registers=int(re.search(r"Used (\d+) registers", said).group(1)),
+        spills=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        shared=int(re.search(r"shared_memory: (\d+)", launch).group(1)),
+        tensor=next(iter(re.findall(r"(wgmma|mma)[.\w]*s32\.s8\.s8", text)), "none"),
+    )
+
+
+def assembler() -> str:
+    """The ``ptxas`` of the wheel beside this Python, or the one on the path."""
+    found = glob.glob(f"{sys.prefix}/lib/python*/site-packages/nvidia/cu*/bin/ptxas")
+    return found[0] if found else "ptxas"
+
+
+def score(kernel: Kernel, many: bool, rows: int, out: int, k: int, blocks: Blocks) -> float:
+    """Microseconds by arithmetic; infinite where registers spill or no block fits.
+
+    Many rows: waves of blocks, each as slow as the slowest of tensor cores, unpacking and reads
+    from the second-level cache, which resident blocks share. Few rows: the weights' bytes at the
+    memory's rate, or at what the reads under way allow, and a latency to begin with.
+    """
+    if kernel.spills or kernel.resident < 1:
+        return math.inf
+    half = -(-k // 2)
+    tiles = math.ceil(out / blocks.out) * math.ceil(rows / blocks.rows) * blocks.splits
+    steps = math.ceil(half / blocks.depth / blocks.splits)
+    read = blocks.depth * (blocks.out + 2 * blocks.rows)
+    if many:
+        unpack = blocks.out * blocks.depth * UNPACK
+        # Each warp group unpacks, then multiplies: half of it is hidden where there are two.
+        tensor = 2 * blocks.depth * blocks.out * blocks.rows / MACS + unpack / 2
+        step = max(tensor, read / L2_BYTES)
+        waves = math.ceil(tiles / SMS / kernel.resident) * kernel.resident
+        return (waves * steps * step / CLOCK + LATENCY) * 1e6
+    per_wave = min(tiles, SMS * kernel.resident)
+    flowing = per_wave * (blocks.stages - 1) * blocks.depth * blocks.out
+    rate = min(DEVICES["h100"].bandwidth, flowing / LATENCY)
+    return (out * half / rate + 2 * LATENCY) * 1e6
+
+
+def candidates(many: bool, rows: int) -> list[Blocks]:
+    """Cuts worth a look."""
+    if not many:
+        return [
+            Blocks(64, 16, depth, 4, stages, splits)
+            for depth, stages in ((64, 4), (64, 6), (128, 4))
+            for splits in (1, 2, 4, 8)
+        ]
+    tall = [n for n in (32, 64, 128, 256) if n < 2 * rows]
+    return [
+        Blocks(wide, high, depth, 8 if wide > 64 else 4, 3)
+        for wide in (64, 128, 256)
+        for high in tall
+        for depth in (64, 128)
+        if wide * high <= 256 * 128
+    ]
+
+
+def analyse(rows: int, out: int, k: int, where: Sharding) -> list[dict[str, Any]]:
+    """All candidates for one shape, best first: ``blocks``, ``score_us`` and the kernel's figures.
+
+    Candidates that only the largest chips have the shared memory for are left out. Of equals the
+    one with the least of it comes first.
+    """
+    many, found = rows > FEW_ROWS, []
+    for blocks in candidates(many, rows):
+        kernel = compile_kernel(many, rows, out, k, blocks, where)
+        if kernel is None or kernel.tensor == "none" or kernel.shared > SMALL_SHARED:
+            continue
+        us = score(kernel, many, rows, out, k, blocks)
+        figures = dataclasses.asdict(kernel) | {"resident": kernel.resident}
+        found.append({"blocks": list(dataclasses.astuple(blocks)), "score_us": us, **figures})
+    return sorted(found, key=lambda entry: (entry["score_us"], entry["shared"]))

@@ -1,0 +1,267 @@
+"""Pallas kernels for NVIDIA GPUs (Ampere and later): products of int8 rows by packed int4 weights.
+
+They go through Pallas' Triton lowering, which gives int8 tensor-core instructions from Ampere on
+(``mma.sync``, ``wgmma`` on Hopper). Everything that depends on it is here, in
+:mod:`~mquant_jax.ops.flash_gpu` and in :mod:`~mquant_jax.ops.rotate_gpu`.
+
+Weights are the matrix unit's first operand: they come from memory packed by halves (see
+:mod:`~mquant_jax.numerics`), pass through registers, where a byte becomes two, and meet the rows,
+which stay in shared memory. A byte holds column ``j`` and column ``j + half``, so that one block of
+bytes is multiplied by two blocks of columns. Nibbles are not moved down but up or not at all: both
+factors are 16 times the weight, and the sum is shifted once, which is exact for as many inputs as
+:mod:`~mquant_jax.ops.gpu` lets in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+_TWO_OPERATIONS = "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xf0f0f0f0;"  # on four bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a product is cut.
+
+    Attributes:
+        out: weight rows of a block, a power of two; 64 or more for ``wgmma``.
+        rows: activation rows of a block, a power of two from 16 on.
+        depth: bytes of a weight row that are read at a time, a power of two from 32 on.
+        warps: of 32 threads, per block.
+        stages: reads under way at a time.
+        splits: blocks that share an output, each of which sums a part of the inputs.
+    """
+
+    out: int
+    rows: int
+    depth: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    x_scale: jax.Array,
+    w_scale: jax.Array,
+    blocks: Blocks,
+    *,
+    layer: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    gate: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    dtype=jnp.bfloat16,
+    interpret: bool = False,
+) -> jax.Array:
+    """``x @ w.T`` with scales, bias and residual applied before anything is written.
+
+    Args:
+        x: int8 ``[rows, in]``, ``in`` up to 2**17 - 1.
+        w: uint8 ``[out, ceil(in/2)]`` or, with ``layer``, ``[layers, out, ceil(in/2)]``.
+        x_scale: float32, one number or ``[rows, 1]``.
+        w_scale: float32 ``[out, 1]`` or ``[layers, out, 1]``.
+        layer: int32 ``[]``, which one of a stack to read; the stack is not copied.
+        bias: float ``[out]``, added in float32.
+        gate: ``dtype`` ``[rows, out]``, whose SiLU multiplies the result, in float32.
+        residual: ``dtype`` ``[rows, out]``, added last.
+        interpret: run without a GPU.
+
+    Returns:
+        ``dtype`` ``[rows, out]``.
+    """
+    (rows, k), out = x.shape, w.shape[-2]
+    operands = {"layer": _index(layer), "x": x, "w": _stack(w), "w_scale": _stack(w_scale)[..., 0]}
+    operands["x_scale"] = x_scale.reshape(-1)
+    optional = {"bias": bias, "gate": gate, "residual": residual}
+    operands |= {name: a for name, a in optional.items() if a is not None}
+    sheets = 1 + (gate is not None) + (residual is not None)
+    size = jnp.dtype(dtype).itemsize
+    moved = rows * k + out * w.shape[-1] + rows * out * size * sheets
+    return _call(
+        partial(_whole, names=tuple(operands), k=k, blocks=blocks, interpret=interpret),
+        tuple(operands.values()),
+        grid=(pl.cdiv(out, blocks.out), pl.cdiv(rows, blocks.rows)),
+        result=jax.ShapeDtypeStruct((rows, out), dtype),
+        blocks=blocks,
+        flops=2 * rows * k * out,
+        moved=moved + 4 * (out + x_scale.size),
+        interpret=interpret,
+    )
+
+
+def partial_sums(
+    x: jax.Array,
+    w: jax.Array,
+    blocks: Blocks,
+    *,
+    layer: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """``x @ w.T`` for few rows, which want more blocks than there are outputs for.
+
+    Arguments are those of :func:`matmul`. The sums over :attr:`Blocks.splits` parts of the inputs
+    are left apart, and so are the scales: whoever reads the result applies them in passing, which
+    costs no kernel of its own.
+
+    Returns:
+        int32 ``[splits, rows, out]``.
+    """
+    (rows, k), out = x.shape, w.shape[-2]
+    shape = blocks.splits, rows, out
+    return _call(
+        partial(_part, k=k, blocks=blocks, interpret=interpret),
+        (_index(layer), x, _stack(w)),
+        grid=(pl.cdiv(out, blocks.out), blocks.splits, pl.cdiv(rows, blocks.rows)),
+        result=jax.ShapeDtypeStruct(shape, jnp.int32),
+        blocks=blocks,
+        flops=2 * rows * k * out,
+        moved=rows * k + out * w.shape[-1] + 4 * blocks.splits * rows * out,
+        interpret=interpret,
+    )
+
+
+def _index(layer: jax.Array | None) -> jax.Array:
+    return jnp.zeros((1,), jnp.int32) if layer is None else layer.astype(jnp.int32).reshape(1)
+
+
+def _stack(a: jax.Array) -> jax.Array:
+    return a if a.ndim == 3 else a[None]
+
+
+def _call(kernel, operands, *, grid, result, blocks: Blocks, flops, moved, interpret) -> jax.Array:
+    """One kernel on whole arrays; it finds its blocks itself, since which layer is not known
+    before it runs."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=result,
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
+        # The lowering drops the estimate; metadata stays with the compiled kernel.
+        metadata={"flops": str(flops), "bytes_accessed": str(moved)},
+        interpret=interpret,
+        name="w4a8",
+    )(*operands)
+
+
+def _low(packed: jax.Array, interpret: bool) -> jax.Array:
+    """16 times the low nibbles, as int8."""
+    if interpret:
+        return (packed << 4).astype(jnp.int8)
+    # Shifts of bytes are done one by one; of four at a time where it is written out.
+    (moved,) = plgpu.elementwise_inline_asm(
+        _TWO_OPERATIONS,
+        args=[packed],
+        constraints="=r,r",
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(packed.shape, jnp.int8)],
+    )
+    return moved
+
+
+def _within(start, count: int, end: int) -> jax.Array | None:
+    """Which of ``count`` indices from ``start``, a multiple of it, on are below ``end``; ``None``:
+    all of them, in every block."""
+    return None if end % count == 0 else start + jnp.arange(count) < end
+
+
+def _grid(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int]):
+    """Mask of a block from those of its sides."""
+    sides = [m[at] for m, at in ((row, (slice(None), None)), (column, None)) if m is not None]
+    if not sides:
+        return None
+    mask = jnp.broadcast_to(sides[0], shape)
+    return mask if len(sides) == 1 else mask & jnp.broadcast_to(sides[1], shape)
+
+
+def _load(ref, mask: jax.Array | None) -> jax.Array:
+    """A block, zero where the mask says no."""
+    if mask is None:
+        return plgpu.load(ref)
+    return plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def _sum(layer_ref, x_ref, w_ref, n, m, first, last, k: int, blocks: Blocks, interpret: bool):
+    """int32 ``[blocks.out, blocks.rows]``: products summed over the blocks ``first`` to ``last`` of
+    a weight row's bytes, for weight rows from ``n`` and activation rows from ``m`` on."""
+    rows, (_, out, half) = x_ref.shape[0], w_ref.shape
+    depth, layer = blocks.depth, layer_ref[0]
+    some_out, some_rows = _within(n, blocks.out, out), _within(m, blocks.rows, rows)
+
+    def columns(start, end: int):
+        uneven = half % depth or k % 2
+        return start + jnp.arange(depth) < end if uneven else None
+
+    def add(i, total):
+        at = i * depth
+        mask = _grid(some_out, _within(at, depth, half), (blocks.out, depth))
+        packed = _load(w_ref.at[layer, pl.ds(n, blocks.out), pl.ds(at, depth)], mask)
+        high = (packed & jnp.uint8(0xF0)).astype(jnp.int8)
+        for part, start, end in ((_low(packed, interpret), at, half), (high, half + at, k)):
+            mask = _grid(some_rows, columns(start, end), (blocks.rows, depth))
+            block = _load(x_ref.at[pl.ds(m, blocks.rows), pl.ds(start, depth)], mask)
+            total += jax.lax.dot_general(
+                part, block, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+            )
+        return total
+
+    total = jax.lax.fori_loop(first, last, add, jnp.zeros((blocks.out, blocks.rows), jnp.int32))
+    return jax.lax.shift_right_arithmetic(total, jnp.int32(4))
+
+
+def _store(ref, value: jax.Array, mask: jax.Array | None) -> None:
+    if mask is None:
+        plgpu.store(ref, value)
+    else:
+        plgpu.store(ref, value, mask=mask)
+
+
+def _whole(*refs, names: tuple[str, ...], k: int, blocks: Blocks, interpret: bool) -> None:
+    """One block of :func:`matmul`."""
+    *refs, y_ref = refs
+    ref = dict(zip(names, refs, strict=True))
+    rows, out = y_ref.shape
+    n, m = pl.program_id(0) * blocks.out, pl.program_id(1) * blocks.rows
+    total = _sum(
+        ref["layer"], ref["x"], ref["w"], n, m, 0, pl.cdiv(ref["w"].shape[-1], blocks.depth),
+        k, blocks, interpret,
+    )  # fmt: skip
+    some_out, some_rows = _within(n, blocks.out, out), _within(m, blocks.rows, rows)
+    at_n, at_m = pl.ds(n, blocks.out), pl.ds(m, blocks.rows)
+    scale = _load(ref["w_scale"].at[ref["layer"][0], at_n], some_out)[:, None]
+    if ref["x_scale"].shape[0] == 1:
+        scale = ref["x_scale"][0] * scale
+    else:
+        scale = _load(ref["x_scale"].at[at_m], some_rows)[None, :] * scale
+    y = total.astype(jnp.float32) * scale
+    if "bias" in ref:
+        y += _load(ref["bias"].at[at_n], some_out).astype(jnp.float32)[:, None]
+    y, mask = y.T, _grid(some_rows, some_out, (blocks.rows, blocks.out))
+    if "gate" in ref:
+        gate = _load(ref["gate"].at[at_m, at_n], mask).astype(jnp.float32)
+        y *= gate / (1.0 + jnp.exp(-gate))
+    y = y.astype(y_ref.dtype)
+    if "residual" in ref:
+        y = _load(ref["residual"].at[at_m, at_n], mask) + y
+    _store(y_ref.at[at_m, at_n], y, mask)
+
+
+def _part(layer_ref, x_ref, w_ref, y_ref, *, k: int, blocks: Blocks, interpret: bool) -> None:
+    """One block of :func:`partial_sums`."""
+    splits, rows, out = y_ref.shape
+    n, split, m = pl.program_id(0) * blocks.out, pl.program_id(1), pl.program_id(2) * blocks.rows
+    whole = pl.cdiv(w_ref.shape[-1], blocks.depth)
+    share = pl.cdiv(whole, splits)
+    first = split * share
+    last = jnp.minimum(first + share, whole)
+    total = _sum(layer_ref, x_ref, w_ref, n, m, first, last, k, blocks, interpret)
+    some_out, some_rows = _within(n, blocks.out, out), _within(m, blocks.rows, rows)
+    at = split, pl.ds(m, blocks.rows), pl.ds(n, blocks.out)
+    _store(y_ref.at[at], total.T, _grid(some_rows, some_out, (blocks.rows, blocks.out)))

@@ -1,0 +1,63 @@
+"""Tuning of the GPU's kernels: without a GPU it says so; what it writes is what they read."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import tune_gpu
+from mquant_jax.cli_support import run_cli
+from mquant_jax.ops import gpu, pallas_gpu
+
+
+def test_without_a_gpu(capsys, monkeypatch) -> None:
+    assert run_cli(tune_gpu._run, []) == 2
+    assert "timing needs an NVIDIA GPU" in capsys.readouterr().err
+    assert run_cli(tune_gpu._run, ["--rows", "0"]) == 2
+    assert "--rows must be 1 or more" in capsys.readouterr().err
+
+
+def test_shapes() -> None:
+    shapes = tune_gpu.shapes_of("qwen2_vl-7b")
+    assert (3584, 18944) in shapes and (1280, 5120) in shapes
+    assert all(out > 1 for out, _ in shapes)
+
+
+@pytest.mark.parametrize(("rows", "path"), [(2, gpu.FEW), (33, gpu.MANY)])
+def test_timing(monkeypatch, rows, path) -> None:
+    """Every candidate is held against XLA's product before it counts."""
+    for name in ("matmul", "partial_sums"):
+        kernel = getattr(pallas_gpu, name)
+        monkeypatch.setattr(
+            tune_gpu, name, lambda *args, kernel=kernel: kernel(*args, interpret=True)
+        )
+    small = pallas_gpu.Blocks(64, 16, 32, 4, 2, 1)
+    monkeypatch.setattr(tune_gpu, "candidates", lambda many, rows: [small])
+    times = iter([2.0, 1.0])
+    monkeypatch.setattr(tune_gpu, "seconds", lambda *a: next(times))
+    found = tune_gpu.timed(rows, 70, 96)
+    assert [entry["path"] for entry in found] == [path, gpu.XLA]
+    assert pallas_gpu.Blocks(*found[0]["blocks"]) == small
+    monkeypatch.setattr(tune_gpu, "_form", lambda many, blocks: lambda x, w: np.zeros((rows, 70)))
+    times = iter([2.0, 1.0])
+    with pytest.raises(tune_gpu.UserError, match="computes something else"):
+        tune_gpu.timed(rows, 70, 96)
+
+
+def test_the_table(monkeypatch, tmp_path, capsys) -> None:
+    """What is written can be read: entries of one model, with the compiler left out."""
+    monkeypatch.setattr(tune_gpu, "prepare", lambda device: None)
+    monkeypatch.setattr(tune_gpu, "sharding", lambda device: None)
+    entry = {"blocks": [64, 16, 64, 4, 4, 2], "score_us": 1.5}
+    monkeypatch.setattr(tune_gpu, "analyse", lambda *shape: [entry])
+    saved = tmp_path / "table.json"
+    assert run_cli(tune_gpu._run, ["--ahead-of-time", "--rows", "3", "--save", str(saved)]) == 0
+    assert "pallas_gpu_gemv" in capsys.readouterr().out
+    table = json.loads(saved.read_text())
+    assert "No device" in table["origin"] and table["classes"] == gpu.table()["classes"]
+    monkeypatch.setattr(gpu, "table", lambda: table)
+    gpu.choose.cache_clear()
+    assert gpu.choose(4, 3584, 3584).blocks == (64, 16, 64, 4, 4, 2)
+    gpu.choose.cache_clear()
