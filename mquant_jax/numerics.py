@@ -50,7 +50,7 @@ class QTensor:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scale"],
+    data_fields=["values", "scale", "layer"],
     meta_fields=["in_features", "bits", "storage"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,8 @@ class QWeight:
         in_features: the true contraction length.
         bits: 4 or 8.
         storage: how ``values`` is held in memory.
+        layer: int32 ``[]``; ``values`` are then those of a whole stack, ``[layers, out, in]``, of
+            which this is the layer's, and all but the values are its own. See :meth:`alone`.
     """
 
     values: jax.Array
@@ -74,6 +76,14 @@ class QWeight:
     in_features: int
     bits: int
     storage: Storage
+    layer: jax.Array | None = None
+
+    def alone(self) -> QWeight:
+        """The same weight without the other layers."""
+        if self.layer is None:
+            return self
+        values = jax.lax.dynamic_index_in_dim(self.values, self.layer, keepdims=False)
+        return dataclasses.replace(self, values=values, layer=None)
 
     @property
     def out_features(self) -> int:

@@ -5,7 +5,8 @@ Three kinds of work carry none and are charged here, so that nothing is left out
 
 * data movement (reshapes, gathers; and copies, whose estimates are often impossibly low): at
   least the bytes read and written at the memory's rate;
-* Pallas kernels: operations and bytes of their own cost estimate at the published rates;
+* Pallas kernels: operations of their own cost estimate at the published rates, times what their
+  final schedule takes more than that (:data:`SCHEDULES`), or its bytes;
 * transfers that run beside compute: bytes alone.
 """
 
@@ -30,6 +31,10 @@ _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", 
 _STARTS = {"copy-start", "slice-start", "async-start"}
 _MOVES = {"copy", "reshape", "transpose", "concatenate", "reverse", "gather"}
 _KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2", "mosaic_gpu"}
+# Bundles of a kernel's final schedule on v5e, times trips, over the cycles that the matrix units
+# need for its operations (``rms_quantize`` leaves those alone); counted in the compiler's dump at
+# Qwen2-VL-7B's shapes (docs/speed.md).
+SCHEDULES = {"attend_rows": 1.66, "int4_dot": 1.02, "rms_quantize": 55.0}
 _SMALL = 4096  # bytes; the scalar unit's arithmetic is no data movement
 
 
@@ -99,6 +104,9 @@ def _add_one(
     if i.opcode in _FREE or target in _FREE_CALLS:
         return
     moved, in_memory = _traffic(module, body, i)
+    if target in _KERNELS and (estimate := kernel_estimate(i.config)):
+        # A kernel that fetches its layer from a stack reads no more than it says.
+        in_memory = min(in_memory, float(estimate.get("bytes_accessed", in_memory)))
     cycles = float(i.cycles or 0)
     total.bytes += in_memory * times
     if device.clock is None:
@@ -121,7 +129,7 @@ def _short(a: Array) -> str:
 
 
 def kernel_cycles(i: Instruction, operands: list[Array], device: Device) -> float:
-    """A Pallas kernel's cycles: the larger of its operations and its bytes at published rates.
+    """A Pallas kernel's cycles: the larger of its operations, as scheduled, and its bytes.
 
     Operations count as int8 where an operand is int8 or int4, else as bf16.
 
@@ -133,6 +141,7 @@ def kernel_cycles(i: Instruction, operands: list[Array], device: Device) -> floa
         raise ValueError(f"kernel %{i.name} has no cost estimate; give its pallas_call one")
     integer = any(a.dtype in ("s8", "u8", "s4", "u4") for a in operands)
     flops = float(estimate.get("flops", 0)) / device.rates["int8" if integer else "bf16"]
+    flops *= SCHEDULES.get(i.name.partition(".")[0], 1.0)
     return max(flops, float(estimate.get("bytes_accessed", 0)) / device.bandwidth) * device.clock
 
 

@@ -8,11 +8,16 @@ model gives to its parts are the paths of their parameters.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from mquant_jax.numerics import QWeight
+from mquant_jax.ops.dense import fetches_layers
 
 
 def stack_layers(
@@ -29,6 +34,29 @@ def num_layers(stack: nnx.Module) -> int:
     return jax.tree.leaves(nnx.state(stack))[0].shape[0]
 
 
+def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start: Any) -> Any:
+    """``carry = body(block, carry)`` for each block of a stack, by ``lax.scan``.
+
+    Weights that a kernel takes are not scanned: it fetches its layer from the stack itself, where
+    XLA would copy the layer out of it first.
+    """
+    graphdef, state = nnx.split(stack)
+    leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QWeight))
+    whole = [isinstance(w, QWeight) and fetches_layers(w) for w in leaves]
+    scanned = [w.scale if kept else w for w, kept in zip(leaves, whole, strict=True)]
+
+    def step(carry, own):
+        carry, i = carry
+        own = [
+            dataclasses.replace(w, scale=part, layer=i) if kept else part
+            for w, part, kept in zip(leaves, own, whole, strict=True)
+        ]
+        block = nnx.merge(graphdef, jax.tree.unflatten(tree, own))
+        return (body(block, carry), i + 1), None
+
+    return jax.lax.scan(step, (start, jnp.int32(0)), scanned)[0][0]
+
+
 class Runner:
     """Runs blocks by scan and single modules directly."""
 
@@ -37,12 +65,7 @@ class Runner:
 
         ``context.token_class`` tells the class of each token of ``x``; -1 marks padding.
         """
-        graphdef, state = nnx.split(stack)
-
-        def body(carry, layer):
-            return nnx.merge(graphdef, layer)(carry, context), None
-
-        return jax.lax.scan(body, x, state)[0]
+        return scan_layers(lambda block, carry: block(carry, context), stack, x)
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
         """Call one module that stands outside the stacks (patch embedding, merger).

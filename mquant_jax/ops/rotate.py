@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mquant_jax.hadamard import LANES, Rotation
 from mquant_jax.numerics import QTensor, quantize_static
-from mquant_jax.ops.dense import platform
+from mquant_jax.ops.dense import early_tpu, platform
 
 FEWEST_ROWS = 64  # below, the kernel's fixed cost is not worth it
 
@@ -16,7 +16,8 @@ def select_path(rotation: Rotation, rows: int, dtype) -> str:
     """Name of the form that :func:`rotate` and :func:`rotate_quantize` run: ``pallas_tpu`` for
     many bfloat16 rows on TPU if the rotation has one block and fills the lanes, else ``xla``."""
     fits = rotation.blocks == 1 and rotation.inner == LANES and dtype == jnp.bfloat16
-    return "pallas_tpu" if platform() == "tpu" and fits and rows >= FEWEST_ROWS else "xla"
+    kernels = platform() == "tpu" and not early_tpu()
+    return "pallas_tpu" if kernels and fits and rows >= FEWEST_ROWS else "xla"
 
 
 def _rows(x: jax.Array) -> int:
