@@ -33,8 +33,8 @@ class Plan:
         n: kv heads that go together: their channels fill whole registers.
         g: query heads per kv head.
         d: channels of a head.
-        queries, keys: tokens in a block.
-        blocks: of either; the rows are padded to whole ones.
+        queries, keys: tokens in a block, multiples of 128.
+        query_blocks, key_blocks: how many; the rows are padded to whole ones.
     """
 
     n: int
@@ -75,7 +75,8 @@ def plan(tokens: int, heads: int, kv_heads: int, d: int, ordered: bool) -> Plan 
     g = heads // kv_heads
     fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * d % LANES == 0]
     n = next((n for n in fits if n * g >= 4), kv_heads)
-    size = 256 if ordered or g > 1 else 512
+    sizes = (256,) if ordered or g > 1 else (512, 384, 256)
+    size = min(sizes, key=lambda n: -(-tokens // n) * n)  # that needs the least padding
     size = min(size, -(-tokens // LANES) * LANES)
     blocks = -(-tokens // size)
     made = Plan(n, g, d, size, size, blocks, blocks)
@@ -307,7 +308,7 @@ def _block(j, first: bool, order_ref, keys_ref, k_s, v_s, q_s, state, cut: Plan)
     top_s, total_s, sum_s = state
     seen = order_ref[0] >= keys_ref[0, j]
     at_keys = pl.ds(pl.multiple_of(j * cut.keys, cut.keys), cut.keys)
-    chunk = min(_CHUNK, cut.queries)
+    chunk = _CHUNK if cut.queries % _CHUNK == 0 else LANES
 
     def head(h, carry):
         for start in range(0, cut.g * cut.queries, chunk):

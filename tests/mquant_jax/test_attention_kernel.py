@@ -115,6 +115,7 @@ def test_plans() -> None:
     assert (tower.n, tower.keys, tower.slots) == (8, 512, 1024)
     assert plan(130, 16, 16, 72, False).n == 16  # nothing less fills whole registers
     assert plan(300, 8, 8, 128, True).rows == 512
+    assert plan(1025, 16, 16, 64, False).rows == 1152  # three blocks of 384
     assert plan(40000, 16, 16, 80, False) is None  # keys would not fit on the chip
 
 
