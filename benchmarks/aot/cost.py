@@ -31,10 +31,11 @@ _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", 
 _STARTS = {"copy-start", "slice-start", "async-start"}
 _MOVES = {"copy", "reshape", "transpose", "concatenate", "reverse", "gather"}
 _KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2", "mosaic_gpu"}
-# Bundles of a kernel's final schedule on v5e, times trips, over the cycles that the matrix units
-# need for its operations (``rms_quantize`` leaves those alone); counted in the compiler's dump at
-# Qwen2-VL-7B's shapes (docs/speed.md).
+# Bundles of a kernel's final schedule, times trips, over the cycles that the matrix units need for
+# its operations (``rms_quantize`` leaves those alone); counted in the compiler's dump for v5e and
+# v6e at Qwen2-VL-7B's shapes (docs/speed.md), the largest of them. A core of v5p is one of v5e.
 SCHEDULES = {"attend_rows": 1.72, "int4_dot": 1.02, "rms_quantize": 55.0}
+SCHEDULES_V6E = {"attend_rows": 6.0, "int4_dot": 1.9, "rms_quantize": 220.0}
 _SMALL = 4096  # bytes; the scalar unit's arithmetic is no data movement
 
 
@@ -141,7 +142,8 @@ def kernel_cycles(i: Instruction, operands: list[Array], device: Device) -> floa
         raise ValueError(f"kernel %{i.name} has no cost estimate; give its pallas_call one")
     integer = any(a.dtype in ("s8", "u8", "s4", "u4") for a in operands)
     flops = float(estimate.get("flops", 0)) / device.rates["int8" if integer else "bf16"]
-    flops *= SCHEDULES.get(i.name.partition(".")[0], 1.0)
+    schedules = SCHEDULES_V6E if device.name == "TPU v6e" else SCHEDULES
+    flops *= schedules.get(i.name.partition(".")[0], 1.0)
     return max(flops, float(estimate.get("bytes_accessed", 0)) / device.bandwidth) * device.clock
 
 
