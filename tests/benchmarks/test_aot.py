@@ -132,9 +132,9 @@ def test_a_kernel_must_tell_what_it_costs() -> None:
 
 
 def test_kernels_are_charged_as_scheduled_and_read_what_they_say() -> None:
-    """The kernel's 1500 cycles times its factor; of its operand, no more bytes than it admits to."""
-    text = TEXT.replace("%kernel", "%attend_rows.3").replace("s8[8,128]{1,0:S(1)} custom-call",
-                                                             "s8[8,128]{1,0} custom-call")  # fmt: skip
+    """The kernel's 1500 cycles times its factor; of its operand no more bytes than it says."""
+    text = TEXT.replace("%kernel", "%attend_rows.3")
+    text = text.replace("s8[8,128]{1,0:S(1)} custom-call", "s8[8,128]{1,0} custom-call")
     for target, factors in (("tpu-v5e", cost.SCHEDULES), ("tpu-v6e", cost.SCHEDULES_V6E)):
         device = DEVICES[target]
         plain = 394e6 / device.rates["int8"] * device.clock
