@@ -110,9 +110,11 @@ def golden_llama(family: str, **changes: Any) -> tuple[Llama, LlamaConfig, Array
     return model, config, inputs, outputs
 
 
-def random_quantised(config: Qwen2VLConfig, recipe: Recipe, seed: int = 0) -> Qwen2VL:
+def random_quantised(
+    config: Qwen2VLConfig, recipe: Recipe, seed: int = 0, dtype=jnp.float32
+) -> Qwen2VL:
     """A model quantised as ``recipe`` says, with random integer weights."""
-    model = Qwen2VL(config, recipe, rngs=nnx.Rngs(seed))
+    model = Qwen2VL(config, recipe, dtype, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     params = get_params(model)
     for name, value in params.items():

@@ -5,7 +5,8 @@ Three kinds of work carry none and are charged here, so that nothing is left out
 
 * data movement (reshapes, gathers; and copies, whose estimates are often impossibly low): at
   least the bytes read and written at the memory's rate;
-* Pallas kernels: operations and bytes of their own cost estimate at the published rates;
+* Pallas kernels: operations of their own cost estimate at the published rates, times what their
+  final schedule takes more than that (:data:`SCHEDULES`), or its bytes;
 * transfers that run beside compute: bytes alone.
 
 GPU programs carry no estimates: each kernel takes the larger of its operations and its bytes at the
@@ -36,6 +37,11 @@ _MOVES = {"copy", "reshape", "transpose", "concatenate", "reverse", "gather"}
 TRITON = "__gpu$xla.gpu.triton"
 _KERNELS = {"tpu_custom_call", TRITON, "mosaic_gpu_v2", "mosaic_gpu"}
 _INTEGERS = ("s8", "u8", "s4", "u4")
+# Bundles of a kernel's final schedule, times trips, over the cycles that the matrix units need for
+# its operations (``rms_quantize`` leaves those alone); counted in the compiler's dump for v5e and
+# v6e at Qwen2-VL-7B's shapes (docs/speed.md), the largest of them. A core of v5p is one of v5e.
+SCHEDULES = {"attend_rows": 1.72, "int4_dot": 1.02, "rms_quantize": 55.0}
+SCHEDULES_V6E = {"attend_rows": 6.0, "int4_dot": 1.9, "rms_quantize": 220.0}
 _SMALL = 4096  # bytes; the scalar unit's arithmetic is no data movement
 
 
@@ -110,6 +116,9 @@ def _add_one(
     if i.opcode in _FREE or target in _FREE_CALLS:
         return
     moved, in_memory = _traffic(module, body, i)
+    if target in _KERNELS and (estimate := kernel_estimate(i.config)):
+        # A kernel that fetches its layer from a stack reads no more than it says.
+        in_memory = min(in_memory, float(estimate.get("bytes_accessed", in_memory)))
     cycles = float(i.cycles or 0)
     total.bytes += in_memory * times
     if device.clock is None:
@@ -167,7 +176,7 @@ def _short(a: Array) -> str:
 
 
 def kernel_cycles(i: Instruction, operands: list[Array], device: Device) -> float:
-    """A Pallas kernel's cycles: the larger of its operations and its bytes at published rates.
+    """A Pallas kernel's cycles: the larger of its operations, as scheduled, and its bytes.
 
     Operations count as int8 where an operand is int8 or int4, else as bf16.
 
@@ -179,6 +188,8 @@ def kernel_cycles(i: Instruction, operands: list[Array], device: Device) -> floa
         raise ValueError(f"kernel %{i.name} has no cost estimate; give its pallas_call one")
     integer = any(a.dtype in _INTEGERS for a in operands)
     flops = float(estimate.get("flops", 0)) / device.rates["int8" if integer else "bf16"]
+    schedules = SCHEDULES_V6E if device.name == "TPU v6e" else SCHEDULES
+    flops *= schedules.get(i.name.partition(".")[0], 1.0)
     return max(flops, float(estimate.get("bytes_accessed", 0)) / device.bandwidth) * device.clock
 
 

@@ -130,7 +130,7 @@ def compile_program(
 
     A program that the compiler refuses for lack of memory is compiled with :data:`CUT` layers.
     """
-    with target_platform(device.platform):
+    with target_platform(device.platform, device.name):
         full = build(setup, recipe, program, where)
         flops = flop_count(jax.make_jaxpr(full[0])(*full[1]).jaxpr)
         try:

@@ -33,7 +33,7 @@ def layer_paths(model, recipe: Recipe) -> list[dict]:
                 "group_size": section.group_size,
                 "activations": f"int8 {section.activations}" if int8 else "float",
                 "one_row": select_path(int8, 1, value),
-                "many_rows": select_path(int8, 64, value),
+                "many_rows": select_path(int8, 1024, value),
             }
         key = (kind, row["weights"])
         rows.setdefault(key, row)["count"] += 1

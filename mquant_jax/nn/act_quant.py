@@ -50,12 +50,18 @@ class ActQuant(nnx.Module):
             self.act_scale = nnx.Param(jnp.ones((n_classes,), jnp.float32))
 
     def __call__(
-        self, x: jax.Array, token_class: jax.Array | None = None, tap: Tap | None = None
+        self,
+        x: jax.Array | QTensor,
+        token_class: jax.Array | None = None,
+        tap: Tap | None = None,
     ) -> jax.Array | QTensor:
         """float ``[..., T, K]`` and int32 classes ``[..., T]`` -> the input of the Dense layers.
 
-        Padding carries class -1 and may get any scale: nothing real ever reads it.
+        Padding carries class -1 and may get any scale: nothing real ever reads it. What a kernel
+        has quantised already, by :meth:`known_scale`, passes.
         """
+        if isinstance(x, QTensor):
+            return x
         plain = tap is None and not self.simulated
         if self.mode != "none" and self.rotation is not None and plain:
             scale = self._scale(token_class) if self.mode == "static" else None
@@ -72,6 +78,12 @@ class ActQuant(nnx.Module):
             return quantize_dynamic(x)
         scale = self._scale(token_class)
         return (simulate_static if self.simulated else quantize_static)(x, scale)
+
+    def known_scale(self, token_class: jax.Array | None, tap: Tap | None) -> jax.Array | None:
+        """The scale with which the kernel in front of the point may quantise in its stead, one
+        number or ``[..., T, 1]``; ``None``: it may not."""
+        free = self.mode == "static" and self.rotation is None
+        return self._scale(token_class) if free and tap is None and not self.simulated else None
 
     def _scale(self, token_class: jax.Array | None) -> jax.Array:
         """float32, one number or ``[..., T, 1]``."""

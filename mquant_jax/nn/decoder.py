@@ -15,7 +15,7 @@ from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import multi_axis_angles, slot_positions
-from mquant_jax.nn.stack import SCAN, Runner, by_layer, num_layers, stack_layers
+from mquant_jax.nn.stack import SCAN, Runner, num_layers, scan_layers, stack_layers
 from mquant_jax.numerics import QWeight
 from mquant_jax.recipe import Section
 
@@ -119,7 +119,9 @@ class Decoder(nnx.Module):
         keys = key_order(order, token_class) if keys is None else keys
         mask = keys[:, None, :] <= order[:, :, None]
         visual = visual if cfg.visual_expert else None
-        return DecoderContext(angles, mask, token_class, gain, visual, visual_slots, in_order)
+        return DecoderContext(
+            angles, order, keys, mask, token_class, gain, visual, visual_slots, in_order
+        )
 
     def __call__(
         self,
@@ -171,16 +173,14 @@ class Decoder(nnx.Module):
         span = jnp.max(positions, axis=(0, 2)) + 1
         span = jnp.where(cache.cursor == 0, span, cache.span)
         ctx = self.context(positions, order, token_class, keys, visual_slots, visual, span)
-        make_block, layers = by_layer(self.layers)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
         # place; as a scanned input and output it would be copied whole at every step.
-        def body(carry, layer):
+        def body(block, carry):
             x, store, i = carry
-            block = make_block(layer)
             x, store = block.cached(x, ctx, store, i, cache.cursor, fresh)
-            return (x, store, i + 1), None
+            return x, store, i + 1
 
         start = x, (cache.k, cache.v), jnp.int32(0)
-        (x, (k, v), _), _ = jax.lax.scan(body, start, layers)
+        x, (k, v), _ = scan_layers(body, self.layers, start)
         return x, KVCache(k, v, slots, cache.cursor + x.shape[1], span)

@@ -17,7 +17,8 @@ from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, apply_rope
-from mquant_jax.ops.attention import attend, split_heads
+from mquant_jax.numerics import QTensor
+from mquant_jax.ops.attention import attend, attend_rows, select_path, split_heads
 
 # What a phase takes stands per token: arrays ``[B, T, ...]``, one or several.
 Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
@@ -65,7 +66,7 @@ class DecoderConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["angles", "mask", "token_class", "query_gain", "visual"],
+    data_fields=["angles", "order", "keys", "mask", "token_class", "query_gain", "visual"],
     meta_fields=["visual_slots", "in_order"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,9 @@ class DecoderContext:
     Attributes:
         angles: rotary angles float32 ``[B, T, rotary slots]``; positions where each layer has
             frequencies of its own.
-        mask: bool ``[B, T, S]``, which keys a query may see.
+        order: of the queries, int32 ``[B, T]``.
+        keys: order of the keys, int32 ``[B, S]``.
+        mask: bool ``[B, T, S]``, which keys a query may see: those not above its own order.
         token_class: int32 ``[B, T]``, sinks marked.
         query_gain: float32 ``[B, T]``, factor on the rotated queries; ``None``: there is none.
         visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
@@ -86,6 +89,8 @@ class DecoderContext:
     """
 
     angles: jax.Array
+    order: jax.Array
+    keys: jax.Array
     mask: jax.Array
     token_class: jax.Array
     query_gain: jax.Array | None = None
@@ -178,37 +183,76 @@ class DecoderBlock(Projections):
         """One of the :class:`Projections`' methods, on all tokens."""
         return phase(self, h, ctx.token_class, tap)
 
-    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None):
-        """Normed, projected and rotated ``q [B, heads, T, d]``, ``k [B, kv, d, T]``; and
-        ``v [B, kv, T, d]``."""
-        q, k, v = (
-            split_heads(y, self.cfg.head_dim)
-            for y in self.run(Projections.project, self.attn_norm(x), ctx, tap)
-        )
-        if self.cfg.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        angles = ctx.angles
-        if self.cfg.stored_rope:
-            angles = angles * self.frequencies.get_value()
+    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None) -> tuple[jax.Array, ...]:
+        """Queries, keys and values ``[B, T, heads * d]``, not turned yet."""
+        h = self.into(self.attn_norm, self.attn_in, x, ctx, tap)
+        return self.run(Projections.project, h, ctx, tap)
+
+    def into(self, norm: RMSNorm, point: ActQuant, x: jax.Array, ctx: DecoderContext, tap):
+        """The normed stream, quantised if one scale per token is known for all experts."""
+        return norm(x) if self.cfg.visual_expert else norm.into(point, x, ctx.token_class, tap)
+
+    def normed(self, x: jax.Array, norm: str) -> jax.Array:
+        """Queries or keys ``[..., heads, d]`` behind their norm, if there is one."""
+        return getattr(self, norm)(x) if self.cfg.qk_norm else x
+
+    def angles(self, ctx: DecoderContext) -> jax.Array:
+        """Rotary angles float32 ``[B, T, rotary slots]``."""
+        return ctx.angles * self.frequencies.get_value() if self.cfg.stored_rope else ctx.angles
+
+    def heads(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext):
+        """Normed and rotated ``q [B, heads, T, d]``, ``k [B, kv, d, T]``; and ``v [B, kv, T, d]``,
+        of what :meth:`qkv` gives."""
+        q, k, v = (split_heads(y, self.cfg.head_dim) for y in (q, k, v))
+        q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
+        angles = self.angles(ctx)
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         if ctx.query_gain is not None:
             q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
         return q, jnp.swapaxes(k, 2, 3), v
+
+    def fuses(self, q: jax.Array, ctx: DecoderContext) -> bool:
+        """Whether :meth:`attend_rows` runs for queries ``[B, T, heads * d]``."""
+        heads = self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
+        path = select_path(q.shape[1], *heads, q.dtype, ctx.in_order)
+        # The kernel knows no prefix and has no gradient.
+        return path == "pallas_tpu" and not self.prefixed and not self.attn_out.simulated
+
+    def attend_rows(self, q, k, v, ctx: DecoderContext, tap: Tap | None) -> jax.Array | QTensor:
+        """Attention of one call's tokens among each other, of what :meth:`qkv` gives; quantised if
+        one scale per token is known for all of them."""
+        if self.cfg.qk_norm:
+            q, k = (
+                self.normed(y.reshape(*y.shape[:-1], -1, self.cfg.head_dim), name).reshape(y.shape)
+                for y, name in ((q, "q_norm"), (k, "k_norm"))
+            )
+        scale = None
+        if not self.cfg.visual_expert:
+            scale = self.attn_out.known_scale(ctx.token_class, tap)
+        order = ctx.order, ctx.keys
+        return attend_rows(
+            q, k, v, self.cfg.head_dim, order, self.angles(ctx), ctx.query_gain, scale, ctx.in_order
+        )
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext) -> jax.Array:
         """Attention to the keys given and to the prefix, if there is one."""
         prefix = (self.prefix_k.get_value(), self.prefix_v.get_value()) if self.prefixed else None
         return attend(q, k, v, ctx.mask, prefix, ctx.in_order)
 
-    def rest(self, x: jax.Array, attended: jax.Array, ctx: DecoderContext, tap: Tap | None):
+    def rest(
+        self, x: jax.Array, attended: jax.Array | QTensor, ctx: DecoderContext, tap: Tap | None
+    ):
         """Output projection and MLP, each added to the residual stream ``x``."""
         x = self.run(Projections.output, (attended, x), ctx, tap)
-        return self.run(Projections.mlp, (self.mlp_norm(x), x), ctx, tap)
+        h = self.into(self.mlp_norm, self.mlp_in, x, ctx, tap)
+        return self.run(Projections.mlp, (h, x), ctx, tap)
 
     def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
         """Without a cache: queries see the keys of the same call only."""
         q, k, v = self.qkv(x, ctx, tap)
-        return self.rest(x, self.attend(q, k, v, ctx), ctx, tap)
+        if self.fuses(q, ctx):
+            return self.rest(x, self.attend_rows(q, k, v, ctx, tap), ctx, tap)
+        return self.rest(x, self.attend(*self.heads(q, k, v, ctx), ctx), ctx, tap)
 
     def cached(
         self, x, ctx: DecoderContext, cache: tuple[Store, Store], layer, cursor, fresh: bool
@@ -222,8 +266,11 @@ class DecoderBlock(Projections):
         Returns:
             The residual stream and the updated ``cache``.
         """
-        q, k, v = self.qkv(x, ctx, None)
+        rows = self.qkv(x, ctx, None)
+        q, k, v = self.heads(*rows, ctx)
         cache = write(cache, k, v, layer, cursor)
+        if fresh and self.fuses(rows[0], ctx):
+            return self.rest(x, self.attend_rows(*rows, ctx, None), ctx, None), cache
         if not fresh:
             k, v = read(cache, layer)
         return self.rest(x, self.attend(q, k, v, ctx), ctx, None), cache

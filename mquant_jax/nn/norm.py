@@ -6,6 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mquant_jax.nn.act_quant import ActQuant, Tap
+from mquant_jax.numerics import QTensor
+from mquant_jax.ops.dense import early_tpu, platform
+
+FEWEST_ROWS = 64  # that the kernel is for
+
 
 class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis."""
@@ -18,6 +24,23 @@ class RMSNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return (x * self.weight.get_value()).astype(self.dtype)
+
+    def into(
+        self, point: ActQuant, x: jax.Array, token_class: jax.Array | None, tap: Tap | None
+    ) -> jax.Array | QTensor:
+        """The same ``[..., T, K]``, by a kernel that quantises in the stead of the point behind it
+        where there is one and it may."""
+        rows = x.size // x.shape[-1]
+        kernels = platform() == "tpu" and not early_tpu() and x.dtype == jnp.bfloat16
+        scale = point.known_scale(token_class, tap)
+        if scale is None or not kernels or rows < FEWEST_ROWS:
+            return self(x)
+        from mquant_jax.ops import pallas_tpu_norm  # slow to import where there is no TPU
+
+        per_row = scale if scale.ndim == 0 else scale.reshape(-1, 1)
+        flat = x.reshape(-1, x.shape[-1])
+        y = pallas_tpu_norm.rms_quantize(flat, self.weight.get_value(), self.eps, per_row)
+        return QTensor(y.reshape(x.shape), scale)
 
 
 class ProjectedNorm(nnx.Module):

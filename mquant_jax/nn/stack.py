@@ -34,9 +34,8 @@ def num_layers(stack: nnx.Module) -> int:
     return jax.tree.leaves(nnx.state(stack))[0].shape[0]
 
 
-def by_layer(stack: nnx.Module) -> tuple[Callable[[Any], nnx.Module], Any]:
-    """A stack as ``(block, layers)``: ``layers`` is what to scan over, and ``block(layer)`` makes a
-    module of what the scan hands out.
+def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start: Any) -> Any:
+    """``carry = body(block, carry)`` for each block of a stack, by ``lax.scan``.
 
     A scan cuts each layer's arrays out of their stacks, and a kernel's operands have to stand
     alone, so that they would be copied. Weights whose kernels find their layer themselves stay
@@ -48,15 +47,15 @@ def by_layer(stack: nnx.Module) -> tuple[Callable[[Any], nnx.Module], Any]:
     cut = [None if stays else leaf for leaf, stays in zip(leaves, whole, strict=True)]
     numbers = jnp.arange(num_layers(stack)) if any(whole) else None
 
-    def block(layer: Any) -> nnx.Module:
+    def step(carry, layer):
         parts, number = layer
         parts = [
             dataclasses.replace(leaf, layer=number) if stays else part
             for leaf, part, stays in zip(leaves, parts, whole, strict=True)
         ]
-        return nnx.merge(graphdef, jax.tree.unflatten(tree, parts))
+        return body(nnx.merge(graphdef, jax.tree.unflatten(tree, parts)), carry), None
 
-    return block, (cut, numbers)
+    return jax.lax.scan(step, start, (cut, numbers))[0]
 
 
 class Runner:
@@ -67,12 +66,7 @@ class Runner:
 
         ``context.token_class`` tells the class of each token of ``x``; -1 marks padding.
         """
-        block, layers = by_layer(stack)
-
-        def body(carry, layer):
-            return block(layer)(carry, context), None
-
-        return jax.lax.scan(body, x, layers)[0]
+        return scan_layers(lambda block, carry: block(carry, context), stack, x)
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
         """Call one module that stands outside the stacks (patch embedding, merger).

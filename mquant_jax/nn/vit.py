@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
+from mquant_jax.nn.cache import key_order
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm, RMSNorm
 from mquant_jax.nn.placement import Placement
@@ -20,7 +21,7 @@ from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops.attention import attend, split_heads
+from mquant_jax.ops.attention import attend, attend_rows, select_path, split_heads
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -142,6 +143,11 @@ class VisionContext:
         """bool ``[N, 1, P]``: padding is never a key."""
         return (self.token_class >= 0)[:, None, :]
 
+    @property
+    def order(self) -> tuple[jax.Array, jax.Array]:
+        """The same as orders of queries and keys, int32 ``[N, P]``."""
+        return jnp.zeros_like(self.token_class), key_order(self.token_class * 0, self.token_class)
+
 
 def tower_norm(
     width: int, eps: float, place: Placement, rms: bool = False, keeps_mean: bool = False
@@ -230,18 +236,31 @@ class ViTBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:
         post = self.cfg.post_norm
-        h = self.attn_in(x if post else self.attn_norm(x), None, tap)
+        h = self.attn_in(x if post else self._into(self.attn_norm, self.attn_in, x, tap), None, tap)
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if self.cfg.qk_norm_eps is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (split_heads(y, self.cfg.head_dim) for y in (q, k, v))
-        if ctx.angles is not None:
-            q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
-        h = attend(q, jnp.swapaxes(k, 2, 3), v, ctx.mask)
+        h = self._attend(q, k, v, ctx, tap)
         x = self._add(x, self.o_proj, self.attn_out(h, None, tap), "attn")
-        h = self.fc1(self.mlp_in(x if post else self.mlp_norm(x), None, tap))
+        h = x if post else self._into(self.mlp_norm, self.mlp_in, x, tap)
+        h = self.fc1(self.mlp_in(h, None, tap))
         h = self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap)
         return self._add(x, self.fc2, h, "mlp")
+
+    def _into(self, norm: nnx.Module, point: ActQuant, x: jax.Array, tap: Tap | None):
+        return norm.into(point, x, None, tap) if isinstance(norm, RMSNorm) else norm(x)
+
+    def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
+        """Attention inside each picture: ``[N, P, hidden]`` each -> the same."""
+        heads, d = self.cfg.num_heads, self.cfg.head_dim
+        path = select_path(q.shape[1], heads, heads, d, q.dtype)
+        if path == "pallas_tpu" and not self.attn_out.simulated:  # it has no gradient
+            scale = self.attn_out.known_scale(None, tap)
+            return attend_rows(q, k, v, d, ctx.order, ctx.angles, scale=scale)
+        q, k, v = (split_heads(y, d) for y in (q, k, v))
+        if ctx.angles is not None:
+            q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
+        return attend(q, jnp.swapaxes(k, 2, 3), v, ctx.mask)
 
     def _add(self, x: jax.Array, dense: Dense, h: jax.Array | QTensor, half: str) -> jax.Array:
         """The stream with what one half of the block adds to it."""

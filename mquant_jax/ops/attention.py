@@ -1,4 +1,8 @@
-"""Attention in plain XLA: grouped heads, a boolean mask, softmax in float32."""
+"""Attention: grouped heads, softmax in float32; in plain XLA, and on TPU as one kernel.
+
+:func:`select_path` names the form: :func:`attend` takes heads and a boolean mask, and runs
+anywhere; :func:`attend_rows` is the kernel, for the tokens of one call among each other.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor
 from mquant_jax.ops import gpu
-from mquant_jax.ops.dense import platform
+from mquant_jax.ops.dense import early_tpu, platform
 
 
 def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
@@ -16,6 +20,54 @@ def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
         # Else XLA moves the transposition up, to where the values still are float32.
         x = jax.lax.optimization_barrier(x)
     return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, head_dim), 1, 2)
+
+
+FEWEST_ROWS = 128  # below, the kernel pads more than it saves
+
+
+def select_path(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype, ordered: bool = False
+) -> str:
+    """``pallas_tpu`` where :func:`attend_rows` may run, for many bfloat16 tokens on TPU that attend
+    to each other and to nothing else; else ``xla``."""
+    if platform() != "tpu" or early_tpu() or tokens < FEWEST_ROWS or dtype != jnp.bfloat16:
+        return "xla"
+    from mquant_jax.ops import pallas_tpu_attention  # slow to import, see ops/rotate.py
+
+    cut = pallas_tpu_attention.plan(tokens, heads, kv_heads, head_dim, ordered)
+    return "xla" if cut is None else "pallas_tpu"
+
+
+def attend_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    head_dim: int,
+    order: tuple[jax.Array, jax.Array],
+    angles: jax.Array | None = None,
+    gain: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    ordered: bool = False,
+) -> jax.Array | QTensor:
+    """Rotary positions, attention and quantisation in one kernel.
+
+    Args:
+        q, k, v: bfloat16 ``[B, T, heads * d]``, as the projections give them.
+        order: of queries and keys, int32 ``[B, T]``: a query sees what is not above its own.
+        angles: float32 ``[B, T, r/2]``, by which queries and keys are turned.
+        gain: float32 ``[B, T]``, factor on queries.
+        scale: float32, one number or ``[B, T, 1]``, to quantise the result by.
+        ordered: tokens stand in their order.
+
+    Returns:
+        ``[B, T, heads * d]``: bfloat16, or with ``scale`` int8.
+    """
+    from mquant_jax.ops import pallas_tpu_attention as kernel
+
+    heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
+    cut = kernel.plan(q.shape[1], heads, kv_heads, head_dim, ordered)
+    y = kernel.attend_rows(q, k, v, order, cut, angles, gain, scale, ordered)
+    return y if scale is None else QTensor(y, scale)
 
 
 # Logits above which they are made a part at a time, and how many then: on CPU what its caches hold,

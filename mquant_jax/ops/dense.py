@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import logging
+import re
 from collections.abc import Iterator
 from functools import partial
 
@@ -18,6 +21,9 @@ from mquant_jax.ops import cpu, gpu, xla
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
+_KIND: contextvars.ContextVar[str | None] = contextvars.ContextVar("kind", default=None)
+_log = logging.getLogger(__name__)
+
 _FORMS = {
     "int_dot": xla.int_dot,
     "byte_dot": partial(xla.int_dot, product=cpu.byte_dot),
@@ -25,9 +31,12 @@ _FORMS = {
     "halves_dot": partial(xla.int_dot, product=cpu.halves_dot),
     "padded_int_dot": xla.padded_int_dot,
     "weight_only": xla.weight_only_dot,
+    "bf16_dot": xla.bf16_dot,
 }
 # On GPU, where 4 bits stay packed.
 _PACKED_FORMS = {"int_dot": xla.packed_int_dot, "weight_only": xla.packed_weight_only_dot}
+
+FEWEST_ROWS = 128  # that a kernel is for
 
 
 def platform() -> str:
@@ -35,14 +44,38 @@ def platform() -> str:
     return _PLATFORM.get() or jax.default_backend()
 
 
+def device_kind() -> str:
+    """The kind of device that programs are being traced for, as JAX names it (``TPU v5 lite``);
+    empty where another platform than the default one is traced for and nobody told."""
+    if _PLATFORM.get() is not None:
+        return _KIND.get() or ""
+    return jax.devices()[0].device_kind
+
+
 @contextlib.contextmanager
-def target_platform(name: str) -> Iterator[None]:
-    """Trace for another platform than the default one (ahead-of-time compiles)."""
-    token = _PLATFORM.set(name)
+def target_platform(name: str, kind: str | None = None) -> Iterator[None]:
+    """Trace for another platform than the default one (ahead-of-time compiles); see
+    :func:`device_kind`."""
+    tokens = _PLATFORM.set(name), _KIND.set(kind)
     try:
         yield
     finally:
-        _PLATFORM.reset(token)
+        _PLATFORM.reset(tokens[0])
+        _KIND.reset(tokens[1])
+
+
+def early_tpu() -> bool:
+    """Whether traced for a TPU up to v4: it has no int8 matrix unit, and too little memory on the
+    chip for the kernels here."""
+    return platform() == "tpu" and bool(re.search(r"\bv[234]\b", device_kind()))
+
+
+@functools.cache
+def _tell_of_bf16() -> None:
+    _log.warning(
+        "this TPU multiplies no int8: dense layers run as W4A16, with activations widened to "
+        "bfloat16 (the values are the same, the speed is not)"
+    )
 
 
 def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
@@ -50,6 +83,10 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
     and bits count."""
     if not quantised_input:
         return "weight_only"
+    if early_tpu():
+        return "bf16_dot"
+    if rows >= FEWEST_ROWS and _suits_tpu_kernel(w):
+        return "pallas_tpu"
     if platform() == "cpu":
         if rows == 1 and cpu.parts_for(w) == (len(w.values) if w.storage == "parts" else 1):
             return "vector_dot"
@@ -64,6 +101,14 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
     return "int_dot"
 
 
+def _suits_tpu_kernel(w: QWeight) -> bool:
+    if platform() != "tpu" or early_tpu() or w.bits != 4 or w.groups != 1:
+        return False
+    from mquant_jax.ops import pallas_tpu_dot  # slow to import where there is no TPU
+
+    return pallas_tpu_dot.suits(w.in_features, w.out_features)
+
+
 def held(w: QWeight) -> QWeight:
     """A weight (or a stack of them) in the form that the platform's products want: int8 on CPU,
     where unpacking at every use costs more than the memory, in parts if rows are long. Elsewhere,
@@ -76,7 +121,10 @@ def held(w: QWeight) -> QWeight:
 
 def reads_stacks(w: QWeight) -> bool:
     """Whether products with one layer of the stack ``w [layers, out, in]`` read it in its place."""
-    return platform() == "gpu" and w.storage == "packed" and gpu.suits(w)
+    if w.values.ndim != 3:
+        return False
+    on_gpu = platform() == "gpu" and w.storage == "packed" and gpu.suits(w)
+    return on_gpu or (w.storage == "int4" and _suits_tpu_kernel(w))
 
 
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -129,6 +177,13 @@ def quantized_dot(
         residual, gate = (None if a is None else a.reshape(rows, -1) for a in (residual, gate))
         y = gpu.dense(flat, w, bias, residual, dtype, gate)
         return y.reshape(*lead, w.out_features)
+    if path == "pallas_tpu":
+        # Layers with a gate widen, and those are left to XLA.
+        y = _by_tpu_kernel(flat, w, bias, None if gate is not None else residual, dtype)
+        y = y.reshape(*lead, w.out_features)
+        return y if gate is None else finish(y, None, residual, dtype, gate)
+    if path == "bf16_dot":
+        _tell_of_bf16()
     w = w.of_layer()
     if w.storage == "int4" and platform() != "tpu":
         # XLA's CPU backend widens int4 operands to int32 and multiplies naively; its GPU backend
@@ -138,6 +193,19 @@ def quantized_dot(
     form = (_PACKED_FORMS if packed and w.groups == 1 else _FORMS)[path]
     y = form(flat, w).reshape(*lead, w.out_features)
     return finish(y, bias, residual, dtype, gate)
+
+
+def _by_tpu_kernel(x: QTensor, w: QWeight, bias, residual, dtype) -> jax.Array:
+    from mquant_jax.ops import pallas_tpu_dot
+
+    w = w if w.storage == "int4" else w.native()
+    residual = None if residual is None else residual.reshape(len(x.values), w.out_features)
+    alone = w.layer is None
+    stack, layer = (w.values[None], jnp.int32(0)) if alone else (w.values, w.layer)
+    scale = w.scale if alone else jax.lax.dynamic_index_in_dim(w.scale, w.layer, keepdims=False)
+    return pallas_tpu_dot.int4_dot(
+        x.values, stack, layer, x.scale, scale[:, 0], bias, residual, dtype
+    )
 
 
 def finish(

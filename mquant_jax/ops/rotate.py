@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mquant_jax.hadamard import LANES, Rotation
 from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
-from mquant_jax.ops.dense import platform
+from mquant_jax.ops.dense import early_tpu, platform
 from mquant_jax.ops.gpu import suits_device
 
 FEWEST_ROWS = 64  # below, the kernel's fixed cost is not worth it
@@ -31,7 +31,7 @@ def select_path(rotation: Rotation, rows: int, dtype) -> str:
         return "xla"
     if platform() == "gpu":
         return "pallas_gpu" if rotation.outer <= WIDEST_OUTER and suits_device() else "xla"
-    return "pallas_tpu" if platform() == "tpu" else "xla"
+    return "pallas_tpu" if platform() == "tpu" and not early_tpu() else "xla"
 
 
 def _block(rows: int) -> int | None:

@@ -138,3 +138,10 @@ def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
         return y * w.scale[:, 0]
     dense = w.dequantize().astype(x.dtype)
     return jax.lax.dot_general(x, dense, _LAST_ON_LAST, preferred_element_type=jnp.float32)
+
+
+def bf16_dot(x: QTensor, w: QWeight) -> jax.Array:
+    """:func:`int_dot` without a matrix unit for integers: bfloat16 holds the values of both as they
+    are, and sums are float32."""
+    y = weight_only_dot(x.values.astype(jnp.bfloat16), w)
+    return y * x.scale

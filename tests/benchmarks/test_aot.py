@@ -131,6 +131,20 @@ def test_a_kernel_must_tell_what_it_costs() -> None:
         cost.program_cost(hlo.parse(text), V5E)
 
 
+def test_kernels_are_charged_as_scheduled_and_read_what_they_say() -> None:
+    """The kernel's 1500 cycles times its factor; of its operand no more bytes than it says."""
+    text = TEXT.replace("%kernel", "%attend_rows.3")
+    text = text.replace("s8[8,128]{1,0:S(1)} custom-call", "s8[8,128]{1,0} custom-call")
+    for target, factors in (("tpu-v5e", cost.SCHEDULES), ("tpu-v6e", cost.SCHEDULES_V6E)):
+        device = DEVICES[target]
+        plain = 394e6 / device.rates["int8"] * device.clock
+        total = cost.program_cost(hlo.parse(text), device)
+        assert total.kernel_cycles == pytest.approx(plain * factors["attend_rows"])
+    few = text.replace('"bytes_accessed":"2048"', '"bytes_accessed":"100"')
+    saved = total.bytes - cost.program_cost(hlo.parse(few), device).bytes
+    assert saved == 8 * 128 - 100
+
+
 # One layer: it is cut out of the stack, a fused product reads it, a kernel reads another stack.
 GPU_TEXT = """\
 HloModule jit_f, is_scheduled=true

@@ -1,0 +1,367 @@
+"""Attention as one Pallas kernel for TPU, on rows as the projections leave them.
+
+Queries, keys and values enter as ``[B, T, heads * d]``, the rotary turn happens on the way, and the
+result leaves in the same layout, on request as int8: nothing is transposed around the kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mquant_jax.hadamard import LANES
+
+NEVER = np.iinfo(np.int32).max  # the order of a key that no query sees
+NAME = "attend_rows"
+_LOW = -1e30  # below all logits; far from what float32 can hold, so that differences are finite
+_CHUNK = 256  # rows whose logits are in flight at a time
+_PREPARED, _FINISHED = 128, 64  # rows that are turned, and written, at a time
+_VMEM = 40 * 2**20  # of the 64 MiB or more that chips since v5 have
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the work is cut.
+
+    Attributes:
+        n: kv heads that go together: their channels fill whole registers.
+        g: query heads per kv head.
+        d: channels of a head.
+        queries, keys: tokens in a block, multiples of 128.
+        query_blocks, key_blocks: how many; the rows are padded to whole ones.
+    """
+
+    n: int
+    g: int
+    d: int
+    queries: int
+    keys: int
+    query_blocks: int
+    key_blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Queries, padded."""
+        return self.queries * self.query_blocks
+
+    @property
+    def slots(self) -> int:
+        """Keys, padded."""
+        return self.keys * self.key_blocks
+
+    @property
+    def vmem(self) -> int:
+        """Bytes on the chip, tables of a rotary turn included."""
+        lanes = -(-self.d // LANES) * LANES
+        q, k = self.queries * self.n * self.g, self.slots * self.n
+        streamed = 2 * (2 * k * self.d * 2 + 2 * q * self.d * 2)
+        tables = 2 * 2 * 4 * lanes * (self.slots + self.queries) + 2 * 4 * 2 * LANES * self.queries
+        held = 2 * k * lanes * 2 + q * (lanes * 2 + 2 * LANES * 4 + lanes * 4)
+        return streamed + tables + held
+
+
+def plan(tokens: int, heads: int, kv_heads: int, d: int, ordered: bool) -> Plan | None:
+    """The cut for a self-attention of ``tokens`` rows; ``None`` if it takes too much memory.
+
+    Args:
+        ordered: many keys stand behind the queries, and small blocks leave more of them out.
+    """
+    g = heads // kv_heads
+    fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * d % LANES == 0]
+    n = next((n for n in fits if n * g >= 4), kv_heads)
+    sizes = (256,) if ordered or g > 1 else (512, 384, 256)
+    size = min(sizes, key=lambda n: -(-tokens // n) * n)  # that needs the least padding
+    size = min(size, -(-tokens // LANES) * LANES)
+    blocks = -(-tokens // size)
+    made = Plan(n, g, d, size, size, blocks, blocks)
+    return made if made.vmem <= _VMEM else None
+
+
+def attend_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    order: tuple[jax.Array, jax.Array],
+    cut: Plan,
+    angles: jax.Array | None = None,
+    gain: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    ordered: bool = False,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax attention of ``T`` tokens to each other, logits and sums in float32.
+
+    Args:
+        q: bfloat16 ``[B, T, heads * d]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
+        k, v: bfloat16 ``[B, T, kv_heads * d]``.
+        order: of the queries and of the keys, int32 ``[B, T]`` each: a query sees a key whose order
+            is not above its own. Blocks of which a block of queries sees nothing are skipped. A
+            query that sees nothing gets a finite row without meaning.
+        cut: of :func:`plan`.
+        angles: float32 ``[B, T, r/2]``, by which the first ``r`` channels of each head of ``q`` and
+            ``k`` are turned, as two halves.
+        gain: float32 ``[B, T]``, factor on the turned queries.
+        scale: float32, one number or ``[B, T, 1]``; the result becomes int8 by it.
+        ordered: keys stand in their order. The cost estimate then counts what will be skipped.
+        interpret: run without a TPU.
+
+    Returns:
+        ``[B, T, heads * d]``: bfloat16, or int8, rounded half to even and saturated.
+    """
+    b, t, width = q.shape
+    q, k, v = (jnp.pad(x, ((0, 0), (0, cut.rows - t), (0, 0))) for x in (q, k, v))
+    queries, keys = (
+        jnp.pad(x, ((0, 0), (0, cut.rows - t)), constant_values=c)
+        for x, c in zip(order, (-1, NEVER), strict=True)
+    )
+    first_key = jnp.min(keys.reshape(b, cut.key_blocks, cut.keys), axis=-1)
+    last_query = jnp.max(queries.reshape(b, cut.query_blocks, cut.queries), axis=-1)
+    keys = keys.reshape(b, cut.key_blocks, 1, cut.keys)
+    operands, specs = [q, k, v, queries[..., None], keys], _row_specs(cut)
+    scores = jnp.full((b, t), cut.d**-0.5 * np.log2(np.e), jnp.float32)
+    scores = scores if gain is None else scores * gain
+    if angles is not None:
+        tables = _tables(angles, scores, cut)
+        operands += tables
+        specs += _table_specs(cut, len(tables) - 1)
+    else:
+        operands.append(_padded_column(scores, cut))
+        specs.append(_column_spec(cut))
+    if scale is not None:
+        inverse = jnp.broadcast_to(1.0 / scale, (b, t, 1))[..., 0]
+        operands.append(_padded_column(inverse, cut))
+        specs.append(_column_spec(cut))
+    dtype = q.dtype if scale is None else jnp.int8
+    held = cut.n, cut.g * cut.queries
+    groups = k.shape[-1] // (cut.n * cut.d)
+    out = pl.pallas_call(
+        partial(_kernel, cut=cut, turns=angles is not None, rounds=scale is not None),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(b, groups, cut.query_blocks),
+            in_specs=specs,
+            out_specs=specs[0],
+            scratch_shapes=[
+                pltpu.VMEM((cut.n, cut.slots, cut.d), q.dtype),
+                pltpu.VMEM((cut.n, cut.slots, cut.d), q.dtype),
+                pltpu.VMEM((*held, cut.d), q.dtype),
+                pltpu.VMEM((*held, LANES), jnp.float32),
+                pltpu.VMEM((*held, LANES), jnp.float32),
+                pltpu.VMEM((*held, cut.d), jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((b, cut.rows, width), dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM + 8 * 2**20,
+        ),
+        cost_estimate=_cost(cut, b, groups, ordered, operands, width),
+        interpret=interpret,
+        name=NAME,
+    )(first_key, last_query, *operands)
+    return out[:, :t]
+
+
+def _row_specs(cut: Plan) -> list[pl.BlockSpec]:
+    """Blocks of queries, keys, values and both orders, for batch, group and block of queries."""
+    q = pl.BlockSpec((1, cut.queries, cut.n * cut.g * cut.d), lambda b, h, i, *_: (b, i, h))
+    kv = pl.BlockSpec((1, cut.slots, cut.n * cut.d), lambda b, h, i, *_: (b, 0, h))
+    keys = pl.BlockSpec((1, cut.key_blocks, 1, cut.keys), lambda b, h, i, *_: (b, 0, 0, 0))
+    return [q, kv, kv, _column_spec(cut), keys]
+
+
+def _column_spec(cut: Plan) -> pl.BlockSpec:
+    return pl.BlockSpec((1, cut.queries, 1), lambda b, h, i, *_: (b, i, 0))
+
+
+def _table_specs(cut: Plan, tables: int) -> list[pl.BlockSpec]:
+    own = pl.BlockSpec((1, cut.queries, cut.d), lambda b, h, i, *_: (b, i, 0))
+    every = pl.BlockSpec((1, cut.slots, cut.d), lambda b, h, i, *_: (b, 0, 0))
+    swap = pl.BlockSpec((cut.d, cut.d), lambda b, h, i, *_: (0, 0))
+    return [own, own, every, every][:tables] + [swap]
+
+
+def _padded_column(x: jax.Array, cut: Plan) -> jax.Array:
+    """float32 ``[B, T]`` -> ``[B, rows, 1]``."""
+    return jnp.pad(x, ((0, 0), (0, cut.rows - x.shape[1])))[..., None]
+
+
+def _tables(angles: jax.Array, scores: jax.Array, cut: Plan) -> list[jax.Array]:
+    """Cosines and sines per channel, for queries (with the factor on their logits) and keys; and
+    what exchanges the halves, with the sign of the sine."""
+    half = angles.shape[-1]
+    rest = cut.d - 2 * half
+    pad = ((0, 0), (0, cut.rows - angles.shape[1]), (0, rest))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos = jnp.pad(jnp.concatenate([cos, cos], axis=-1), pad, constant_values=1.0)
+    sin = jnp.pad(jnp.concatenate([sin, sin], axis=-1), pad)
+    swap = np.zeros((cut.d, cut.d), np.float32)
+    swap[:half, half : 2 * half], swap[half : 2 * half, :half] = np.eye(half), -np.eye(half)
+    scores = _padded_column(scores, cut)
+    return [cos * scores, sin * scores, cos, sin, jnp.asarray(swap, jnp.bfloat16)]
+
+
+def _cost(cut: Plan, b: int, groups: int, ordered: bool, operands, width: int) -> pl.CostEstimate:
+    """Operations of the two products as the matrix unit does them, on whole tiles."""
+    pairs = cut.query_blocks * cut.key_blocks
+    if ordered:
+        pairs = cut.query_blocks * (cut.query_blocks + 1) // 2
+    tile = -(-cut.d // LANES) * LANES
+    logits = pairs * cut.queries * cut.keys * b * groups * cut.n * cut.g
+    moved = sum(x.size * x.dtype.itemsize for x in operands) + b * cut.rows * width
+    return pl.CostEstimate(flops=4 * logits * tile, transcendentals=logits, bytes_accessed=moved)
+
+
+def _kernel(first_key, last_query, q_ref, k_ref, v_ref, order_ref, keys_ref, *refs, cut, turns,
+            rounds):  # fmt: skip
+    """All heads of a group, for one block of queries.
+
+    ``k_s``, ``v_s`` and ``q_s`` hold each head's rows from the first register's lane on, query
+    heads of one kv head on top of each other; ``top_s``, ``total_s`` and ``sum_s`` hold the largest
+    logit, the weights' sums lane by lane, and the weighted values so far.
+    """
+    refs = list(refs)
+    tables = [refs.pop(0) for _ in range(5 if turns else 1)]
+    inverse_ref = refs.pop(0) if rounds else None
+    out_ref, k_s, v_s, q_s, *state = refs
+    batch, i = pl.program_id(0), pl.program_id(2)
+
+    @pl.when(i == 0)
+    def _():
+        _place_keys(k_ref, v_ref, k_s, v_s, tables, cut)
+
+    _place_queries(q_ref, q_s, tables, cut)
+    # Nothing to go on from: the first block is never skipped, and a row that sees none of it is put
+    # right by the first block of which it sees something.
+    _block(0, True, order_ref, keys_ref, k_s, v_s, q_s, state, cut)
+
+    def more(j, carry):
+        seen = first_key[batch, j] <= last_query[batch, i]
+        pl.when(seen)(partial(_block, j, False, order_ref, keys_ref, k_s, v_s, q_s, state, cut))
+        return carry
+
+    jax.lax.fori_loop(1, cut.key_blocks, more, 0)
+    _finish(out_ref, inverse_ref, state, cut)
+
+
+def _turned(x, cos, sin, swap_ref):
+    other = jnp.dot(x, swap_ref[...], preferred_element_type=jnp.float32)
+    return x.astype(jnp.float32) * cos + other * sin
+
+
+def _taken(src, dst, at, rows, lanes):
+    """A head's rows, by way of ``dst[at]`` where they do not begin with a register's lane: they are
+    then moved as bfloat16, and once."""
+    if (lanes.stop - lanes.start) % LANES == 0:
+        return src[0, rows, lanes]
+    dst[at] = src[0, rows, lanes]
+    return dst[at]
+
+
+def _place_keys(k_ref, v_ref, k_s, v_s, tables, cut: Plan) -> None:
+    step = min(_PREPARED, cut.slots)
+
+    def some(part, carry):
+        rows = pl.ds(pl.multiple_of(part * step, step), step)
+        for h in range(cut.n):
+            lanes = slice(h * cut.d, (h + 1) * cut.d)
+            if len(tables) > 1:
+                x = _taken(k_ref, k_s, (h, rows), rows, lanes)
+                x = _turned(x, tables[2][0, rows], tables[3][0, rows], tables[4])
+                k_s[h, rows] = x.astype(k_s.dtype)
+            else:
+                k_s[h, rows] = k_ref[0, rows, lanes]
+            v_s[h, rows] = v_ref[0, rows, lanes]
+        return carry
+
+    jax.lax.fori_loop(0, cut.slots // step, some, 0)
+
+
+def _place_queries(q_ref, q_s, tables, cut: Plan) -> None:
+    step = min(_PREPARED, cut.queries)
+
+    def some(part, carry):
+        start = pl.multiple_of(part * step, step)
+        rows = pl.ds(start, step)
+        for head in range(cut.n * cut.g):
+            at = head // cut.g, pl.ds(head % cut.g * cut.queries + start, step)
+            x = _taken(q_ref, q_s, at, rows, slice(head * cut.d, (head + 1) * cut.d))
+            if len(tables) > 1:
+                x = _turned(x, tables[0][0, rows], tables[1][0, rows], tables[4])
+            else:
+                x = x.astype(jnp.float32) * tables[0][0, rows]
+            q_s[at] = x.astype(q_s.dtype)
+        return carry
+
+    jax.lax.fori_loop(0, cut.queries // step, some, 0)
+
+
+def _block(j, first: bool, order_ref, keys_ref, k_s, v_s, q_s, state, cut: Plan) -> None:
+    """What all queries see of key block ``j``; independent chunks of rows keep all units busy."""
+    top_s, total_s, sum_s = state
+    seen = order_ref[0] >= keys_ref[0, j]
+    at_keys = pl.ds(pl.multiple_of(j * cut.keys, cut.keys), cut.keys)
+    chunk = _CHUNK if cut.queries % _CHUNK == 0 else LANES
+
+    def head(h, carry):
+        for start in range(0, cut.g * cut.queries, chunk):
+            at, query = pl.ds(start, chunk), start % cut.queries
+            logits = jax.lax.dot_general(
+                q_s[h, at], k_s[h, at_keys], (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )  # fmt: skip
+            logits = jnp.where(seen[query : query + chunk], logits, _LOW)
+            top = jnp.broadcast_to(jnp.max(logits, axis=1, keepdims=True), (chunk, LANES))
+            top = top if first else jnp.maximum(top_s[h, at], top)
+            weights = jnp.exp2(logits - jnp.concatenate([top] * (cut.keys // LANES), axis=1))
+            total = sum(weights[:, c : c + LANES] for c in range(0, cut.keys, LANES))
+            y = jnp.dot(
+                weights.astype(v_s.dtype), v_s[h, at_keys], preferred_element_type=jnp.float32
+            )
+            if not first:
+                shrink = jnp.exp2(top_s[h, at] - top)
+                total = total_s[h, at] * shrink + total
+                y = sum_s[h, at] * _wide(shrink, cut.d) + y
+            top_s[h, at], total_s[h, at], sum_s[h, at] = top, total, y
+        return carry
+
+    if cut.n == 1:
+        head(0, 0)
+    else:
+        jax.lax.fori_loop(0, cut.n, head, 0)
+
+
+def _wide(x: jax.Array, d: int) -> jax.Array:
+    """``[rows, 128]``, equal along the lanes -> ``[rows, d]``."""
+    return jnp.concatenate([x] * -(-d // LANES), axis=1)[:, :d]
+
+
+def _finish(out_ref, inverse_ref, state, cut: Plan) -> None:
+    _, total_s, sum_s = state
+    step = min(_FINISHED, cut.queries)
+
+    def some(part, carry):
+        start = pl.multiple_of(part * step, step)
+        rows = pl.ds(start, step)
+        for head in range(cut.n * cut.g):
+            at = head // cut.g, pl.ds(head % cut.g * cut.queries + start, step)
+            total = jnp.sum(total_s[at], axis=1, keepdims=True)
+            total = jnp.broadcast_to(total, (step, LANES))
+            factor = pl.reciprocal(total, approx=True)
+            factor = factor * (2.0 - total * factor)  # to all the digits of a float32
+            if inverse_ref is not None:
+                factor = factor * inverse_ref[0, rows]
+            y = sum_s[at] * _wide(factor, cut.d)
+            if inverse_ref is not None:
+                y = jnp.clip(jnp.round(y), -128, 127).astype(jnp.int32)
+            out_ref[0, rows, head * cut.d : (head + 1) * cut.d] = y.astype(out_ref.dtype)
+        return carry
+
+    jax.lax.fori_loop(0, cut.queries // step, some, 0)
