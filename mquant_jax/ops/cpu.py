@@ -1,4 +1,4 @@
-"""Integer products in the forms that XLA's CPU backend runs fast, all of them exact.
+"""Integer products in the forms that XLA's CPU backend runs fast, exact unless they say otherwise.
 
 ``byte_dot``: the byte dot-product instructions of x86 (VNNI) multiply unsigned by signed bytes, and
 before jax 0.11 the backend uses them for products of uint8 by int8 alone; those of int8 by int8 get
@@ -10,8 +10,9 @@ the backend can read those of a short float vector's product where they lie and 
 way, while all others are first copied out of the stack of layers. Sums of int4 by int8 products are
 integers that float32 holds exactly. Rows that are too long are kept in parts that are not
 (:func:`parts_for`), each in one piece: read with gaps between, memory gives a third of its rate.
+``halves_dot`` is the same for what is no layer of a stack.
 
-To those who read the program (``jax.make_jaxpr``) both say that they are products of integers.
+To those who read the program (``jax.make_jaxpr``) all say that they are products of integers.
 """
 
 from __future__ import annotations

@@ -23,9 +23,12 @@ import numpy as np
 from models.streams import Streams
 from mquant_jax.nn.params import Params
 from mquant_jax.ptq.channels import Link, can_shift, links, scale, shift
+from mquant_jax.ptq.rotate import Tensors
 from mquant_jax.ptq.statistics import StatisticsRunner
 
-_LARGEST = 1e3  # gain, from the middle of all
+# Of the root mean square over channels, at least so much counts of each: calibration may not have
+# shown what a channel can do.
+_LEAST = 0.01
 _WORTH = 0.5  # of what there was, at most so much may be left
 
 
@@ -41,7 +44,7 @@ def balance_params(
     Returns:
         New tensors, float32, and what is left of ``|x|^2 |W|^2`` at each (first) reader.
     """
-    out = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    out = Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
     left: dict[str, float] = {}
     for link in links(params, streams):
         if link.is_norm or any(reader not in look.point_of for reader in link.readers):
@@ -53,16 +56,19 @@ def balance_params(
         columns = np.zeros(link.width)
         for reader in link.readers:
             np.add.at(columns, link.columns, (out[f"{reader}/kernel"] ** 2).sum(0))
-        a, w = np.sqrt(squares) + 1e-12, np.sqrt(columns) + 1e-12
-        gains = np.sqrt(w / a)
+        gains = np.sqrt(_sizes(columns) / _sizes(squares))
         gains /= np.exp(np.log(gains).mean())
-        gains = np.clip(gains, 1 / _LARGEST, _LARGEST)
         before = squares.sum() * columns.sum()
         after = (squares * gains**2).sum() * (columns / gains**2).sum()
         if after < _WORTH * before:
             scale(out, link, gains)
             left[link.readers[0]] = float(after / before)
-    return {name: value.astype(np.float32) for name, value in out.items()}, left
+    return dict(out), left
+
+
+def _sizes(squares: np.ndarray) -> np.ndarray:
+    size = np.sqrt(squares)
+    return np.maximum(size, _LEAST * np.sqrt(squares.mean()) + 1e-30)
 
 
 def _channels(link: Link, look: StatisticsRunner) -> tuple[np.ndarray, ...]:

@@ -38,7 +38,7 @@ def rotate_params(
     Returns:
         New tensors, float32: those of the model built with ``recipe.rotate``.
     """
-    out = _Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
+    out = Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
     for stream in streams.streams:
         for gain in stream.gains:
             _absorb(out, gain)
@@ -57,7 +57,7 @@ def rotate_params(
     return dict(out)
 
 
-class _Tensors(dict):
+class Tensors(dict):
     """Tensors held in float32, handed out in float64."""
 
     def __getitem__(self, name: str) -> np.ndarray:
