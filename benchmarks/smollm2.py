@@ -208,6 +208,19 @@ def batch_of(windows: np.ndarray) -> Batch:
     return collate([text_prompt(row.tolist()) for row in windows])
 
 
+_LANES = 128  # XLA's CPU backend sums up along the last axis one number at a time
+
+
+def _lanes(x: jax.Array) -> jax.Array:
+    """``[T, vocab]`` -> ``[T, vocab / 128, 128]``, or with one number per lane where that does not
+    divide."""
+    return x.reshape(len(x), -1, math.gcd(x.shape[1], _LANES))
+
+
+def _log_sum_exp(x: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(jax.nn.logsumexp(_lanes(x), axis=1), axis=-1)
+
+
 @jax.jit
 def _losses(module: VLM, batch: Batch, reference: tuple[VLM, jax.Array] | None):
     """Sums over the predicted tokens of each window: negative log likelihood, and KL.
@@ -220,7 +233,7 @@ def _losses(module: VLM, batch: Batch, reference: tuple[VLM, jax.Array] | None):
     def logits(model: VLM, stream: jax.Array) -> tuple[jax.Array, jax.Array]:
         """float32 ``[T, vocab]``, and the logarithm of each row's sum of exponentials."""
         out = model.language.logits(stream[None, :-1])[0]
-        return out, jax.nn.logsumexp(out, axis=-1)
+        return out, _log_sum_exp(out)
 
     def window(item):
         ids, x, ref = item
@@ -230,7 +243,8 @@ def _losses(module: VLM, batch: Batch, reference: tuple[VLM, jax.Array] | None):
             return nll, jnp.zeros(())
         theirs, whole = logits(reference[0], ref)
         likely = jnp.exp(theirs - whole[:, None])
-        return nll, ((likely * (theirs - ours)).sum(-1) - whole + total).sum()
+        apart = _lanes(likely * (theirs - ours)).sum(1).sum(-1)
+        return nll, (apart - whole + total).sum()
 
     x = module.stream(batch)
     return jax.lax.map(window, (batch.input_ids, x, x if reference is None else reference[1]))
