@@ -19,6 +19,7 @@ from mquant_jax.nn.stack import Runner, num_layers
 from mquant_jax.ptq.observe import layer_of, run_tapped
 
 SAMPLE = 256  # rows kept per point
+_STANDS_OUT = 10.0  # times the median of the tokens' largest values
 
 
 def chunks(args: Any, size: int) -> Iterator[tuple[slice, Any]]:
@@ -78,7 +79,8 @@ class StatisticsRunner(Runner):
             those that the point does not serve.
         channels: path of a point -> float32 ``[K]``, largest magnitude of each channel.
         samples: path of a point -> a :class:`Sampler` of its rows, padding left out.
-        moments: path of a point -> float64 ``[2, K]``, mean and mean square of each channel.
+        moments: path of a point -> float64 ``[2, K]``, mean and mean square of each channel, over
+            the tokens that do not stand out, as sinks do.
         point_of: path of a dense layer -> path of the point in front of it.
     """
 
@@ -127,6 +129,8 @@ class StatisticsRunner(Runner):
         per_channel = np.abs(rows).max(0, initial=0.0)
         self.channels[path] = np.maximum(self.channels.get(path, 0.0), per_channel)
         self.samples.setdefault(path, Sampler(self.sample)).add(rows)
+        largest = np.abs(rows).max(1)
+        rows = rows[largest <= _STANDS_OUT * np.median(largest)] if len(rows) else rows
         before = self._seen.get(path, 0)
         self._seen[path] = before + len(rows)
         sums = np.stack([rows.sum(0, np.float64), np.square(rows).sum(0, np.float64)])

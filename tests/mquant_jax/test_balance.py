@@ -41,7 +41,7 @@ def test_the_function_stays_and_a_second_time_changes_nothing(hard) -> None:
     got = np.asarray(float_model(FAMILY, config, Recipe(), even)(batch))[real]
     assert relative(got, expected) < 1e-4
     # One channel in fifty was made 10 to 100 times larger: that is most of what there was.
-    assert min(left.values()) < 0.3 and max(left.values()) < 0.5
+    assert max(left.values()) < 0.15
     assert {name.split("/")[-1] for name in left} == {"o_proj", "down_proj"}
     assert not balance_params(even, streams, looked(config, even, batch))[1]
 
