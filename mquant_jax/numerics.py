@@ -218,7 +218,8 @@ def simulate_static(x: jax.Array, scale: jax.Array) -> jax.Array:
 
     The rounding passes gradients straight through; a clipped value has none.
     """
-    v = jnp.clip(x.astype(jnp.float32) / scale, -INT_MAX[8] - 1, INT_MAX[8])
+    # By the reciprocal, as there: a quotient may round to the other side of an edge.
+    v = jnp.clip(x.astype(jnp.float32) * (1.0 / scale), -INT_MAX[8] - 1, INT_MAX[8])
     return (v + jax.lax.stop_gradient(jnp.round(v) - v)) * scale
 
 

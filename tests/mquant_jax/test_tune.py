@@ -16,7 +16,7 @@ from mquant_jax.numerics import QWeight, quantize_static, simulate_static
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Tuning
-from tests.helpers import forward, golden_qwen2_vl
+from tests.helpers import forward, golden_qwen2_vl, relative
 
 PLAIN = PRESETS["w4a8"]
 TUNED = dataclasses.replace(PLAIN, tune=Tuning(epochs=6, rate=3e-3))
@@ -61,11 +61,7 @@ def test_simulation_is_what_the_integers_compute(made) -> None:
         if isinstance(node, ActQuant):
             node.simulated = True
     real = batch.order >= 0
-    got, expected = (np.asarray(y)[real] for y in (forward(model, batch), expected))
-    off = np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    # A value that lies on the edge between two integers may fall to either side, and with it some
-    # of the tokens behind it.
-    assert np.median(off) < 1e-5 and off.max() < 0.1
+    assert relative(forward(model, batch)[real], expected[real]) < 1e-4
 
 
 def test_gradients_pass_the_rounding_and_stop_at_the_clip() -> None:
