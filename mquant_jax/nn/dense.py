@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.numerics import QTensor, QWeight, grouped
-from mquant_jax.ops.dense import finish, float_dot, quantized_dot
+from mquant_jax.ops.dense import float_dot, quantized_dot
+from mquant_jax.ops.xla import finish
 from mquant_jax.recipe import Section, Split
 
 FLOAT = Section()

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.ops import cpu, gpu, xla
+from mquant_jax.ops.xla import finish
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -200,23 +201,6 @@ def _by_tpu_kernel(x: QTensor, w: QWeight, bias, residual, dtype) -> jax.Array:
 
     w = w if w.storage == "int4" else w.native()
     residual = None if residual is None else residual.reshape(len(x.values), w.out_features)
-    alone = w.layer is None
-    stack, layer = (w.values[None], jnp.int32(0)) if alone else (w.values, w.layer)
-    scale = w.scale if alone else jax.lax.dynamic_index_in_dim(w.scale, w.layer, keepdims=False)
-    return pallas_tpu_dot.int4_dot(
-        x.values, stack, layer, x.scale, scale[:, 0], bias, residual, dtype
-    )
-
-
-def finish(
-    y: jax.Array,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    dtype,
-    gate: jax.Array | None = None,
-) -> jax.Array:
-    """``y + bias`` in ``dtype``, times the SiLU of ``gate``, plus ``residual``."""
-    y = y if bias is None else y + bias
-    y = y.astype(dtype)
-    y = y if gate is None else jax.nn.silu(gate) * y
-    return y if residual is None else residual + y
+    stack, layer = (w.values[None], jnp.int32(0)) if w.layer is None else (w.values, w.layer)
+    scale = w.of_layer().scale[:, 0]
+    return pallas_tpu_dot.int4_dot(x.values, stack, layer, x.scale, scale, bias, residual, dtype)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
+from mquant_jax.ops.xla import finish
 
 MANY, FEW, XLA = "pallas_gpu", "pallas_gpu_gemv", "int_dot"
 PATHS = (MANY, FEW)
@@ -114,8 +115,5 @@ def dense(
             layer=w.layer, bias=bias, gate=gate, residual=residual, dtype=dtype,
         )  # fmt: skip
     sums = pallas_gpu.partial_sums(x.values, w.values, blocks, layer=w.layer).sum(0)
-    scale = w.scale if w.layer is None else jax.lax.dynamic_index_in_dim(w.scale, w.layer, 0, False)
-    y = sums.astype(jnp.float32) * (x.scale * scale[:, 0])
-    y = (y if bias is None else y + bias).astype(dtype)
-    y = y if gate is None else jax.nn.silu(gate) * y
-    return y if residual is None else residual + y
+    y = sums.astype(jnp.float32) * (x.scale * w.of_layer().scale[:, 0])
+    return finish(y, bias, residual, dtype, gate)

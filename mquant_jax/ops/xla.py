@@ -145,3 +145,17 @@ def bf16_dot(x: QTensor, w: QWeight) -> jax.Array:
     are, and sums are float32."""
     y = weight_only_dot(x.values.astype(jnp.bfloat16), w)
     return y * x.scale
+
+
+def finish(
+    y: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    dtype,
+    gate: jax.Array | None = None,
+) -> jax.Array:
+    """``y + bias`` in ``dtype``, times the SiLU of ``gate``, plus ``residual``."""
+    y = y if bias is None else y + bias
+    y = y.astype(dtype)
+    y = y if gate is None else jax.nn.silu(gate) * y
+    return y if residual is None else residual + y
