@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.output import add_output_options, deliver
+from benchmarks.output import add_output_options, deliver, save
 from benchmarks.random_checkpoint import config_2b
 from models.base import VLM, Batch, Family, abstract_model
 from models.qwen2_vl import FAMILY
@@ -285,12 +285,18 @@ def _run(argv: list[str]) -> int:
     }
     shape = {"text-tokens": args.text_tokens, "image-side": args.image_side, "batch": args.batch,
              "images": args.images}  # fmt: skip
-    results = [run_once(config, models, args, shape | {axis: value}) for value in values]
     out: dict[str, Any] = {
         "machine": machine(), "suite": args.suite, "layers": args.layers, "of_layers": LAYERS,
-        "new_tokens": args.new_tokens, "repeats": args.repeats, "peak_process_bytes": peak_bytes(),
+        "new_tokens": args.new_tokens, "repeats": args.repeats,
     }  # fmt: skip
-    out |= results[0] if args.sweep is None else {"sweep": axis, "runs": results}
+    results: list[dict[str, Any]] = []
+    for value in values:
+        results.append(run_once(config, models, args, shape | {axis: value}))
+        out |= {"peak_process_bytes": peak_bytes()}
+        out |= results[0] if args.sweep is None else {"sweep": axis, "runs": results}
+        save(out, args.save)  # what is there stays there if a later point is too large
+        if args.sweep:
+            print(table(results[-1]), end="\n\n", file=sys.stderr)
     if args.plot:
         key = {"text-tokens": "prompt_tokens", "images": "visual_tokens"}.get(axis)
         key = key or axis.replace("-", "_")

@@ -44,7 +44,8 @@ def suits_byte_dot() -> bool:
     """Whether :func:`byte_dot` is the fast form for any number of rows here."""
     if jax.__version_info__ >= (0, 11) or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    return "avx512_vnni" in features()
+    # Tile registers (AMX) multiply signed bytes, and XLA uses them for int8 by int8.
+    return "avx512_vnni" in features() and "amx_int8" not in features()
 
 
 def reads_in_place(in_features: int) -> bool:
