@@ -86,8 +86,8 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
         return "weight_only"
     if early_tpu():
         return "bf16_dot"
-    if rows >= FEWEST_ROWS and _suits_tpu_kernel(w):
-        return "pallas_tpu"
+    if (kernel := _tpu_kernel(rows, w)) is not None:
+        return kernel
     if platform() == "cpu":
         if rows == 1 and cpu.parts_for(w) == (len(w.values) if w.storage == "parts" else 1):
             return "vector_dot"
@@ -102,12 +102,15 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
     return "int_dot"
 
 
-def _suits_tpu_kernel(w: QWeight) -> bool:
+def _tpu_kernel(rows: int, w: QWeight) -> str | None:
+    """The path of the TPU kernel that takes a product, if one does."""
     if platform() != "tpu" or early_tpu() or w.bits != 4 or w.groups != 1:
-        return False
+        return None
     from mquant_jax.ops import pallas_tpu_dot  # slow to import where there is no TPU
 
-    return pallas_tpu_dot.suits(w.in_features, w.out_features)
+    many = rows >= FEWEST_ROWS
+    suits = pallas_tpu_dot.suits if many else pallas_tpu_dot.suits_few
+    return ("pallas_tpu" if many else "pallas_tpu_few") if suits(w.in_features, w.out_features) else None
 
 
 def held(w: QWeight) -> QWeight:
@@ -125,7 +128,7 @@ def reads_stacks(w: QWeight) -> bool:
     if w.values.ndim != 3:
         return False
     on_gpu = platform() == "gpu" and w.storage == "packed" and gpu.suits(w)
-    return on_gpu or (w.storage == "int4" and _suits_tpu_kernel(w))
+    return on_gpu or (w.storage == "int4" and _tpu_kernel(1, w) is not None)
 
 
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -178,11 +181,9 @@ def quantized_dot(
         residual, gate = (None if a is None else a.reshape(rows, -1) for a in (residual, gate))
         y = gpu.dense(flat, w, bias, residual, dtype, gate)
         return y.reshape(*lead, w.out_features)
-    if path == "pallas_tpu":
-        # Layers with a gate widen, and those are left to XLA.
-        y = _by_tpu_kernel(flat, w, bias, None if gate is not None else residual, dtype)
-        y = y.reshape(*lead, w.out_features)
-        return y if gate is None else finish(y, None, residual, dtype, gate)
+    if path.startswith("pallas_tpu"):
+        y = _by_tpu_kernel(flat, w, bias, residual, dtype, gate)
+        return y.reshape(*lead, w.out_features)
     if path == "bf16_dot":
         _tell_of_bf16()
     w = w.of_layer()
@@ -196,11 +197,17 @@ def quantized_dot(
     return finish(y, bias, residual, dtype, gate)
 
 
-def _by_tpu_kernel(x: QTensor, w: QWeight, bias, residual, dtype) -> jax.Array:
-    from mquant_jax.ops import pallas_tpu_dot
+def _by_tpu_kernel(x: QTensor, w: QWeight, bias, residual, dtype, gate) -> jax.Array:
+    from mquant_jax.ops import pallas_tpu_dot as kernels
 
     w = w if w.storage == "int4" else w.native()
-    residual = None if residual is None else residual.reshape(len(x.values), w.out_features)
+    rows, out = len(x.values), w.out_features
+    residual, gate = (None if a is None else a.reshape(rows, out) for a in (residual, gate))
     stack, layer = (w.values[None], jnp.int32(0)) if w.layer is None else (w.values, w.layer)
-    scale = w.of_layer().scale[:, 0]
-    return pallas_tpu_dot.int4_dot(x.values, stack, layer, x.scale, scale, bias, residual, dtype)
+    operands = x.values, stack, layer, x.scale, w.scale.reshape(-1, out), bias
+    if rows < FEWEST_ROWS:
+        return kernels.int4_few(*operands, residual, gate, dtype)
+    if gate is None:
+        return kernels.int4_dot(*operands, residual, dtype)
+    # Layers with a gate widen, and those are left to XLA where there are many rows.
+    return finish(kernels.int4_dot(*operands, None, dtype), None, residual, dtype, gate)

@@ -1,7 +1,9 @@
-"""int8 activations by int4 weights as one Pallas kernel for TPU, with all that ends a dense layer.
+"""int8 activations by int4 weights as Pallas kernels for TPU, with all that ends a dense layer.
 
-Rows stay on the chip while weights stream in as int4, a block of output channels ahead of the
-product, and are widened once per block (the compiler has no mixed product).
+Both read their layer where it lies in the stack of all, and widen weights a block of output channels
+at a time (the compiler has no mixed product). ``int4_dot``, for many rows: rows stay on the chip
+while weights stream in. ``int4_few``: weights stand on the left of the product, and pass the matrix
+units as fast as memory delivers them; as its right side they would have to be loaded into the units.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mquant_jax.hadamard import LANES
 
-NAME = "int4_dot"
+NAME, NAME_FEW = "int4_dot", "int4_few"
 LONGEST = 10240  # input channels: so many rows' worth of them stay on the chip, twice
 # Entries of a weight up to which XLA's product is the slower one. It is 3 % behind at most beyond,
 # and joins what follows (an activation, a gate) to the product, which a kernel would not.
 LARGEST = 2**24
 _ROWS, _CHUNK = 1024, 256  # that stay on the chip; that are multiplied at a time
 _TILE = 32  # rows of an int8 register tile
+_BLOCK = 5 * 2**19  # entries of a weight that are fetched together for few rows
 _VMEM = 48 * 2**20
 
 
@@ -30,9 +33,14 @@ def suits(in_features: int, out_features: int) -> bool:
 
     Layers that widen have an activation behind them, and are left to XLA.
     """
-    whole = in_features % LANES == 0 and out_features % LANES == 0
     small = in_features * out_features <= LARGEST and out_features <= in_features <= LONGEST
-    return whole and small
+    return suits_few(in_features, out_features) and small
+
+
+def suits_few(in_features: int, out_features: int) -> bool:
+    """Whether :func:`int4_few` takes these shapes; up to a register's lanes of rows, it is the
+    faster form for all that it takes."""
+    return in_features % LANES == 0 and out_features % LANES == 0
 
 
 def int4_dot(
@@ -54,7 +62,7 @@ def int4_dot(
         stack: int4 ``[layers, out, in]``, ``out`` and ``in`` multiples of 128.
         layer: int32 ``[]``. XLA would copy the layer out of the stack in front of the kernel.
         x_scale: float32, one number or ``[rows, 1]``.
-        w_scale: float32 ``[out]``.
+        w_scale: float32 ``[layers, out]``.
         bias: float ``[out]``.
         residual: ``dtype`` ``[rows, out]``.
         dtype: of the result.
@@ -69,62 +77,143 @@ def int4_dot(
     blocks = -(-rows // tall)
     pad = ((0, blocks * tall - rows), (0, 0))
     per_row = x_scale.ndim > 0
-    column = w_scale[None] if per_row else w_scale[None] * x_scale
-    shift = jnp.zeros((1, out), jnp.float32) if bias is None else bias[None].astype(jnp.float32)
-    operands = [jnp.pad(x, pad), stack, column, shift]
-    row = pl.BlockSpec((1, wide), lambda i, j, _: (0, j))
+    operands = {
+        "x": (jnp.pad(x, pad), pl.BlockSpec((tall, k), lambda i, j, _: (i, 0))),
+        "w": (stack, pl.BlockSpec((None, wide, k), lambda i, j, layer: (layer[0], j, 0))),
+        "column": (
+            w_scale[:, None], pl.BlockSpec((None, 1, wide), lambda i, j, layer: (layer[0], 0, j))
+        ),
+        "scale": (
+            jnp.pad(x_scale, pad) if per_row else x_scale.reshape(1, 1),
+            pl.BlockSpec((tall, 1), lambda i, j, _: (i, 0)) if per_row else _one(),
+        ),
+    }  # fmt: skip
+    if bias is not None:
+        operands["bias"] = bias[None], pl.BlockSpec((1, wide), lambda i, j, _: (0, j))
     tile = pl.BlockSpec((tall, wide), lambda i, j, _: (i, j))
-    specs = [
-        pl.BlockSpec((tall, k), lambda i, j, _: (i, 0)),
-        pl.BlockSpec((None, wide, k), lambda i, j, layer: (layer[0], j, 0)),
-        row,
-        row,
-    ]
-    if per_row:
-        operands.append(jnp.pad(x_scale, pad))
-        specs.append(pl.BlockSpec((tall, 1), lambda i, j, _: (i, 0)))
     if residual is not None:
-        operands.append(jnp.pad(residual, pad))
-        specs.append(tile)
+        operands["residual"] = jnp.pad(residual, pad), tile
     size = jnp.dtype(dtype).itemsize
-    moved = blocks * tall * (k + out * size) + blocks * out * k // 2
-    result = pl.pallas_call(
-        partial(_kernel, per_row=per_row, adds=residual is not None),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(blocks, out // wide),
-            in_specs=specs,
-            out_specs=tile,
-        ),
-        out_shape=jax.ShapeDtypeStruct((blocks * tall, out), dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * blocks * tall * out * k, transcendentals=0, bytes_accessed=moved
-        ),
+    result = _call(
+        NAME, _kernel, layer, operands, (blocks, out // wide), tile,
+        jax.ShapeDtypeStruct((blocks * tall, out), dtype),
+        flops=2 * blocks * tall * out * k,
+        moved=blocks * tall * (k + out * size) + blocks * out * k // 2,
         interpret=interpret,
-        name=NAME,
-    )(layer[None], *operands)
+    )  # fmt: skip
     return result[:rows]
 
 
-def _kernel(
-    layer_ref, x_ref, w_ref, column_ref, shift_ref, *refs, per_row: bool, adds: bool
-) -> None:
-    refs = list(refs)
-    scale_ref = refs.pop(0) if per_row else None
-    residual_ref = refs.pop(0) if adds else None
-    (out_ref,) = refs
-    w, column, shift = w_ref[...].astype(jnp.int8), column_ref[...], shift_ref[...]
-    tall = x_ref.shape[0]
+def int4_few(
+    x: jax.Array,
+    stack: jax.Array,
+    layer: jax.Array,
+    x_scale: jax.Array,
+    w_scale: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    gate: jax.Array | None,
+    dtype,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """:func:`int4_dot` of up to 128 rows; the SiLU of ``gate``, ``dtype`` ``[rows, out]``,
+    multiplies what the residual is added to."""
+    rows, k = x.shape
+    out = stack.shape[1]
+    fitting = (n for n in range(LANES, out + 1, LANES) if out % n == 0 and n * k <= _BLOCK)
+    wide = max(fitting, default=LANES)
+    per_row = x_scale.ndim > 0
+    whole = pl.BlockSpec((rows, k), lambda j, _: (0, 0))
+    tile = pl.BlockSpec((rows, wide), lambda j, _: (0, j))
+    operands = {
+        "x": (x, whole),
+        "w": (stack, pl.BlockSpec((None, wide, k), lambda j, layer: (layer[0], j, 0))),
+        "column": (
+            w_scale[:, None], pl.BlockSpec((None, 1, wide), lambda j, layer: (layer[0], 0, j))
+        ),
+        "scale": (
+            x_scale if per_row else x_scale.reshape(1, 1),
+            pl.BlockSpec((rows, 1), lambda j, _: (0, 0)) if per_row else _one(),
+        ),
+    }  # fmt: skip
+    if bias is not None:
+        operands["bias"] = bias[None], pl.BlockSpec((1, wide), lambda j, _: (0, j))
+    if gate is not None:
+        operands["gate"] = gate, tile
+    if residual is not None:
+        operands["residual"] = residual, tile
+    size = jnp.dtype(dtype).itemsize
+    return _call(
+        NAME_FEW, _kernel_few, layer, operands, (out // wide,), tile,
+        jax.ShapeDtypeStruct((rows, out), dtype),
+        flops=2 * LANES * out * k,  # as the matrix units do it
+        moved=rows * (k + out * size) + out * k // 2,
+        interpret=interpret,
+    )  # fmt: skip
+
+
+def _one() -> pl.BlockSpec:
+    """One number, for every block."""
+    return pl.BlockSpec((1, 1), lambda *_: (0, 0))
+
+
+def _call(name, kernel, layer, operands, grid, out_spec, out_shape, *, flops, moved, interpret):
+    values, specs = zip(*operands.values(), strict=True)
+    return pl.pallas_call(
+        partial(_named, kernel=kernel, names=tuple(operands)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid, in_specs=specs, out_specs=out_spec
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=_VMEM
+        ),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
+        interpret=interpret,
+        name=name,
+    )(layer[None], *values)
+
+
+def _named(layer_ref, *refs, kernel, names: tuple[str, ...]) -> None:
+    *inputs, out_ref = refs
+    kernel(dict(zip(names, inputs, strict=True)), out_ref)
+
+
+def _kernel(refs, out_ref) -> None:
+    w = refs["w"][...].astype(jnp.int8)
+    tall = out_ref.shape[0]
     for start in range(0, tall, _CHUNK):
         at = pl.ds(start, min(_CHUNK, tall - start))
         total = jax.lax.dot_general(
-            x_ref[at], w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+            refs["x"][at], w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
         )
-        scale = column if scale_ref is None else scale_ref[at] * column
-        y = (total.astype(jnp.float32) * scale + shift).astype(out_ref.dtype)
-        if residual_ref is not None:  # a sum in float32, rounded, is one in the narrower type
-            y = y.astype(jnp.float32) + residual_ref[at].astype(jnp.float32)
-        out_ref[at] = y.astype(out_ref.dtype)
+        _end(total.astype(jnp.float32), at, refs, out_ref)
+
+
+def _kernel_few(refs, out_ref) -> None:
+    rows = out_ref.shape[0]
+    x = refs["x"][...]
+    if rows == 1:  # no vector is multiplied by the matrix units
+        x = jnp.broadcast_to(x, (_TILE, x.shape[1]))
+    total = jax.lax.dot_general(
+        refs["w"][...].astype(jnp.int8), x, (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )  # fmt: skip
+    _end(total.astype(jnp.float32).T[:rows], slice(None), refs, out_ref)
+
+
+def _end(y: jax.Array, at, refs, out_ref) -> None:
+    """What follows a product: ``y`` float32, rows ``at`` of the result. Each step is rounded to the
+    result's type, as it is where steps run alone."""
+    scale, dtype = refs["scale"], out_ref.dtype
+    scale = scale[at] if scale.shape[0] == out_ref.shape[0] else scale[...]
+    y = y * (scale * refs["column"][...])
+    if "bias" in refs:
+        y = y + refs["bias"][...].astype(jnp.float32)
+    y = y.astype(dtype)
+    for name in ("gate", "residual"):
+        if name in refs:
+            other, y = refs[name][at].astype(jnp.float32), y.astype(jnp.float32)
+            y = (jax.nn.silu(other) * y if name == "gate" else other + y).astype(dtype)
+    out_ref[at] = y
