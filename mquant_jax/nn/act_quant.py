@@ -88,5 +88,11 @@ class ActQuant(nnx.Module):
     def _scale(self, token_class: jax.Array | None) -> jax.Array:
         """float32, one number or ``[..., T, 1]``."""
         scale = self.act_scale.get_value()
-        shared = self.n_classes == 1 or token_class is None
-        return scale[TEXT] if shared else scale[token_class][..., None]
+        if self.n_classes == 1 or token_class is None:
+            return scale[TEXT]
+        # Selections join what reads them; a lookup would stand alone.
+        classes = token_class[..., None]
+        chosen = jnp.full(classes.shape, scale[TEXT])
+        for cls in range(TEXT + 1, self.n_classes):
+            chosen = jnp.where(classes == cls, scale[cls], chosen)
+        return chosen

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mquant_jax.nn.side_by_side import joined
 from mquant_jax.numerics import QWeight
-from mquant_jax.ops.dense import reads_stacks
+from mquant_jax.ops.dense import platform, reads_stacks
 
 
 def stack_layers(
@@ -39,19 +40,20 @@ def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start
 
     A scan cuts each layer's arrays out of their stacks, and a kernel's operands have to stand
     alone, so that they would be copied. Weights whose kernels find their layer themselves stay
-    behind as they are, and each layer gets its number.
+    behind as they are, and each layer gets its number. On TPU single numbers are cut out together.
     """
     graphdef, state = nnx.split(stack)
     leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QWeight))
     whole = [isinstance(leaf, QWeight) and reads_stacks(leaf) for leaf in leaves]
     cut = [None if stays else leaf for leaf, stays in zip(leaves, whole, strict=True)]
     numbers = jnp.arange(num_layers(stack)) if any(whole) else None
+    cut, restored = joined(cut) if platform() == "tpu" else (cut, lambda parts: parts)
 
     def step(carry, layer):
         parts, number = layer
         parts = [
             dataclasses.replace(leaf, layer=number) if stays else part
-            for leaf, part, stays in zip(leaves, parts, whole, strict=True)
+            for leaf, part, stays in zip(leaves, restored(parts), whole, strict=True)
         ]
         return body(nnx.merge(graphdef, jax.tree.unflatten(tree, parts)), carry), None
 

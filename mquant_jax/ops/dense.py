@@ -108,9 +108,10 @@ def _tpu_kernel(rows: int, w: QWeight) -> str | None:
         return None
     from mquant_jax.ops import pallas_tpu_dot  # slow to import where there is no TPU
 
-    many = rows >= FEWEST_ROWS
-    suits = pallas_tpu_dot.suits if many else pallas_tpu_dot.suits_few
-    return ("pallas_tpu" if many else "pallas_tpu_few") if suits(w.in_features, w.out_features) else None
+    path, suits = "pallas_tpu", pallas_tpu_dot.suits
+    if rows < FEWEST_ROWS:
+        path, suits = "pallas_tpu_few", pallas_tpu_dot.suits_few
+    return path if suits(w.in_features, w.out_features) else None
 
 
 def held(w: QWeight) -> QWeight:

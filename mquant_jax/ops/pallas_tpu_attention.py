@@ -125,14 +125,11 @@ def attend_rows(
     last_query = jnp.max(queries.reshape(b, cut.query_blocks, cut.queries), axis=-1)
     keys = keys.reshape(b, cut.key_blocks, 1, cut.keys)
     operands, specs = [q, k, v, queries[..., None], keys], _row_specs(cut)
-    scores = jnp.full((b, t), cut.d**-0.5 * np.log2(np.e), jnp.float32)
-    scores = scores if gain is None else scores * gain
     if angles is not None:
-        tables = _tables(angles, scores, cut)
-        operands += tables
-        specs += _table_specs(cut, len(tables) - 1)
-    else:
-        operands.append(_padded_column(scores, cut))
+        operands += _tables(angles, cut)
+        specs += _table_specs(cut)
+    if gain is not None:
+        operands.append(_padded_column(gain, cut))
         specs.append(_column_spec(cut))
     if scale is not None:
         inverse = jnp.broadcast_to(1.0 / scale, (b, t, 1))[..., 0]
@@ -142,7 +139,13 @@ def attend_rows(
     held = cut.n, cut.g * cut.queries
     groups = k.shape[-1] // (cut.n * cut.d)
     out = pl.pallas_call(
-        partial(_kernel, cut=cut, turns=angles is not None, rounds=scale is not None),
+        partial(
+            _kernel,
+            cut=cut,
+            turns=angles is not None,
+            gains=gain is not None,
+            rounds=scale is not None,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, groups, cut.query_blocks),
@@ -181,11 +184,11 @@ def _column_spec(cut: Plan) -> pl.BlockSpec:
     return pl.BlockSpec((1, cut.queries, 1), lambda b, h, i, *_: (b, i, 0))
 
 
-def _table_specs(cut: Plan, tables: int) -> list[pl.BlockSpec]:
+def _table_specs(cut: Plan) -> list[pl.BlockSpec]:
     own = pl.BlockSpec((1, cut.queries, cut.d), lambda b, h, i, *_: (b, i, 0))
     every = pl.BlockSpec((1, cut.slots, cut.d), lambda b, h, i, *_: (b, 0, 0))
     swap = pl.BlockSpec((cut.d, cut.d), lambda b, h, i, *_: (0, 0))
-    return [own, own, every, every][:tables] + [swap]
+    return [own, own, every, every, swap]
 
 
 def _padded_column(x: jax.Array, cut: Plan) -> jax.Array:
@@ -193,9 +196,9 @@ def _padded_column(x: jax.Array, cut: Plan) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, cut.rows - x.shape[1])))[..., None]
 
 
-def _tables(angles: jax.Array, scores: jax.Array, cut: Plan) -> list[jax.Array]:
-    """Cosines and sines per channel, for queries (with the factor on their logits) and keys; and
-    what exchanges the halves, with the sign of the sine."""
+def _tables(angles: jax.Array, cut: Plan) -> list[jax.Array]:
+    """Cosines and sines per channel, for queries and for keys; and what exchanges the halves, with
+    the sign of the sine. No layer has a part in them, so that they are made once for all."""
     half = angles.shape[-1]
     rest = cut.d - 2 * half
     pad = ((0, 0), (0, cut.rows - angles.shape[1]), (0, rest))
@@ -204,8 +207,7 @@ def _tables(angles: jax.Array, scores: jax.Array, cut: Plan) -> list[jax.Array]:
     sin = jnp.pad(jnp.concatenate([sin, sin], axis=-1), pad)
     swap = np.zeros((cut.d, cut.d), np.float32)
     swap[:half, half : 2 * half], swap[half : 2 * half, :half] = np.eye(half), -np.eye(half)
-    scores = _padded_column(scores, cut)
-    return [cos * scores, sin * scores, cos, sin, jnp.asarray(swap, jnp.bfloat16)]
+    return [cos, sin, cos, sin, jnp.asarray(swap, jnp.bfloat16)]
 
 
 def _cost(cut: Plan, b: int, groups: int, ordered: bool, operands, width: int) -> pl.CostEstimate:
@@ -220,7 +222,7 @@ def _cost(cut: Plan, b: int, groups: int, ordered: bool, operands, width: int) -
 
 
 def _kernel(first_key, last_query, q_ref, k_ref, v_ref, order_ref, keys_ref, *refs, cut, turns,
-            rounds):  # fmt: skip
+            gains, rounds):  # fmt: skip
     """All heads of a group, for one block of queries.
 
     ``k_s``, ``v_s`` and ``q_s`` hold each head's rows from the first register's lane on, query
@@ -228,7 +230,8 @@ def _kernel(first_key, last_query, q_ref, k_ref, v_ref, order_ref, keys_ref, *re
     logit, the weights' sums lane by lane, and the weighted values so far.
     """
     refs = list(refs)
-    tables = [refs.pop(0) for _ in range(5 if turns else 1)]
+    tables = [refs.pop(0) for _ in range(5)] if turns else None
+    gain_ref = refs.pop(0) if gains else None
     inverse_ref = refs.pop(0) if rounds else None
     out_ref, k_s, v_s, q_s, *state = refs
     batch, i = pl.program_id(0), pl.program_id(2)
@@ -237,7 +240,7 @@ def _kernel(first_key, last_query, q_ref, k_ref, v_ref, order_ref, keys_ref, *re
     def _():
         _place_keys(k_ref, v_ref, k_s, v_s, tables, cut)
 
-    _place_queries(q_ref, q_s, tables, cut)
+    _place_queries(q_ref, q_s, tables, gain_ref, cut)
     # Nothing to go on from: the first block is never skipped, and a row that sees none of it is put
     # right by the first block of which it sees something.
     _block(0, True, order_ref, keys_ref, k_s, v_s, q_s, state, cut)
@@ -272,7 +275,7 @@ def _place_keys(k_ref, v_ref, k_s, v_s, tables, cut: Plan) -> None:
         rows = pl.ds(pl.multiple_of(part * step, step), step)
         for h in range(cut.n):
             lanes = slice(h * cut.d, (h + 1) * cut.d)
-            if len(tables) > 1:
+            if tables:
                 x = _taken(k_ref, k_s, (h, rows), rows, lanes)
                 x = _turned(x, tables[2][0, rows], tables[3][0, rows], tables[4])
                 k_s[h, rows] = x.astype(k_s.dtype)
@@ -284,8 +287,9 @@ def _place_keys(k_ref, v_ref, k_s, v_s, tables, cut: Plan) -> None:
     jax.lax.fori_loop(0, cut.slots // step, some, 0)
 
 
-def _place_queries(q_ref, q_s, tables, cut: Plan) -> None:
-    step = min(_PREPARED, cut.queries)
+def _place_queries(q_ref, q_s, tables, gain_ref, cut: Plan) -> None:
+    """Queries turned, with all factors of their logits: weights are powers of two of these."""
+    step, factor = min(_PREPARED, cut.queries), cut.d**-0.5 * float(np.log2(np.e))
 
     def some(part, carry):
         start = pl.multiple_of(part * step, step)
@@ -293,11 +297,10 @@ def _place_queries(q_ref, q_s, tables, cut: Plan) -> None:
         for head in range(cut.n * cut.g):
             at = head // cut.g, pl.ds(head % cut.g * cut.queries + start, step)
             x = _taken(q_ref, q_s, at, rows, slice(head * cut.d, (head + 1) * cut.d))
-            if len(tables) > 1:
+            if tables:
                 x = _turned(x, tables[0][0, rows], tables[1][0, rows], tables[4])
-            else:
-                x = x.astype(jnp.float32) * tables[0][0, rows]
-            q_s[at] = x.astype(q_s.dtype)
+            x = x.astype(jnp.float32) * factor
+            q_s[at] = (x if gain_ref is None else x * gain_ref[0, rows]).astype(q_s.dtype)
         return carry
 
     jax.lax.fori_loop(0, cut.queries // step, some, 0)

@@ -1,9 +1,9 @@
 """int8 activations by int4 weights as Pallas kernels for TPU, with all that ends a dense layer.
 
-Both read their layer where it lies in the stack of all, and widen weights a block of output channels
-at a time (the compiler has no mixed product). ``int4_dot``, for many rows: rows stay on the chip
-while weights stream in. ``int4_few``: weights stand on the left of the product, and pass the matrix
-units as fast as memory delivers them; as its right side they would have to be loaded into the units.
+Both read their layer where it lies in the stack of all, and widen weights a block of output
+channels at a time (the compiler has no mixed product). ``int4_dot``, for many rows: rows stay on
+the chip while weights stream in. ``int4_few``: weights stand on the left of the product, and pass
+the matrix units as fast as memory delivers them; on its right they would be loaded into the units.
 """
 
 from __future__ import annotations

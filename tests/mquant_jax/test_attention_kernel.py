@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from models.qwen2_vl.processing import reference_batch
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops import attention, pallas_tpu_attention, pallas_tpu_norm
+from mquant_jax.ops import attention, pallas_tpu_attention, pallas_tpu_dot, pallas_tpu_norm
 from mquant_jax.ops.attention import select_path, split_heads
 from mquant_jax.ops.dense import target_platform
 from mquant_jax.ops.pallas_tpu_attention import NEVER, Plan, attend_rows, plan
@@ -147,8 +149,8 @@ def test_a_whole_model_takes_the_kernel(monkeypatch, recipe) -> None:
         return kernel(*args, interpret=True)
 
     monkeypatch.setattr(pallas_tpu_attention, "attend_rows", interpreted)
-    norm = pallas_tpu_norm.rms_quantize
-    monkeypatch.setattr(pallas_tpu_norm, "rms_quantize", lambda *args: norm(*args, interpret=True))
+    for module, name in ((pallas_tpu_norm, "rms_quantize"), (pallas_tpu_dot, "int4_few")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
     plain = model(batch)
     monkeypatch.setattr(attention, "FEWEST_ROWS", 1)
     with target_platform("tpu"):

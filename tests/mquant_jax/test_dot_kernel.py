@@ -11,11 +11,12 @@ from flax import nnx
 from mquant_jax.nn.act_quant import ActQuant
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import RMSNorm
+from mquant_jax.nn.side_by_side import joined
 from mquant_jax.nn.stack import scan_layers, stack_layers
 from mquant_jax.numerics import QTensor, QWeight, quantize_static
 from mquant_jax.ops import dense, pallas_tpu_dot, pallas_tpu_norm
 from mquant_jax.ops.dense import held, quantized_dot, select_path, target_platform
-from mquant_jax.ops.pallas_tpu_dot import int4_dot
+from mquant_jax.ops.pallas_tpu_dot import int4_dot, int4_few
 from mquant_jax.ops.pallas_tpu_norm import rms_quantize
 from mquant_jax.recipe import Section
 from tests.helpers import relative
@@ -38,6 +39,7 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(module, name, run)
 
     wrap(pallas_tpu_dot, "int4_dot")
+    wrap(pallas_tpu_dot, "int4_few")
     wrap(pallas_tpu_norm, "rms_quantize")
     return ran
 
@@ -63,7 +65,7 @@ def test_int4_dot(rows, k, out, per_row, extras) -> None:
     bias = rng.normal(size=out).astype(np.float32) if extras else None
     residual = rng.normal(size=(rows, out)).astype(np.float32) if extras else None
     expected = expected + (bias + residual if extras else 0)
-    ours = jnp.asarray(x, jnp.int8), jnp.asarray(w, jnp.int4), jnp.int32(1), x_scale, w_scale[1]
+    ours = jnp.asarray(x, jnp.int8), jnp.asarray(w, jnp.int4), jnp.int32(1), x_scale, w_scale
     got = int4_dot(*jax.tree.map(jnp.asarray, ours), bias, residual, jnp.float32, interpret=True)
     assert got.shape == expected.shape and relative(got, expected) < EXACT
     if extras:
@@ -71,6 +73,29 @@ def test_int4_dot(rows, k, out, per_row, extras) -> None:
         got = int4_dot(*jax.tree.map(jnp.asarray, ours), jnp.asarray(bias, jnp.bfloat16), narrow,
                        jnp.bfloat16, interpret=True)  # fmt: skip
         assert got.dtype == jnp.bfloat16 and relative(got, expected) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "out", "per_row", "extras"),
+    [(1, 256, 384, False, True), (1, 128, 128, True, False), (2, 128, 256, True, True),
+     (7, 384, 128, False, True), (33, 256, 256, True, True), (127, 128, 128, True, False)],
+)  # fmt: skip
+def test_int4_few(rows, k, out, per_row, extras) -> None:
+    rng, x, w, x_scale, w_scale = draw(rows, k, out, 3, per_row)
+    expected = (x @ w[2].T) * (x_scale.astype(float) * w_scale[2].astype(float))
+    bias = gate = residual = None
+    if extras:
+        bias = rng.normal(size=out).astype(np.float32)
+        gate, residual = rng.normal(size=(2, rows, out)).astype(np.float32)
+        expected = (expected + bias) * (gate / (1 + np.exp(-gate.astype(float)))) + residual
+    ours = jnp.asarray(x, jnp.int8), jnp.asarray(w, jnp.int4), jnp.int32(2), x_scale, w_scale
+    ours = jax.tree.map(jnp.asarray, ours)
+    got = int4_few(*ours, bias, residual, gate, jnp.float32, interpret=True)
+    assert got.shape == expected.shape and relative(got, expected) < EXACT
+    if extras:
+        narrow = [jnp.asarray(a, jnp.bfloat16) for a in (bias, residual, gate)]
+        got = int4_few(*ours, *narrow, jnp.bfloat16, interpret=True)
+        assert got.dtype == jnp.bfloat16 and relative(got, expected) < 0.008
 
 
 def test_the_door_leads_to_the_kernel(interpreted) -> None:
@@ -89,6 +114,12 @@ def test_the_door_leads_to_the_kernel(interpreted) -> None:
             got = quantized_dot(q, same, bias, residual)
             assert got.shape == plain.shape and relative(got, plain) < EXACT
     assert interpreted == ["int4_dot"] * 3
+    few, end = jax.tree.map(lambda a: a[1:, 78:], (q, residual))
+    plain = quantized_dot(few, weight, bias, end, gate=end + 1)
+    with target_platform("tpu"):
+        got = quantized_dot(few, weight.native(), bias, end, gate=end + 1)
+    assert got.shape == plain.shape == (1, 2, 128) and relative(got, plain) < EXACT
+    assert interpreted[3:] == ["int4_few"]
 
 
 def test_the_chosen_form() -> None:
@@ -102,10 +133,14 @@ def test_the_chosen_form() -> None:
         with target_platform("tpu", kind):
             assert select_path(True, 1024, small) == "pallas_tpu"
             assert select_path(False, 1024, small) == "weight_only"
-            assert select_path(True, 16, small) == "int_dot"
-            assert select_path(True, 1, small) == "padded_int_dot"
             for shape in ((5120, 1280), (3584, 18944), (1280, 1176), (100, 1280)):
                 assert select_path(True, 1024, weight(*shape)) == "int_dot"
+            for shape in ((1280, 1280), (5120, 1280), (3584, 18944)):
+                assert select_path(True, 16, weight(*shape)) == "pallas_tpu_few"
+                assert select_path(True, 1, weight(*shape)) == "pallas_tpu_few"
+            for shape in ((1280, 1176), (100, 1280)):
+                assert select_path(True, 16, weight(*shape)) == "int_dot"
+                assert select_path(True, 1, weight(*shape)) == "padded_int_dot"
             for other in ((10, 4), (1, 8)):  # groups, bits
                 assert select_path(True, 1024, weight(1280, 1280, *other)) == "int_dot"
 
@@ -183,4 +218,17 @@ def test_kernels_fetch_their_layer_from_the_stack(interpreted) -> None:
         assert relative(run(x), plain) < EXACT
         assert interpreted == ["int4_dot"]
         assert relative(run(x[:1]), one) < EXACT
-    assert interpreted == ["int4_dot"]
+    assert interpreted == ["int4_dot", "int4_few"]
+
+
+def test_single_numbers_are_cut_out_together() -> None:
+    """Layers of a stack are the same, whatever stands beside each other in it."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (), "b": (3,), "long": (40,), "c": (2, 2), "w": (8, 16)}
+    stacks = {n: jnp.asarray(rng.normal(size=(5, *s)), jnp.float32) for n, s in shapes.items()}
+    stacks["i"] = jnp.arange(5)
+    fewer, restored = joined(stacks)
+    assert len(jax.tree.leaves(fewer)) == 4  # two long ones, one of each type
+    for i in range(5):
+        layer = restored(jax.tree.map(lambda x, i=i: x[i], fewer))
+        jax.tree.map(np.testing.assert_array_equal, layer, {n: x[i] for n, x in stacks.items()})

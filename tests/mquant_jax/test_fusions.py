@@ -1,6 +1,7 @@
 """What static scales make possible: count, in the compiled program, what is written to memory."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.placement import Placement
 from mquant_jax.numerics import QWeight
+from mquant_jax.ops import cpu
 from mquant_jax.ops.dense import held
 from mquant_jax.presets import PRESETS
 
@@ -24,8 +26,11 @@ FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "while
 
 
 @functools.cache
-def written(preset: str) -> list[Instruction]:
-    """What one layer of a prefill writes: the instructions of the loop over layers."""
+def written(preset: str, unsigned: bool) -> list[Instruction]:
+    """What one layer of a prefill writes: the instructions of the loop over layers.
+
+    ``unsigned``: products take unsigned bytes, as they do on some processors.
+    """
     recipe = PRESETS[preset]
     place = Placement.of(recipe, "language", jnp.float32)
     model = nnx.eval_shape(lambda: Decoder(CONFIG, place, rngs=nnx.Rngs(0)))
@@ -43,18 +48,19 @@ def written(preset: str) -> list[Instruction]:
     x = jax.ShapeDtypeStruct((1, TOKENS, WIDTH), jnp.float32)
     run = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))
     tokens = ints(1, TOKENS)
-    text = run.lower(jax.eval_shape(as_loaded, state), x, ints(1, 1, TOKENS), tokens, tokens)
+    with mock.patch.object(cpu, "suits_byte_dot", lambda: unsigned):
+        text = run.lower(jax.eval_shape(as_loaded, state), x, ints(1, 1, TOKENS), tokens, tokens)
     module = parse(text.compile().as_text())
     loop = next(i for i in module.entry.instructions.values() if i.opcode == "while")
     body = module.computations[loop.called["body"][0]]
     return [i for i in body.instructions.values() if i.opcode not in FREE]
 
 
-def sizes(preset: str, *dtypes: str) -> list[tuple[int, ...]]:
+def sizes(preset: str, *dtypes: str, unsigned: bool = True) -> list[tuple[int, ...]]:
     """Shapes of the activations that a layer writes in these types, those of a width or more."""
     return [
         a.dims
-        for i in written(preset)
+        for i in written(preset, unsigned)
         for a in i.arrays
         if a.dtype in dtypes and a.size >= TOKENS * WIDTH
         and "dynamic_slice" not in i.source  # a layer's weights out of the stack
@@ -63,10 +69,12 @@ def sizes(preset: str, *dtypes: str) -> list[tuple[int, ...]]:
 
 
 def test_one_array_of_bytes_for_each_point() -> None:
-    """Shared by queries, keys and values, and by gate and up."""
+    """Shared by queries, keys and values, and by gate and up. (What is rotated online becomes
+    bytes inside the loop over blocks, and once more if it has to be unsigned.)"""
     for preset in ("w4a8", "w4a8-dynamic"):
-        rows = [shape[-1] for shape in sizes(preset, "s8", "u8")]
-        assert rows == [WIDTH, WIDTH, WIDTH, HIDDEN]
+        for unsigned, last in ((True, [HIDDEN]), (False, [])):
+            rows = [shape[-1] for shape in sizes(preset, "s8", "u8", unsigned=unsigned)]
+            assert rows == [WIDTH, WIDTH, WIDTH, *last]
 
 
 def test_static_scales_write_no_float_where_bytes_will_do() -> None:
