@@ -40,8 +40,8 @@ _INTEGERS = ("s8", "u8", "s4", "u4")
 # Bundles of a kernel's final schedule, times trips, over the cycles that the matrix units need for
 # its operations (``rms_quantize`` leaves those alone); counted in the compiler's dump for v5e and
 # v6e at Qwen2-VL-7B's shapes (docs/speed.md), the largest of them. A core of v5p is one of v5e.
-SCHEDULES = {"attend_rows": 1.72, "int4_dot": 1.02, "int4_few": 1.06, "rms_quantize": 55.0}
-SCHEDULES_V6E = {"attend_rows": 6.0, "int4_dot": 1.9, "int4_few": 2.7, "rms_quantize": 220.0}
+SCHEDULES = {"attend_rows": 1.72, "int4_dot": 1.02, "few_dot": 1.06, "rms_quantize": 55.0}
+SCHEDULES_V6E = {"attend_rows": 6.0, "int4_dot": 1.9, "few_dot": 2.7, "rms_quantize": 220.0}
 _SMALL = 4096  # bytes; the scalar unit's arithmetic is no data movement
 
 

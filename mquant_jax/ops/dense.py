@@ -104,13 +104,13 @@ def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
 
 def _tpu_kernel(rows: int, w: QWeight) -> str | None:
     """The path of the TPU kernel that takes a product, if one does."""
-    if platform() != "tpu" or early_tpu() or w.bits != 4 or w.groups != 1:
+    few = rows < FEWEST_ROWS
+    if platform() != "tpu" or early_tpu() or w.groups != 1 or not (few or w.bits == 4):
         return None
     from mquant_jax.ops import pallas_tpu_dot  # slow to import where there is no TPU
 
-    path, suits = "pallas_tpu", pallas_tpu_dot.suits
-    if rows < FEWEST_ROWS:
-        path, suits = "pallas_tpu_few", pallas_tpu_dot.suits_few
+    suits = pallas_tpu_dot.suits_few if few else pallas_tpu_dot.suits
+    path = "pallas_tpu_few" if few else "pallas_tpu"
     return path if suits(w.in_features, w.out_features) else None
 
 
@@ -129,7 +129,7 @@ def reads_stacks(w: QWeight) -> bool:
     if w.values.ndim != 3:
         return False
     on_gpu = platform() == "gpu" and w.storage == "packed" and gpu.suits(w)
-    return on_gpu or (w.storage == "int4" and _tpu_kernel(1, w) is not None)
+    return on_gpu or (w.storage in ("int4", "int8") and _tpu_kernel(1, w) is not None)
 
 
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -201,13 +201,13 @@ def quantized_dot(
 def _by_tpu_kernel(x: QTensor, w: QWeight, bias, residual, dtype, gate) -> jax.Array:
     from mquant_jax.ops import pallas_tpu_dot as kernels
 
-    w = w if w.storage == "int4" else w.native()
+    w = w if w.storage == "int8" else w.native()
     rows, out = len(x.values), w.out_features
     residual, gate = (None if a is None else a.reshape(rows, out) for a in (residual, gate))
     stack, layer = (w.values[None], jnp.int32(0)) if w.layer is None else (w.values, w.layer)
     operands = x.values, stack, layer, x.scale, w.scale.reshape(-1, out), bias
     if rows < FEWEST_ROWS:
-        return kernels.int4_few(*operands, residual, gate, dtype)
+        return kernels.few_dot(*operands, residual, gate, dtype)
     if gate is None:
         return kernels.int4_dot(*operands, residual, dtype)
     # Layers with a gate widen, and those are left to XLA where there are many rows.

@@ -1,8 +1,8 @@
-"""int8 activations by int4 weights as Pallas kernels for TPU, with all that ends a dense layer.
+"""int8 activations by integer weights as Pallas kernels for TPU, with all that ends a dense layer.
 
 Both read their layer where it lies in the stack of all, and widen weights a block of output
 channels at a time (the compiler has no mixed product). ``int4_dot``, for many rows: rows stay on
-the chip while weights stream in. ``int4_few``: weights stand on the left of the product, and pass
+the chip while weights stream in. ``few_dot``: weights stand on the left of the product, and pass
 the matrix units as fast as memory delivers them; on its right they would be loaded into the units.
 """
 
@@ -17,14 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mquant_jax.hadamard import LANES
 
-NAME, NAME_FEW = "int4_dot", "int4_few"
+NAME, NAME_FEW = "int4_dot", "few_dot"
 LONGEST = 10240  # input channels: so many rows' worth of them stay on the chip, twice
 # Entries of a weight up to which XLA's product is the slower one. It is 3 % behind at most beyond,
 # and joins what follows (an activation, a gate) to the product, which a kernel would not.
 LARGEST = 2**24
 _ROWS, _CHUNK = 1024, 256  # that stay on the chip; that are multiplied at a time
 _TILE = 32  # rows of an int8 register tile
-_BLOCK = 5 * 2**19  # entries of a weight that are fetched together for few rows
+_BLOCK = 5 * 2**18  # bytes of a weight that are fetched together for few rows
 _VMEM = 48 * 2**20
 
 
@@ -38,7 +38,7 @@ def suits(in_features: int, out_features: int) -> bool:
 
 
 def suits_few(in_features: int, out_features: int) -> bool:
-    """Whether :func:`int4_few` takes these shapes; up to a register's lanes of rows, it is the
+    """Whether :func:`few_dot` takes these shapes; up to a register's lanes of rows, it is the
     faster form for all that it takes."""
     return in_features % LANES == 0 and out_features % LANES == 0
 
@@ -104,7 +104,7 @@ def int4_dot(
     return result[:rows]
 
 
-def int4_few(
+def few_dot(
     x: jax.Array,
     stack: jax.Array,
     layer: jax.Array,
@@ -117,11 +117,12 @@ def int4_few(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """:func:`int4_dot` of up to 128 rows; the SiLU of ``gate``, ``dtype`` ``[rows, out]``,
-    multiplies what the residual is added to."""
+    """:func:`int4_dot` of up to 128 rows, by a stack of int4 or int8; the SiLU of ``gate``,
+    ``dtype`` ``[rows, out]``, multiplies what the residual is added to."""
     rows, k = x.shape
     out = stack.shape[1]
-    fitting = (n for n in range(LANES, out + 1, LANES) if out % n == 0 and n * k <= _BLOCK)
+    row = k * jnp.iinfo(stack.dtype).bits // 8
+    fitting = (n for n in range(LANES, out + 1, LANES) if out % n == 0 and n * row <= _BLOCK)
     wide = max(fitting, default=LANES)
     per_row = x_scale.ndim > 0
     whole = pl.BlockSpec((rows, k), lambda j, _: (0, 0))
@@ -148,7 +149,7 @@ def int4_few(
         NAME_FEW, _kernel_few, layer, operands, (out // wide,), tile,
         jax.ShapeDtypeStruct((rows, out), dtype),
         flops=2 * LANES * out * k,  # as the matrix units do it
-        moved=rows * (k + out * size) + out * k // 2,
+        moved=rows * (k + out * size) + out * row,
         interpret=interpret,
     )  # fmt: skip
 

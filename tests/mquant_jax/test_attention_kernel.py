@@ -149,7 +149,7 @@ def test_a_whole_model_takes_the_kernel(monkeypatch, recipe) -> None:
         return kernel(*args, interpret=True)
 
     monkeypatch.setattr(pallas_tpu_attention, "attend_rows", interpreted)
-    for module, name in ((pallas_tpu_norm, "rms_quantize"), (pallas_tpu_dot, "int4_few")):
+    for module, name in ((pallas_tpu_norm, "rms_quantize"), (pallas_tpu_dot, "few_dot")):
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
     plain = model(batch)
     monkeypatch.setattr(attention, "FEWEST_ROWS", 1)

@@ -16,7 +16,7 @@ from mquant_jax.nn.stack import scan_layers, stack_layers
 from mquant_jax.numerics import QTensor, QWeight, quantize_static
 from mquant_jax.ops import dense, pallas_tpu_dot, pallas_tpu_norm
 from mquant_jax.ops.dense import held, quantized_dot, select_path, target_platform
-from mquant_jax.ops.pallas_tpu_dot import int4_dot, int4_few
+from mquant_jax.ops.pallas_tpu_dot import int4_dot, few_dot
 from mquant_jax.ops.pallas_tpu_norm import rms_quantize
 from mquant_jax.recipe import Section
 from tests.helpers import relative
@@ -39,7 +39,7 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(module, name, run)
 
     wrap(pallas_tpu_dot, "int4_dot")
-    wrap(pallas_tpu_dot, "int4_few")
+    wrap(pallas_tpu_dot, "few_dot")
     wrap(pallas_tpu_norm, "rms_quantize")
     return ran
 
@@ -76,25 +76,27 @@ def test_int4_dot(rows, k, out, per_row, extras) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "k", "out", "per_row", "extras"),
-    [(1, 256, 384, False, True), (1, 128, 128, True, False), (2, 128, 256, True, True),
-     (7, 384, 128, False, True), (33, 256, 256, True, True), (127, 128, 128, True, False)],
+    ("rows", "k", "out", "per_row", "extras", "dtype"),
+    [(1, 256, 384, False, True, jnp.int4), (1, 128, 128, True, False, jnp.int8),
+     (2, 128, 256, True, True, jnp.int8), (7, 384, 128, False, True, jnp.int4),
+     (33, 256, 256, True, True, jnp.int4), (127, 128, 128, True, False, jnp.int4)],
 )  # fmt: skip
-def test_int4_few(rows, k, out, per_row, extras) -> None:
+def test_few_dot(rows, k, out, per_row, extras, dtype) -> None:
     rng, x, w, x_scale, w_scale = draw(rows, k, out, 3, per_row)
+    w = w * 16 + 5 if dtype == jnp.int8 else w
     expected = (x @ w[2].T) * (x_scale.astype(float) * w_scale[2].astype(float))
     bias = gate = residual = None
     if extras:
         bias = rng.normal(size=out).astype(np.float32)
         gate, residual = rng.normal(size=(2, rows, out)).astype(np.float32)
         expected = (expected + bias) * (gate / (1 + np.exp(-gate.astype(float)))) + residual
-    ours = jnp.asarray(x, jnp.int8), jnp.asarray(w, jnp.int4), jnp.int32(2), x_scale, w_scale
+    ours = jnp.asarray(x, jnp.int8), jnp.asarray(w, dtype), jnp.int32(2), x_scale, w_scale
     ours = jax.tree.map(jnp.asarray, ours)
-    got = int4_few(*ours, bias, residual, gate, jnp.float32, interpret=True)
+    got = few_dot(*ours, bias, residual, gate, jnp.float32, interpret=True)
     assert got.shape == expected.shape and relative(got, expected) < EXACT
     if extras:
         narrow = [jnp.asarray(a, jnp.bfloat16) for a in (bias, residual, gate)]
-        got = int4_few(*ours, *narrow, jnp.bfloat16, interpret=True)
+        got = few_dot(*ours, *narrow, jnp.bfloat16, interpret=True)
         assert got.dtype == jnp.bfloat16 and relative(got, expected) < 0.008
 
 
@@ -119,7 +121,7 @@ def test_the_door_leads_to_the_kernel(interpreted) -> None:
     with target_platform("tpu"):
         got = quantized_dot(few, weight.native(), bias, end, gate=end + 1)
     assert got.shape == plain.shape == (1, 2, 128) and relative(got, plain) < EXACT
-    assert interpreted[3:] == ["int4_few"]
+    assert interpreted[3:] == ["few_dot"]
 
 
 def test_the_chosen_form() -> None:
@@ -143,6 +145,8 @@ def test_the_chosen_form() -> None:
                 assert select_path(True, 1, weight(*shape)) == "padded_int_dot"
             for other in ((10, 4), (1, 8)):  # groups, bits
                 assert select_path(True, 1024, weight(1280, 1280, *other)) == "int_dot"
+            assert select_path(True, 1, weight(1280, 1280, 1, 8)) == "pallas_tpu_few"
+            assert select_path(True, 1, weight(1280, 1280, 10, 4)) == "padded_int_dot"
 
 
 def test_a_tpu_without_integers(caplog) -> None:
@@ -218,7 +222,7 @@ def test_kernels_fetch_their_layer_from_the_stack(interpreted) -> None:
         assert relative(run(x), plain) < EXACT
         assert interpreted == ["int4_dot"]
         assert relative(run(x[:1]), one) < EXACT
-    assert interpreted == ["int4_dot", "int4_few"]
+    assert interpreted == ["int4_dot", "few_dot"]
 
 
 def test_single_numbers_are_cut_out_together() -> None:
