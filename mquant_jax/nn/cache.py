@@ -62,11 +62,6 @@ def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor)
     return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], v)
 
 
-def read(cache: tuple[Store, Store], layer) -> tuple[Store, Store]:
-    """One layer's keys ``[B, kv_heads, d, slots]`` and values ``[B, kv_heads, slots, d]``."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
-
-
 def empty_cache(
     layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype
 ) -> KVCache:

@@ -12,13 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.cache import Store, read, write
+from mquant_jax.nn.cache import Store, write
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, apply_rope
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops.attention import attend, attend_rows, select_path, split_heads
+from mquant_jax.ops.attention import (
+    attend,
+    attend_cache,
+    attend_rows,
+    select_path,
+    split_heads,
+)
 
 # What a phase takes stands per token: arrays ``[B, T, ...]``, one or several.
 Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
@@ -236,8 +242,11 @@ class DecoderBlock(Projections):
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext) -> jax.Array:
         """Attention to the keys given and to the prefix, if there is one."""
-        prefix = (self.prefix_k.get_value(), self.prefix_v.get_value()) if self.prefixed else None
-        return attend(q, k, v, ctx.mask, prefix, ctx.in_order)
+        return attend(q, k, v, ctx.mask, self.prefix(), ctx.in_order)
+
+    def prefix(self) -> tuple[jax.Array, jax.Array] | None:
+        """Keys and values ``[kv_heads, P, d]`` that every token sees."""
+        return (self.prefix_k.get_value(), self.prefix_v.get_value()) if self.prefixed else None
 
     def rest(
         self, x: jax.Array, attended: jax.Array | QTensor, ctx: DecoderContext, tap: Tap | None
@@ -271,9 +280,11 @@ class DecoderBlock(Projections):
         cache = write(cache, k, v, layer, cursor)
         if fresh and self.fuses(rows[0], ctx):
             return self.rest(x, self.attend_rows(*rows, ctx, None), ctx, None), cache
-        if not fresh:
-            k, v = read(cache, layer)
-        return self.rest(x, self.attend(q, k, v, ctx), ctx, None), cache
+        if fresh:
+            attended = self.attend(q, k, v, ctx)
+        else:
+            attended = attend_cache(q, cache, layer, ctx.mask, self.prefix())
+        return self.rest(x, attended, ctx, None), cache
 
 
 class ExpertBlock(DecoderBlock):

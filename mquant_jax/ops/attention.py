@@ -119,6 +119,27 @@ def attend(
     return out.reshape(b, heads, t, d).swapaxes(1, 2).reshape(b, t, heads * d)
 
 
+def attend_cache(
+    q: jax.Array,
+    cache: tuple[jax.Array | QTensor, jax.Array | QTensor],
+    layer: jax.Array,
+    mask: jax.Array,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """:func:`attend` to one layer of a cache, which a kernel for single queries reads in its place.
+
+    Args:
+        cache: keys ``[layers, B, kv_heads, d, S]`` and values ``[layers, B, kv_heads, S, d]``.
+        layer: int32 ``[]``.
+    """
+    if platform() == "gpu" and gpu.suits_decoding(q, cache[1], prefix):
+        from mquant_jax.ops import decode_gpu  # slow to import
+
+        return decode_gpu.attend_one(q[:, :, 0], *cache, layer, mask[:, 0])[:, None]
+    k, v = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
+    return attend(q, k, v, mask, prefix)
+
+
 def _in_parts(q, k, v, mask, prefix) -> jax.Array:
     """Queries ``[B, kv_heads, g, T, d]`` -> what each sees, in the same shape; row by row, then by
     groups of kv heads, then by queries, as long as there are too many logits."""

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from mquant_jax.ops.blocks_gpu import LEAST, load, parts, sides, store, within
+
 QUERIES, KEYS = 128, 64  # of a block
 _WARPS, _STAGES = 8, 2
-_LEAST = 16  # channels that a product can sum over
-_NEVER = float(jnp.finfo(jnp.float32).min)
+NEVER = float(jnp.finfo(jnp.float32).min)
 
 
 def attend(
@@ -42,7 +43,7 @@ def attend(
         ``[B, T, heads * d]`` in ``q.dtype``.
     """
     (b, heads, t, d), (kv_heads, s) = q.shape, v.shape[1:3]
-    missing, gain = -d % _LEAST, d**-0.5
+    missing, gain = -d % LEAST, d**-0.5
     if missing:
         q, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) for x in (q, v))
         k = jnp.pad(k, ((0, 0), (0, 0), (0, missing), (0, 0)))
@@ -66,64 +67,34 @@ def attend(
     return out[..., : d - missing].reshape(b, t, -1)
 
 
-def parts(d: int) -> list[tuple[int, int]]:
-    """``d`` channels, a multiple of 16, as ``(start, size)`` of as few blocks as there are powers
-    of two in it: 80 = 64 + 16."""
-    out, start = [], 0
-    while start < d:
-        size = 1 << (d - start).bit_length() - 1
-        out.append((start, size))
-        start += size
-    return out
-
-
-def _within(start, count: int, end: int) -> jax.Array | None:
-    return None if end % count == 0 else start + jnp.arange(count) < end
-
-
-def _sides(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int]):
-    """Mask of a block from those of its sides; ``None``: all of it."""
-    if row is None and column is None:
-        return None
-    mask = jnp.ones(shape, bool) if row is None else jnp.broadcast_to(row[:, None], shape)
-    return mask if column is None else mask & jnp.broadcast_to(column[None, :], shape)
-
-
-def _load(ref, mask: jax.Array | None) -> jax.Array:
-    """A block, zero where the mask says no."""
-    if mask is None:
-        return plgpu.load(ref)
-    return plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
-
-
 def _block(q_ref, k_ref, v_ref, mask_ref, o_ref, *, group: int, gain: float, in_order: bool):
     """One block of queries of one head."""
     (_, _, t, d), s = q_ref.shape, v_ref.shape[2]
     first, head, row = pl.program_id(0) * QUERIES, pl.program_id(1), pl.program_id(2)
-    at_q, some_q, shared = pl.ds(first, QUERIES), _within(first, QUERIES, t), head // group
+    at_q, some_q, shared = pl.ds(first, QUERIES), within(first, QUERIES, t), head // group
     columns = [pl.ds(*part) for part in parts(d)]
-    masks = [_sides(some_q, None, (QUERIES, at.size)) for at in columns]
+    masks = [sides(some_q, None, (QUERIES, at.size)) for at in columns]
     q = [
-        _load(q_ref.at[row, head, at_q, at], some)
+        load(q_ref.at[row, head, at_q, at], some)
         for at, some in zip(columns, masks, strict=True)
     ]  # fmt: skip
 
     def add(j, carry):
         sums, top, total = carry
-        at_k, some_k = pl.ds(j * KEYS, KEYS), _within(j * KEYS, KEYS, s)
+        at_k, some_k = pl.ds(j * KEYS, KEYS), within(j * KEYS, KEYS, s)
         logits = jnp.zeros((QUERIES, KEYS), jnp.float32)
         for own, at in zip(q, columns, strict=True):
-            k = _load(k_ref.at[row, shared, at, at_k], _sides(None, some_k, (at.size, KEYS)))
+            k = load(k_ref.at[row, shared, at, at_k], sides(None, some_k, (at.size, KEYS)))
             logits += jnp.dot(own, k, preferred_element_type=jnp.float32)
-        seen = _load(mask_ref.at[row, at_q, at_k], _sides(some_q, some_k, logits.shape))
+        seen = load(mask_ref.at[row, at_q, at_k], sides(some_q, some_k, logits.shape))
         # Powers of two are what the hardware raises.
-        logits = jnp.where(seen, logits * (gain * math.log2(math.e)), _NEVER)
+        logits = jnp.where(seen, logits * (gain * math.log2(math.e)), NEVER)
         higher = jnp.maximum(top, jnp.max(logits, axis=1))
         weights, fade = jnp.exp2(logits - higher[:, None]), jnp.exp2(top - higher)
         total = total * fade + jnp.sum(weights, axis=1)
         weights, new = weights.astype(q_ref.dtype), []
         for old, at in zip(sums, columns, strict=True):
-            v = _load(v_ref.at[row, shared, at_k, at], _sides(some_k, None, (KEYS, at.size)))
+            v = load(v_ref.at[row, shared, at_k, at], sides(some_k, None, (KEYS, at.size)))
             part = jnp.dot(weights, v, preferred_element_type=jnp.float32)
             new.append(old * fade[:, None] + part)
         return tuple(new), higher, total
@@ -133,10 +104,10 @@ def _block(q_ref, k_ref, v_ref, mask_ref, o_ref, *, group: int, gain: float, in_
         blocks = jnp.minimum(blocks, (pl.program_id(0) + 1) * (QUERIES // KEYS))
     start = (
         tuple(jnp.zeros((QUERIES, at.size), jnp.float32) for at in columns),
-        jnp.full((QUERIES,), _NEVER, jnp.float32),
+        jnp.full((QUERIES,), NEVER, jnp.float32),
         jnp.zeros((QUERIES,), jnp.float32),
     )
     sums, _, total = jax.lax.fori_loop(0, blocks, add, start)
     for out, at, some in zip(sums, columns, masks, strict=True):
         out = (out / total[:, None]).astype(o_ref.dtype)
-        plgpu.store(o_ref.at[row, at_q, head, at], out, mask=some)
+        store(o_ref.at[row, at_q, head, at], out, some)

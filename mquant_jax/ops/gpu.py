@@ -67,6 +67,15 @@ def suits_attention(q: jax.Array, k: jax.Array | QTensor, prefix: Any) -> bool:
     return plain and shape and q.dtype in (jnp.bfloat16, jnp.float16) and suits_device()
 
 
+def suits_decoding(q: jax.Array, values: jax.Array | QTensor, prefix: Any) -> bool:
+    """Whether attention ``[B, heads, T, d]`` to a cache runs as one kernel: for one query in a half
+    precision, of heads whose channels are cut evenly, and values that can be counted."""
+    size = (values.values if isinstance(values, QTensor) else values).size
+    shape = q.shape[2] == 1 and q.shape[3] <= WIDEST_HEAD and q.shape[3] % 16 == 0
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return prefix is None and shape and half and size <= _LARGEST and suits_device()
+
+
 def bucket(rows: int) -> int:
     """Rows as the table counts them: the next power of two."""
     return 1 << (rows - 1).bit_length()

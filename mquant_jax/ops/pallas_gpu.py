@@ -1,8 +1,8 @@
 """Pallas kernels for NVIDIA GPUs (Ampere and later): products of int8 rows by packed int4 weights.
 
 They go through Pallas' Triton lowering, which gives int8 tensor-core instructions from Ampere on
-(``mma.sync``, ``wgmma`` on Hopper). Everything that depends on it is here, in
-:mod:`~mquant_jax.ops.flash_gpu` and in :mod:`~mquant_jax.ops.rotate_gpu`.
+(``mma.sync``, ``wgmma`` on Hopper). Everything that depends on it is here and in the other modules
+whose names end in ``_gpu``.
 
 Weights are the matrix unit's first operand: they come from memory packed by halves (see
 :mod:`~mquant_jax.numerics`), pass through registers, where a byte becomes two, and meet the rows,
@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from mquant_jax.ops.blocks_gpu import load, sides, store, within
 
 _TWO_OPERATIONS = "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xf0f0f0f0;"  # on four bytes
 
@@ -166,34 +168,12 @@ def _low(packed: jax.Array, interpret: bool) -> jax.Array:
     return moved
 
 
-def _within(start, count: int, end: int) -> jax.Array | None:
-    """Which of ``count`` indices from ``start``, a multiple of it, on are below ``end``; ``None``:
-    all of them, in every block."""
-    return None if end % count == 0 else start + jnp.arange(count) < end
-
-
-def _grid(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int]):
-    """Mask of a block from those of its sides."""
-    sides = [m[at] for m, at in ((row, (slice(None), None)), (column, None)) if m is not None]
-    if not sides:
-        return None
-    mask = jnp.broadcast_to(sides[0], shape)
-    return mask if len(sides) == 1 else mask & jnp.broadcast_to(sides[1], shape)
-
-
-def _load(ref, mask: jax.Array | None) -> jax.Array:
-    """A block, zero where the mask says no."""
-    if mask is None:
-        return plgpu.load(ref)
-    return plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
-
-
 def _sum(layer_ref, x_ref, w_ref, n, m, first, last, k: int, blocks: Blocks, interpret: bool):
     """int32 ``[blocks.out, blocks.rows]``: products summed over the blocks ``first`` to ``last`` of
     a weight row's bytes, for weight rows from ``n`` and activation rows from ``m`` on."""
     rows, (_, out, half) = x_ref.shape[0], w_ref.shape
     depth, layer = blocks.depth, layer_ref[0]
-    some_out, some_rows = _within(n, blocks.out, out), _within(m, blocks.rows, rows)
+    some_out, some_rows = within(n, blocks.out, out), within(m, blocks.rows, rows)
 
     def columns(start, end: int):
         uneven = half % depth or k % 2
@@ -201,12 +181,12 @@ def _sum(layer_ref, x_ref, w_ref, n, m, first, last, k: int, blocks: Blocks, int
 
     def add(i, total):
         at = i * depth
-        mask = _grid(some_out, _within(at, depth, half), (blocks.out, depth))
-        packed = _load(w_ref.at[layer, pl.ds(n, blocks.out), pl.ds(at, depth)], mask)
+        mask = sides(some_out, within(at, depth, half), (blocks.out, depth))
+        packed = load(w_ref.at[layer, pl.ds(n, blocks.out), pl.ds(at, depth)], mask)
         high = (packed & jnp.uint8(0xF0)).astype(jnp.int8)
         for part, start, end in ((_low(packed, interpret), at, half), (high, half + at, k)):
-            mask = _grid(some_rows, columns(start, end), (blocks.rows, depth))
-            block = _load(x_ref.at[pl.ds(m, blocks.rows), pl.ds(start, depth)], mask)
+            mask = sides(some_rows, columns(start, end), (blocks.rows, depth))
+            block = load(x_ref.at[pl.ds(m, blocks.rows), pl.ds(start, depth)], mask)
             total += jax.lax.dot_general(
                 part, block, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
             )
@@ -214,13 +194,6 @@ def _sum(layer_ref, x_ref, w_ref, n, m, first, last, k: int, blocks: Blocks, int
 
     total = jax.lax.fori_loop(first, last, add, jnp.zeros((blocks.out, blocks.rows), jnp.int32))
     return jax.lax.shift_right_arithmetic(total, jnp.int32(4))
-
-
-def _store(ref, value: jax.Array, mask: jax.Array | None) -> None:
-    if mask is None:
-        plgpu.store(ref, value)
-    else:
-        plgpu.store(ref, value, mask=mask)
 
 
 def _whole(*refs, names: tuple[str, ...], k: int, blocks: Blocks, interpret: bool) -> None:
@@ -233,24 +206,24 @@ def _whole(*refs, names: tuple[str, ...], k: int, blocks: Blocks, interpret: boo
         ref["layer"], ref["x"], ref["w"], n, m, 0, pl.cdiv(ref["w"].shape[-1], blocks.depth),
         k, blocks, interpret,
     )  # fmt: skip
-    some_out, some_rows = _within(n, blocks.out, out), _within(m, blocks.rows, rows)
+    some_out, some_rows = within(n, blocks.out, out), within(m, blocks.rows, rows)
     at_n, at_m = pl.ds(n, blocks.out), pl.ds(m, blocks.rows)
-    scale = _load(ref["w_scale"].at[ref["layer"][0], at_n], some_out)[:, None]
+    scale = load(ref["w_scale"].at[ref["layer"][0], at_n], some_out)[:, None]
     if ref["x_scale"].shape[0] == 1:
         scale = ref["x_scale"][0] * scale
     else:
-        scale = _load(ref["x_scale"].at[at_m], some_rows)[None, :] * scale
+        scale = load(ref["x_scale"].at[at_m], some_rows)[None, :] * scale
     y = total.astype(jnp.float32) * scale
     if "bias" in ref:
-        y += _load(ref["bias"].at[at_n], some_out).astype(jnp.float32)[:, None]
-    y, mask = y.T, _grid(some_rows, some_out, (blocks.rows, blocks.out))
+        y += load(ref["bias"].at[at_n], some_out).astype(jnp.float32)[:, None]
+    y, mask = y.T, sides(some_rows, some_out, (blocks.rows, blocks.out))
     if "gate" in ref:
-        gate = _load(ref["gate"].at[at_m, at_n], mask).astype(jnp.float32)
+        gate = load(ref["gate"].at[at_m, at_n], mask).astype(jnp.float32)
         y *= gate / (1.0 + jnp.exp(-gate))
     y = y.astype(y_ref.dtype)
     if "residual" in ref:
-        y = _load(ref["residual"].at[at_m, at_n], mask) + y
-    _store(y_ref.at[at_m, at_n], y, mask)
+        y = load(ref["residual"].at[at_m, at_n], mask) + y
+    store(y_ref.at[at_m, at_n], y, mask)
 
 
 def _part(layer_ref, x_ref, w_ref, y_ref, *, k: int, blocks: Blocks, interpret: bool) -> None:
@@ -262,6 +235,6 @@ def _part(layer_ref, x_ref, w_ref, y_ref, *, k: int, blocks: Blocks, interpret: 
     first = split * share
     last = jnp.minimum(first + share, whole)
     total = _sum(layer_ref, x_ref, w_ref, n, m, first, last, k, blocks, interpret)
-    some_out, some_rows = _within(n, blocks.out, out), _within(m, blocks.rows, rows)
+    some_out, some_rows = within(n, blocks.out, out), within(m, blocks.rows, rows)
     at = split, pl.ds(m, blocks.rows), pl.ds(n, blocks.out)
-    _store(y_ref.at[at], total.T, _grid(some_rows, some_out, (blocks.rows, blocks.out)))
+    store(y_ref.at[at], total.T, sides(some_rows, some_out, (blocks.rows, blocks.out)))

@@ -9,10 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mquant_jax.hadamard import LANES, hadamard
-from mquant_jax.ops.flash_gpu import parts
+from mquant_jax.ops.blocks_gpu import LEAST, parts
 
 _WARPS = 8
-_LEAST = 16  # rows of a matrix unit's operand
 _ROUNDER = 1.5 * 2**23  # a float32 beside it has no fraction, and adding rounds half to even
 
 
@@ -34,7 +33,7 @@ def rotate(
         int8 ``[rows, n]``, saturated and rounded half to even; without ``scale`` bfloat16.
     """
     rows, inputs = x.shape
-    n, tall = outer * LANES, -(-outer // _LEAST) * _LEAST
+    n, tall = outer * LANES, -(-outer // LEAST) * LEAST
     left = np.zeros((tall, tall), np.float32)
     left[:outer, :outer] = hadamard(outer).T
     right = jnp.asarray(hadamard(LANES) * n**-0.5, x.dtype)

@@ -16,7 +16,7 @@ from mquant_jax.nn.stack import scan_layers, stack_layers
 from mquant_jax.numerics import QTensor, QWeight, quantize_static
 from mquant_jax.ops import dense, pallas_tpu_dot, pallas_tpu_norm
 from mquant_jax.ops.dense import held, quantized_dot, select_path, target_platform
-from mquant_jax.ops.pallas_tpu_dot import int4_dot, few_dot
+from mquant_jax.ops.pallas_tpu_dot import few_dot, int4_dot
 from mquant_jax.ops.pallas_tpu_norm import rms_quantize
 from mquant_jax.recipe import Section
 from tests.helpers import relative

@@ -16,7 +16,16 @@ from models.qwen2_vl.processing import reference_batch
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.stack import Runner, stack_layers
 from mquant_jax.numerics import QTensor, QWeight, pack_int4, quantize_dynamic
-from mquant_jax.ops import attention, flash_gpu, gpu, pallas_gpu, rotate_gpu, xla
+from mquant_jax.ops import (
+    attention,
+    blocks_gpu,
+    decode_gpu,
+    flash_gpu,
+    gpu,
+    pallas_gpu,
+    rotate_gpu,
+    xla,
+)
 from mquant_jax.ops.dense import held, quantized_dot, reads_stacks, select_path, target_platform
 from mquant_jax.presets import PRESETS
 from mquant_jax.recipe import Section
@@ -31,7 +40,7 @@ def interpreted(monkeypatch):
     """Kernels run without a GPU."""
     for module, name in (
         (pallas_gpu, "matmul"), (pallas_gpu, "partial_sums"),
-        (flash_gpu, "attend"), (rotate_gpu, "rotate"),
+        (flash_gpu, "attend"), (decode_gpu, "attend_one"), (rotate_gpu, "rotate"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
 
@@ -254,9 +263,41 @@ def test_attention(shape, in_order) -> None:
     assert relative(got, np.asarray(exact).copy() * (np.arange(t) != 5)[:, None]) < 0.01
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6, 2, 200, 48), (1, 2, 2, 64, 16), (3, 32, 1, 150, 80)])
+def test_attention_to_a_cache(interpreted, shape, narrow) -> None:
+    """One query per prompt, to some of a middle layer's slots."""
+    b, heads, kv, s, d = shape
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=size), jnp.bfloat16)
+        for size in ((b, heads, 1, d), (3, b, kv, d, s), (3, b, kv, s, d))
+    )
+    seen = (rng.random((b, 1, s)) < 0.5) & (np.arange(s) < s // 2 + 10)
+    seen[..., 0] = True
+    seen[-1] &= np.arange(s) < 1 if b > 1 else True
+    cache = (quantize_dynamic(k, axis=-2), quantize_dynamic(v)) if narrow else (k, v)
+    float32 = jax.tree.map(lambda x: x if x.dtype == jnp.int8 else x.astype(jnp.float32), cache)
+
+    def run(q, cache, seen):
+        return attention.attend_cache(q, cache, jnp.int32(1), jnp.asarray(seen))
+
+    exact = run(q.astype(jnp.float32), float32, seen)
+    with target_platform("gpu"):
+        got = run(q, cache, seen)
+        unseen = run(q, cache, seen & (np.arange(b) > 0)[:, None, None])
+        text = str(jax.make_jaxpr(lambda *args: run(*args))(q, cache, seen))
+    assert got.shape == (b, 1, heads * d) and got.dtype == jnp.bfloat16
+    assert relative(got, exact) < 0.01
+    assert np.isfinite(np.asarray(unseen, np.float32)).all()
+    np.testing.assert_array_equal(unseen[1:], got[1:])
+    # The stack goes into the kernel whole.
+    assert text.count("pallas_call[") == 1 and "dynamic_slice" not in text
+
+
 def test_parts() -> None:
-    assert flash_gpu.parts(128) == [(0, 128)]
-    assert flash_gpu.parts(112) == [(0, 64), (64, 32), (96, 16)]
+    assert blocks_gpu.parts(128) == [(0, 128)]
+    assert blocks_gpu.parts(112) == [(0, 64), (64, 32), (96, 16)]
 
 
 def test_the_chosen_attention(interpreted) -> None:
@@ -284,6 +325,12 @@ def test_the_chosen_attention(interpreted) -> None:
         assert not kernel(*heads(64, dtype=jnp.float32), seen)
         assert not kernel(q, k, v, seen, (prefix, prefix)) and not kernel(q, *cached, seen)
         got = attention.attend(*heads(64), seen)
+        assert gpu.suits_decoding(heads(1)[0], v, None)
+        assert not gpu.suits_decoding(heads(1)[0], v, (prefix, prefix))
+        for other in (heads(2), heads(1, 24), heads(1, 256), heads(1, dtype=jnp.float32)):
+            assert not gpu.suits_decoding(other[0], v, None)
+        vast = jax.ShapeDtypeStruct((28, 32, 4, 8192, 128), jnp.int8)
+        assert not gpu.suits_decoding(heads(1)[0], vast, None)
     assert relative(got, plain) < 0.01
 
 

@@ -1,0 +1,51 @@
+"""How the kernels for NVIDIA GPUs look at parts of arrays: blocks that may reach over an edge."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+LEAST = 16  # rows of a matrix unit's operand, and channels that it can sum over
+
+
+def parts(d: int) -> list[tuple[int, int]]:
+    """``d`` channels, a multiple of 16, as ``(start, size)`` of as few blocks as there are powers
+    of two in it: 80 = 64 + 16."""
+    out, start = [], 0
+    while start < d:
+        size = 1 << (d - start).bit_length() - 1
+        out.append((start, size))
+        start += size
+    return out
+
+
+def within(start, count: int, end: int) -> jax.Array | None:
+    """Which of ``count`` indices from ``start``, a multiple of it, on are below ``end``; ``None``:
+    all of them, in every block."""
+    return None if end % count == 0 else start + jnp.arange(count) < end
+
+
+def sides(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int]):
+    """Mask of a block from those of its sides; ``None``: all of it."""
+    if row is None and column is None:
+        return None
+    if column is None:
+        return jnp.broadcast_to(row[:, None], shape)
+    mask = jnp.broadcast_to(column[None, :], shape)
+    return mask if row is None else mask & jnp.broadcast_to(row[:, None], shape)
+
+
+def load(ref, mask: jax.Array | None) -> jax.Array:
+    """A block, zero where the mask says no."""
+    if mask is None:
+        return plgpu.load(ref)
+    return plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def store(ref, value: jax.Array, mask: jax.Array | None) -> None:
+    """Write a block where the mask does not say no."""
+    if mask is None:
+        plgpu.store(ref, value)
+    else:
+        plgpu.store(ref, value, mask=mask)

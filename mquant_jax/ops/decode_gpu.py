@@ -1,0 +1,133 @@
+"""Attention of one token per prompt to the cache, as a Pallas kernel for NVIDIA GPUs.
+
+Keys and values are read where they lie in the cache of all layers, and no further than the last one
+that is seen. The slots are split between blocks, as there are too few heads to fill a chip; what
+the blocks find is put together behind the kernel (Flash-Decoding, Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from mquant_jax.numerics import QTensor
+from mquant_jax.ops.blocks_gpu import LEAST, load, parts, sides, within
+from mquant_jax.ops.flash_gpu import NEVER
+
+KEYS = 64  # of a block's step
+_BLOCKS = 264  # that fill the chip: two for each multiprocessor of an H100
+_WARPS, _STAGES = 4, 3
+
+
+def attend_one(
+    q: jax.Array,
+    k: jax.Array | QTensor,
+    v: jax.Array | QTensor,
+    layer: jax.Array,
+    seen: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax attention, logits and sums in float32.
+
+    Args:
+        q: ``[B, heads, d]``, bfloat16 or float16; query heads ``g*i .. g*i+g-1`` share kv head
+            ``i``.
+        k: ``[layers, B, kv_heads, d, S]`` of the same type, or int8 with float32 scales
+            ``[layers, B, kv_heads, 1, S]``; ``d`` a multiple of 16.
+        v: ``[layers, B, kv_heads, S, d]``, scales ``[layers, B, kv_heads, S, 1]``.
+        layer: int32 ``[]``.
+        seen: bool ``[B, S]``, which keys a prompt's query sees. One that sees nothing gets a
+            meaningless but finite row.
+        interpret: run without a GPU.
+
+    Returns:
+        ``[B, heads * d]`` in ``q.dtype``.
+    """
+    narrow = isinstance(k, QTensor)
+    operands = [k.values, v.values] if narrow else [k, v]
+    (b, heads, d), (_, _, kv_heads, s, _) = q.shape, operands[1].shape
+    if narrow:
+        operands += [x.scale.reshape(-1, b, kv_heads, s) for x in (k, v)]
+    group = heads // kv_heads
+    rows = max(LEAST, 1 << (group - 1).bit_length())
+    q = jnp.pad(q.reshape(b, kv_heads, group, d), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
+    ends = jnp.max(jnp.where(seen, jnp.arange(1, s + 1), 1), axis=1)
+    splits = max(1, min(_BLOCKS // (b * kv_heads), pl.cdiv(s, KEYS)))
+    read = sum(x.size * x.dtype.itemsize for x in operands) // len(operands[0])
+    written = splits * b * kv_heads * rows * (d + 2) * 4
+    cost = {
+        "flops": 4 * b * heads * s * d,
+        "transcendentals": b * heads * s,
+        "bytes_accessed": read + written + seen.size,
+    }
+    shape = (splits, b, kv_heads, rows)
+    sums, top, total = pl.pallas_call(
+        partial(_split, gain=d**-0.5 * math.log2(math.e), narrow=narrow),
+        grid=(splits, kv_heads, b),
+        out_shape=[
+            jax.ShapeDtypeStruct((*shape, d), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        cost_estimate=pl.CostEstimate(**cost),
+        metadata={name: str(n) for name, n in cost.items()},  # as in pallas_gpu
+        interpret=interpret,
+        name="attend_one",
+    )(layer.reshape(1), ends, q, seen, *operands)
+    share = jnp.exp2(top - jnp.max(top, axis=0))
+    out = jnp.sum(share[..., None] * sums, axis=0) / jnp.sum(share * total, axis=0)[..., None]
+    return out[:, :, :group].reshape(b, heads * d).astype(q.dtype)
+
+
+def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float, narrow: bool):
+    """What one block sees of one kv head's keys: every ``splits``-th step of them."""
+    *scales, sums_ref, top_ref, total_ref = refs
+    splits, _, _, rows, d = sums_ref.shape
+    s = v_ref.shape[3]
+    split, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    layer, steps = layer_ref[0], pl.cdiv(end_ref[row], KEYS)
+    columns = [pl.ds(*part) for part in parts(d)]
+    q = [plgpu.load(q_ref.at[row, head, :, at]) for at in columns]
+
+    def add(i, carry):
+        sums, top, total = carry
+        start = (split + i * splits) * KEYS
+        at_k, some = pl.ds(start, KEYS), within(start, KEYS, s)
+        logits = jnp.zeros((rows, KEYS), jnp.float32)
+        for own, at in zip(q, columns, strict=True):
+            k = load(k_ref.at[layer, row, head, at, at_k], sides(None, some, (at.size, KEYS)))
+            logits += jnp.dot(own, k.astype(own.dtype), preferred_element_type=jnp.float32)
+        if narrow:
+            logits *= load(scales[0].at[layer, row, head, at_k], some)[None, :]
+        seen = load(seen_ref.at[row, at_k], some)
+        logits = jnp.where(seen[None, :], logits * gain, NEVER)
+        higher = jnp.maximum(top, jnp.max(logits, axis=1))
+        weights, fade = jnp.exp2(logits - higher[:, None]), jnp.exp2(top - higher)
+        total = total * fade + jnp.sum(weights, axis=1)
+        if narrow:
+            weights *= load(scales[1].at[layer, row, head, at_k], some)[None, :]
+        weights, new = weights.astype(q_ref.dtype), []
+        for old, at in zip(sums, columns, strict=True):
+            v = load(v_ref.at[layer, row, head, at_k, at], sides(some, None, (KEYS, at.size)))
+            part = jnp.dot(weights, v.astype(weights.dtype), preferred_element_type=jnp.float32)
+            new.append(old * fade[:, None] + part)
+        return tuple(new), higher, total
+
+    start = (
+        tuple(jnp.zeros((rows, at.size), jnp.float32) for at in columns),
+        jnp.full((rows,), NEVER, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+    )
+    own = jnp.maximum(pl.cdiv(steps - split, splits), 0)
+    sums, top, total = jax.lax.fori_loop(0, own, add, start)
+    for part, at in zip(sums, columns, strict=True):
+        plgpu.store(sums_ref.at[split, row, head, :, at], part)
+    plgpu.store(top_ref.at[split, row, head], top)
+    plgpu.store(total_ref.at[split, row, head], total)
