@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import INT_MAX, QWeight
 
-DAMPING, DAMPING_GROWTH, DAMPING_LIMIT = 0.01, 10.0, 1e3
+DAMPING, DAMPING_GROWTH, MOST_GROWTHS = 0.01, 10.0, 5
 BLOCK = 128
 
 
@@ -49,22 +49,21 @@ def inverse_factor(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
     k = hessian.shape[0]
     mean = jnp.mean(jnp.diagonal(hessian))
 
-    def attempt(damping):
+    def attempt(carry):
+        growths, _ = carry
+        damping = DAMPING * DAMPING_GROWTH**growths
         damped = hessian + (damping * mean) * jnp.eye(k)
-        lower = jnp.linalg.cholesky(damped)
-        half = jax.scipy.linalg.solve_triangular(lower, jnp.eye(k), lower=True)
-        return jnp.linalg.cholesky(half.T @ half, upper=True)
+        # With rows and columns from last to first, H = R R^T of an upper R, and so U = R^-1.
+        root = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+        return growths + 1, jax.scipy.linalg.solve_triangular(root, jnp.eye(k))
 
     def bad(carry):
-        damping, factor = carry
-        return ~jnp.all(jnp.isfinite(factor)) & (damping < DAMPING_LIMIT)
+        growths, factor = carry
+        return ~jnp.all(jnp.isfinite(factor)) & (growths <= MOST_GROWTHS)
 
-    def retry(carry):
-        damping = carry[0] * DAMPING_GROWTH
-        return damping, attempt(damping)
-
-    damping, factor = jax.lax.while_loop(bad, retry, (DAMPING, attempt(DAMPING)))
-    return factor, damping
+    # The first attempt is the loop's as well: compiling it is what takes long.
+    growths, factor = jax.lax.while_loop(bad, attempt, (0.0, jnp.full((k, k), jnp.nan)))
+    return factor, DAMPING * DAMPING_GROWTH ** (growths - 1)
 
 
 def _round_block(block, factor, scale, qmax):

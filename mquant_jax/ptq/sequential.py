@@ -184,21 +184,22 @@ class QuantizingRunner(Runner):
             name = f"{part.name}/{reader}"
             if reader in together:
                 q = together[reader]
-                self.params[f"{name}/kernel"] = jax.tree.map(np.asarray, q.packed())
-                rounded = q.dequantize()
+                self.params[f"{name}/kernel"] = q.packed()
+                rounded = np.asarray(q.dequantize())
             else:
                 rounded = self._round_split(name, weight, seen, inputs, section)
-            error = jnp.linalg.norm(rounded - weight) / (jnp.linalg.norm(weight) + 1e-30)
+            before = np.asarray(weight, np.float32)
+            error = np.linalg.norm(rounded - before) / (np.linalg.norm(before) + 1e-30)
             self.report["weights"][f"{name}/kernel"] = float(error)
-            kernel.set_value(rounded.astype(weight.dtype))
+            kernel.set_value(jnp.asarray(rounded.astype(weight.dtype)))
 
     def _round_together(self, readers, kernels, inputs, section: Section) -> dict[str, QWeight]:
         """Layers that read one point as one matrix: rows are rounded each on its own, and the long
         loop over the columns runs once."""
         if not readers:
             return {}
-        weights = [kernels[reader].get_value() for reader in readers]
-        q = self._round(jnp.concatenate(weights), inputs, section).unpacked()
+        weights = [np.asarray(kernels[reader].get_value()) for reader in readers]
+        q = self._round(np.concatenate(weights), inputs, section)
         ends = np.cumsum([w.shape[0] for w in weights])
         return {
             reader: dataclasses.replace(
@@ -295,7 +296,7 @@ class QuantizingRunner(Runner):
             part.known[point] = values
         return seen
 
-    def _round_split(self, name, weight, seen: Seen, inputs: Inputs | None, section) -> jax.Array:
+    def _round_split(self, name, weight, seen: Seen, inputs: Inputs | None, section) -> np.ndarray:
         """Round a weight that may lose a channel; returns it as float."""
         hessian = None if inputs is None else seen.hessian
         if inputs is not None and inputs.shift is not None:
@@ -308,20 +309,21 @@ class QuantizingRunner(Runner):
                 # Without the channel in the Hessian nothing is pushed onto it: it stays zero.
                 rest = hessian.at[left_out].set(0.0).at[:, left_out].set(0.0)
                 known = prepare(rest, None, self.recipe.weights.act_order)
-            return jax.tree.map(jnp.asarray, self._round(w, known, section).unpacked())
+            return self._round(w, known, section)
 
         out = split_weight(weight, hessian, round_, self.recipe.split)
-        self.params[f"{name}/kernel"] = jax.tree.map(np.asarray, out.q.packed())
+        self.params[f"{name}/kernel"] = out.q.packed()
         self.params[f"{name}/split/index"] = out.index
         self.params[f"{name}/split/column"] = out.column
         self.report.setdefault("split", {})[name] = out.report
         return out.dequantize()
 
     def _round(self, weight, inputs: Inputs | None, section: Section) -> QWeight:
+        """Integers as NumPy arrays, one in a byte: from there on nothing has to be compiled."""
         bits, group_size, options = section.w_bits, section.group_size, self.recipe.weights
         if inputs is None:
-            return round_weight(weight, bits, group_size, options.clip)
+            return round_weight(weight, bits, group_size, options.clip).unpacked()
         if inputs.shift is not None:
             weight = weight + weight @ inputs.shift
         scale = clip_search(weight, bits, group_size)
-        return fitted(weight, inputs, scale, bits, options.refit)
+        return jax.tree.map(np.asarray, fitted(weight, inputs, scale, bits, options.refit))

@@ -35,13 +35,15 @@ class SplitWeight:
     column: Any
     report: dict[str, Any]
 
-    def dequantize(self) -> jax.Array:
+    def dequantize(self) -> np.ndarray:
         """float32 ``[out, in]`` of both together."""
-        return self.q.dequantize().at[:, int(self.index)].add(_float(self.column)[0])
+        out = np.array(self.q.dequantize())
+        out[:, int(self.index)] += np.asarray(_float(self.column))[0]
+        return out
 
 
-def _float(column: Any) -> jax.Array:
-    return column.dequantize() if isinstance(column, QWeight) else jnp.asarray(column)
+def _float(column: Any) -> Any:
+    return column.dequantize() if isinstance(column, QWeight) else column
 
 
 def split_weight(
