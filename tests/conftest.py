@@ -7,13 +7,19 @@ import pytest
 
 from mquant_jax.compile_cache import default_folder
 
+# Three quarters of the time are compiling: thousands of small programs, each run a few times.
+# LLVM's optimisations would take half of that; what XLA does to a program stays as it is.
+FLAGS = "--xla_backend_optimization_level=0"
+
 
 def pytest_configure(config) -> None:
     """Compiled programs are kept with pytest's own cache, for all worker processes, for commands
     that tests start and for the next run; never in the home of whoever runs the tests.
 
     ``JAX_COMPILATION_CACHE_DIR`` names another place; ``--cache-clear`` empties this one.
+    ``XLA_FLAGS`` are taken as they are where there are any.
     """
+    os.environ.setdefault("XLA_FLAGS", FLAGS)
     if jax.config.jax_compilation_cache_dir:
         return
     if not config.pluginmanager.hasplugin("cacheprovider"):
