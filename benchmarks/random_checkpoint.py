@@ -1,8 +1,8 @@
-"""Write a random Hugging Face folder of Qwen2-VL-2B's shape, cut to a few layers.
+"""Write a random Hugging Face folder of Qwen2-VL's shape, cut to a few layers.
 
-    python -m benchmarks.random_checkpoint OUT [--layers 4] [--vocab 151936]
+    python -m benchmarks.random_checkpoint OUT [--model qwen2_vl-2b] [--layers 4] [--vocab 151936]
 
-For speed measurements without a download: the layer shapes are those of the published 2B model,
+For speed measurements without a download: the layer shapes are those of the published model,
 the weights are noise. Tokenizer and preprocessor files are those of the bundled demo model.
 """
 
@@ -16,43 +16,24 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks.aot.sizes import MODELS
 from models.qwen2_vl.config import Qwen2VLConfig
 from models.qwen2_vl.weights import weight_rules
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.samples import DEMO_ASSETS
 
+QWEN2_VL = ("qwen2_vl-2b", "qwen2_vl-7b")
 
-def config_2b(layers: int, vocab: int) -> dict:
-    """Qwen2-VL-2B's published config, both towers cut to ``layers``."""
+
+def cut_config(model: str, layers: int, vocab: int) -> dict:
+    """A published Qwen2-VL config, both towers cut to ``layers``, the vocabulary to ``vocab``."""
     demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text())
     ids = {k: v for k, v in demo.items() if k.endswith("token_id")}
-    return ids | {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": True,
-        "vocab_size": vocab,
-        "vision_config": {
-            "depth": layers,
-            "embed_dim": 1280,
-            "hidden_size": 1536,
-            "mlp_ratio": 4,
-            "num_heads": 16,
-            "in_chans": 3,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
-    }
+    full = MODELS[model]
+    tower = full["vision_config"] | {"depth": layers}
+    cut = {"num_hidden_layers": layers, "vocab_size": vocab, "vision_config": tower}
+    return full | ids | cut
 
 
 def random_tensors(config: Qwen2VLConfig, seed: int) -> dict[str, np.ndarray]:
@@ -73,13 +54,16 @@ def random_tensors(config: Qwen2VLConfig, seed: int) -> dict[str, np.ndarray]:
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.random_checkpoint", __doc__)
     parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument(
+        "--model", choices=QWEN2_VL, default=QWEN2_VL[0], help="default %(default)s"
+    )
     parser.add_argument("--layers", type=int, default=4, help="layers of each tower (default 4)")
     parser.add_argument("--vocab", type=int, default=151936, help="default 151936")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.out.exists():
         raise UserError(f"{args.out} exists; choose another folder")
-    hf = config_2b(args.layers, args.vocab)
+    hf = cut_config(args.model, args.layers, args.vocab)
     tensors = random_tensors(Qwen2VLConfig.from_hf(hf), args.seed)
     args.out.mkdir(parents=True)
     for file in (DEMO_ASSETS / "model").iterdir():

@@ -4,10 +4,16 @@
     python -m benchmarks.speed --sweep image-side 224,448,896
     python -m benchmarks.speed --sweep images 1,4,8 --image-side 896 --layers 2
     python -m benchmarks.speed --sweep batch 1,8,32
+    python -m benchmarks.speed --suite gpu-7b [--save FILE]
 
-The model has Qwen2-VL-2B's published layer shapes and random weights (speed does not depend on
-their values); both towers and the vocabulary are cut by one factor (``--layers`` of 28), so that
-every layer has its share of the whole. Each repeat runs all variants once:
+The model has a published model's layer shapes and random weights (speed does not depend on their
+values); both towers and the vocabulary are cut by one factor (``--layers`` of 28), so that every
+layer has its share of the whole. Suites:
+
+``cpu-2b``   Qwen2-VL-2B, float32 between integer products
+``gpu-7b``   Qwen2-VL-7B, bfloat16 between them, for GPUs and TPUs; float32 is left out
+
+Each repeat runs all variants once:
 
 ``float32``, ``bfloat16``   the original structure
 ``w8a8-dynamic``, ``w4a8-dynamic``   one activation scale per token, found at run time
@@ -34,15 +40,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.aot.sizes import MODELS
 from benchmarks.output import add_output_options, deliver, save
-from benchmarks.random_checkpoint import config_2b
+from benchmarks.random_checkpoint import cut_config
 from models.base import VLM, Batch, Family, abstract_model
 from models.qwen2_vl import FAMILY
 from models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.commands.bench import machine
 from mquant_jax.errors import UserError
-from mquant_jax.eval.speed import Greedy, measure, summary
+from mquant_jax.eval.speed import measure, summary
+from mquant_jax.eval.speed import table as speed_table
 from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import held
@@ -51,12 +59,30 @@ from mquant_jax.ptq.pipeline import sink_rule
 from mquant_jax.recipe import Recipe, Section
 from mquant_jax.runtime.tokens import arrange
 
-LAYERS, VOCAB = 28, 151936  # of the published model
+LAYERS = 28  # of the published models
 OURS, AIFS = "w4a8", "w4a8-aifs"
 SWEEPS = ("image-side", "images", "text-tokens", "batch")
 
 
-def recipes() -> dict[str, tuple[Recipe, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What is measured unless options say otherwise; ``float_type`` is that between integer
+    products."""
+
+    model: str
+    float_type: Any
+    layers: int
+    text_tokens: int
+    leaves_out: tuple[str, ...] = ()
+
+
+SUITES = {
+    "cpu-2b": Suite("qwen2_vl-2b", jnp.float32, 4, 256),
+    "gpu-7b": Suite("qwen2_vl-7b", jnp.bfloat16, 8, 768, ("float32",)),
+}
+
+
+def recipes(float_type: Any) -> dict[str, tuple[Recipe, Any]]:
     """Variant -> recipe and float type, the float baselines first."""
     ours = PRESETS["w4a8"]
 
@@ -70,12 +96,12 @@ def recipes() -> dict[str, tuple[Recipe, Any]]:
     return {
         "float32": (Recipe(), jnp.float32),
         "bfloat16": (Recipe(), jnp.bfloat16),
-        "w8a8-dynamic": (dynamic(8), jnp.float32),
-        "w4a8-dynamic": (dynamic(4), jnp.float32),
+        "w8a8-dynamic": (dynamic(8), float_type),
+        "w4a8-dynamic": (dynamic(4), float_type),
         "w4a8-shared": (
-            dataclasses.replace(ours, modality_scales=False, sink_class=False), jnp.float32
+            dataclasses.replace(ours, modality_scales=False, sink_class=False), float_type
         ),
-        OURS: (ours, jnp.float32),
+        OURS: (ours, float_type),
     }  # fmt: skip
 
 
@@ -108,10 +134,10 @@ def random_model(family: Family, config: Any, recipe: Recipe, dtype: Any) -> VLM
     return model
 
 
-def cut_config(layers: int) -> Qwen2VLConfig:
-    """Qwen2-VL-2B with both towers and the vocabulary cut alike, head untied as rotations need."""
-    vocab = -(-VOCAB * layers // (LAYERS * 64)) * 64
-    config = Qwen2VLConfig.from_hf(config_2b(layers, max(vocab, 4096)))
+def cut_model(model: str, layers: int) -> Qwen2VLConfig:
+    """A model with both towers and the vocabulary cut alike, head untied as rotations need."""
+    vocab = -(-MODELS[model]["vocab_size"] * layers // (LAYERS * 64)) * 64
+    config = Qwen2VLConfig.from_hf(cut_config(model, layers, max(vocab, 4096)))
     language = dataclasses.replace(config.language, tied_head=False)
     return dataclasses.replace(config, language=language)
 
@@ -145,9 +171,7 @@ def run_once(
     timings = measure(variants, args.new_tokens, args.repeats, progress)
     rows, ratios = summary(timings, batch, tokens, args.new_tokens, OURS)
     for row in rows:
-        model, prompts = variants[row["variant"]]
-        row["weight_bytes"] = parameter_bytes(get_params(model))
-        row["prefill_bytes"] = Greedy(model, args.new_tokens).prefill_bytes(prompts)
+        row["weight_bytes"] = parameter_bytes(get_params(variants[row["variant"]][0]))
     return {
         "prompt_tokens": tokens, "visual_tokens": int((prompts.token_class[0] == 1).sum()),
         "image_side": side, "images": at["images"], "batch": batch, "rows": rows,
@@ -172,22 +196,11 @@ def named(ratios: dict[str, float]) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """One run as text."""
-    titles = ("vision ms", "prefill ms", "tok/s", "spread", "decode tok/s", "spread", "memory MB")
-    lines = [
+    head = (
         f"{result['prompt_tokens']} tokens ({result['visual_tokens']} visual), batch "
-        f"{result['batch']}",
-        f"{'variant':<14}" + "".join(f"{t:>13}" for t in titles),
-    ]
-    for r in result["rows"]:
-        vision = f"{1e3 * r['vision_seconds']:.0f}" if r["vision_seconds"] else "-"
-        lines.append(
-            f"{r['variant']:<14}{vision:>13}{1e3 * r['prefill_seconds']:>13.0f}"
-            f"{r['prefill_tokens_per_second']:>13.0f}{r['prefill_spread']:>13.0%}"
-            f"{r['decode_tokens_per_second']:>13.1f}{r['decode_spread']:>13.0%}"
-            f"{r['prefill_bytes'] / 1e6:>13.0f}"
-        )
-    lines += [f"{name:<28}{value:>7.2f} x" for name, value in result["ratios"].items()]
-    return "\n".join(lines)
+        f"{result['batch']}\n"
+    )
+    return head + speed_table(result["rows"], result["ratios"])
 
 
 def plot(results: Sequence[dict[str, Any]], axis: str, path: Path) -> None:
@@ -253,9 +266,9 @@ def _sweep(args: Any) -> tuple[str, list[int]]:
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.speed", __doc__ or "")
     add: Callable[..., Any] = parser.add_argument
-    add("--suite", choices=("cpu-2b",), default="cpu-2b", help="layer shapes (default cpu-2b)")
-    add("--layers", type=int, default=4, metavar="N", help="layers of each tower (default 4)")
-    add("--text-tokens", type=int, default=256, metavar="N", help="text of a prompt (default 256)")
+    add("--suite", choices=tuple(SUITES), default="cpu-2b", help="layer shapes (default cpu-2b)")
+    add("--layers", type=int, metavar="N", help="layers of each tower (4, of 7B 8)")
+    add("--text-tokens", type=int, metavar="N", help="text of a prompt (256, of 7B 768)")
     add("--image-side", type=int, default=448, metavar="PX", help="picture (default 448; 0: none)")
     add("--images", type=int, default=1, metavar="N", help="pictures of a prompt (default 1)")
     add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
@@ -266,18 +279,21 @@ def _run(argv: list[str]) -> int:
     add_output_options(parser)
     add("--plot", type=Path, metavar="FILE", help="draw the speeds (PNG)")
     args = parser.parse_args(argv)
+    suite = SUITES[args.suite]
+    args.layers = suite.layers if args.layers is None else args.layers
+    args.text_tokens = suite.text_tokens if args.text_tokens is None else args.text_tokens
     for name in ("layers", "text_tokens", "images", "batch", "new_tokens", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install -e '.[bench]'")
     axis, values = _sweep(args)
-    known = recipes()
-    wanted = args.variant or list(known)
+    known = recipes(suite.float_type)
+    wanted = args.variant or [name for name in known if name not in suite.leaves_out]
     for name in wanted:
         if name not in known:
             raise UserError(f"--variant {name}: expected one of {', '.join(known)}")
-    config = cut_config(args.layers)
+    config = cut_model(suite.model, args.layers)
     chosen = {n: known[n] for n in known if n in wanted or n == OURS}
     models = {
         name: random_model(FAMILY, config, recipe, dtype)

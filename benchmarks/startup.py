@@ -40,14 +40,15 @@ PARTS = ("import", "load", "compile_prefill", "compile_decode", "first_token")
 
 def write(folder: Path, layers: int) -> int:
     """Write the checkpoint; its size in bytes."""
-    from benchmarks.random_checkpoint import config_2b
-    from benchmarks.speed import VOCAB, random_model
+    from benchmarks.aot.sizes import MODELS
+    from benchmarks.random_checkpoint import cut_config
+    from benchmarks.speed import random_model
     from models.qwen2_vl import FAMILY
     from mquant_jax.checkpoint import save
     from mquant_jax.nn.params import get_params
     from mquant_jax.presets import PRESETS
 
-    hf = config_2b(layers, VOCAB)
+    hf = cut_config("qwen2_vl-2b", layers, MODELS["qwen2_vl-2b"]["vocab_size"])
     config = FAMILY.config_from_hf(hf)
     language = dataclasses.replace(config.language, tied_head=False)
     recipe = PRESETS["w4a8"]

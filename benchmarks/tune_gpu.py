@@ -14,6 +14,7 @@ was made, which no device has seen; timing replaces it:
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -40,7 +41,9 @@ from mquant_jax.ops.pallas_gpu import Blocks, matmul, partial_sums
 from mquant_jax.presets import PRESETS
 
 ROWS = (1, 1024)
-_REPEATS, _RUNS = 20, 5
+# A timed program multiplies by one layer of a stack after the other, as a model does: weights do
+# not stay in the second-level cache (50 MB on an H100), and starting a program is not what counts.
+STACK_BYTES, _IN_A_ROW, _PASSES, _RUNS = 2**28, 8, 4, 5
 # What shapes fall into that no entry names: small enough for any chip, and without a spill.
 CLASSES = [
     {"rows": gpu.FEW_ROWS, "out": None, "path": gpu.FEW, "blocks": [64, 16, 64, 4, 4, 4]},
@@ -64,16 +67,33 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
     )
 
 
-def seconds(call: Callable[..., jax.Array], *args: Any) -> float:
-    """Median time of one call, of :data:`_RUNS` times :data:`_REPEATS` in a row."""
-    jax.block_until_ready(call(*args))
+def layers_of(out: int, k: int) -> int:
+    """Layers of a stack that no cache holds; a multiple of :data:`_IN_A_ROW`."""
+    return _IN_A_ROW * max(1, min(16, STACK_BYTES // (out * k // 2 * _IN_A_ROW)))
+
+
+def seconds(call: Callable[[QTensor, QWeight], jax.Array], x: QTensor, stack: QWeight) -> float:
+    """Time of one product ``call(x, one layer of stack)``: the median over :data:`_RUNS` programs
+    of :data:`_PASSES` times all layers."""
+    layers = stack.values.shape[0]
+
+    @jax.jit
+    def program(x: QTensor, stack: QWeight) -> tuple[jax.Array, ...]:
+        def some(i: jax.Array, _: Any) -> tuple[jax.Array, ...]:
+            first = i * _IN_A_ROW % layers
+            one = [dataclasses.replace(stack, layer=first + j) for j in range(_IN_A_ROW)]
+            return tuple(call(x, w) for w in one)  # all are results, or they would not be computed
+
+        like = jax.eval_shape(some, 0, None)
+        nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), like)
+        return jax.lax.fori_loop(0, _PASSES * layers // _IN_A_ROW, some, nothing)
+
+    jax.block_until_ready(program(x, stack))
     taken = []
     for _ in range(_RUNS):
         start = time.perf_counter()
-        for _ in range(_REPEATS):
-            out = call(*args)
-        jax.block_until_ready(out)
-        taken.append((time.perf_counter() - start) / _REPEATS)
+        jax.block_until_ready(program(x, stack))
+        taken.append((time.perf_counter() - start) / (_PASSES * layers))
     return statistics.median(taken)
 
 
@@ -82,16 +102,21 @@ def timed(rows: int, out: int, k: int) -> list[dict[str, Any]]:
     product is an error, one that the compiler refuses is left out."""
     rng = np.random.default_rng(0)
     x = QTensor(jnp.asarray(rng.integers(-128, 128, (rows, k)), jnp.int8), jnp.float32(0.01))
-    packed = jnp.asarray(rng.integers(0, 256, (out, k // 2)), jnp.uint8)
-    w = QWeight(packed, jnp.full((out, 1), 0.01, jnp.float32), k, 4, "packed")
-    reference = jax.jit(lambda x, w: xla.packed_int_dot(x, w).astype(jnp.bfloat16))
-    found = [{"path": gpu.XLA, "us": seconds(reference, x, w) * 1e6}]
-    expected = np.asarray(reference(x, w), np.float32)
+    packed = jnp.asarray(rng.integers(0, 256, (layers_of(out, k), out, -(-k // 2))), jnp.uint8)
+    scale = jnp.full((len(packed), out, 1), 0.01, jnp.float32)
+    stack = QWeight(packed, scale, k, 4, "packed")
+    last = dataclasses.replace(stack, layer=jnp.int32(len(packed) - 1))
+
+    def by_xla(x: QTensor, w: QWeight) -> jax.Array:
+        return xla.packed_int_dot(x, w.of_layer()).astype(jnp.bfloat16)
+
+    found = [{"path": gpu.XLA, "us": seconds(by_xla, x, stack) * 1e6}]
+    expected = np.asarray(jax.jit(by_xla)(x, last), np.float32)
     many = rows > gpu.FEW_ROWS
     for blocks in candidates(many, rows):
-        call = jax.jit(_form(many, blocks))
+        call = _form(many, blocks)
         try:
-            got = np.asarray(call(x, w), np.float32)
+            got = np.asarray(jax.jit(call)(x, last), np.float32)
         except jax.errors.JaxRuntimeError as e:
             print(f"  {blocks}: {str(e).splitlines()[0][:80]}", file=sys.stderr)
             continue
@@ -99,17 +124,18 @@ def timed(rows: int, out: int, k: int) -> list[dict[str, Any]]:
             raise UserError(f"{blocks} computes something else than XLA at {rows} x {out} x {k}")
         cut = [getattr(blocks, name) for name in Blocks.__dataclass_fields__]
         path = gpu.MANY if many else gpu.FEW
-        found.append({"path": path, "blocks": cut, "us": seconds(call, x, w) * 1e6})
+        found.append({"path": path, "blocks": cut, "us": seconds(call, x, stack) * 1e6})
     return sorted(found, key=lambda entry: entry["us"])
 
 
 def _form(many: bool, blocks: Blocks) -> Callable[[QTensor, QWeight], jax.Array]:
     if many:
-        return lambda x, w: matmul(x.values, w.values, x.scale, w.scale, blocks)
+        return lambda x, w: matmul(x.values, w.values, x.scale, w.scale, blocks, layer=w.layer)
 
     def few(x: QTensor, w: QWeight) -> jax.Array:
-        sums = partial_sums(x.values, w.values, blocks).sum(0)
-        return (sums.astype(jnp.float32) * (x.scale * w.scale[:, 0])).astype(jnp.bfloat16)
+        sums = partial_sums(x.values, w.values, blocks, layer=w.layer).sum(0)
+        scale = x.scale * w.of_layer().scale[:, 0]
+        return (sums.astype(jnp.float32) * scale).astype(jnp.bfloat16)
 
     return few
 

@@ -7,9 +7,13 @@ import pytest
 
 from mquant_jax.compile_cache import default_folder
 
-# Three quarters of the time are compiling: thousands of small programs, each run a few times.
-# LLVM's optimisations would take half of that; what XLA does to a program stays as it is.
+# Most of the time is compiling: thousands of small programs, each run a few times. LLVM's
+# optimisations would double it, and the newer way to write down a fusion adds half as much again
+# (jax 0.11 knows no other). What looks at XLA's programs has them compiled as users do: see
+# tests/mquant_jax/test_fusions.py.
 FLAGS = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config) -> None:

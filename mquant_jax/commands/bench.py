@@ -1,4 +1,4 @@
-"""Prefill and decode speed against float32 and bfloat16 of the same model."""
+"""Speed and memory of a checkpoint against float32 and bfloat16 of the same model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from mquant_jax import processor
 from mquant_jax.cli_support import OK, Parser, progress
 from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import float_twin, measure, summary
+from mquant_jax.eval.speed import table as speed_table
 from mquant_jax.loading import load_model
 
 EPILOG = """\
 The float baselines have the same layer shapes and the original structure, without rotations.
 Variants take turns in every repeat; a ratio is the median over repeats of (baseline time / this
-checkpoint's time), so more than 1 means that the checkpoint is faster.
+checkpoint's time), so more than 1 means that the checkpoint is faster. A prefill begins with the
+picture and ends with the first token; memory is what it holds, weights and cache included, by XLA's
+analysis of the compiled program.
 """
 
 
@@ -74,20 +77,12 @@ def main(argv: list[str]) -> int:
     }
     prepared = {name: (module, batch) for name, module in variants.items()}
     timings = measure(prepared, args.new_tokens, args.repeats, progress)
-    table, ratios = summary(timings, args.batch, tokens, args.new_tokens, recipe)
+    rows, ratios = summary(timings, args.batch, tokens, args.new_tokens, recipe)
     setup = {"prompt_tokens": tokens, "batch": args.batch, "new_tokens": args.new_tokens}
     if args.json:
-        print(json.dumps({"machine": machine(), **setup, "rows": table, "ratios": ratios}))
+        print(json.dumps({"machine": machine(), **setup, "rows": rows, "ratios": ratios}))
         return OK
     pictured = " (with the picture's)" if prompt.grids else ""
     print(f"prompt {tokens} tokens{pictured}, batch {args.batch}, {machine()['device']}")
-    titles = ("prefill tok/s", "spread", "decode tok/s", "spread")
-    print(f"\n{'variant':<12} {titles[0]:>14} {titles[1]:>7} {titles[2]:>13} {titles[3]:>7}")
-    for r in table:
-        print(f"{r['variant']:<12} {r['prefill_tokens_per_second']:>14.1f} "
-              f"{r['prefill_spread']:>7.0%} {r['decode_tokens_per_second']:>13.2f} "
-              f"{r['decode_spread']:>7.0%}")  # fmt: skip
-    print()
-    for name, value in ratios.items():
-        print(f"{name:<24} {value:6.2f} x")
+    print("\n" + speed_table(rows, ratios))
     return OK

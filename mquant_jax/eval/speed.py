@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -47,11 +47,12 @@ def float_twin(family: Family, config: Any, module: VLM, dtype) -> VLM:
 @dataclasses.dataclass
 class Timings:
     """Seconds of every repeat: the vision module alone (none: no pictures), one prefill with it,
-    one decode of ``new_tokens`` steps."""
+    one decode of ``new_tokens`` steps. ``prefill_bytes`` is what a prefill holds (0: not known)."""
 
     vision: list[float] = dataclasses.field(default_factory=list)
     prefill: list[float] = dataclasses.field(default_factory=list)
     decode: list[float] = dataclasses.field(default_factory=list)
+    prefill_bytes: int = 0
 
 
 class Greedy:
@@ -129,7 +130,7 @@ def measure(
     repeats: int,
     progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
 ) -> dict[str, Timings]:
-    """Time every variant.
+    """Time every variant, and see what memory its prefill holds.
 
     Args:
         variants: name -> model and its prompts (the same, laid out as the variant wants them).
@@ -137,7 +138,10 @@ def measure(
         repeats: rounds after one warm-up (which compiles).
     """
     prepared = {name: _Variant(m, batch, new_tokens) for name, (m, batch) in variants.items()}
-    return take_turns(prepared, repeats, progress)
+    timings = take_turns(prepared, repeats, progress)
+    for name, variant in prepared.items():
+        timings[name].prefill_bytes = variant.greedy.prefill_bytes(variant.batch)
+    return timings
 
 
 def take_turns(
@@ -159,13 +163,13 @@ def summary(timings: dict[str, Timings], rows: int, tokens: int, new_tokens: int
     """Medians, spread (quartile range over median) and ratios against ``ours``.
 
     Returns:
-        ``(table, ratios)``: one dictionary per variant, and ``vision_vs_X``, ``prefill_vs_X``,
+        ``(rows, ratios)``: one dictionary per variant, and ``vision_vs_X``, ``prefill_vs_X``,
         ``decode_vs_X`` = time of X / time of ours (more than 1: ours is faster).
     """
-    table, ratios = [], {}
+    listed, ratios = [], {}
     for name, t in timings.items():
         prefill, decode = statistics.median(t.prefill), statistics.median(t.decode)
-        table.append({
+        listed.append({
             "variant": name,
             "vision_seconds": statistics.median(t.vision) if t.vision else None,
             "prefill_seconds": prefill,
@@ -174,6 +178,7 @@ def summary(timings: dict[str, Timings], rows: int, tokens: int, new_tokens: int
             "decode_seconds_per_token": decode / new_tokens,
             "decode_tokens_per_second": rows * new_tokens / decode,
             "decode_spread": _spread(t.decode),
+            "prefill_bytes": t.prefill_bytes,
         })  # fmt: skip
         if name != ours:
             for part in ("vision", "prefill", "decode"):
@@ -183,7 +188,22 @@ def summary(timings: dict[str, Timings], rows: int, tokens: int, new_tokens: int
                 ratios[f"{part}_vs_{name}"] = statistics.median(
                     a / b for a, b in zip(theirs, own, strict=True)
                 )
-    return table, ratios
+    return listed, ratios
+
+
+def table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float]) -> str:
+    """What :func:`summary` found, as text."""
+    titles = ("vision ms", "prefill ms", "tok/s", "spread", "decode tok/s", "spread", "memory MB")
+    lines = [f"{'variant':<14}" + "".join(f"{t:>13}" for t in titles)]
+    for r in rows:
+        vision = f"{1e3 * r['vision_seconds']:.0f}" if r["vision_seconds"] else "-"
+        lines.append(
+            f"{r['variant']:<14}{vision:>13}{1e3 * r['prefill_seconds']:>13.0f}"
+            f"{r['prefill_tokens_per_second']:>13.0f}{r['prefill_spread']:>13.0%}"
+            f"{r['decode_tokens_per_second']:>13.1f}{r['decode_spread']:>13.0%}"
+            f"{r['prefill_bytes'] / 1e6:>13.0f}"
+        )
+    return "\n".join(lines + [f"{name:<28}{value:>7.2f} x" for name, value in ratios.items()])
 
 
 def _spread(values: list[float]) -> float:

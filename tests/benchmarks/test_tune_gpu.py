@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import tune_gpu
 from mquant_jax.cli_support import run_cli
-from mquant_jax.ops import gpu, pallas_gpu
+from mquant_jax.numerics import QTensor, QWeight
+from mquant_jax.ops import gpu, pallas_gpu, xla
 
 
 def test_without_a_gpu(capsys, monkeypatch) -> None:
@@ -31,7 +34,7 @@ def test_timing(monkeypatch, rows, path) -> None:
     for name in ("matmul", "partial_sums"):
         kernel = getattr(pallas_gpu, name)
         monkeypatch.setattr(
-            tune_gpu, name, lambda *args, kernel=kernel: kernel(*args, interpret=True)
+            tune_gpu, name, lambda *args, kernel=kernel, **kw: kernel(*args, interpret=True, **kw)
         )
     small = pallas_gpu.Blocks(64, 16, 32, 4, 2, 1)
     monkeypatch.setattr(tune_gpu, "candidates", lambda many, rows: [small])
@@ -44,6 +47,24 @@ def test_timing(monkeypatch, rows, path) -> None:
     times = iter([2.0, 1.0])
     with pytest.raises(tune_gpu.UserError, match="computes something else"):
         tune_gpu.timed(rows, 70, 96)
+
+
+def test_timing_runs_every_layer(monkeypatch) -> None:
+    """What is timed multiplies by all layers of the stack, and none is left out as unused."""
+    for name, value in (("STACK_BYTES", 1), ("_PASSES", 1), ("_RUNS", 2)):
+        monkeypatch.setattr(tune_gpu, name, value)
+    assert tune_gpu.layers_of(8, 6) == 8 and tune_gpu.layers_of(18944, 3584) == 8
+    seen = []
+
+    def call(x, w):
+        jax.debug.callback(lambda i: seen.append(int(i)), w.layer)
+        return xla.packed_int_dot(x, w.of_layer())
+
+    x = QTensor(jnp.ones((2, 6), jnp.int8), jnp.float32(1))
+    stack = QWeight(jnp.ones((8, 8, 3), jnp.uint8), jnp.ones((8, 8, 1)), 6, 4, "packed")
+    assert tune_gpu.seconds(call, x, stack) > 0
+    jax.effects_barrier()
+    assert sorted(seen) == sorted(3 * list(range(8)))  # once to compile, twice timed
 
 
 def test_the_table(monkeypatch, tmp_path, capsys) -> None:

@@ -1,4 +1,5 @@
-"""The GPU's kernels, interpreted, against NumPy; which of them runs, and how weights are held."""
+"""The GPU's kernels against NumPy, interpreted where there is no GPU; which of them runs, and how
+weights are held."""
 
 from __future__ import annotations
 
@@ -31,18 +32,19 @@ from mquant_jax.presets import PRESETS
 from mquant_jax.recipe import Section
 from tests.helpers import golden, random_quantised, relative
 
+INTERPRET = jax.default_backend() != "gpu"
 EXACT = 1e-6  # relative: integers are exact, the scales are float32
 SMALL = pallas_gpu.Blocks(64, 16, 32, 4, 2, 3)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Kernels run without a GPU."""
+    """Kernels run without a GPU where there is none."""
     for module, name in (
         (pallas_gpu, "matmul"), (pallas_gpu, "partial_sums"),
         (flash_gpu, "attend"), (decode_gpu, "attend_one"), (rotate_gpu, "rotate"),
     ):  # fmt: skip
-        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
+        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=INTERPRET))
 
 
 def operands(rows: int, k: int, out: int, layers: int = 1, seed: int = 0):
@@ -86,7 +88,8 @@ def test_matmul(rows, k, out, layer, shared, ends) -> None:
         packed, w_scale = packed[0], w_scale[0]
     got = pallas_gpu.matmul(
         *map(jnp.asarray, (x, packed, x_scale, w_scale)), SMALL,
-        layer=None if layer is None else jnp.int32(layer), dtype=jnp.float32, interpret=True, **end,
+        layer=None if layer is None else jnp.int32(layer), dtype=jnp.float32,
+        interpret=INTERPRET, **end,
     )  # fmt: skip
     assert got.dtype == jnp.float32 and relative(got, expected) < EXACT
 
@@ -96,7 +99,7 @@ def test_partial_sums(rows, k, out, splits) -> None:
     x, w, _, _ = operands(rows, k, out, 2)
     blocks = dataclasses.replace(SMALL, splits=splits)
     got = pallas_gpu.partial_sums(
-        jnp.asarray(x), jnp.asarray(pack_int4(w)), blocks, layer=jnp.int32(1), interpret=True
+        jnp.asarray(x), jnp.asarray(pack_int4(w)), blocks, layer=jnp.int32(1), interpret=INTERPRET
     )
     assert got.shape == (splits, rows, out)
     np.testing.assert_array_equal(got.sum(0), product(x, w[1]))
@@ -106,7 +109,9 @@ def test_the_longest_sums() -> None:
     k = 2**17 - 1
     x, w = np.full((1, k), -128, np.int8), np.full((1, k), -8, np.int8)
     blocks = pallas_gpu.Blocks(64, 16, 4096, 4, 2, 1)
-    got = pallas_gpu.partial_sums(jnp.asarray(x), jnp.asarray(pack_int4(w)), blocks, interpret=True)
+    got = pallas_gpu.partial_sums(
+        jnp.asarray(x), jnp.asarray(pack_int4(w)), blocks, interpret=INTERPRET
+    )
     np.testing.assert_array_equal(got[0], k * 128 * 8)
     weight = QWeight(jnp.zeros((1, k), jnp.int8), jnp.ones((1, 1)), k, 4, "int8")
     assert gpu.suits(weight) and not gpu.suits(dataclasses.replace(weight, in_features=k + 1))
@@ -257,7 +262,9 @@ def test_attention(shape, in_order) -> None:
     mask &= np.tri(t, s, dtype=bool) if in_order else True
     mask[:, 5] = False
     exact = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)), jnp.asarray(mask))
-    got = np.array(flash_gpu.attend(q, k, v, jnp.asarray(mask), in_order, interpret=True), float)
+    got = np.array(
+        flash_gpu.attend(q, k, v, jnp.asarray(mask), in_order, interpret=INTERPRET), float
+    )
     assert got.shape == (b, t, heads * d) and np.isfinite(got).all()
     got[:, 5] = 0
     assert relative(got, np.asarray(exact).copy() * (np.arange(t) != 5)[:, None]) < 0.01
