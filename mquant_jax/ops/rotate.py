@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mquant_jax.hadamard import LANES, Rotation
+from mquant_jax.hadamard import LANES, Rotation, hadamard
 from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
 from mquant_jax.ops.dense import early_tpu, platform
 from mquant_jax.ops.gpu import suits_device
@@ -43,6 +43,17 @@ def _rows(x: jax.Array) -> int:
     return x.size // x.shape[-1]
 
 
+def _row_by_row(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """A rotation of ``[rows, inputs]`` whose outer factor is one small product for each row: as one
+    product for all, XLA would transpose them to it and back."""
+    x = rotation.padded(rotation.signed(x))
+    inner, outer = (jnp.asarray(hadamard(n), x.dtype) for n in (rotation.inner, rotation.outer))
+    y = x.reshape(-1, rotation.inner) @ (inner * (rotation.outer * rotation.inner) ** -0.5)
+    y = y.reshape(-1, rotation.outer, rotation.inner)
+    each = jnp.broadcast_to(outer.T, (len(y), *outer.shape))
+    return jax.lax.dot_general(each, y, (((2,), (1,)), ((0,), (0,)))).reshape(x.shape)
+
+
 def _by_blocks(f: Callable[..., Any], x: jax.Array, *more: jax.Array) -> Any:
     """``f`` of ``[rows, ...]`` arrays, a block of rows at a time."""
     size = _block(len(x))
@@ -69,7 +80,7 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """float ``[..., inputs]`` -> ``[..., n]`` in the same type."""
     form = select_path(rotation, _rows(x), x.dtype)
     if form == "blocks":
-        flat = _by_blocks(rotation, x.reshape(-1, x.shape[-1]))
+        flat = _by_blocks(lambda a: _row_by_row(a, rotation), x.reshape(-1, x.shape[-1]))
         return flat.reshape(*x.shape[:-1], rotation.n)
     return rotation(x) if form == "xla" else _kernel(x, rotation)
 
@@ -91,7 +102,9 @@ def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array | None) -
         return QTensor(_kernel(x, rotation, rows), scale)
     flat = x.reshape(-1, x.shape[-1])
     if scale is None:
-        q = _by_blocks(lambda a: quantize_dynamic(rotation(a)), flat)
+        q = _by_blocks(lambda a: quantize_dynamic(_row_by_row(a, rotation)), flat)
         return QTensor(q.values.reshape(*lead, rotation.n), q.scale.reshape(*lead, 1))
-    values = _by_blocks(lambda a, s: quantize_static(rotation(a), s).values, flat, rows)
+    values = _by_blocks(
+        lambda a, s: quantize_static(_row_by_row(a, rotation), s).values, flat, rows
+    )
     return QTensor(values.reshape(*lead, rotation.n), scale)
