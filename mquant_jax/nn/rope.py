@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.ops.attention_xla import turned
 from mquant_jax.ops.dense import platform
 
 
@@ -159,6 +160,4 @@ def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
         other = jnp.matmul(x, jnp.asarray(swap, x.dtype), preferred_element_type=jnp.float32)
         twice = [jnp.concatenate([y, y], axis=-1) for y in (cos, sin)]
         return (x.astype(jnp.float32) * twice[0] + other * twice[1]).astype(x.dtype)
-    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    turned = [a * cos - b * sin, b * cos + a * sin]
-    return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)
+    return turned(x, cos, sin)

@@ -1,7 +1,7 @@
-"""Attention: grouped heads, softmax in float32; in plain XLA, and on TPU as one kernel.
+"""Attention: grouped heads, softmax in float32; which form runs is chosen here.
 
-:func:`select_path` names the form: :func:`attend` takes heads and a boolean mask, and runs
-anywhere; :func:`attend_rows` is the kernel, for the tokens of one call among each other.
+:func:`select_path` names it: :func:`attend` takes heads and a boolean mask, and runs anywhere;
+:func:`attend_rows` takes what projections give, for the tokens of one call among each other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops import gpu
+from mquant_jax.ops import attention_xla, gpu
 from mquant_jax.ops.dense import early_tpu, platform
 
 
@@ -23,13 +23,16 @@ def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
 
 
 FEWEST_ROWS = 128  # below, the kernel pads more than it saves
+FEWEST_ON_CPU = 64  # below, there is little to transpose
 
 
 def select_path(
     tokens: int, heads: int, kv_heads: int, head_dim: int, dtype, ordered: bool = False
 ) -> str:
-    """``pallas_tpu`` where :func:`attend_rows` may run, for many bfloat16 tokens on TPU that attend
-    to each other and to nothing else; else ``xla``."""
+    """``pallas_tpu`` or ``heads_cpu`` where :func:`attend_rows` may run, for many tokens (on TPU in
+    bfloat16) that attend to each other and to nothing else; else ``xla``."""
+    if platform() == "cpu" and tokens >= FEWEST_ON_CPU:
+        return "heads_cpu"
     if platform() != "tpu" or early_tpu() or tokens < FEWEST_ROWS or dtype != jnp.bfloat16:
         return "xla"
     from mquant_jax.ops import pallas_tpu_attention  # slow to import, see ops/rotate.py
@@ -49,10 +52,10 @@ def attend_rows(
     scale: jax.Array | None = None,
     ordered: bool = False,
 ) -> jax.Array | QTensor:
-    """Rotary positions, attention and quantisation in one kernel.
+    """Rotary positions, attention and quantisation in one.
 
     Args:
-        q, k, v: bfloat16 ``[B, T, heads * d]``, as the projections give them.
+        q, k, v: float ``[B, T, heads * d]``, as the projections give them; bfloat16 on TPU.
         order: of queries and keys, int32 ``[B, T]``: a query sees what is not above its own.
         angles: float32 ``[B, T, r/2]``, by which queries and keys are turned.
         gain: float32 ``[B, T]``, factor on queries.
@@ -60,21 +63,17 @@ def attend_rows(
         ordered: tokens stand in their order.
 
     Returns:
-        ``[B, T, heads * d]``: bfloat16, or with ``scale`` int8.
+        ``[B, T, heads * d]``: in their type, or with ``scale`` int8.
     """
+    if platform() == "cpu":
+        y = attention_xla.attend_rows(q, k, v, head_dim, order, angles, gain, scale, ordered)
+        return y if scale is None else QTensor(y, scale)
     from mquant_jax.ops import pallas_tpu_attention as kernel
 
     heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
     cut = kernel.plan(q.shape[1], heads, kv_heads, head_dim, ordered)
     y = kernel.attend_rows(q, k, v, order, cut, angles, gain, scale, ordered)
     return y if scale is None else QTensor(y, scale)
-
-
-# Logits above which they are made a part at a time, and how many then: on CPU what its caches hold,
-# elsewhere what memory can spare.
-_MOST_LOGITS = {"cpu": (2**22, 2**21), "gpu": (2**28, 2**27), "tpu": (2**28, 2**27)}
-_LEAST_QUERIES = 64  # that go together: fewer make small products
-_ORDERED_BLOCKS = 8  # of queries in order, each of which is spared the keys behind it
 
 
 def attend(
@@ -108,14 +107,7 @@ def attend(
 
         return flash_gpu.attend(q, k, v, mask, in_order)
     q = q.reshape(b, kv_heads, heads // kv_heads, t, d)
-    size = max(_LEAST_QUERIES, -(-t // _ORDERED_BLOCKS)) if in_order else t
-    blocks = []
-    for start in range(0, t, size):
-        at, end = slice(start, start + size), start + size if in_order else None
-        keys = jax.tree.map(lambda x, end=end: x[..., :end], k)
-        values = jax.tree.map(lambda x, end=end: x[..., :end, :], v)
-        blocks.append(_in_parts(q[..., at, :], keys, values, mask[:, at, :end], prefix))
-    out = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
+    out = attention_xla.attend_heads(q, k, v, mask, prefix, in_order)
     return out.reshape(b, heads, t, d).swapaxes(1, 2).reshape(b, t, heads * d)
 
 
@@ -138,85 +130,3 @@ def attend_cache(
         return decode_gpu.attend_one(q[:, :, 0], *cache, layer, mask[:, 0])[:, None]
     k, v = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
     return attend(q, k, v, mask, prefix)
-
-
-def _in_parts(q, k, v, mask, prefix) -> jax.Array:
-    """Queries ``[B, kv_heads, g, T, d]`` -> what each sees, in the same shape; row by row, then by
-    groups of kv heads, then by queries, as long as there are too many logits."""
-    b, kv_heads, g, t, d = q.shape
-    s, (most, part) = mask.shape[-1], _MOST_LOGITS[platform()]
-    if b * kv_heads * g * t * s <= most or t <= _LEAST_QUERIES:
-        return _attend(q, k, v, mask, prefix)
-    if b > 1:
-        return jax.lax.map(
-            lambda row: _in_parts(*jax.tree.map(lambda x: x[None], row), prefix)[0], (q, k, v, mask)
-        )
-    if kv_heads > 1:
-        fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * g * t * s <= part]
-        n = max(fitting, default=1)
-
-        def split(x: jax.Array, axis: int) -> jax.Array:
-            """The axis of kv heads -> groups in front, ``n`` heads in its place."""
-            x = x.reshape(*x.shape[:axis], -1, n, *x.shape[axis + 1 :])
-            return jnp.moveaxis(x, axis, 0)
-
-        groups = (
-            *jax.tree.map(lambda x: split(x, 1), (q, k, v)),
-            jax.tree.map(lambda x: split(x, 0), prefix),
-        )
-        out = jax.lax.map(lambda a: _in_parts(*a[:3], mask, a[3])[0], groups)
-        return out.reshape(q.shape)
-    size = _LEAST_QUERIES
-    while 2 * size * g * s <= part:
-        size *= 2
-    count = -(-t // size)
-    missing = count * size - t
-    q = jnp.pad(q, ((0, 0),) * 3 + ((0, missing), (0, 0)))
-    mask = jnp.pad(mask, ((0, 0), (0, missing), (0, 0)))
-
-    def some(i):
-        own = jax.lax.dynamic_slice_in_dim(q, i * size, size, axis=3)
-        seen = jax.lax.dynamic_slice_in_dim(mask, i * size, size, axis=1)
-        return _attend(own, k, v, seen, prefix)
-
-    out = jax.lax.map(some, jnp.arange(count))
-    return jnp.moveaxis(out, 0, 3).reshape(1, 1, g, count * size, d)[..., :t, :]
-
-
-def _attend(q, k, v, mask, prefix) -> jax.Array:
-    """:func:`_in_parts` for all at once.
-
-    Products are written so that logits and values enter them as they lie. What makes weights add
-    up to one is divided out last, where there is least of it.
-    """
-    (b, kv_heads, g, t, d), s = q.shape, mask.shape[-1]
-    keys, values = (x.values if isinstance(x, QTensor) else x for x in (k, v))
-    rows, gain = q.reshape(b, kv_heads, g * t, d), d**-0.5
-    logits = _product(rows, keys.astype(q.dtype)).reshape(b, kv_heads, g, t, s)
-    if isinstance(k, QTensor):
-        logits = logits * k.scale[:, :, None]
-    logits = jnp.where(mask[:, None, None], logits * gain, jnp.finfo(jnp.float32).min)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    if prefix is not None:
-        more = jnp.einsum("bhgtd,hpd->bhgtp", q, prefix[0], preferred_element_type=jnp.float32)
-        more = more * gain
-        top = jnp.maximum(top, jnp.max(more, axis=-1, keepdims=True))
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if isinstance(v, QTensor):
-        weights = weights * jnp.swapaxes(v.scale, -1, -2)[:, :, None]
-    weights = weights.astype(q.dtype).reshape(b, kv_heads, g * t, s)
-    out = _product(weights, values.astype(q.dtype)).reshape(q.shape)
-    if prefix is not None:
-        weights = jnp.exp(more - top)
-        total += jnp.sum(weights, axis=-1, keepdims=True)
-        out += jnp.einsum(
-            "bhgtp,hpd->bhgtd", weights.astype(q.dtype), prefix[1],
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-    return (out / total).astype(q.dtype)
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x @ y`` in float32: ``[B, kv_heads, rows, K]`` by ``[B, kv_heads, K, columns]``."""
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)

@@ -1,12 +1,14 @@
-"""Attention a few queries at a time is attention."""
+"""Attention a few queries, or a few heads, at a time is attention."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mquant_jax.numerics import quantize_dynamic
-from mquant_jax.ops import attention
-from mquant_jax.ops.attention import attend
+from mquant_jax.nn.cache import NEVER, key_order
+from mquant_jax.nn.rope import apply_rope
+from mquant_jax.numerics import quantize_dynamic, quantize_static
+from mquant_jax.ops import attention_xla
+from mquant_jax.ops.attention import attend, attend_rows, split_heads
 
 
 @pytest.mark.parametrize("with_prefix", [False, True])
@@ -23,7 +25,7 @@ def test_parts_make_the_whole(monkeypatch, batch, with_prefix) -> None:
     causal = jnp.arange(s)[None, None] <= jnp.arange(t)[None, :, None]
     for mask in (causal, jnp.ones((batch, 1, s), bool)):
         whole = attend(q, k, v, mask, prefix)
-        monkeypatch.setattr(attention, "_MOST_LOGITS", {"cpu": (1000, 1000)})
+        monkeypatch.setattr(attention_xla, "MOST_LOGITS", {"cpu": (1000, 1000)})
         np.testing.assert_allclose(attend(q, k, v, mask, prefix), whole, rtol=1e-5, atol=1e-6)
         monkeypatch.undo()
 
@@ -55,3 +57,55 @@ def test_int8_keys_and_values_are_what_they_stand_for() -> None:
     mask = jnp.ones((1, 1, 90), bool)
     expected = attend(q, k8.dequantize(), v8.dequantize(), mask)
     np.testing.assert_allclose(attend(q, k8, v8, mask), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [2**21, 60_000, 1000])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_rows_are_attended_to_as_heads_are(monkeypatch, ordered, most) -> None:
+    """Heads cut out a few at a time: padding, a part of the channels turned, gains and scales."""
+    rng = np.random.default_rng(3)
+    b, t, heads, kv_heads, d = 4, 70, 6, 2, 8
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    q, k, v = (draw(b, t, n * d) for n in (heads, kv_heads, kv_heads))
+    angles, gain = draw(b, t, 3), 1 + draw(b, t) / 4
+    scale = jnp.asarray(rng.uniform(0.01, 0.02, (b, t, 1)), jnp.float32)
+    order = np.tile(np.arange(t) if ordered else rng.permutation(t), (b, 1))
+    order[1, order[1] < 5] = -1
+    seen, order = order >= 0, jnp.asarray(order, jnp.int32)
+    keys = key_order(order, order)
+    split = [split_heads(x, d) for x in (q, k, v)]
+    turned_q, turned_k = apply_rope(split[0], angles), apply_rope(split[1], angles)
+    expected = attend(
+        turned_q * gain[:, None, :, None], jnp.swapaxes(turned_k, 2, 3), split[2],
+        keys[:, None] <= order[:, :, None],
+    )  # fmt: skip
+    monkeypatch.setattr(attention_xla, "MOST_LOGITS", {"cpu": (2 * most, most)})
+    got = attend_rows(q, k, v, d, (order, keys), angles, gain, ordered=ordered)
+    np.testing.assert_allclose(got[seen], expected[seen], rtol=1e-4, atol=1e-5)
+    assert np.isfinite(got).all()
+    q8 = attend_rows(q, k, v, d, (order, keys), angles, gain, scale, ordered)
+    assert q8.values.dtype == jnp.int8
+    step = np.asarray(q8.values, float) - np.asarray(quantize_static(got, scale).values, float)
+    assert np.abs(step).max() <= 1  # where a value lies between two integers
+
+
+def test_where_all_see_all_no_mask_is_looked_at() -> None:
+    rng = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 80, 32)), jnp.float32) for _ in range(3))
+    zero = jnp.zeros((2, 80), jnp.int32)
+    whole = attend_rows(q, k, v, 8, (zero, zero))
+    heads = [split_heads(x, 8) for x in (q, k, v)]
+    expected = attend(heads[0], jnp.swapaxes(heads[1], 2, 3), heads[2], jnp.ones((1, 1, 80), bool))
+    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-6)
+    hidden = zero.at[1, 3:9].set(NEVER)  # one of the rows has padding
+    some = attend_rows(q, k, v, 8, (zero, hidden))
+    np.testing.assert_allclose(some[0], expected[0], rtol=1e-5, atol=1e-6)
+    left = np.delete(np.asarray(k[1]), np.s_[3:9], 0), np.delete(np.asarray(v[1]), np.s_[3:9], 0)
+    alone = attend_rows(
+        q[1:], *(jnp.asarray(np.pad(x, ((0, 6), (0, 0))))[None] for x in left), 8,
+        (zero[1:], zero[1:].at[0, 74:].set(NEVER)),
+    )  # fmt: skip
+    np.testing.assert_allclose(some[1], alone[0], rtol=1e-4, atol=1e-5)

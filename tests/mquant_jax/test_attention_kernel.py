@@ -123,7 +123,8 @@ def test_plans() -> None:
 
 def test_the_chosen_form() -> None:
     shape = 28, 4, 128
-    assert select_path(1024, *shape, jnp.bfloat16) == "xla"  # on CPU
+    assert select_path(1024, *shape, jnp.float32) == "heads_cpu"
+    assert select_path(1, *shape, jnp.float32) == "xla"
     with target_platform("tpu"):
         assert select_path(1024, *shape, jnp.bfloat16) == "pallas_tpu"
         assert select_path(1, *shape, jnp.bfloat16) == "xla"
