@@ -44,9 +44,9 @@ def _rows(x: jax.Array) -> int:
 
 
 def _row_by_row(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """A rotation of ``[rows, inputs]`` whose outer factor is one small product for each row: as one
-    product for all, XLA would transpose them to it and back."""
-    x = rotation.padded(rotation.signed(x))
+    """A rotation of ``[rows, inputs]``, signs apart, whose outer factor is one small product for
+    each row: as one product for all, XLA would transpose them to it and back."""
+    x = rotation.padded(x)
     inner, outer = (jnp.asarray(hadamard(n), x.dtype) for n in (rotation.inner, rotation.outer))
     y = x.reshape(-1, rotation.inner) @ (inner * (rotation.outer * rotation.inner) ** -0.5)
     y = y.reshape(-1, rotation.outer, rotation.inner)
@@ -80,7 +80,8 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """float ``[..., inputs]`` -> ``[..., n]`` in the same type."""
     form = select_path(rotation, _rows(x), x.dtype)
     if form == "blocks":
-        flat = _by_blocks(lambda a: _row_by_row(a, rotation), x.reshape(-1, x.shape[-1]))
+        flat = rotation.signed(x).reshape(-1, x.shape[-1])
+        flat = _by_blocks(lambda a: _row_by_row(a, rotation), flat)
         return flat.reshape(*x.shape[:-1], rotation.n)
     return rotation(x) if form == "xla" else _kernel(x, rotation)
 
@@ -100,7 +101,8 @@ def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array | None) -
     rows = None if scale is None else jnp.broadcast_to(scale, (*lead, 1)).reshape(-1, 1)
     if form != "blocks":
         return QTensor(_kernel(x, rotation, rows), scale)
-    flat = x.reshape(-1, x.shape[-1])
+    # Signs join what has made the rows, if they come in front of the loop.
+    flat = rotation.signed(x).reshape(-1, x.shape[-1])
     if scale is None:
         q = _by_blocks(lambda a: quantize_dynamic(_row_by_row(a, rotation)), flat)
         return QTensor(q.values.reshape(*lead, rotation.n), q.scale.reshape(*lead, 1))
