@@ -19,6 +19,7 @@ from mquant_jax.hadamard import LANES
 
 NEVER = np.iinfo(np.int32).max  # the order of a key that no query sees
 NAME = "attend_rows"
+_reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # it moved in jax 0.11
 _LOW = -1e30  # below all logits; far from what float32 can hold, so that differences are finite
 _CHUNK = 256  # rows whose logits are in flight at a time
 _PREPARED, _FINISHED = 128, 64  # rows that are turned, and written, at a time
@@ -357,7 +358,7 @@ def _finish(out_ref, inverse_ref, state, cut: Plan) -> None:
             at = head // cut.g, pl.ds(head % cut.g * cut.queries + start, step)
             total = jnp.sum(total_s[at], axis=1, keepdims=True)
             total = jnp.broadcast_to(total, (step, LANES))
-            factor = pl.reciprocal(total, approx=True)
+            factor = _reciprocal(total, approx=True)
             factor = factor * (2.0 - total * factor)  # to all the digits of a float32
             if inverse_ref is not None:
                 factor = factor * inverse_ref[0, rows]

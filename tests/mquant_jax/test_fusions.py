@@ -68,7 +68,8 @@ def sizes(preset: str, *dtypes: str, unsigned: bool = True) -> list[tuple[int, .
         for a in i.arrays
         if a.dtype in dtypes and a.size >= TOKENS * WIDTH
         and "dynamic_slice" not in i.source  # a layer's weights out of the stack
-        and "broadcast_in_dim" not in i.source  # what a loop over blocks of rows fills
+        # What a loop over blocks of rows fills; in jax 0.12 it has no source.
+        and i.source and "broadcast_in_dim" not in i.source
     ]  # fmt: skip
 
 
