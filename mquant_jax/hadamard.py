@@ -164,15 +164,18 @@ class Rotation:
             return x
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.padding)])
 
+    def factors(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """The outer factor, and the inner one, which normalises both."""
+        inner = hadamard(self.inner) * (self.outer * self.inner) ** -0.5
+        return jnp.asarray(hadamard(self.outer), dtype), jnp.asarray(inner, dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x [..., inputs] @ R``: ``[..., n]`` in ``x.dtype``."""
         x = self.padded(self.signed(x))
         shape = x.shape
-        scale = (self.outer * self.inner) ** -0.5
-        x = x.reshape(*shape[:-1], self.blocks, self.outer, self.inner)
-        x = x @ jnp.asarray(hadamard(self.inner) * scale, x.dtype)
-        x = jnp.einsum("...oi,op->...pi", x, jnp.asarray(hadamard(self.outer), x.dtype))
-        return x.reshape(shape)
+        outer, inner = self.factors(x.dtype)
+        x = x.reshape(*shape[:-1], self.blocks, self.outer, self.inner) @ inner
+        return jnp.einsum("...oi,op->...pi", x, outer).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)

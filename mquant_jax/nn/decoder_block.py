@@ -220,9 +220,9 @@ class DecoderBlock(Projections):
     def fuses(self, q: jax.Array, ctx: DecoderContext) -> bool:
         """Whether :meth:`attend_rows` runs for queries ``[B, T, heads * d]``."""
         heads = self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
-        path = select_path(q.shape[1], *heads, q.dtype, ctx.in_order)
-        # They know no prefix, and not all have a gradient.
-        return path != "xla" and not self.prefixed and not self.attn_out.simulated
+        gradient = self.attn_out.simulated
+        path = select_path(q.shape[1], *heads, q.dtype, ctx.in_order, gradient)
+        return path != "xla" and not self.prefixed  # of which none of them knows
 
     def attend_rows(self, q, k, v, ctx: DecoderContext, tap: Tap | None) -> jax.Array | QTensor:
         """Attention of one call's tokens among each other, of what :meth:`qkv` gives; quantised if

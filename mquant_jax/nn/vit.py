@@ -253,8 +253,8 @@ class ViTBlock(nnx.Module):
     def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
         """Attention inside each picture: ``[N, P, hidden]`` each -> the same."""
         heads, d = self.cfg.num_heads, self.cfg.head_dim
-        path = select_path(q.shape[1], heads, heads, d, q.dtype)
-        if path != "xla" and not self.attn_out.simulated:  # not all have a gradient
+        gradient = self.attn_out.simulated
+        if select_path(q.shape[1], heads, heads, d, q.dtype, gradient=gradient) != "xla":
             scale = self.attn_out.known_scale(None, tap)
             return attend_rows(q, k, v, d, ctx.order, ctx.angles, scale=scale)
         q, k, v = (split_heads(y, d) for y in (q, k, v))

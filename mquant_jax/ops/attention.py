@@ -27,13 +27,17 @@ FEWEST_ON_CPU = 64  # below, there is little to transpose
 
 
 def select_path(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype, ordered: bool = False
-) -> str:
+    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype, ordered: bool = False,
+    gradient: bool = False,
+) -> str:  # fmt: skip
     """``pallas_tpu`` or ``heads_cpu`` where :func:`attend_rows` may run, for many tokens (on TPU in
-    bfloat16) that attend to each other and to nothing else; else ``xla``."""
+    bfloat16 and without a ``gradient``) that attend to each other and to nothing else; else
+    ``xla``."""
     if platform() == "cpu" and tokens >= FEWEST_ON_CPU:
         return "heads_cpu"
-    if platform() != "tpu" or early_tpu() or tokens < FEWEST_ROWS or dtype != jnp.bfloat16:
+    if platform() != "tpu" or early_tpu() or gradient:
+        return "xla"
+    if tokens < FEWEST_ROWS or dtype != jnp.bfloat16:
         return "xla"
     from mquant_jax.ops import pallas_tpu_attention  # slow to import, see ops/rotate.py
 

@@ -149,8 +149,7 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
             lambda row: _in_parts(*jax.tree.map(lambda x: x[None], row), prefix)[0], (q, k, v, mask)
         )
     if kv_heads > 1:
-        fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * g * t * s <= part]
-        n = max(fitting, default=1)
+        n = _most(kv_heads, part // (g * t * s))
 
         def split(x: jax.Array, axis: int) -> jax.Array:
             """The axis of kv heads -> groups in front, ``n`` heads in its place."""
@@ -190,14 +189,11 @@ def _attend(q, k, v, mask, prefix) -> jax.Array:
     """
     (b, kv_heads, g, t, d), s = q.shape, _keys(k)
     keys, values = (x.values if isinstance(x, QTensor) else x for x in (k, v))
-    gain = d**-0.5
-    # There are fewer queries than logits; half precision would round them once more.
-    early = gain if q.dtype == jnp.float32 else 1.0
-    rows = (q * early).reshape(b, kv_heads, g * t, d)
+    rows, gain = q.reshape(b, kv_heads, g * t, d), d**-0.5
     logits = _product(rows, keys.astype(q.dtype)).reshape(b, kv_heads, g, t, s)
     if isinstance(k, QTensor):
         logits = logits * k.scale[:, :, None]
-    logits = logits * (gain / early)
+    logits = logits * gain
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     top = jnp.max(logits, axis=-1, keepdims=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mquant_jax.hadamard import LANES, Rotation, hadamard
+from mquant_jax.hadamard import LANES, Rotation
 from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
 from mquant_jax.ops.dense import early_tpu, platform
 from mquant_jax.ops.gpu import suits_device
@@ -47,20 +47,22 @@ def _row_by_row(x: jax.Array, rotation: Rotation) -> jax.Array:
     """A rotation of ``[rows, inputs]``, signs apart, whose outer factor is one small product for
     each row: as one product for all, XLA would transpose them to it and back."""
     x = rotation.padded(x)
-    inner, outer = (jnp.asarray(hadamard(n), x.dtype) for n in (rotation.inner, rotation.outer))
-    y = x.reshape(-1, rotation.inner) @ (inner * (rotation.outer * rotation.inner) ** -0.5)
-    y = y.reshape(-1, rotation.outer, rotation.inner)
+    outer, inner = rotation.factors(x.dtype)
+    y = (x.reshape(-1, rotation.inner) @ inner).reshape(-1, rotation.outer, rotation.inner)
     each = jnp.broadcast_to(outer.T, (len(y), *outer.shape))
     return jax.lax.dot_general(each, y, (((2,), (1,)), ((0,), (0,)))).reshape(x.shape)
 
 
-def _by_blocks(f: Callable[..., Any], x: jax.Array, *more: jax.Array) -> Any:
-    """``f`` of ``[rows, ...]`` arrays, a block of rows at a time."""
-    size = _block(len(x))
+def _by_blocks(x: jax.Array, rotation: Rotation, end: Callable[..., Any], *more: jax.Array) -> Any:
+    """What ``end`` makes of rotated ``x [..., inputs]``, a block of rows at a time, with the same
+    rows of ``more [rows, ...]``."""
+    # Signs join what has made the rows, as they come in front of the loop.
+    flat, size = rotation.signed(x).reshape(-1, x.shape[-1]), _block(_rows(x))
     parts = jax.lax.map(
-        lambda a: f(*a), tuple(a.reshape(-1, size, *a.shape[1:]) for a in (x, *more))
+        lambda a: end(_row_by_row(a[0], rotation), *a[1:]),
+        tuple(a.reshape(-1, size, *a.shape[1:]) for a in (flat, *more)),
     )
-    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), parts)
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], y.shape[-1]), parts)
 
 
 def _kernel(x: jax.Array, rotation: Rotation, scale: jax.Array | None = None) -> jax.Array:
@@ -80,9 +82,7 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """float ``[..., inputs]`` -> ``[..., n]`` in the same type."""
     form = select_path(rotation, _rows(x), x.dtype)
     if form == "blocks":
-        flat = rotation.signed(x).reshape(-1, x.shape[-1])
-        flat = _by_blocks(lambda a: _row_by_row(a, rotation), flat)
-        return flat.reshape(*x.shape[:-1], rotation.n)
+        return _by_blocks(x, rotation, lambda y: y)
     return rotation(x) if form == "xla" else _kernel(x, rotation)
 
 
@@ -94,19 +94,13 @@ def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array | None) -
         scale: float32, one number or ``[..., 1]``, per row; ``None``: found from each row.
     """
     form = select_path(rotation, _rows(x), x.dtype)
-    lead = x.shape[:-1]
-    if form == "xla" or (form != "blocks" and scale is None):
+    if form == "blocks" and scale is None:
+        return _by_blocks(x, rotation, quantize_dynamic)
+    if form == "xla" or scale is None:
         y = rotate(x, rotation)
         return quantize_dynamic(y) if scale is None else quantize_static(y, scale)
-    rows = None if scale is None else jnp.broadcast_to(scale, (*lead, 1)).reshape(-1, 1)
+    rows = jnp.broadcast_to(scale, (*x.shape[:-1], 1)).reshape(-1, 1)
     if form != "blocks":
         return QTensor(_kernel(x, rotation, rows), scale)
-    # Signs join what has made the rows, if they come in front of the loop.
-    flat = rotation.signed(x).reshape(-1, x.shape[-1])
-    if scale is None:
-        q = _by_blocks(lambda a: quantize_dynamic(_row_by_row(a, rotation)), flat)
-        return QTensor(q.values.reshape(*lead, rotation.n), q.scale.reshape(*lead, 1))
-    values = _by_blocks(
-        lambda a, s: quantize_static(_row_by_row(a, rotation), s).values, flat, rows
-    )
-    return QTensor(values.reshape(*lead, rotation.n), scale)
+    values = _by_blocks(x, rotation, lambda y, s: quantize_static(y, s).values, rows)
+    return QTensor(values, scale)

@@ -1,5 +1,6 @@
 """Attention a few queries, or a few heads, at a time is attention."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,6 +91,13 @@ def test_rows_are_attended_to_as_heads_are(monkeypatch, ordered, most) -> None:
     assert q8.values.dtype == jnp.int8
     step = np.asarray(q8.values, float) - np.asarray(quantize_static(got, scale).values, float)
     assert np.abs(step).max() <= 1  # where a value lies between two integers
+    slope = jax.grad(lambda x: attend_rows(q, x, v, d, (order, keys), ordered=ordered)[seen].sum())
+
+    def by_heads(x):
+        mask = keys[:, None] <= order[:, :, None]
+        return attend(split[0], jnp.swapaxes(split_heads(x, d), 2, 3), split[2], mask)[seen].sum()
+
+    np.testing.assert_allclose(slope(k), jax.grad(by_heads)(k), rtol=1e-4, atol=1e-5)
 
 
 def test_where_all_see_all_no_mask_is_looked_at() -> None:

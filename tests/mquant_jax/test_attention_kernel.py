@@ -127,6 +127,7 @@ def test_the_chosen_form() -> None:
     assert select_path(1, *shape, jnp.float32) == "xla"
     with target_platform("tpu"):
         assert select_path(1024, *shape, jnp.bfloat16) == "pallas_tpu"
+        assert select_path(1024, *shape, jnp.bfloat16, gradient=True) == "xla"
         assert select_path(1, *shape, jnp.bfloat16) == "xla"
         assert select_path(1024, *shape, jnp.float32) == "xla"
         assert select_path(2**20, *shape, jnp.bfloat16) == "xla"

@@ -100,9 +100,10 @@ def test_forms_agree(monkeypatch, platform, seed, padding) -> None:
         per_row = rotate_quantize(x, rotation, scale)
     assert theirs.dtype == plain.dtype and theirs.shape == (2, 40, 512)
     np.testing.assert_allclose(theirs.astype(float), plain.astype(float), atol=0.05)
-    off = np.abs(per_row.values.astype(int) - q.values.astype(int))
-    # bfloat16 rounds on the way, by as much as two of the smallest steps here.
-    assert off.max() <= 2 and np.mean(off > 1) < 1e-3 and per_row.scale is scale
+    # Against float32: what rounds to bfloat16 on the way may be off by as much itself.
+    exact = quantize_static(rotation(x.astype(jnp.float32)), scale)
+    off = np.abs(per_row.values.astype(int) - exact.values.astype(int))
+    assert off.max() <= 1 and per_row.scale is scale
     assert shared.values.dtype == jnp.int8
 
 
