@@ -35,7 +35,7 @@ class QTensor:
     """A quantised activation.
 
     Attributes:
-        values: int8 ``[..., K]``.
+        values: int8 ``[..., K]``; float32 of the same values where rounding is simulated.
         scale: float32, broadcastable to ``[..., 1]``: one number (static, one class), or one per
             token (static by token class, or dynamic).
     """
@@ -213,14 +213,15 @@ def round_to_grid(x: jax.Array, scale: jax.Array, bits: int = 8) -> jax.Array:
     return jnp.clip(q, -qmax - 1, qmax).astype(jnp.int8)
 
 
-def simulate_static(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """What :func:`quantize_static` keeps of ``x``, in float and with gradients for both arguments.
+def simulate_static(x: jax.Array, scale: jax.Array) -> QTensor:
+    """:func:`quantize_static` with the integers held as float32 and with gradients for both
+    arguments: products of them are the integers' own.
 
     The rounding passes gradients straight through; a clipped value has none.
     """
     # By the reciprocal, as there: a quotient may round to the other side of an edge.
     v = jnp.clip(x.astype(jnp.float32) * (1.0 / scale), -INT_MAX[8] - 1, INT_MAX[8])
-    return (v + jax.lax.stop_gradient(jnp.round(v) - v)) * scale
+    return QTensor(v + jax.lax.stop_gradient(jnp.round(v) - v), scale)
 
 
 def quantize_static(x: jax.Array, scale: jax.Array) -> QTensor:

@@ -63,8 +63,9 @@ class SplitColumn(nnx.Module):
             column = column.dequantize() if isinstance(column, QWeight) else column
             y = channel.astype(jnp.float32) * column[0]
             return y * x.scale if isinstance(x, QTensor) else y
-        product = channel.astype(jnp.int32) * column.unpacked().values[0].astype(jnp.int32)
-        return product.astype(jnp.float32) * (x.scale * column.scale[0, 0])
+        # Integers of 8 bits, which may be simulated: float32 holds their products.
+        product = channel.astype(jnp.float32) * column.unpacked().values[0].astype(jnp.float32)
+        return product * (x.scale * column.scale[0, 0])
 
 
 class Dense(nnx.Module):

@@ -189,11 +189,14 @@ def _attend(q, k, v, mask, prefix) -> jax.Array:
     """
     (b, kv_heads, g, t, d), s = q.shape, _keys(k)
     keys, values = (x.values if isinstance(x, QTensor) else x for x in (k, v))
-    rows, gain = q.reshape(b, kv_heads, g * t, d), d**-0.5
+    gain = d**-0.5
+    # There are fewer queries than logits; half precision would round them once more.
+    early = gain if q.dtype == jnp.float32 else 1.0
+    rows = (q * early).reshape(b, kv_heads, g * t, d)
     logits = _product(rows, keys.astype(q.dtype)).reshape(b, kv_heads, g, t, s)
     if isinstance(k, QTensor):
         logits = logits * k.scale[:, :, None]
-    logits = logits * gain
+    logits = logits * (gain / early)
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     top = jnp.max(logits, axis=-1, keepdims=True)

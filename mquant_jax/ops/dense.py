@@ -32,6 +32,7 @@ _FORMS = {
     "halves_dot": partial(xla.int_dot, product=cpu.halves_dot),
     "padded_int_dot": xla.padded_int_dot,
     "weight_only": xla.weight_only_dot,
+    "simulated": xla.simulated_dot,
     "bf16_dot": xla.bf16_dot,
 }
 # On GPU, where 4 bits stay packed.
@@ -176,7 +177,8 @@ def quantized_dot(
     if isinstance(x, QTensor):
         scale = x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1)
         flat = QTensor(flat, scale)
-    path = select_path(isinstance(x, QTensor), rows, w)
+    simulated = isinstance(x, QTensor) and x.values.dtype == jnp.float32
+    path = "simulated" if simulated else select_path(isinstance(x, QTensor), rows, w)
     packed = platform() == "gpu" and w.storage == "packed"
     if path in gpu.PATHS and packed:
         residual, gate = (None if a is None else a.reshape(rows, -1) for a in (residual, gate))
@@ -193,7 +195,7 @@ def quantized_dot(
         # does as well, but fuses a conversion to int8 into the product.
         w = w.unpacked()
     path = "int_dot" if path in gpu.PATHS else path
-    form = (_PACKED_FORMS if packed and w.groups == 1 else _FORMS)[path]
+    form = (_PACKED_FORMS if packed and w.groups == 1 and not simulated else _FORMS)[path]
     y = form(flat, w).reshape(*lead, w.out_features)
     return finish(y, bias, residual, dtype, gate)
 

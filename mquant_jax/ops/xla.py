@@ -125,19 +125,30 @@ def padded_float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return float_dot(jnp.pad(x, ((0, 1), (0, 0))), w)[:1]
 
 
+def _float_sums(x: jax.Array, w: QWeight) -> jax.Array:
+    """Float ``[rows, in]`` by the integers of a weight, which are exact in any float type ->
+    float32."""
+    w = w if w.storage == "parts" else w.unpacked()
+    return sum(
+        jax.lax.dot_general(a, b.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32)
+        for a, b in _runs(x, w)
+    )
+
+
 def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     """Float activations by quantised weights (W4A16): float ``[rows, in]`` -> float32."""
-    if w.groups == 1:  # the integers are exact in any float type
-        w = w if w.storage == "parts" else w.unpacked()
-        y = sum(
-            jax.lax.dot_general(
-                a, b.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32
-            )
-            for a, b in _runs(x, w)
-        )
-        return y * w.scale[:, 0]
+    if w.groups == 1:
+        return _float_sums(x, w) * w.scale[:, 0]
     dense = w.dequantize().astype(x.dtype)
     return jax.lax.dot_general(x, dense, _LAST_ON_LAST, preferred_element_type=jnp.float32)
+
+
+def simulated_dot(x: QTensor, w: QWeight) -> jax.Array:
+    """:func:`int_dot` of integers that are held as float32, with gradients: with one scale per
+    channel the same to the bit, as float32 holds sums below 2^24."""
+    if w.groups == 1:
+        return _float_sums(x.values, w) * (x.scale * w.scale[:, 0])
+    return weight_only_dot(x.values, w) * x.scale
 
 
 def bf16_dot(x: QTensor, w: QWeight) -> jax.Array:
