@@ -10,8 +10,8 @@ activation function. Driven by the family's declared streams.
 from __future__ import annotations
 
 import numpy as np
+from mquant_jax.models.streams import Streams
 
-from models.streams import Streams
 from mquant_jax.nn.params import Params
 from mquant_jax.ptq.channels import can_shift, links, scale, shift
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.weights import weight_rules
 from safetensors.numpy import save_file
 
 from benchmarks.aot.sizes import MODELS
-from models.qwen2_vl.config import Qwen2VLConfig
-from models.qwen2_vl.weights import weight_rules
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.samples import DEMO_ASSETS

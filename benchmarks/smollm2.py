@@ -25,12 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mquant_jax.models.base import VLM, Batch, Family, abstract_model
+from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.llama.processing import collate, text_prompt
+from mquant_jax.models.registry import family_for
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from models.base import VLM, Batch, Family, abstract_model
-from models.llama.config import LlamaConfig
-from models.llama.processing import collate, text_prompt
-from models.registry import family_for
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, abstract_params, set_params

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.hf_to_flax import convert
 from mquant_jax.api import Model, load
 from mquant_jax.cli_support import FAILED, OK, Parser, progress, run_cli
 from mquant_jax.presets import PRESETS
+from mquant_jax.ptq.convert import convert
 from mquant_jax.runtime.generate import prefill
 from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, Sample, read_samples
 

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from mquant_jax.models.base import VLM, Batch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from models.base import VLM, Batch
 from mquant_jax.cli_support import FAILED, OK, Parser, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.loading import Loaded, load_model

@@ -59,7 +59,7 @@ class ChatFolder:
 
     def _sentencepiece(self, kind: Any):
         """The tokenizer of a folder with tokenizer.model alone."""
-        from models.sentencepiece import added_tokens, build_tokenizer, read_pieces
+        from mquant_jax.models.sentencepiece import added_tokens, build_tokenizer, read_pieces
 
         config = read_json(self.folder / "tokenizer_config.json")
         special = read_json(self.folder / "special_tokens_map.json") | config

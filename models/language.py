@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from models.base import Rows, WeightRule
-from models.streams import Hidden, Read, Stream, ValueOutput
+from mquant_jax.models.base import Rows, WeightRule
+from mquant_jax.models.streams import Hidden, Read, Stream, ValueOutput
+
 from mquant_jax.nn.decoder_block import DecoderConfig
 
 _L = "language/layers/*"

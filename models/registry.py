@@ -6,23 +6,24 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from models.base import Family
+from mquant_jax.models.base import Family
+
 from mquant_jax.errors import UserError
 
 # model_type in config.json -> package that exposes ``FAMILY``; and ``TEXT_FAMILY``, where the type
 # is also that of a language model alone, which has no ``vision_config``.
 _BY_MODEL_TYPE = {
-    "chatglm": "models.glm4v",
-    "internvl": "models.internvl",
-    "internvl_chat": "models.internvl",
-    "llama": "models.llama",
-    "minicpmv": "models.minicpmv",
-    "qwen": "models.qwen_vl",
-    "qwen2": "models.llama",
-    "qwen2_vl": "models.qwen2_vl",
+    "chatglm": "mquant_jax.models.glm4v",
+    "internvl": "mquant_jax.models.internvl",
+    "internvl_chat": "mquant_jax.models.internvl",
+    "llama": "mquant_jax.models.llama",
+    "minicpmv": "mquant_jax.models.minicpmv",
+    "qwen": "mquant_jax.models.qwen_vl",
+    "qwen2": "mquant_jax.models.llama",
+    "qwen2_vl": "mquant_jax.models.qwen2_vl",
 }
 # Whose remote code defines no model_type: the class in ``architectures`` tells.
-_BY_ARCHITECTURE = {"CogVLMForCausalLM": "models.cogvlm2"}
+_BY_ARCHITECTURE = {"CogVLMForCausalLM": "mquant_jax.models.cogvlm2"}
 
 
 def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") -> Family:

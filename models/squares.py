@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from mquant_jax.models.base import bucket
 from PIL import Image
 
-from models.base import bucket
 from mquant_jax.nn.vit import VisionInput
 
 # The colours that CLIP was trained with, for values between 0 and 1.

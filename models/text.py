@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-
-from models.base import Batch, Prompt
+from mquant_jax.models.base import Batch, Prompt
 
 
 def text_prompt(ids: Sequence[int]) -> Prompt:

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from models.base import VLM, Batch, Processor, Prompt, bucket
 from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import VLM, Batch, Processor, Prompt, bucket
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.sampling import Sampling
 

@@ -12,6 +12,7 @@ from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
 
 COMMANDS = {
+    "convert": "convert a Hugging Face model into a checkpoint, float or quantised",
     "demo": "convert the bundled model to W4A8, compare it with float, draw a contact sheet",
     "generate": "ask a converted model about pictures",
     "eval": "exact match on picture-and-question samples",
@@ -31,7 +32,6 @@ def usage() -> str:
         *(f"  {name:<9} {text}" for name, text in COMMANDS.items()),
         "",
         "python -m mquant_jax COMMAND --help explains one command.",
-        "python -m convert.hf_to_flax --help explains how a Hugging Face model is converted.",
     ]
     return "\n".join(lines)
 

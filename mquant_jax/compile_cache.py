@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from mquant_jax.processor import features
+from mquant_jax.cpu_features import features
 
 WORTH_SECONDS = 0.5  # of compilation; quicker ones are not kept
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.base import VLM, Family, abstract_model
-from models.registry import family_for
-from mquant_jax.checkpoint import CONFIG, load_json, load_manifest, load_params
+from mquant_jax.checkpoint.store import CONFIG, load_json, load_manifest, load_params
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import VLM, Family, abstract_model
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import held

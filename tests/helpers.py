@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mquant_jax.models.base import VLM, Family, abstract_model
+from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.llama.modeling import Llama
+from mquant_jax.models.llama.weights import weight_rules as llama_rules
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.modeling import Qwen2VL
+from mquant_jax.models.qwen2_vl.weights import weight_rules
+from mquant_jax.models.registry import family_for
 from safetensors.numpy import load_file
 
-from models.base import VLM, Family, abstract_model
-from models.llama.config import LlamaConfig
-from models.llama.modeling import Llama
-from models.llama.weights import weight_rules as llama_rules
-from models.qwen2_vl.config import Qwen2VLConfig
-from models.qwen2_vl.modeling import Qwen2VL
-from models.qwen2_vl.weights import weight_rules
-from models.registry import family_for
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from models.internvl import FAMILY
+from mquant_jax.models.internvl import FAMILY
+
 from tests import family_cases
 from tests.family_cases import changed_config, golden_case  # noqa: F401  (for the tests)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from models.minicpmv import FAMILY
+from mquant_jax.models.minicpmv import FAMILY
+
 from tests import family_cases
 
 FOLDER = "minicpmv2_6"

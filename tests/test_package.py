@@ -8,20 +8,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [p for top in ("mquant_jax", "models", "convert") for p in (ROOT / top).rglob("*.py")]
+USERS = [p for top in ("benchmarks", "examples", "tests") for p in (ROOT / top).rglob("*.py")]
 
 # Lower floors first; a module may import its own floor and those below.
 FLOORS = (
     ("mquant_jax.numerics", "mquant_jax.hadamard", "mquant_jax.recipe", "mquant_jax.presets",
-     "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.cli_support", "mquant_jax.atomic",
-     "mquant_jax.compile_cache", "mquant_jax.processor"),
+     "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.cli_support",
+     "mquant_jax.compile_cache", "mquant_jax.cpu_features"),
     ("mquant_jax.ops",),
     ("mquant_jax.nn",),
-    ("models",),
+    ("mquant_jax.models",),
     ("mquant_jax.ptq", "mquant_jax.runtime", "mquant_jax.checkpoint", "mquant_jax.loading"),
-    ("mquant_jax.report", "convert"),
+    ("mquant_jax.report",),
     ("mquant_jax.api",),
     ("mquant_jax.eval",),
     ("mquant_jax.cli", "mquant_jax.commands", "mquant_jax.__main__"),
+    ("convert",),
 )  # fmt: skip
 
 
@@ -30,6 +32,12 @@ def floor(module: str) -> int | None:
         if any(module == n or module.startswith(n + ".") for n in names):
             return i
     return None
+
+
+def module_name(path: Path) -> str:
+    """The import name of a source file; the folder ``models`` is ``mquant_jax.models``."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return f"mquant_jax.{name}" if name.split(".")[0] == "models" else name
 
 
 def imports(path: Path) -> set[str]:
@@ -45,7 +53,7 @@ def imports(path: Path) -> set[str]:
 def test_imports_run_downward() -> None:
     upward = []
     for path in SOURCES:
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        name = module_name(path)
         own = floor(name)
         if own is None:
             assert name == "mquant_jax", f"{name} stands on no floor"
@@ -54,10 +62,20 @@ def test_imports_run_downward() -> None:
     assert not upward
 
 
+def test_one_namespace() -> None:
+    """``models`` is no import name of ours: it would load each class a second time, and a user's
+    own ``models.py`` would hide it. ``convert`` holds command lines, which nothing else needs."""
+    for path in SOURCES + USERS:
+        tops = {m.split(".")[0] for m in imports(path)}
+        assert "models" not in tops, path
+        assert "convert" not in tops or not path.is_relative_to(ROOT / "mquant_jax"), path
+        assert "convert" not in tops or not path.is_relative_to(ROOT / "models"), path
+
+
 def test_only_families_name_families() -> None:
     for path in SOURCES:
         if not path.is_relative_to(ROOT / "models"):
-            family = re.compile(r"models\.(?!base|registry|streams)\w")
+            family = re.compile(r"mquant_jax\.models\.(?!base|registry|streams)\w")
             assert not [m for m in imports(path) if family.match(m)], path
 
 

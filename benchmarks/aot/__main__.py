@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 import jax
+from mquant_jax.models.registry import family_for
 
 from benchmarks.aot.backend import prepare, sharding
 from benchmarks.aot.devices import DEVICES, Device
@@ -23,7 +24,6 @@ from benchmarks.aot.programs import PROGRAMS, Setup, compile_program, prompt
 from benchmarks.aot.report import DYNAMIC, FLOAT, STATIC, figures, memory_of, ratios, table
 from benchmarks.aot.sizes import MODELS
 from benchmarks.output import add_output_options, deliver
-from models.registry import family_for
 from mquant_jax.cli_support import OK, Parser, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.presets import PRESETS

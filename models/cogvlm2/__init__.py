@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from models.base import Family
-from models.cogvlm2.config import CogVLM2Config
-from models.cogvlm2.modeling import CogVLM2
-from models.cogvlm2.processing import collate, example_prompt, reference_batch
-from models.cogvlm2.streams import streams
-from models.cogvlm2.weights import ignored, weight_rules
+from mquant_jax.models.base import Family
+from mquant_jax.models.cogvlm2.config import CogVLM2Config
+from mquant_jax.models.cogvlm2.modeling import CogVLM2
+from mquant_jax.models.cogvlm2.processing import collate, example_prompt, reference_batch
+from mquant_jax.models.cogvlm2.streams import streams
+from mquant_jax.models.cogvlm2.weights import ignored, weight_rules
 
 FAMILY = Family(
     name="cogvlm2",
@@ -15,7 +15,7 @@ FAMILY = Family(
     model=CogVLM2,
     weight_rules=weight_rules,
     ignored=ignored,
-    processor_class="models.cogvlm2.processor:CogVLM2Processor",
+    processor_class="mquant_jax.models.cogvlm2.processor:CogVLM2Processor",
     reference_batch=reference_batch,
     example_prompt=example_prompt,
     collate=collate,

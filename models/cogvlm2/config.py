@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from models.eva2 import EVA2Config
+from mquant_jax.models.eva2 import EVA2Config
+
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from models.base import VLM
-from models.eva2 import EVA2Vision
+from mquant_jax.models.base import VLM
+from mquant_jax.models.eva2 import EVA2Vision
 
 
 class CogVLM2(VLM):

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-
-from models.base import Batch, Prompt
-from models.cogvlm2.config import CogVLM2Config
-from models.eva2 import VISUAL
-from models.eva2 import collate as collate_eva2
-from models.squares import patchify
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.cogvlm2.config import CogVLM2Config
+from mquant_jax.models.eva2 import VISUAL
+from mquant_jax.models.eva2 import collate as collate_eva2
+from mquant_jax.models.squares import patchify
 
 TEXT_TYPE, VISUAL_TYPE, PADDING = 0, 1, -1
 

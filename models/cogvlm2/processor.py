@@ -9,12 +9,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from models.base import Batch, Prompt
-from models.chat import Message
-from models.cogvlm2.config import CogVLM2Config
-from models.cogvlm2.processing import collate
-from models.eva2 import VISUAL
-from models.eva2_chat import OnePictureChat, pixels_of, text_of
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.chat import Message
+from mquant_jax.models.cogvlm2.config import CogVLM2Config
+from mquant_jax.models.cogvlm2.processing import collate
+from mquant_jax.models.eva2 import VISUAL
+from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of, text_of
+
 from mquant_jax.errors import UserError
 
 _ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}

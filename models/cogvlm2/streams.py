@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from models.cogvlm2.config import CogVLM2Config
-from models.eva2 import STREAM_TABLES, STREAM_WRITERS, eva2_attentions, eva2_hiddens
-from models.language import decoder_attention, decoder_hiddens, decoder_stream
-from models.streams import Streams
+from mquant_jax.models.cogvlm2.config import CogVLM2Config
+from mquant_jax.models.eva2 import STREAM_TABLES, STREAM_WRITERS, eva2_attentions, eva2_hiddens
+from mquant_jax.models.language import decoder_attention, decoder_hiddens, decoder_stream
+from mquant_jax.models.streams import Streams
 
 
 def streams(config: CogVLM2Config) -> Streams:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from models.base import Family
-from models.glm4v.config import GLM4VConfig
-from models.glm4v.modeling import GLM4, GLM4V
-from models.glm4v.processing import collate, example_prompt, reference_batch
-from models.glm4v.streams import streams
-from models.glm4v.weights import ignored, weight_rules
+from mquant_jax.models.base import Family
+from mquant_jax.models.glm4v.config import GLM4VConfig
+from mquant_jax.models.glm4v.modeling import GLM4, GLM4V
+from mquant_jax.models.glm4v.processing import collate, example_prompt, reference_batch
+from mquant_jax.models.glm4v.streams import streams
+from mquant_jax.models.glm4v.weights import ignored, weight_rules
 
 FAMILY = Family(
     name="glm4v",
@@ -17,7 +17,7 @@ FAMILY = Family(
     model=GLM4V,
     weight_rules=weight_rules,
     ignored=ignored,
-    processor_class="models.glm4v.processor:GLM4VProcessor",
+    processor_class="mquant_jax.models.glm4v.processor:GLM4VProcessor",
     reference_batch=reference_batch,
     example_prompt=example_prompt,
     collate=collate,

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-
-from models.base import Batch, Prompt
-from models.eva2 import VISUAL
-from models.eva2 import collate as collate_eva2
-from models.glm4v.config import GLM4VConfig
-from models.squares import patchify
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.eva2 import VISUAL
+from mquant_jax.models.eva2 import collate as collate_eva2
+from mquant_jax.models.glm4v.config import GLM4VConfig
+from mquant_jax.models.squares import patchify
 
 PICTURE = 3  # tokens, and positions, that a picture has in a prompt as published
 

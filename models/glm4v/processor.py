@@ -9,13 +9,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from models.base import Batch, Prompt
-from models.chat import Message, import_transformers, read_json
-from models.eva2 import VISUAL
-from models.eva2_chat import OnePictureChat, pixels_of, text_of
-from models.glm4v.config import GLM4VConfig
-from models.glm4v.processing import collate
-from models.tiktoken import build_tokenizer, read_ranks
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.chat import Message, import_transformers, read_json
+from mquant_jax.models.eva2 import VISUAL
+from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of, text_of
+from mquant_jax.models.glm4v.config import GLM4VConfig
+from mquant_jax.models.glm4v.processing import collate
+from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
+
 from mquant_jax.errors import UserError
 
 # What a word is to the tokenizer; in the published code, and in no file.

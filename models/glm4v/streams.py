@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from models.eva2 import STREAM_TABLES, STREAM_WRITERS, eva2_attentions, eva2_hiddens
-from models.glm4v.config import GLM4VConfig
-from models.language import decoder_attention, decoder_hidden, decoder_stream
-from models.streams import Streams
+from mquant_jax.models.eva2 import STREAM_TABLES, STREAM_WRITERS, eva2_attentions, eva2_hiddens
+from mquant_jax.models.glm4v.config import GLM4VConfig
+from mquant_jax.models.language import decoder_attention, decoder_hidden, decoder_stream
+from mquant_jax.models.streams import Streams
 
 
 def streams(config: GLM4VConfig) -> Streams:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from models.base import Batch, Family, Prompt
-from models.internvl.config import InternVLConfig
-from models.internvl.modeling import InternVL
-from models.internvl.processing import collate, example_prompt, placeholder, reference_batch
-from models.internvl.streams import streams
-from models.internvl.weights import canonical_name, ignored, weight_rules
+from mquant_jax.models.base import Batch, Family, Prompt
+from mquant_jax.models.internvl.config import InternVLConfig
+from mquant_jax.models.internvl.modeling import InternVL
+from mquant_jax.models.internvl.processing import (
+    collate,
+    example_prompt,
+    placeholder,
+    reference_batch,
+)
+from mquant_jax.models.internvl.streams import streams
+from mquant_jax.models.internvl.weights import canonical_name, ignored, weight_rules
 
 
 def _collate(config: InternVLConfig, prompts: Sequence[Prompt]) -> Batch:
@@ -22,7 +27,7 @@ FAMILY = Family(
     model=InternVL,
     weight_rules=weight_rules,
     ignored=ignored,
-    processor_class="models.internvl.processor:InternVLProcessor",
+    processor_class="mquant_jax.models.internvl.processor:InternVLProcessor",
     reference_batch=reference_batch,
     example_prompt=example_prompt,
     collate=_collate,

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.chat import ChatFolder, Message, check_count, normalised, read_json
+from mquant_jax.models.images import load_image
+from mquant_jax.models.internvl.config import CHAT, InternVLConfig
+from mquant_jax.models.internvl.processing import collate
+from mquant_jax.models.internvl.tiles import MEAN, STD, Tiling
+from mquant_jax.models.squares import patchify
 
-from models.base import Batch, Prompt
-from models.chat import ChatFolder, Message, check_count, normalised, read_json
-from models.images import load_image
-from models.internvl.config import CHAT, InternVLConfig
-from models.internvl.processing import collate
-from models.internvl.tiles import MEAN, STD, Tiling
-from models.squares import patchify
 from mquant_jax.errors import UserError
 
 START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"

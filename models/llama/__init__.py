@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from models.base import Batch, Family, Prompt
-from models.llama.config import LlamaConfig
-from models.llama.modeling import Llama
-from models.llama.processing import collate, example_prompt, reference_batch
-from models.llama.streams import streams
-from models.llama.weights import ignored, weight_rules
+from mquant_jax.models.base import Batch, Family, Prompt
+from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.llama.modeling import Llama
+from mquant_jax.models.llama.processing import collate, example_prompt, reference_batch
+from mquant_jax.models.llama.streams import streams
+from mquant_jax.models.llama.weights import ignored, weight_rules
 
 
 def _collate(config: LlamaConfig, prompts: Sequence[Prompt]) -> Batch:
@@ -22,7 +22,7 @@ FAMILY = Family(
     model=Llama,
     weight_rules=weight_rules,
     ignored=ignored,
-    processor_class="models.llama.processor:LlamaProcessor",
+    processor_class="mquant_jax.models.llama.processor:LlamaProcessor",
     reference_batch=reference_batch,
     example_prompt=example_prompt,
     collate=_collate,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.base import VLM
+from mquant_jax.models.base import VLM
 
 
 class Llama(VLM):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
-from models.base import Batch, Prompt
-from models.llama.config import LlamaConfig
-from models.text import collate, text_prompt
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.text import collate, text_prompt
 
 
 def reference_prompts(inputs: dict[str, np.ndarray]) -> list[Prompt]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models.base import Batch, Prompt
-from models.chat import ChatFolder
-from models.llama.config import LlamaConfig
-from models.llama.processing import collate, text_prompt
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.chat import ChatFolder
+from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.llama.processing import collate, text_prompt
+
 from mquant_jax.errors import UserError
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from models.language import decoder_attention, decoder_hidden, decoder_stream
-from models.llama.config import LlamaConfig
-from models.streams import Streams
+from mquant_jax.models.language import decoder_attention, decoder_hidden, decoder_stream
+from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.streams import Streams
 
 
 def streams(config: LlamaConfig) -> Streams:

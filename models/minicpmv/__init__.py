@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from models.base import Family
-from models.minicpmv.config import MiniCPMVConfig
-from models.minicpmv.modeling import MiniCPMV
-from models.minicpmv.processing import collate, example_prompt, reference_batch
-from models.minicpmv.streams import streams
-from models.minicpmv.weights import ignored, weight_rules
+from mquant_jax.models.base import Family
+from mquant_jax.models.minicpmv.config import MiniCPMVConfig
+from mquant_jax.models.minicpmv.modeling import MiniCPMV
+from mquant_jax.models.minicpmv.processing import collate, example_prompt, reference_batch
+from mquant_jax.models.minicpmv.streams import streams
+from mquant_jax.models.minicpmv.weights import ignored, weight_rules
 
 FAMILY = Family(
     name="minicpmv",
@@ -15,7 +15,7 @@ FAMILY = Family(
     model=MiniCPMV,
     weight_rules=weight_rules,
     ignored=ignored,
-    processor_class="models.minicpmv.processor:MiniCPMVProcessor",
+    processor_class="mquant_jax.models.minicpmv.processor:MiniCPMVProcessor",
     reference_batch=reference_batch,
     example_prompt=example_prompt,
     collate=collate,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from models.language_config import decoder_config
+from mquant_jax.models.language_config import decoder_config
+
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.resampler import ResamplerConfig

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from mquant_jax.models.base import Batch, Prompt, bucket
+from mquant_jax.models.minicpmv.config import MiniCPMVConfig
+from mquant_jax.models.minicpmv.slices import Slicing
+from mquant_jax.models.text import collate as collate_text
 
-from models.base import Batch, Prompt, bucket
-from models.minicpmv.config import MiniCPMVConfig
-from models.minicpmv.slices import Slicing
-from models.text import collate as collate_text
 from mquant_jax.nn.vit import VisionInput
 
 VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary

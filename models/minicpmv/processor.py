@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.chat import ChatFolder, Message, check_count, normalised, read_json
+from mquant_jax.models.images import load_image
+from mquant_jax.models.minicpmv.config import MiniCPMVConfig
+from mquant_jax.models.minicpmv.processing import MASKED, VISUAL, collate
+from mquant_jax.models.minicpmv.slices import MEAN, STD, Slicing
 from PIL import Image
 
-from models.base import Batch, Prompt
-from models.chat import ChatFolder, Message, check_count, normalised, read_json
-from models.images import load_image
-from models.minicpmv.config import MiniCPMVConfig
-from models.minicpmv.processing import MASKED, VISUAL, collate
-from models.minicpmv.slices import MEAN, STD, Slicing
 from mquant_jax.errors import UserError
 
 MARK = "(<image>./</image>)"  # where a picture stands in a chat's text, as the published code says

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from models.language import decoder_attention, decoder_hidden, decoder_stream
-from models.minicpmv.config import MiniCPMVConfig
-from models.resampler import resampler_attention, resampler_hiddens, resampler_streams
-from models.streams import Hidden, Read, Stream, Streams, ValueOutput
+from mquant_jax.models.language import decoder_attention, decoder_hidden, decoder_stream
+from mquant_jax.models.minicpmv.config import MiniCPMVConfig
+from mquant_jax.models.resampler import resampler_attention, resampler_hiddens, resampler_streams
+from mquant_jax.models.streams import Hidden, Read, Stream, Streams, ValueOutput
 
 _V = "vision/layers/*"
 _QKV = ("q_proj", "k_proj", "v_proj")

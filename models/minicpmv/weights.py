@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from models.base import WeightRule
-from models.language import decoder_rules, dense_rules, direct
-from models.minicpmv.config import MiniCPMVConfig
-from models.resampler import norm_rules, resampler_rules
+from mquant_jax.models.base import WeightRule
+from mquant_jax.models.language import decoder_rules, dense_rules, direct
+from mquant_jax.models.minicpmv.config import MiniCPMVConfig
+from mquant_jax.models.resampler import norm_rules, resampler_rules
 
 
 def weight_rules(config: MiniCPMVConfig) -> list[WeightRule]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from models.base import Batch, Family, Prompt
-from models.qwen2_vl.config import Qwen2VLConfig
-from models.qwen2_vl.modeling import Qwen2VL
-from models.qwen2_vl.processing import collate, example_prompt, reference_batch
-from models.qwen2_vl.streams import streams
-from models.qwen2_vl.weights import canonical_name, ignored, weight_rules
+from mquant_jax.models.base import Batch, Family, Prompt
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.modeling import Qwen2VL
+from mquant_jax.models.qwen2_vl.processing import collate, example_prompt, reference_batch
+from mquant_jax.models.qwen2_vl.streams import streams
+from mquant_jax.models.qwen2_vl.weights import canonical_name, ignored, weight_rules
 
 
 def _collate(config: Qwen2VLConfig, prompts: Sequence[Prompt]) -> Batch:
@@ -22,7 +22,7 @@ FAMILY = Family(
     model=Qwen2VL,
     weight_rules=weight_rules,
     ignored=ignored,
-    processor_class="models.qwen2_vl.processor:Qwen2VLProcessor",
+    processor_class="mquant_jax.models.qwen2_vl.processor:Qwen2VLProcessor",
     reference_batch=reference_batch,
     example_prompt=example_prompt,
     collate=_collate,

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from mquant_jax.models.base import Batch, Prompt, bucket
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 
-from models.base import Batch, Prompt, bucket
-from models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.vit import VisionInput
 
 Grid = tuple[int, int, int]

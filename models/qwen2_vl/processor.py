@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.chat import ChatFolder, Message, check_count, import_transformers, normalised
+from mquant_jax.models.images import load_image
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.processing import Grid, collate
 from PIL import Image
 
-from models.base import Batch, Prompt
-from models.chat import ChatFolder, Message, check_count, import_transformers, normalised
-from models.images import load_image
-from models.qwen2_vl.config import Qwen2VLConfig
-from models.qwen2_vl.processing import Grid, collate
 from mquant_jax.errors import UserError
 
 START, END = "<|vision_start|>", "<|vision_end|>"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from models.language import decoder_attention, decoder_hidden, decoder_stream
-from models.qwen2_vl.config import Qwen2VLConfig
-from models.streams import Hidden, Read, Stream, Streams, ValueOutput
+from mquant_jax.models.language import decoder_attention, decoder_hidden, decoder_stream
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.streams import Hidden, Read, Stream, Streams, ValueOutput
 
 _V = "vision/layers/*"
 _QKV = ("q_proj", "k_proj", "v_proj")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from models.base import Family
-from models.qwen_vl.config import QwenVLConfig
-from models.qwen_vl.modeling import QwenVL
-from models.qwen_vl.processing import collate, example_prompt, reference_batch
-from models.qwen_vl.streams import streams
-from models.qwen_vl.weights import ignored, weight_rules
+from mquant_jax.models.base import Family
+from mquant_jax.models.qwen_vl.config import QwenVLConfig
+from mquant_jax.models.qwen_vl.modeling import QwenVL
+from mquant_jax.models.qwen_vl.processing import collate, example_prompt, reference_batch
+from mquant_jax.models.qwen_vl.streams import streams
+from mquant_jax.models.qwen_vl.weights import ignored, weight_rules
 
 FAMILY = Family(
     name="qwen_vl",
@@ -15,7 +15,7 @@ FAMILY = Family(
     model=QwenVL,
     weight_rules=weight_rules,
     ignored=ignored,
-    processor_class="models.qwen_vl.processor:QwenVLProcessor",
+    processor_class="mquant_jax.models.qwen_vl.processor:QwenVLProcessor",
     reference_batch=reference_batch,
     example_prompt=example_prompt,
     collate=collate,

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-from models.base import Batch, Prompt
-from models.qwen_vl.config import QwenVLConfig
-from models.squares import pack_vision, patchify
-from models.text import collate as collate_text
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.qwen_vl.config import QwenVLConfig
+from mquant_jax.models.squares import pack_vision, patchify
+from mquant_jax.models.text import collate as collate_text
 
 VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
 

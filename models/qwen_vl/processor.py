@@ -12,14 +12,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.chat import (
+    ChatFolder,
+    Message,
+    check_count,
+    import_transformers,
+    normalised,
+    read_json,
+)
+from mquant_jax.models.images import load_image
+from mquant_jax.models.qwen_vl.config import QwenVLConfig
+from mquant_jax.models.qwen_vl.processing import collate, picture_ids
+from mquant_jax.models.squares import patchify, squeeze
+from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
 
-from models.base import Batch, Prompt
-from models.chat import ChatFolder, Message, check_count, import_transformers, normalised, read_json
-from models.images import load_image
-from models.qwen_vl.config import QwenVLConfig
-from models.qwen_vl.processing import collate, picture_ids
-from models.squares import patchify, squeeze
-from models.tiktoken import build_tokenizer, read_ranks
 from mquant_jax.errors import UserError
 
 # What a word is to the tokenizer; in the published code, and in no file.

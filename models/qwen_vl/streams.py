@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from models.language import decoder_attention, decoder_hidden, decoder_stream
-from models.qwen_vl.config import QwenVLConfig
-from models.resampler import resampler_attention, resampler_hiddens, resampler_streams
-from models.streams import Hidden, Read, Stream, Streams, ValueOutput
+from mquant_jax.models.language import decoder_attention, decoder_hidden, decoder_stream
+from mquant_jax.models.qwen_vl.config import QwenVLConfig
+from mquant_jax.models.resampler import resampler_attention, resampler_hiddens, resampler_streams
+from mquant_jax.models.streams import Hidden, Read, Stream, Streams, ValueOutput
+
 from mquant_jax.nn.vit import STREAM
 
 _V = "vision/layers/*"

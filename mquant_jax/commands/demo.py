@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from mquant_jax.api import Model, load
-from mquant_jax.checkpoint import load_manifest
+from mquant_jax.checkpoint.store import load_manifest
 from mquant_jax.cli_support import OK, Parser, progress
 from mquant_jax.eval.exact_match import ExactMatch, evaluate
 from mquant_jax.eval.speed import measure, summary
 from mquant_jax.presets import PRESETS
+from mquant_jax.ptq.convert import convert
 from mquant_jax.report.contact_sheet import Card, contact_sheet
 from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, Sample, read_samples
 
@@ -27,8 +28,6 @@ SHOWN = 12
 
 def converted(out: Path, recipe: str) -> Path:
     """The bundled model converted with ``recipe``, from an earlier run where possible."""
-    from convert.hf_to_flax import convert
-
     source, folder = DEMO_ASSETS / "model", out / recipe
     stamp = {"size": (source / "model.safetensors").stat().st_size}
     marker = folder / "demo_source.json"

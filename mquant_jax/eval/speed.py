@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.base import VLM, Batch, Family, abstract_model, bucket
+from mquant_jax.models.base import VLM, Batch, Family, abstract_model, bucket
 from mquant_jax.nn.params import Params, abstract_params, get_params, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.recipe import Recipe

@@ -28,9 +28,9 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
+from mquant_jax.cpu_features import features
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.xla import s8_dot
-from mquant_jax.processor import features
 
 _OFFSET = 128
 # XLA fuses what a vector is multiplied with if the vector takes less than 16 KiB; then no sum of

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.streams import Streams
+from mquant_jax.models.streams import Streams
 from mquant_jax.nn.params import Params
 from mquant_jax.ptq.channels import Link, can_shift, links, scale, shift
 from mquant_jax.ptq.rotate import Tensors

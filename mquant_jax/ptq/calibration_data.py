@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from models.base import Processor, Prompt
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import Processor, Prompt
 from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, read_samples
 
 

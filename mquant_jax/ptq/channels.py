@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from models.streams import Streams
+from mquant_jax.models.streams import Streams
 from mquant_jax.nn.params import Params
 from mquant_jax.ptq.rotate import expand, norms_of, readers_of
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.base import Batch, Family, abstract_model
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import Batch, Family, abstract_model
 from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.nn.stack import Runner

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from models.base import VLM, Batch
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import TEXT
 from mquant_jax.nn.params import Params
 from mquant_jax.nn.stack import num_layers

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from models.streams import Gain, Hidden, Read, Stream, Streams, ValueOutput
 from mquant_jax.hadamard import Orthogonal, Rotation, hadamard, plan_rotation, stream_rotation
+from mquant_jax.models.streams import Gain, Hidden, Read, Stream, Streams, ValueOutput
 from mquant_jax.nn.params import Params
 
 

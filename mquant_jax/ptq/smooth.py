@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.streams import Streams
+from mquant_jax.models.streams import Streams
 from mquant_jax.nn.params import Params
 from mquant_jax.numerics import INT_MAX, quantize_dynamic, quantize_static, quantize_weight
 from mquant_jax.ptq.channels import Link, links, scale

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from models.base import VLM, Batch
+from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import TEXT, VISUAL, ActQuant
 from mquant_jax.nn.params import Params, get_params
 from mquant_jax.nn.stack import Runner

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.base import VLM, Batch, bucket
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import VLM, Batch, bucket
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.runtime.sampling import Sampling, sample
 from mquant_jax.runtime.tokens import arrange, uses_aifs

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.base import VLM, Batch, bucket
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import VLM, Batch, bucket
 from mquant_jax.nn.act_quant import SINK, VISUAL
 
 Array = np.ndarray | jax.Array

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mquant_jax.models.registry import family_for
 
 from benchmarks.aot import backend, cost, hlo, occupancy, report
 from benchmarks.aot.__main__ import _run
 from benchmarks.aot.devices import DEVICES
 from benchmarks.aot.programs import Program, flop_count, prompt, size
 from benchmarks.aot.sizes import MODELS
-from models.registry import family_for
 from mquant_jax.cli_support import run_cli
 
 V5E = DEVICES["tpu-v5e"]

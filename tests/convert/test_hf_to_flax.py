@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from convert import verify
 from convert.hf_to_flax import main
 from mquant_jax import atomic
-from mquant_jax.checkpoint import load_manifest, load_params
+from mquant_jax.checkpoint.store import load_manifest, load_params
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import get_params
 from mquant_jax.numerics import QWeight
@@ -149,7 +149,7 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
 
 def test_existing_destination_is_seen_before_the_weights(tmp_path, capsys, monkeypatch):
     (tmp_path / "dst").mkdir()
-    monkeypatch.setattr("convert.hf_to_flax.Reader", None)
+    monkeypatch.setattr("mquant_jax.ptq.convert.Reader", None)
     assert main([str(GOLDENS / "public"), str(tmp_path / "dst")]) == 2
     assert "pass --overwrite" in capsys.readouterr().err
     assert main([str(GOLDENS / "public"), str(tmp_path / "no" / "dst")]) == 2

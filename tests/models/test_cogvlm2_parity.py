@@ -9,12 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mquant_jax.models.cogvlm2 import FAMILY
+from mquant_jax.models.cogvlm2.config import CogVLM2Config
+from mquant_jax.models.cogvlm2.processing import (
+    collate,
+    positions,
+    reference_batch,
+    reference_prompts,
+)
+from mquant_jax.models.eva2 import VISUAL
+from mquant_jax.models.registry import family_for
 
-from models.cogvlm2 import FAMILY
-from models.cogvlm2.config import CogVLM2Config
-from models.cogvlm2.processing import collate, positions, reference_batch, reference_prompts
-from models.eva2 import VISUAL
-from models.registry import family_for
 from mquant_jax.errors import UserError
 from tests.eva2_cases import ODD_TOWER
 from tests.family_cases import changed_config, golden_case, model_of, random_params

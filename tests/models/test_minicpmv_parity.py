@@ -8,18 +8,18 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-
-from models.minicpmv import FAMILY
-from models.minicpmv.config import MiniCPMVConfig
-from models.minicpmv.processing import (
+from mquant_jax.models.minicpmv import FAMILY
+from mquant_jax.models.minicpmv.config import MiniCPMVConfig
+from mquant_jax.models.minicpmv.processing import (
     VISUAL,
     collate,
     position_buckets,
     reference_batch,
     reference_prompts,
 )
-from models.minicpmv.weights import ignored, weight_rules
+from mquant_jax.models.minicpmv.weights import ignored, weight_rules
+from safetensors.numpy import load_file
+
 from mquant_jax.errors import UserError
 from mquant_jax.nn.resampler import sincos
 from tests.family_checks import (

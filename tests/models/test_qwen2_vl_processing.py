@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from models.base import bucket
-from models.qwen2_vl.config import Qwen2VLConfig
-from models.qwen2_vl.processing import (
+from mquant_jax.models.base import bucket
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.processing import (
     mrope_positions,
     pack_vision,
     patch_coords,
     reference_batch,
     reference_prompts,
 )
-from models.qwen2_vl.processor import Qwen2VLProcessor, load_image
-from models.qwen2_vl.weights import weight_rules
+from mquant_jax.models.qwen2_vl.processor import Qwen2VLProcessor, load_image
+from mquant_jax.models.qwen2_vl.weights import weight_rules
+from PIL import Image
+
 from mquant_jax.errors import UserError
 from tests.helpers import GOLDENS, golden
 from tests.hf_folders import write_tokenizer

@@ -7,10 +7,10 @@ import struct
 from pathlib import Path
 
 import pytest
+from mquant_jax.models.internvl.config import InternVLConfig
+from mquant_jax.models.internvl.processor import InternVLProcessor
+from mquant_jax.models.sentencepiece import merges_of, read_pieces
 
-from models.internvl.config import InternVLConfig
-from models.internvl.processor import InternVLProcessor
-from models.sentencepiece import merges_of, read_pieces
 from mquant_jax.errors import UserError
 from tests.helpers import golden
 

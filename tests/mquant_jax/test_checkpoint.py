@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mquant_jax import atomic, checkpoint
-from mquant_jax.checkpoint import load_manifest, load_params, save
+from mquant_jax.checkpoint.store import load_manifest, load_params, save
 from mquant_jax.errors import UserError
 from mquant_jax.numerics import QWeight, quantize_weight
 from mquant_jax.presets import PRESETS

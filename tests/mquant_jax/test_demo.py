@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import mquant_jax as mq
-from convert.hf_to_flax import convert
-from mquant_jax.checkpoint import load_params
+from mquant_jax.checkpoint.store import load_params
 from mquant_jax.cli import COMMANDS, main
 from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.ops.dense import select_path
+from mquant_jax.ptq.convert import convert
 from mquant_jax.samples import BUNDLED_CALIBRATION, BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
 
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from mquant_jax.models.qwen2_vl import FAMILY
 
-from models.qwen2_vl import FAMILY
 from mquant_jax.hadamard import plan_rotation, stream_rotation
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.params import get_params

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mquant_jax.models.base import Batch
 
-from models.base import Batch
 from mquant_jax.errors import UserError
 from mquant_jax.nn.act_quant import SINK
 from mquant_jax.runtime.generate import Generator, decode, extend, prefill

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.reader import FLOAT_DTYPES, Reader
-from models.base import Family, WeightRule
+from mquant_jax.checkpoint.source import FLOAT_DTYPES, Reader
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import Family, WeightRule
 
 _HEAD = "language/head/"
 _SHOWN = 10

@@ -23,7 +23,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
 import numpy as np
 
 from mquant_jax import __version__
-from mquant_jax.atomic import new_folder
+from mquant_jax.checkpoint.atomic import new_folder
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, parameter_bytes
 from mquant_jax.numerics import QWeight

@@ -1,0 +1,77 @@
+"""Convert a Hugging Face model folder into a checkpoint folder, quantised as a recipe says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mquant_jax.cli_support import OK, Parser
+from mquant_jax.compile_cache import keep_compiled_programs
+from mquant_jax.presets import METHODS, PRESETS, resolve_recipe
+from mquant_jax.ptq.convert import convert
+from mquant_jax.recipe import SECTIONS
+
+
+def presets_table() -> str:
+    """One line per preset: bits and activation mode of every section."""
+    rows = [f"  {'preset':<14}" + "".join(f"{s:<16}" for s in SECTIONS)]
+    for name, recipe in PRESETS.items():
+        cells = []
+        for part in map(recipe.section, SECTIONS):
+            bits = f"int{part.w_bits}" if part.quantised else "float"
+            act = "" if part.activations == "none" else f" {part.activations}"
+            cells.append(f"{bits + act:<16}")
+        rows.append((f"  {name:<14}" + "".join(cells)).rstrip())
+    return "\n".join(rows)
+
+
+def _parser() -> Parser:
+    epilog = f"""recipes (weights and activations of each part; a JSON file may say more):
+{presets_table()}
+  methods to compare with, all W4A8 static: {", ".join(METHODS)}
+
+examples:
+  python -m mquant_jax convert Qwen2-VL-2B-Instruct out/float
+  python -m mquant_jax convert Qwen2-VL-2B-Instruct out/w4a8 --recipe w4a8 --calibration my.jsonl
+  python -m convert.verify out/float --reference goldens/qwen2_vl/public
+
+exit status: 0 success, 2 bad usage or input. DST appears only when it is complete.
+"""
+    parser = Parser("python -m mquant_jax convert", __doc__ or "", epilog)
+    parser.add_argument("src", metavar="SRC", type=Path, help="folder with config.json and "
+                        "model.safetensors (or its index and shards)")  # fmt: skip
+    parser.add_argument("dst", metavar="DST", type=Path, help="checkpoint folder to write")
+    parser.add_argument("--recipe", default="float", metavar="PRESET|FILE.json",
+                        help="what is quantised and how (default: float)")  # fmt: skip
+    parser.add_argument("--calibration", type=Path, metavar="FILE.jsonl",
+                        help="samples that set the static activation scales "
+                        "(default: the bundled set)")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace DST, if it is a checkpoint")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser
+
+
+def _summary(dst: Path, manifest: dict[str, Any]) -> str:
+    counts = ", ".join(f"{n:,} {kind}" for kind, n in manifest["dtype_counts"].items())
+    size = manifest["total_bytes"] / 2**20
+    return (
+        f"{dst}: {manifest['family']}, recipe {manifest['recipe']['name']}, "
+        f"{len(manifest['tensors'])} tensors, {size:.1f} MiB ({counts})"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Convert; print a summary, or with ``--json`` one object."""
+    args: argparse.Namespace = _parser().parse_args(argv)
+    recipe = resolve_recipe(args.recipe)
+    keep_compiled_programs()
+    manifest = convert(args.src, args.dst, recipe, args.calibration, args.overwrite)
+    if args.json:
+        keys = ("family", "tied_head", "recipe", "total_bytes", "dtype_counts")
+        print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}}))
+    else:
+        print(_summary(args.dst, manifest))
+    return OK
