@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mquant_jax.checkpoint.store import REPORT
+from mquant_jax.checkpoint.manifest import REPORT
 from mquant_jax.cli_support import OK, Parser
 from mquant_jax.errors import UserError
 from mquant_jax.loading import load_model

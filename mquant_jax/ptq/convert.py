@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mquant_jax.checkpoint.atomic import check_destination
+from mquant_jax.checkpoint.manifest import MANIFEST
 from mquant_jax.checkpoint.plan import Plan, plan
 from mquant_jax.checkpoint.source import Reader
-from mquant_jax.checkpoint.store import MANIFEST, save
+from mquant_jax.checkpoint.workspace import check_destination
+from mquant_jax.checkpoint.writer import save
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import Batch, Family, abstract_model
@@ -27,7 +28,7 @@ def convert(
     Raises:
         UserError: bad input; nothing was written.
     """
-    check_destination(dst, MANIFEST, overwrite)
+    check_destination(dst, MANIFEST, overwrite=overwrite)
     if calibration is not None and not calibration.is_file():
         raise UserError(f"--calibration {calibration}: no such file")
     reader = Reader(src)
