@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from mquant_jax.models.config_keys import Tables
 from mquant_jax.models.streams import Streams
 
 from mquant_jax.nn.act_quant import VISUAL
@@ -300,6 +301,7 @@ class Family:
             does a family without pictures.
         collate: ``(config, prompts) -> Batch`` without a tokenizer.
         streams: ``config -> Streams``, for fusing norms and rotating.
+        config_tables: Hugging Face config dictionary -> the table of each of its objects.
         canonical_name: a name in a checkpoint -> the name that the rules use (str -> str).
         pictures: whether prompts may hold pictures; ``False`` for language models alone, which
             cannot use the bundled calibration set.
@@ -317,6 +319,7 @@ class Family:
     example_prompt: Callable[[Any, int, int], Prompt]
     collate: Callable[[Any, Sequence[Prompt]], Batch]
     streams: Callable[[Any], Streams]
+    config_tables: Callable[[dict], Tables]
     canonical_name: Callable[[str], str] = str
     pictures: bool = True
     most_pictures: int | None = None
