@@ -155,7 +155,8 @@ def check_groups(where: str, count: int, kv: int) -> None:
         UserError: ``kv`` key heads do not share ``count`` heads evenly.
     """
     if count % kv:
-        raise UserError(f"{where}: {kv} key heads do not share {count} heads evenly")
+        raise UserError(f"{where}: {count} heads in {kv} groups are impossible: key heads share the "
+                        "heads evenly")  # fmt: skip
 
 
 def check_grid(where: str, image: int, patch: int, most: int = 1024) -> int:

@@ -200,8 +200,9 @@ def _needed(at: str, kind: str, values: Mapping[str, Any], key: str) -> Any:
 def _yarn(at: str, values: Mapping[str, Any], context: int) -> YarnScaling:
     original = values[_ORIGINAL] or context
     factor = values["factor"]
-    if factor is None:
-        factor = max(context / original, 1.0)
+    if factor is None and original == context:
+        factor = _needed(at, "yarn", values, "factor")
+    factor = factor or max(context / original, 1.0)
     fast, slow = values["beta_fast"] or 32.0, values["beta_slow"] or 1.0
     if slow >= fast:
         raise UserError(f"{at}: beta_fast {fast} and beta_slow {slow} are impossible; "
