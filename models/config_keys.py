@@ -23,10 +23,11 @@ _BOOKKEEPING = """
     _flash_attn_2_enabled _name_or_path _vocab_size add_cross_attention architectures
     attn_implementation auto_map chunk_size_feed_forward cross_attention_hidden_size dtype
     finetuning_task id2label initializer_factor initializer_range is_decoder is_encoder_decoder
-    label2id max_sequence_length model_max_length model_type num_labels output_attentions
-    output_hidden_states output_router_logits output_scores pretraining_tp problem_type
+    label2id max_sequence_length max_window_layers model_max_length model_type num_labels
+    output_attentions output_hidden_states output_router_logits output_scores pretraining_tp
+    problem_type
     pruned_heads quantization_config return_dict return_dict_in_generate task_specific_params
-    tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
+    sliding_window tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
     transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16
     use_cache use_flash_attn
 """
@@ -155,8 +156,8 @@ def check_groups(where: str, count: int, kv: int) -> None:
         UserError: ``kv`` key heads do not share ``count`` heads evenly.
     """
     if count % kv:
-        raise UserError(f"{where}: {count} heads in {kv} groups are impossible: key heads share the "
-                        "heads evenly")  # fmt: skip
+        raise UserError(f"{where}: {count} heads in {kv} groups are impossible: key heads share "
+                        "the heads evenly")  # fmt: skip
 
 
 def check_grid(where: str, image: int, patch: int, most: int = 1024) -> int:
@@ -165,7 +166,9 @@ def check_grid(where: str, image: int, patch: int, most: int = 1024) -> int:
     Raises:
         UserError: none, or more than ``most``.
     """
-    if not 1 <= image // patch <= most:
+    if image < patch:
+        raise UserError(f"{where}: a picture of {image} pixels holds no patch of {patch}")
+    if image // patch > most:
         raise UserError(f"{where}: pictures of {image} pixels make {image // patch} patches of "
-                        f"{patch} along a side; expected 1 to {most}")  # fmt: skip
+                        f"{patch} along a side; expected {most} at most")  # fmt: skip
     return image // patch

@@ -34,7 +34,6 @@ from mquant_jax.schema import (
     items,
     shown,
     text,
-    whole,
 )
 
 _THETA = 10000.0
@@ -63,8 +62,6 @@ def decoder_fields(
 _PARTIAL = {"partial_rotary_factor": Refused((1, 1.0))}
 _WINDOWED = {
     "use_sliding_window": flag(False),
-    "sliding_window": whole(None, 1, null=True),
-    "max_window_layers": whole(28, 0, null=True),
     "layer_types": items(text(), None, null=True),
 }
 _LLAMA = decoder_fields(32000, 4096, 11008, 32, 32, None, 2048)
@@ -151,9 +148,7 @@ def check_window(hf: Mapping[str, Any], where: str) -> None:
     if len(kinds) not in (0, hf["num_hidden_layers"]):
         raise UserError(f"{inside(where, 'layer_types')} names {len(kinds)} layers of "
                         f"{hf['num_hidden_layers']}")  # fmt: skip
-    if not hf.get("use_sliding_window") or kinds:
-        return
-    if hf["max_window_layers"] < hf["num_hidden_layers"]:
+    if hf.get("use_sliding_window") and not kinds:
         raise UserError(f"{inside(where, 'use_sliding_window')} is true: sliding windows are "
                         "not supported; with full attention, set it to false")  # fmt: skip
 

@@ -43,7 +43,7 @@ class Field:
             return self.default
         out = self.convert(value, where)
         if out is _MISMATCH:
-            raise UserError(f"{where} is {shown(value)}; expected {self.expected}")
+            raise UserError(f"{where} {shown(value)}: expected {self.expected}")
         return out
 
 
@@ -109,7 +109,7 @@ class Schema:
 
     def _object(self, data: Any, where: str) -> Mapping[str, Any]:
         if not isinstance(data, Mapping):
-            raise UserError(f"{where} is {shown(data)}; expected an object")
+            raise UserError(f"{where} {shown(data)}: expected an object")
         return data
 
 

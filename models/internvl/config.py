@@ -162,7 +162,7 @@ def config_tables(hf: dict[str, Any]) -> Tables:
     key = "llm_config" if chat else "text_config"
     language = (hf.get(key) if chat else hf.get(key) or {"model_type": "qwen2"}) or {}
     if not isinstance(language, Mapping):
-        raise UserError(f"{FILE}: {key} is {shown(language)}; expected an object")
+        raise UserError(f"{FILE}: {key} {shown(language)}: expected an object")
     return {
         "": (_CHAT_TOP if chat else _NATIVE_TOP, hf),
         "vision_config": (_CHAT_VISION if chat else _NATIVE_VISION, hf.get("vision_config") or {}),

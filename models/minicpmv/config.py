@@ -71,7 +71,7 @@ _VISION = common(
 )
 _SLICES = common(
     {
-        "scale_resolution": whole(448, 1, 2**16),
+        "scale_resolution": whole(None, 1, 2**16, null=True),
         "max_slice_nums": whole(9, 1, 1024),
     },
     "patch_size",
@@ -135,7 +135,7 @@ class MiniCPMVConfig:
             patch_size=vision["patch_size"],
             queries=top["query_num"],
             heads=_heads(language.hidden_size),
-            scale_size=slices["scale_resolution"],
+            scale_size=slices["scale_resolution"] or top["image_size"],
             max_slices=slices["max_slice_nums"],
             use_image_id=top["use_image_id"],
         )

@@ -27,8 +27,7 @@ from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Refused, Schema, choice, real, shown, table, whole
 
 _TEXT = SCHEMAS["qwen2"] | common(
-    decoder_fields(152064, 8192, 29568, 80, 64, 8, 32768)
-    | {"rms_norm_eps": norm_eps(1e-5), "max_window_layers": whole(80, 0, null=True)}
+    decoder_fields(152064, 8192, 29568, 80, 64, 8, 32768) | {"rms_norm_eps": norm_eps(1e-5)}
 )
 _TOP = common(
     {

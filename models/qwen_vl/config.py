@@ -55,7 +55,7 @@ _TOP = common(
         "visual": table({}),
     },
     "attn_dropout_prob bf16 emb_dropout_prob fp16 fp32 onnx_safe softmax_in_fp32 "
-    "use_cache_kernel use_cache_quantization",
+    "tokenizer_type use_cache_kernel use_cache_quantization",
     rotary_pct=Refused((1, 1.0)),
     scale_attn_weights=Refused((True,)),
     rope_scaling=Refused(reason="Qwen scales by use_dynamic_ntk; remove it"),

@@ -166,5 +166,5 @@ def test_what_is_not_handled_is_said(case, changes, word) -> None:
     with pytest.raises(UserError, match=word):
         InternVLConfig.from_hf(changed_config(case, **changes))
     key = "llm_config" if case == CASES[0] else "text_config"
-    with pytest.raises(UserError, match=f"{key} is 3; expected an object"):
+    with pytest.raises(UserError, match=f"{key} 3: expected an object"):
         InternVLConfig.from_hf(changed_config(case, **{key: 3}))
