@@ -33,7 +33,7 @@ HEAD_DIM = 128  # of the resampler, which has ``hidden_size // 128`` heads
 
 
 def _version(value: Any, where: str) -> Any:
-    if str(value) != "2.6":
+    if value not in ("2.6", 2.6):
         raise UserError(
             f"{where} {shown(value)} of MiniCPM-V is not supported; known: 2.6 (the others have "
             "another language model, tower or resampler)"
