@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.config_keys import Tables
+from mquant_jax.models.config_keys import Tables, unknown_keys
 from mquant_jax.models.streams import Streams
 
 from mquant_jax.nn.act_quant import VISUAL
@@ -234,6 +234,7 @@ class WeightRule:
         rows: the part of the source that is ours; ``None``: all of it.
         transposed: the source, a matrix, stands the other way round (``x @ W``).
         order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
+        otherwise: values where the checkpoint holds no such tensor; ``None``: it must.
     """
 
     dst: str
@@ -243,6 +244,7 @@ class WeightRule:
     rows: Rows | None = None
     transposed: bool = False
     order: tuple[int, ...] | None = None
+    otherwise: tuple[float, ...] | None = None
 
     def apply(self, source: np.ndarray) -> np.ndarray:
         """The source's part of our tensor, in our shape."""
@@ -347,6 +349,10 @@ class Family:
     def build(self, config: Any, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
         """The model with fresh weights."""
         return self.model(config, recipe, dtype, rngs=rngs)
+
+    def unknown_keys(self, hf_config: dict[str, Any]) -> list[str]:
+        """Keys of a config.json that no table names, with the paths of their objects."""
+        return unknown_keys(self.config_tables(hf_config))
 
     def processor(self, folder: Any, config: Any) -> Processor:
         """The processor of a checkpoint folder."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from mquant_jax.models.config_keys import read_tables, unknown_keys
+from mquant_jax.models.config_keys import read_tables
 from mquant_jax.models.language_config import SCHEMAS
 from mquant_jax.models.registry import family_for
 
@@ -43,7 +43,7 @@ def config_of(hf: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", [*GOLDEN, *FULL])
 def test_published_configs_have_no_unknown_keys(name) -> None:
     hf = (GOLDEN | FULL)[name]
-    assert unknown_keys(family_for(hf).config_tables(hf)) == []
+    assert family_for(hf).unknown_keys(hf) == []
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3"])
@@ -72,7 +72,7 @@ def test_defaults_of_qwen2_vl_are_those_of_transformers() -> None:
     saved = json.loads(published.to_json_string(use_diff=False))
     saved["vision_config"]["hidden_size"] = 8192  # the class's own halves do not fit each other
     config = config_of(saved)
-    assert unknown_keys(family_for(saved).config_tables(saved)) == []
+    assert family_for(saved).unknown_keys(saved) == []
     assert config.language.rope_theta == 1e6 and config.vision.rope_theta == 10000.0
     bare = {"model_type": "qwen2_vl", "vision_config": {"hidden_size": 8192}}
     assert config_of(bare) == config
@@ -87,7 +87,7 @@ def test_defaults_of_internvl_are_those_of_transformers() -> None:
 
     published = transformers.InternVLConfig()
     saved = json.loads(published.to_json_string(use_diff=False))
-    assert unknown_keys(family_for(saved).config_tables(saved)) == []
+    assert family_for(saved).unknown_keys(saved) == []
     bare = {"model_type": "internvl"}
     tables = read_tables(family_for(bare).config_tables(bare))
     tables["vision_config"].update(image_size=(448, 448), patch_size=(14, 14))
@@ -105,7 +105,7 @@ def test_a_fine_tune_saved_as_differences() -> None:
         "hidden_size": 1536, "in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14,
     }  # fmt: skip
     assert config_of(hf) == config_of(FULL["qwen2_vl-2b"])
-    assert unknown_keys(family_for(hf).config_tables(hf)) == []
+    assert family_for(hf).unknown_keys(hf) == []
 
 
 def test_the_language_model_of_internvl_is_known_by_its_type_as_well() -> None:
@@ -162,7 +162,7 @@ def test_other_keys_are_named() -> None:
     hf = copy.deepcopy(GOLDEN["qwen2_vl/public"])
     hf["my_note"] = 1
     hf["vision_config"]["colour"] = "blue"
-    assert unknown_keys(family_for(hf).config_tables(hf)) == ["my_note", "vision_config.colour"]
+    assert family_for(hf).unknown_keys(hf) == ["my_note", "vision_config.colour"]
 
 
 HOSTILE = (
