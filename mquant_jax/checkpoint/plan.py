@@ -44,13 +44,23 @@ class Plan:
         by_source: dict[str, list[WeightRule]] = {}
         for rule in self.rules:
             by_source.setdefault(rule.src, []).append(rule)
-        items: Iterable[Any] = list(by_source.items())
+        items: Iterable[Any] = list(by_source.values())
         out: dict[str, np.ndarray] = {}
-        for src, rules in progress(items, "read weights") if progress else items:
-            source = read_finite(reader, self.names[src])
+        for rules in progress(items, "read weights") if progress else items:
+            source = self.source(reader, rules[0])
             for rule in rules:
                 out[rule.dst] = rule.apply(source)
         return out
+
+    def source(self, reader: Reader, rule: WeightRule) -> np.ndarray:
+        """The tensor that a rule reads, in the dtype in which it is stored.
+
+        Raises:
+            UserError: it holds NaN or Inf.
+        """
+        if rule.src in self.names:
+            return read_finite(reader, self.names[rule.src])
+        return np.asarray(rule.otherwise, np.float32).reshape(rule.src_shape)
 
 
 def read_finite(reader: Reader, name: str) -> np.ndarray:
@@ -85,7 +95,8 @@ def plan(family: Family, config: Any, reader: Reader) -> Plan:
         config = _with_head(config, tied=True)
         rules = family.weight_rules(config)
     shapes = {r.src: r.src_shape for r in rules}
-    missing = sorted(set(shapes) - set(names))
+    optional = {r.src for r in rules if r.otherwise is not None}
+    missing = sorted(set(shapes) - set(names) - optional)
     unplaced = sorted(
         n for src, n in names.items() if src not in shapes and not family.ignored(src)
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mquant_jax.checkpoint.manifest import MANIFEST
 from mquant_jax.checkpoint.plan import Plan, plan
 from mquant_jax.checkpoint.source import Reader
@@ -15,6 +17,9 @@ from mquant_jax.errors import UserError
 from mquant_jax.models.base import Batch, Family, abstract_model
 from mquant_jax.models.registry import family_for
 from mquant_jax.recipe import Recipe
+from mquant_jax.schema import shown
+
+_SHOWN = 10  # unknown keys that a warning names
 
 
 def convert(
@@ -33,9 +38,10 @@ def convert(
         raise UserError(f"--calibration {calibration}: no such file")
     reader = Reader(src)
     family = family_for(reader.config, src / "config.json")
-    todo = plan(family, read_config(family, reader), reader)
+    config = read_config(family, reader)
+    todo = plan(family, config, reader)
     _check_recipe(family, todo, recipe)
-    _check_ties(reader.config, todo)
+    check_ties(config, todo, reader)
     batch = _calibration_batch(family, todo, recipe, src, calibration)
     params: dict[str, Any] = todo.read(reader, progress)
     config, report = todo.config, None
@@ -58,16 +64,17 @@ def convert(
 
 
 def read_config(family: Family, reader: Reader) -> Any:
-    """The family's config object.
+    """The family's config object; keys that are not known are named in a warning.
 
     Raises:
         UserError: a key of config.json is missing or has an impossible value.
     """
-    try:
-        return family.config_from_hf(reader.config)
-    except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as e:
-        path = reader.folder / "config.json"
-        raise UserError(f"{path}: a key has an impossible value ({family.name}): {e}") from e
+    config = family.config_from_hf(reader.config)
+    if unknown := family.unknown_keys(reader.config):
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        warn(f"{reader.folder / 'config.json'}: ignored, because no {family.name} model is known "
+             f"to have such keys: {', '.join(map(shown, unknown[:_SHOWN]))}{more}")  # fmt: skip
+    return config
 
 
 def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
@@ -82,10 +89,29 @@ def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name!r} does not fit this model: {e}") from e
 
 
-def _check_ties(hf: dict[str, Any], todo: Plan) -> None:
-    if todo.tied_head and hf.get("tie_word_embeddings") is False:
+def check_ties(config: Any, todo: Plan, reader: Reader) -> None:
+    """Config and checkpoint agree on whether the head is the embedding.
+
+    Args:
+        config: the family's, as config.json says.
+        todo: the plan, as the checkpoint has it.
+
+    Raises:
+        UserError: config.json ties them, and the checkpoint holds a head of other values.
+    """
+    if todo.tied_head and reader.config.get("tie_word_embeddings") is False:
         warn("config.json says the head is not tied, but the checkpoint has no head of its own; "
              "the embedding is used")  # fmt: skip
+    if todo.tied_head or not config.language.tied_head:
+        return
+    sources = {rule.dst: rule for rule in todo.rules}
+    head, table = (sources[f"language/{n}"] for n in ("head/kernel", "embedding"))
+    if not np.array_equal(todo.source(reader, head), todo.source(reader, table)):
+        raise UserError(
+            f"{reader.folder}: config.json has tie_word_embeddings true, but {head.src} differs "
+            f"from {table.src}; set it to false to use the stored head, or remove that tensor to "
+            "use the embedding"
+        )
 
 
 def _calibration_batch(
