@@ -14,6 +14,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.models.base import Batch, Family, abstract_model
 from mquant_jax.models.registry import family_for
 from mquant_jax.recipe import Recipe
+from mquant_jax.stages import stage
 
 
 def convert(
@@ -35,25 +36,28 @@ def convert(
     todo = plan(family, read_config(family, reader), reader)
     _check_recipe(family, todo, recipe)
     _check_ties(reader.config, todo)
-    batch = _calibration_batch(family, todo, recipe, src, calibration)
-    params: dict[str, Any] = todo.read(reader, progress)
+    with stage("read calibration"):
+        batch = _calibration_batch(family, todo, recipe, src, calibration)
+    with stage("read weights"):
+        params: dict[str, Any] = todo.read(reader, progress)
     config, report = todo.config, None
     if recipe.changes_weights:
         from mquant_jax.ptq.pipeline import quantize_params, untied
 
         config, params = untied(config, params) if recipe.rotate else (config, params)
         params, report = quantize_params(family, config, recipe, params, batch, progress)
-    return save(
-        dst,
-        params,
-        family=family.name,
-        hf_config=reader.config,
-        recipe=recipe,
-        tied_head=config.language.tied_head,
-        files=[src / "config.json", *reader.side_files()],
-        report=report,
-        overwrite=overwrite,
-    )
+    with stage("write"):
+        return save(
+            dst,
+            params,
+            family=family.name,
+            hf_config=reader.config,
+            recipe=recipe,
+            tied_head=config.language.tied_head,
+            files=[src / "config.json", *reader.side_files()],
+            report=report,
+            overwrite=overwrite,
+        )
 
 
 def read_config(family: Family, reader: Reader) -> Any:

@@ -27,6 +27,7 @@ from mquant_jax.ptq.smooth import smooth_params
 from mquant_jax.ptq.statistics import StatisticsRunner
 from mquant_jax.ptq.tune import tune
 from mquant_jax.recipe import Recipe, Section
+from mquant_jax.stages import stage
 
 
 def no_progress(items: Iterable, label: str) -> Iterable:
@@ -74,22 +75,58 @@ def quantize_params(
     if batch is not None:
         batch = jax.tree.map(jnp.asarray, batch)
     if recipe.balance:
-        look = StatisticsRunner(columns=True, sample=0)
-        float_model(family, config, Recipe(), params)(batch, look)
-        params, report["balance"] = balance_params(params, family.streams(config), look)
+        params, report["balance"] = _balanced(family, config, params, batch)
     if recipe.rotate:
-        params = rotate_params(
-            params,
-            family.streams(config),
-            recipe.seed,
-            recipe.online_signs,
-            recipe.orthogonal,
-            recipe.online_reads,
-        )
+        params = _rotated(family, config, recipe, params)
     target = abstract_model(family, config, recipe)
     done: Params = {}
     if recipe.needs_calibration:
         params, done = _calibrated(family, config, recipe, params, batch, target, progress, report)
+    out = _rounded(target, recipe, params, done, dtypes, progress, report)
+    if recipe.learns:
+        set_params(target, dict(out))
+        teacher = float_model(family, config, without_prefix(recipe), params)
+        with stage("learn scales"):
+            learned, report["tuning"] = tune(target, teacher, batch, recipe.tune, progress)
+        for name, value in learned.items():
+            old = out[name]
+            out[name] = dataclasses.replace(old, scale=value) if isinstance(old, QWeight) else value
+    return out, report
+
+
+@stage("balance")
+def _balanced(
+    family: Family, config: Any, params: Params, batch: Batch | None
+) -> tuple[Params, dict[str, Any]]:
+    look = StatisticsRunner(columns=True, sample=0)
+    float_model(family, config, Recipe(), params)(batch, look)
+    return balance_params(params, family.streams(config), look)
+
+
+@stage("rotate")
+def _rotated(family: Family, config: Any, recipe: Recipe, params: Params) -> Params:
+    return rotate_params(
+        params,
+        family.streams(config),
+        recipe.seed,
+        recipe.online_signs,
+        recipe.orthogonal,
+        recipe.online_reads,
+    )
+
+
+@stage("round the rest")
+def _rounded(
+    target: nnx.Module,
+    recipe: Recipe,
+    params: Params,
+    done: Params,
+    dtypes: dict[str, Any],
+    progress: Progress,
+    report: dict[str, Any],
+) -> Params:
+    """Every tensor of ``target``: those in ``done`` as they are, other weights rounded to nearest,
+    the rest in the source's dtype."""
     out: Params = {}
     for name, shape in progress(list(abstract_params(target).items()), "quantise weights"):
         if name in done:
@@ -100,14 +137,7 @@ def quantize_params(
             report["weights"][name] = relative_error(out[name], params[name])
         else:
             out[name] = params[name].astype(dtypes.get(name, np.float32))
-    if recipe.learns:
-        set_params(target, dict(out))
-        teacher = float_model(family, config, without_prefix(recipe), params)
-        learned, report["tuning"] = tune(target, teacher, batch, recipe.tune, progress)
-        for name, value in learned.items():
-            old = out[name]
-            out[name] = dataclasses.replace(old, scale=value) if isinstance(old, QWeight) else value
-    return out, report
+    return out
 
 
 def _calibrated(
@@ -128,8 +158,9 @@ def _calibrated(
     bare, done = without_prefix(recipe), {}
     look = StatisticsRunner(columns=False)
 
-    def run(recipe: Recipe, params: Params, runner: Runner) -> None:
-        float_model(family, config, recipe, params)(batch, runner)
+    def run(recipe: Recipe, params: Params, runner: Runner, name: str = "observe") -> None:
+        with stage(name):
+            float_model(family, config, recipe, params)(batch, runner)
 
     if recipe.smooth:
         by_column = StatisticsRunner(columns=True)
@@ -154,7 +185,7 @@ def _calibrated(
                 run(recipe, params | done, look)
     inputs = look.inputs if recipe.weights.needs_float_inputs else None
     runner = QuantizingRunner(target, recipe, section_of, progress, inputs)
-    run(recipe, params | done, runner)
+    run(recipe, params | done, runner, "calibrate and round")
     report |= runner.report
     return params, done | runner.params
 
