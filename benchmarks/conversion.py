@@ -21,8 +21,8 @@ from benchmarks.random_checkpoint import QWEN2_VL, write
 from mquant_jax.cli_support import OK, Parser, run_cli
 from mquant_jax.commands.bench import machine
 from mquant_jax.errors import UserError
-from mquant_jax.ptq.convert import convert
 from mquant_jax.presets import resolve_recipe
+from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import Recipe
 from mquant_jax.samples import DEMO_ASSETS
 from mquant_jax.stages import listening
