@@ -84,7 +84,7 @@ _TESTS = "tests/mquant_jax/"
 STEPS = (
     Step(
         "kernels", 100,
-        _pytest(_TESTS + "test_ops_gpu.py", _TESTS + "test_ops_rotate.py"),
+        _pytest(_TESTS + "test_ops_gpu.py", _TESTS + "test_ops_rotate.py", "-k", "not tpu"),
         _pytest(_TESTS + "test_ops_gpu.py", "-k", "test_partial_sums or test_the_table"),
         "kernels.xml",
     ),
@@ -112,7 +112,8 @@ STEPS = (
     Step(
         "conversion", 90,
         _benchmark("conversion", "conversion.json", "--layers", "4"),
-        _benchmark("conversion", "conversion.json", "--model", "demo", "--recipe", "w4a8-rtn"),
+        _benchmark("conversion", "conversion.json", "--layers", "1", "--vocab", "4096",
+                   "--recipe", "w4a8-rtn"),
         "conversion.json",
     ),
 )  # fmt: skip

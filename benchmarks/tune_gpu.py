@@ -263,8 +263,8 @@ def _run(argv: list[str]) -> int:
     add("--ahead-of-time", action="store_true", help="rank by analysis, without a GPU")
     add("--seconds", type=float, default=math.inf, metavar="S", help="begin no candidate after "
         "this time (default: time them all)")  # fmt: skip
-    add("--rehearse", action="store_true", help="two tiny products, kernels interpreted: tries this "
-        "command without a GPU; the times mean nothing")  # fmt: skip
+    add("--rehearse", action="store_true", help="two tiny products, kernels interpreted: "
+        "tries this command without a GPU; the times mean nothing")  # fmt: skip
     add_output_options(parser)
     args = parser.parse_args(argv)
     if any(n < 1 for n in args.rows or ()):
