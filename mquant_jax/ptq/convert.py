@@ -50,17 +50,18 @@ def convert(
 
         config, params = untied(config, params) if recipe.rotate else (config, params)
         params, report = quantize_params(family, config, recipe, params, batch, progress)
-    return save(
-        dst,
-        params,
-        family=family.name,
-        hf_config=reader.config,
-        recipe=recipe,
-        tied_head=config.language.tied_head,
-        files=[src / "config.json", *reader.side_files()],
-        report=report,
-        overwrite=overwrite,
-    )
+    with stage("write"):
+        return save(
+            dst,
+            params,
+            family=family.name,
+            hf_config=reader.config,
+            recipe=recipe,
+            tied_head=config.language.tied_head,
+            files=[src / "config.json", *reader.side_files()],
+            report=report,
+            overwrite=overwrite,
+        )
 
 
 def read_config(family: Family, reader: Reader) -> Any:
