@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mquant_jax.checkpoint.check import check_result
+from mquant_jax.checkpoint.destination import check_destination
 from mquant_jax.checkpoint.manifest import MANIFEST
 from mquant_jax.checkpoint.plan import Plan, plan
+from mquant_jax.checkpoint.provenance import hash_files, source_files
 from mquant_jax.checkpoint.source import Reader
-from mquant_jax.checkpoint.workspace import check_destination
-from mquant_jax.checkpoint.writer import save
+from mquant_jax.checkpoint.workspace import workspace
+from mquant_jax.checkpoint.writer import CheckpointWriter, by_part
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import Batch, Family, abstract_model
 from mquant_jax.models.registry import family_for
+from mquant_jax.nn.params import parameter_bytes
 from mquant_jax.recipe import Recipe
 
 
@@ -37,6 +41,7 @@ def convert(
     _check_recipe(family, todo, recipe)
     _check_ties(reader.config, todo)
     batch = _calibration_batch(family, todo, recipe, src, calibration)
+    source = hash_files(source_files(reader))
     params: dict[str, Any] = todo.read(reader, progress)
     config, report = todo.config, None
     if recipe.changes_weights:
@@ -44,17 +49,23 @@ def convert(
 
         config, params = untied(config, params) if recipe.rotate else (config, params)
         params, report = quantize_params(family, config, recipe, params, batch, progress)
-    return save(
-        dst,
-        params,
-        family=family.name,
-        hf_config=reader.config,
-        recipe=recipe,
-        tied_head=config.language.tied_head,
-        files=[src / "config.json", *reader.side_files()],
-        report=report,
-        overwrite=overwrite,
-    )
+    with workspace(dst, MANIFEST, overwrite=overwrite) as work:
+        work.require(parameter_bytes(params))
+        writer = CheckpointWriter(work.result)
+        records = [writer.write_part(part, tensors) for part, tensors in by_part(params).items()]
+        manifest = writer.finish(
+            records,
+            family=family.name,
+            hf_config=reader.config,
+            recipe=recipe,
+            tied_head=config.language.tied_head,
+            files=[src / "config.json", *reader.side_files()],
+            report=report,
+            source=source,
+        )
+        check_result(work.result, family, config)
+        work.publish()
+    return manifest
 
 
 def read_config(family: Family, reader: Reader) -> Any:
