@@ -34,6 +34,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def add_no_verify(parser: Parser) -> None:
+    """``--no-verify``, for commands that load a checkpoint; ``args.verify`` is the opposite."""
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="load files that were edited, or too large to compare with their hashes",
+    )
+
+
 def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run ``main(argv)`` and turn what a user can repair into one line on stderr.
 

@@ -30,6 +30,7 @@ from mquant_jax.nn.params import (
     abstract_params,
     assign,
     layer_names,
+    parameter_bytes,
     set_params,
     variables,
 )
@@ -104,6 +105,23 @@ def describe(folder: Path, manifest: dict[str, Any]) -> tuple[Family, Any, Recip
     language = dataclasses.replace(config.language, tied_head=manifest["tied_head"])
     recipe = Recipe.from_json(manifest["recipe"], f"{folder}: recipe")
     return family, dataclasses.replace(config, language=language), recipe, hf_config
+
+
+def held_bytes(folder: Path) -> int:
+    """Bytes that :func:`load_model` will take on this platform; nothing but JSON is read.
+
+    Raises:
+        UserError: as there.
+    """
+    manifest = load_manifest(folder)
+    family, config, recipe, _ = describe(folder, manifest)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    total = 0
+    for _, variable in variables(abstract_model(family, config, recipe, dtype)):
+        value = variable.get_value()
+        value = jax.eval_shape(held, value) if isinstance(value, QWeight) else value
+        total += parameter_bytes({"": value})
+    return total
 
 
 def check_tensors(manifest: dict[str, Any], expected: Params, folder: Path) -> None:

@@ -152,6 +152,18 @@ def stream(
     Raises:
         CheckpointError: files that are damaged; all of them are named.
     """
+    misfits = stream_misfits(folder, manifest, sink_for, verify)
+    if misfits:
+        refuse(folder, misfits)
+
+
+def stream_misfits(
+    folder: Path,
+    manifest: dict[str, Any],
+    sink_for: Callable[[Mapping[str, Entry]], Sink],
+    verify: Verify = True,
+) -> list[str]:
+    """:func:`stream`, and a line for each file that is damaged."""
 
     def one(part: str) -> list[str]:
         try:
@@ -166,9 +178,7 @@ def stream(
     # The largest first, so that no thread is left with it at the end.
     parts = sorted(manifest["parts"], key=lambda p: -manifest["parts"][p]["bytes"])
     with ThreadPoolExecutor(THREADS) as pool:
-        misfits = [text for found in pool.map(one, parts) for text in found]
-    if misfits:
-        refuse(folder, misfits)
+        return [text for found in pool.map(one, parts) for text in found]
 
 
 def _stream_file(file: TensorFile, sink: Sink) -> str:

@@ -14,7 +14,7 @@ from mquant_jax.checkpoint.foreign import (
     refuse_foreign_names,
     refuse_quantised,
 )
-from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, TensorFile, file_hash
+from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, TensorFile
 from mquant_jax.errors import UserError
 from mquant_jax.files import check_inside, is_file, read_json
 from mquant_jax.schema import shown
@@ -128,11 +128,6 @@ class Reader:
         values = self._open[self.tensors[name].file].read(name, start, stop)
         self.bytes_read += values.nbytes
         return values
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Name -> size and sha256 of every file that holds tensors, and of the files beside."""
-        paths = [self.folder / "config.json", *self._open, *self.side_files()]
-        return {path.name: file_hash(path) for path in paths}
 
     def side_files(self) -> list[Path]:
         """Tokenizer, preprocessor and generation files that exist here."""

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from mquant_jax import __version__
+from mquant_jax.checkpoint.check import check_result
+from mquant_jax.checkpoint.destination import check_destination
 from mquant_jax.checkpoint.journal import Journal
 from mquant_jax.checkpoint.manifest import MANIFEST, load_manifest
 from mquant_jax.checkpoint.plan import Plan, plan
+from mquant_jax.checkpoint.provenance import hash_files, source_files
 from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.checkpoint.source import Reader
-from mquant_jax.checkpoint.workspace import Workspace, check_destination, workspace
+from mquant_jax.checkpoint.workspace import Workspace, workspace
 from mquant_jax.checkpoint.writer import CheckpointWriter, by_part
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
@@ -75,9 +78,11 @@ def convert(
         with stage("read calibration"):
             chunks = _calibration(family, todo, recipe, reader, calibration, states)
         with stage("hash source"):
-            source = reader.fingerprint()
+            source = hash_files(source_files(reader))
         ledger = JournalLedger(Journal(work.journal), _header(source, recipe, chunks))
         manifest = _fill(work, family, todo, recipe, reader, chunks, states, ledger, source)
+        with stage("read back"):
+            check_result(work.result, family, todo.config)
         work.publish()
     return manifest
 

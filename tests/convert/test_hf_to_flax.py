@@ -46,9 +46,9 @@ def test_float_conversion_reproduces_the_reference(tmp_path, capsys, case):
 
 def test_published_files_are_copied_as_they_are(tmp_path):
     src = hf_folder(tmp_path / "src")
-    (src / "tokenizer.json").write_text('{"x": 1}')
+    (src / "generation_config.json").write_text('{"x": 1}')
     assert main([str(src), str(tmp_path / "dst")]) == 0
-    for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+    for name in ("config.json", "preprocessor_config.json", "generation_config.json"):
         assert (tmp_path / "dst" / name).read_bytes() == (src / name).read_bytes()
 
 
