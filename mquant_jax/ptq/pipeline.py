@@ -36,6 +36,7 @@ from mquant_jax.ptq.statistics import Statistics
 from mquant_jax.ptq.tune import tune
 from mquant_jax.ptq.walk import Progress, Visitor, Walk, no_progress, working
 from mquant_jax.recipe import Recipe, Section
+from mquant_jax.stages import stage
 
 Batches = Batch | Sequence[Batch]
 
@@ -77,6 +78,15 @@ def quantize_params(
         made.update(learned)
     job.states.close()
     return {name: made[name] for name in abstract_params(job.target)}, report
+
+
+def looked(
+    family: Family, config: Any, recipe: Recipe, params: Mapping[str, Any], batches: Batches
+) -> Statistics:
+    """What the float model that ``recipe`` describes shows at its points, columns and all."""
+    seen = Statistics(columns=True)
+    Conversion(family, config, Recipe(), params, batches)._walk("look", recipe, seen)
+    return seen
 
 
 def in_memory(value: Any) -> Any:
@@ -135,7 +145,8 @@ class Conversion:
         """Make every tensor and hand it, part by part, to ``sink``; returns the report."""
         recipe, streams = self.recipe, self.family.streams
         if recipe.balance:
-            look = self._look("balance", Recipe(), Statistics(columns=True, sample=0))
+            look = Statistics(columns=True, sample=0)
+            self._walk("balance", Recipe(), look)
             self.params, self.report["balance"] = balance_params(
                 self.params, streams(self.config), look
             )
@@ -153,33 +164,29 @@ class Conversion:
         self._rest(sink)
         return self.report
 
-    def _look(self, name: str, recipe: Recipe, visitor: Any) -> Any:
-        """A pass of the float model."""
-        self._walk(name, recipe, visitor)
-        return visitor
-
     def _walk(self, name: str, recipe: Recipe, visitor: Visitor, twin: bool = False) -> None:
         """One pass over the float model that ``recipe`` describes."""
         model = abstract_float(self.family, self.config, recipe)
-        Walk(
-            name, model, self._of_recipe(recipe), self.batches, self.states, self.ledger,
-            twin=twin, progress=self.progress,
-        ).run(visitor)  # fmt: skip
-
-    def _of_recipe(self, recipe: Recipe) -> Tensors:
-        return lazy(sink_rule([], [])) | dict(self.params) if recipe.marks_sinks else self.params
+        params = of_recipe(recipe, self.params)
+        with stage(name):
+            Walk(
+                name, model, params, self.batches, self.states, self.ledger, twin=twin,
+                progress=self.progress,
+            ).run(visitor)  # fmt: skip
 
     def _calibrate(self, sink: Sink) -> None:
         """Everything that the calibration prompts decide."""
         recipe, bare = self.recipe, without_prefix(self.recipe)
         if recipe.smooth:
-            look = self._look("smooth", bare, Statistics(columns=True))
+            look = Statistics(columns=True)
+            self._walk("smooth", bare, look)
             streams = self.family.streams(self.config)
             self.params, self.report["smoothing"] = smooth_params(
                 self.params, streams, recipe, look, section_of
             )
         if recipe.finds_sinks:
-            look = self._look("sinks", bare, Statistics(columns=False))
+            look = Statistics(columns=False)
+            self._walk("sinks", bare, look)
             self._mark_sinks(sinks_of(look, self.batches))
         dtypes = {name: value.dtype for name, value in self.source.items()}
         quantiser = Quantiser(self.target, recipe, section_of, dtypes, self.states, sink)
@@ -196,7 +203,7 @@ class Conversion:
             ids = prefix_ids(*found, self.batches, recipe.prefix_sinks)
             self.report["prefix"] = ids
             model = abstract_float(self.family, self.config, without_prefix(recipe))
-            params = self._of_recipe(without_prefix(recipe))
+            params = of_recipe(without_prefix(recipe), self.params)
             made |= prefix_params(model, params, ids, self.states)
         self.params = {**self.params, **lazy(made)}
 
@@ -244,9 +251,7 @@ class Conversion:
             The tensors that changed, and what the divergence was before and after.
         """
         set_params(self.target, dict(made))
-        teacher = float_model(
-            self.family, self.config, without_prefix(self.recipe), self._of_recipe(self.recipe)
-        )
+        teacher = float_model(self.family, self.config, without_prefix(self.recipe), self.params)
         values, report = tune(self.target, teacher, self.batches, self.recipe.tune, self.progress)
         out: Params = {}
         for name, value in values.items():
@@ -286,10 +291,14 @@ def abstract_float(family: Family, config: Any, recipe: Recipe) -> VLM:
 def float_model(family: Family, config: Any, recipe: Recipe, params: Mapping[str, Any]) -> VLM:
     """The unquantised model in float32, whole; ``params`` stays."""
     model = abstract_float(family, config, recipe)
-    if recipe.marks_sinks:
-        params = sink_rule([], []) | dict(params)
-    set_params(model, {name: np.asarray(working(v.load())) for name, v in lazy(params).items()})
+    tensors = of_recipe(recipe, params)
+    set_params(model, {name: np.asarray(working(v.load())) for name, v in tensors.items()})
     return model
+
+
+def of_recipe(recipe: Recipe, params: Mapping[str, Any]) -> Tensors:
+    """The tensors of :func:`abstract_float`; a rule for sinks is empty until they are found."""
+    return lazy((sink_rule([], []) if recipe.marks_sinks else {}) | dict(params))
 
 
 def without_prefix(recipe: Recipe) -> Recipe:
