@@ -1,0 +1,102 @@
+"""Values that come from outside: text, counts, numbers and names, checked in one place."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mquant_jax.errors import UserError
+
+
+def text(value: Any, name: str) -> str:
+    """``value``, if it is a string that can be encoded as UTF-8.
+
+    Raises:
+        UserError: another type, or a lone surrogate, which no tokenizer takes.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{name}: expected text, found {_kind(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{name}: character {e.start} is {value[e.start]!a}, half of a surrogate pair; the "
+            "text was decoded wrongly, decode it as UTF-8"
+        ) from e
+    return str(value)
+
+
+def count(value: Any, name: str, least: int = 1, most: int | None = None) -> int:
+    """An integer of Python, NumPy or JAX as an ``int``.
+
+    Raises:
+        UserError: no integer (booleans and whole floats are none), or outside ``least..most``.
+    """
+    wanted = f"expected a whole number, {_range(least, most)}"
+    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
+        raise UserError(f"{name} is {value}; {wanted}")
+    try:
+        whole = operator.index(value)
+    except TypeError as e:
+        raise UserError(f"{name} is {_shown(value)}; {wanted}") from e
+    if whole < least or (most is not None and whole > most):
+        raise UserError(f"{name} is {_shown(whole)}; {wanted}")
+    return whole
+
+
+def number(value: Any, name: str) -> float:
+    """A finite real number of Python, NumPy or JAX as a ``float``.
+
+    Raises:
+        UserError: another type (booleans and text included), NaN, or infinite.
+    """
+    array = getattr(value, "ndim", None) == 0 and getattr(value, "dtype", None) != np.bool_
+    if isinstance(value, bool | np.bool_ | str) or not (isinstance(value, numbers.Real) or array):
+        raise UserError(f"{name} is {_shown(value)}; expected a number")
+    try:
+        real = float(value)
+    except (OverflowError, TypeError, ValueError) as e:
+        raise UserError(f"{name} is {_shown(value)}; expected a number") from e
+    if not math.isfinite(real):
+        raise UserError(f"{name} is {real}; expected a finite number")
+    return real
+
+
+def choice(value: Any, name: str, known: Sequence[str]) -> str:
+    """``value``, if it is one of ``known``.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{name} is {_shown(value)}; expected one of {', '.join(known)}")
+    return value
+
+
+def shortened(value: Any, most: int = 120) -> str:
+    """A path or another text for a message: printable, and cut in the middle where it is long."""
+    shown = str(value)
+    shown = shown if shown.isprintable() else ascii(shown)[1:-1]
+    half = most // 2
+    return shown if len(shown) <= most else f"{shown[:half]}...{shown[-half // 2 :]}"
+
+
+def _range(least: int, most: int | None) -> str:
+    return f"{least} or more" if most is None else f"{least} to {most}"
+
+
+def _shown(value: Any) -> str:
+    """The value for a message; integers of thousands of digits cannot be printed."""
+    try:
+        return shortened(repr(value), 60)
+    except Exception:  # a foreign __repr__, or Python's limit on digits
+        return _kind(value)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
