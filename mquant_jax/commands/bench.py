@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from mquant_jax import processor
+from mquant_jax import cpu_features
 from mquant_jax.cli_support import OK, Parser, progress
 from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import float_twin, measure, summary
@@ -37,8 +37,8 @@ def machine() -> dict:
     return {
         "platform": device.platform,
         "device": device.device_kind,
-        "processor": processor.model(),
-        "instructions": [name for name in _TELLING if name in processor.features()],
+        "processor": cpu_features.model(),
+        "instructions": [name for name in _TELLING if name in cpu_features.features()],
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),

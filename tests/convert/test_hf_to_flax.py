@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from convert import verify
 from convert.hf_to_flax import main
-from mquant_jax import atomic
+from mquant_jax.checkpoint import atomic
 from mquant_jax.checkpoint.store import load_manifest, load_params
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import get_params
@@ -170,7 +170,7 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
 HELD = """
 import sys, time
 from convert.hf_to_flax import main
-from mquant_jax import atomic
+from mquant_jax.checkpoint import atomic
 atomic._sync = lambda folder: time.sleep(600)
 sys.exit(main())
 """

@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mquant_jax import atomic, checkpoint
+from mquant_jax.checkpoint import atomic
+from mquant_jax.checkpoint import store as checkpoint
 from mquant_jax.checkpoint.store import load_manifest, load_params, save
 from mquant_jax.errors import UserError
 from mquant_jax.numerics import QWeight, quantize_weight
