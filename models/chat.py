@@ -168,7 +168,8 @@ class ChatFolder:
             raise UserError(f"messages: expected a list of messages, found {found}")
         chat = [normalised(message, i, placed, self.ROLES) for i, message in enumerate(messages)]
         if not chat:
-            raise UserError("messages: the list is empty; expected one message of the user")
+            raise UserError("messages: the list is empty; a conversation must end with a message "
+                            "of role 'user'")  # fmt: skip
         return (
             chat,
             listed(images, "images", "pictures", ndim=4),

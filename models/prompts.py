@@ -49,11 +49,11 @@ def check_prompts(prompts: Sequence[Prompt], vocab: int, placeholder: int | None
 def check_patches(prompts: Sequence[Prompt]) -> None:
     """
     Raises:
-        PromptError: patches that are not as many as the grids say.
+        PromptError: patches that are not as many as the grids say. Without grids none are used.
     """
     for i, prompt in enumerate(prompts):
         wanted = sum(math.prod(grid) for grid in prompt.grids)
-        if len(prompt.patches) != wanted:
+        if prompt.grids and len(prompt.patches) != wanted:
             raise PromptError(f"prompt {i}: {len(prompt.patches)} patches, but its grids "
                               f"{list(prompt.grids)} have {wanted}")  # fmt: skip
 

@@ -32,7 +32,6 @@ def collate(
             of several sizes.
     """
     check_prompts(prompts, config.language.vocab_size)
-    batch = collate_text(prompts, pad_id, pad_to)
     grids = [grid for p in prompts for grid in p.grids]
     if len({grid[1:] for grid in grids} | {(g[2], g[1]) for g in grids}) > 1:
         raise PromptError("tiles are not squares of one size")
@@ -41,6 +40,7 @@ def collate(
         found = p.input_ids.count(image_token)
         if wanted != found:
             raise PromptError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+    batch = collate_text(prompts, pad_id, pad_to)
     if not grids:
         return batch
     visual = (batch.order >= 0) & (batch.input_ids == image_token)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import ChatFolder, Message, text_of
+from mquant_jax.models.images import listed
 from mquant_jax.models.llama.config import LlamaConfig
 from mquant_jax.models.llama.processing import batch_of
 
@@ -27,7 +28,9 @@ class LlamaProcessor(ChatFolder):
         """
         if self.chat_template is not None:
             return super().prompt(text, images, videos)
-        self._refuse(images, videos)
+        self._refuse(
+            listed(images, "images", "pictures", ndim=4), listed(videos, "videos", "clips", ndim=5)
+        )
         return self.made(self.tokenizer(checked_text(text, "prompt"))["input_ids"])
 
     def messages(
@@ -50,8 +53,11 @@ class LlamaProcessor(ChatFolder):
             )
         given = list(messages) if isinstance(messages, Iterable) else messages
         chat, images, videos = self.conversation(given, images, videos)
-        kinds = [part["type"] for message in chat for part in message["content"]]
-        self._refuse(images or "image" in kinds, videos or "video" in kinds)
+        self._refuse(images, videos)
+        for i, message in enumerate(chat):
+            if any(part["type"] != "text" for part in message["content"]):
+                raise UserError(f"message {i}: this is a language model without a vision part; "
+                                "expected text alone")  # fmt: skip
         texts = [{**m, "content": text_of(c)} for m, c in zip(given, chat, strict=True)]
         return self.made(self.encode(self.render(texts, self.chat_template)))
 
@@ -59,8 +65,9 @@ class LlamaProcessor(ChatFolder):
         """Left-pad prompts to one length."""
         return batch_of(self.config, prompts, self.pad_id, pad_to)
 
-    def _refuse(self, images: Any, videos: Any) -> None:
-        for kind, given in (("pictures", images), ("videos", videos)):
-            if given:
-                raise UserError(f"{self.folder}: this is a language model without a vision part; "
-                                f"leave the {kind} out")  # fmt: skip
+    def _refuse(self, images: list[Any], videos: list[Any]) -> None:
+        if len(images) or len(videos):
+            raise UserError(
+                f"{self.folder}: this is a language model without a vision part; "
+                f"leave the pictures out (images: {len(images)}, videos: {len(videos)})"
+            )
