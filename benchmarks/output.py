@@ -19,7 +19,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 def save(result: dict[str, Any], file: Path | None) -> None:
     """Write a result where a file is named."""
     if file:
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def deliver(

@@ -28,7 +28,7 @@ QWEN2_VL = ("qwen2_vl-2b", "qwen2_vl-7b")
 
 def cut_config(model: str, layers: int, vocab: int) -> dict:
     """A published Qwen2-VL config, both towers cut to ``layers``, the vocabulary to ``vocab``."""
-    demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text())
+    demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text(encoding="utf-8"))
     ids = {k: v for k, v in demo.items() if k.endswith("token_id")}
     full = MODELS[model]
     tower = full["vision_config"] | {"depth": layers}
@@ -70,7 +70,7 @@ def _run(argv: list[str]) -> int:
         if file.name not in ("config.json", "model.safetensors"):
             shutil.copy(file, args.out)
     save_file(tensors, args.out / "model.safetensors")
-    (args.out / "config.json").write_text(json.dumps(hf, indent=2))
+    (args.out / "config.json").write_text(json.dumps(hf, indent=2), "utf-8")
     print(f"wrote {args.out} ({sum(t.nbytes for t in tensors.values()) / 1e6:.0f} MB)")
     return OK
 

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 from mquant_jax.models.base import Prompt
-from mquant_jax.models.images import listed
 from mquant_jax.models.prompts import check_ids
 
 from mquant_jax.errors import PromptError, UserError
+from mquant_jax.validate import listed
 from mquant_jax.validate import text as checked_text
 
 KINDS = ("image", "video")

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mquant_jax.errors import ImageError
-from mquant_jax.validate import shortened
+from mquant_jax.validate import kind, listed, shortened
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _EXPECTED = (
@@ -91,35 +91,6 @@ def load_frames(video: Any, name: str) -> list[Image.Image]:
     if not frames:
         raise ImageError(f"{name}: expected a sequence of frames, one at least")
     return [load_image(frame, f"{name}, frame {i}") for i, frame in enumerate(frames)]
-
-
-def listed(items: Any, name: str, what: str, ndim: int) -> list[Any]:
-    """The elements of a sequence (or iterable) of pictures, frames or clips, not yet read.
-
-    Args:
-        what: the elements' name, for the message.
-        ndim: fewest axes of an array that holds several of them.
-
-    Raises:
-        ImageError: a single picture, path or text, or nothing that has elements.
-    """
-    if isinstance(items, list | tuple):
-        return list(items)
-    single = str | bytes | bytearray | memoryview | os.PathLike | Mapping | Set | Image.Image
-    is_single = isinstance(items, single) or hasattr(items, "read")
-    if is_single or getattr(items, "ndim", ndim) < ndim or not isinstance(items, Iterable):
-        raise ImageError(
-            f"{name}: expected a sequence of {what}, found {_kind(items)}; put it in a list, and "
-            "give [] where there is none"
-        )
-    return list(items)
-
-
-def _kind(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    if shape is None or getattr(value, "dtype", None) is None:
-        return type(value).__name__
-    return f"{value.dtype} {list(shape)}"
 
 
 @contextlib.contextmanager
@@ -206,7 +177,7 @@ def _pixels(image: Any, name: str) -> np.ndarray:
     floats = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     channels = shape[2:] in ((), (1,), (3,), (4,))
     if not (floats or dtype == np.uint8) or len(shape) < 2 or not channels or 0 in shape:
-        raise ImageError(f"{name}: expected {_EXPECTED}, found {_kind(image)}")
+        raise ImageError(f"{name}: expected {_EXPECTED}, found {kind(image)}")
     with _decoding(name):
         x = np.asarray(image)
     if floats:

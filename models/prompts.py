@@ -7,29 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from mquant_jax.models.base import Prompt
+from mquant_jax.models.base import Prompt, longest
 
 from mquant_jax.errors import PromptError
-
-
-def longest(prompts: Any) -> int:
-    """Tokens of the longest prompt.
-
-    Raises:
-        PromptError: no sequence of prompts, none at all, or one without tokens.
-    """
-    if not isinstance(prompts, Sequence) or not prompts:
-        raise PromptError("prompts: expected a list of Prompt objects, one at least")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, Prompt):
-            raise PromptError(f"prompt {i}: expected a Prompt, found {type(prompt).__name__}; "
-                              "make it with the processor's prompt()")  # fmt: skip
-        if len(prompt.input_ids) == 0:
-            raise PromptError(f"prompt {i}: no tokens; a model needs one at least")
-    return max(len(prompt.input_ids) for prompt in prompts)
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab: int, placeholder: int | None = None) -> None:

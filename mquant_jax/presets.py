@@ -71,7 +71,7 @@ def resolve_recipe(name_or_path: str) -> Recipe:
             f"--recipe {name_or_path}: neither a preset ({', '.join(RECIPES)}) nor a JSON file"
         )
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid JSON: {e}") from e
     return Recipe.from_json(data, str(path))

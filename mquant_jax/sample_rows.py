@@ -73,22 +73,19 @@ class RowReader:
         turns = _conversation(data[kind]) if kind == "conversations" else _messages(data[kind])
         return self._turns(turns, images, answer, task)
 
-    def _turns(
-        self, turns: list[Message], images: tuple[Any, ...], answer: str, task: str
-    ) -> Row:
+    def _turns(self, turns: list[Message], images: tuple[Any, ...], answer: str, task: str) -> Row:
         """A conversation; what is one question with its pictures in front becomes that."""
         said = turns.pop() if turns and turns[-1]["role"] == "assistant" else None
-        if said is not None:
-            answer = _spoken(said["content"]) if not answer else answer
+        if said is not None and answer:
+            raise UserError('both "answer" and a last turn of the assistant; give it once')
+        answer = _spoken(said["content"]) if said else answer
         if not turns or turns[-1]["role"] != "user":
             raise UserError("the conversation holds no question of the user before its answer")
         images = self._placed(turns, images)
-        parts = turns[-1]["content"]
-        question = _spoken(parts)
-        kinds = [part["type"] for part in parts]
-        if len(turns) == 1 and kinds == ["image"] * len(images) + ["text"] * (len(kinds) > len(images)):
-            return Row(images, question, answer, task)
-        return Row(images, question, answer, task, tuple(turns))
+        question = _spoken(turns[-1]["content"])
+        kinds = [part["type"] for part in turns[-1]["content"]]
+        plain = len(turns) == 1 and kinds == sorted(kinds)  # pictures, then text
+        return Row(images, question, answer, task, () if plain else tuple(turns))
 
     def _placed(self, turns: list[Message], images: tuple[Any, ...]) -> tuple[Any, ...]:
         """All pictures in the order of their parts, which lose the pictures that they hold.
@@ -187,7 +184,7 @@ def _keys(data: dict[str, Any]) -> str:
 
 
 def _label(data: dict[str, Any], key: str) -> str:
-    """Text, or a number as it is written; "" for null."""
+    """Text, or a number in digits; "" for null."""
     value = data.get(key)
     if value is None:
         return ""

@@ -1,16 +1,17 @@
-"""Values that come from outside: text, counts, numbers and names, checked in one place."""
+"""Values that come from outside: text, counts, numbers, names and lists, checked in one place."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
-from mquant_jax.errors import UserError
+from mquant_jax.errors import ImageError, UserError
 
 
 def text(value: Any, name: str) -> str:
@@ -20,7 +21,7 @@ def text(value: Any, name: str) -> str:
         UserError: another type, or a lone surrogate, which no tokenizer takes.
     """
     if not isinstance(value, str):
-        raise UserError(f"{name}: expected text, found {_kind(value)}")
+        raise UserError(f"{name}: expected text, found {kind(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -78,6 +79,36 @@ def choice(value: Any, name: str, known: Sequence[str]) -> str:
     return value
 
 
+def listed(items: Any, name: str, what: str, ndim: int) -> list[Any]:
+    """The elements of a sequence (or iterable) of pictures, frames or clips, not yet read.
+
+    Args:
+        what: the elements' name, for the message.
+        ndim: fewest axes of an array that holds several of them.
+
+    Raises:
+        ImageError: a single picture, path or text, or nothing that has elements.
+    """
+    if isinstance(items, list | tuple):
+        return list(items)
+    single = str | bytes | bytearray | memoryview | os.PathLike | Mapping | Set
+    is_single = isinstance(items, single) or hasattr(items, "read")
+    if is_single or getattr(items, "ndim", ndim) < ndim or not isinstance(items, Iterable):
+        raise ImageError(
+            f"{name}: expected a sequence of {what}, found {kind(items)}; put it in a list, and "
+            "give [] where there is none"
+        )
+    return list(items)
+
+
+def kind(value: Any) -> str:
+    """The type of a value, of an array also its shape, for a message."""
+    shape = getattr(value, "shape", None)
+    if shape is None or getattr(value, "dtype", None) is None:
+        return type(value).__name__
+    return f"{value.dtype} {list(shape)}"
+
+
 def shortened(value: Any, most: int = 120) -> str:
     """A path or another text for a message: printable, and cut in the middle where it is long."""
     shown = str(value)
@@ -95,8 +126,4 @@ def _shown(value: Any) -> str:
     try:
         return shortened(repr(value), 60)
     except Exception:  # a foreign __repr__, or Python's limit on digits
-        return _kind(value)
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        return kind(value)

@@ -9,6 +9,7 @@ from mquant_jax.api import load
 from mquant_jax.cli_support import OK, Parser, progress
 from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.runtime.generate import KV_CACHES
+from mquant_jax.runtime.options import Options
 from mquant_jax.samples import BUNDLED_HELDOUT, read_samples
 
 EPILOG = """\
@@ -29,12 +30,18 @@ def main(argv: list[str]) -> int:
     add("--kv-cache", choices=KV_CACHES, default="float", help="default float")
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    samples = read_samples(args.samples, args.limit)
-    result = evaluate(
-        load(args.checkpoint, kv_cache=args.kv_cache),
-        samples,
+    options = Options(
+        args.max_new_tokens,
         batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
+        limit=args.limit,
+        kv_cache=args.kv_cache,
+    )
+    samples = read_samples(args.samples, options.limit)
+    result = evaluate(
+        load(args.checkpoint, kv_cache=options.kv_cache),
+        samples,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
         progress=progress,
     )
     if args.json:

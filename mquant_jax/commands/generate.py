@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,8 @@ import jax
 from mquant_jax.api import load
 from mquant_jax.cli_support import OK, Parser
 from mquant_jax.runtime.generate import KV_CACHES
+from mquant_jax.runtime.options import Options
+from mquant_jax.runtime.sampling import Sampling
 
 EPILOG = """\
 examples:
@@ -34,16 +37,20 @@ def main(argv: list[str]) -> int:
         help="int8 keeps keys and values in a half to a quarter of the memory")  # fmt: skip
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    model = load(args.checkpoint, kv_cache=args.kv_cache)
+    options = Options(
+        args.max_new_tokens,
+        Sampling(args.temperature, args.top_k, args.top_p),
+        seed=args.seed,
+        kv_cache=args.kv_cache,
+    )
+    model = load(args.checkpoint, kv_cache=options.kv_cache)
     stream = None if args.json else lambda text: print(text, end="", flush=True)
     answer = model.generate(
         args.image,
         args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        key=jax.random.key(args.seed),
+        max_new_tokens=options.max_new_tokens,
+        **dataclasses.asdict(options.sampling),
+        key=jax.random.key(options.seed),
         stream=stream,
     )
     print(json.dumps({"prompt": args.prompt, "answer": answer}) if args.json else "")
