@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -41,6 +42,9 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
         after an interrupt (Ctrl-C, SIGTERM).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may not fit the locale's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         with terminate_as_interrupt():
             return main(argv)
