@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import signal
 import sys
 import threading
@@ -55,6 +56,15 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
             traceback.print_exc()
         print("error: " + _one_line(e), file=sys.stderr)
         return INTERRUPTED if isinstance(e, KeyboardInterrupt) else USAGE
+
+
+def utf8(argument: str) -> str:
+    """A text from the command line, which is UTF-8 whatever the locale says.
+
+    Raises:
+        ValueError: it is not (argparse makes it a readable error).
+    """
+    return os.fsencode(argument).decode("utf-8")
 
 
 def _one_line(e: BaseException) -> str:

@@ -7,6 +7,7 @@ import binascii
 import dataclasses
 import decimal
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -124,15 +125,16 @@ class RowReader:
         if _URL.match(ref):
             raise UserError(f"{shortened(ref)}: URLs are not fetched; download the picture and "
                             "give its path")  # fmt: skip
-        path = self.path.parent / ref
         try:
+            # File names are UTF-8 like the text, whatever encoding the locale has for them.
+            path = self.path.parent / os.fsdecode(ref.encode("utf-8"))
             if path.is_file():
                 return path
         except (OSError, ValueError):  # too long, or a NUL: no path, but it may be base64
             pass
         if len(ref) >= _BASE64_LEAST and ref.startswith(_BASE64):
             return _decoded(ref, ref)
-        raise UserError(f"no such picture: {shortened(path)}")
+        raise UserError(f"no such picture: {shortened(self.path.parent / ref)}")
 
     def _array(self, number: int) -> np.ndarray:
         if self._rows is None:

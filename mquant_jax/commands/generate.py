@@ -8,7 +8,7 @@ import json
 import jax
 
 from mquant_jax.api import load
-from mquant_jax.cli_support import OK, Parser
+from mquant_jax.cli_support import OK, Parser, utf8
 from mquant_jax.runtime.generate import KV_CACHES
 from mquant_jax.runtime.options import Options
 from mquant_jax.runtime.sampling import Sampling
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("checkpoint", help="folder written by convert.hf_to_flax")
     add("--image", action="append", default=[], metavar="FILE", help="a picture (repeatable)")
-    add("--prompt", required=True, help="the question")
+    add("--prompt", required=True, type=utf8, help="the question")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")

@@ -223,10 +223,13 @@ def test_later_errors_name_file_and_line(folder) -> None:
 
 
 def test_any_locale(folder) -> None:
-    (folder / "s.jsonl").write_text('{"question": "é\u2028"}\n', "utf-8")
+    (folder / "a.png").rename(folder / "é.png")
+    (folder / "s.jsonl").write_text('{"question": "é\u2028", "image": "é.png"}\n', "utf-8")
     code = (
         "import sys; from mquant_jax.samples import read_samples\n"
-        "print(ascii(read_samples(sys.argv[1])[0].question))"
+        "from mquant_jax.models.images import load_image\n"
+        "sample = read_samples(sys.argv[1])[0]; load_image(sample.images[0], '')\n"
+        "print(ascii(sample.question))"
     )
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     argv = [sys.executable, "-c", code, folder / "s.jsonl"]
