@@ -172,15 +172,15 @@ def _url_bytes(url: str, name: str) -> bytes:
 
 
 def _pixels(image: Any, name: str) -> np.ndarray:
-    """uint8 ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]`` of an array."""
-    dtype, shape = getattr(image, "dtype", None), getattr(image, "shape", ())
-    floats = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-    channels = shape[2:] in ((), (1,), (3,), (4,))
-    if not (floats or dtype == np.uint8) or len(shape) < 2 or not channels or 0 in shape:
-        raise ImageError(f"{name}: expected {_EXPECTED}, found {kind(image)}")
+    """uint8 ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]`` of an array of any library."""
     with _decoding(name):
-        x = np.asarray(image)
+        x = np.asarray(image) if hasattr(image, "__array__") else np.zeros(())
+    shape, floats = x.shape, jnp.issubdtype(x.dtype, jnp.floating)
+    channels = shape[2:] in ((), (1,), (3,), (4,))
+    if not (floats or x.dtype == np.uint8) or len(shape) < 2 or not channels or 0 in shape:
+        raise ImageError(f"{name}: expected {_EXPECTED}, found {kind(image)}")
     if floats:
+        dtype = x.dtype
         x = x.astype(np.float64)
         if not (x.min() >= 0 and x.max() <= 1):  # false for NaN
             raise ImageError(f"{name}: expected floats in 0..1, found {dtype} from {x.min():.4g} "

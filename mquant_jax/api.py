@@ -15,7 +15,7 @@ from mquant_jax.models.base import VLM, Batch, Processor, Prompt, bucket, longes
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.options import Options, sampling_key
 from mquant_jax.runtime.sampling import Sampling
-from mquant_jax.validate import kind, listed
+from mquant_jax.validate import kind, listed, path
 
 
 @dataclasses.dataclass
@@ -192,11 +192,12 @@ def load(
             bad option.
     """
     options = Options(dtype=dtype, layout=layout, kv_cache=kv_cache)
+    place = path(folder, "folder")
     from mquant_jax.loading import load_model
 
     keep_compiled_programs()
-    loaded = load_model(Path(folder), options.dtype)
-    processor = loaded.family.processor(folder, loaded.config)
+    loaded = load_model(place, options.dtype)
+    processor = loaded.family.processor(place, loaded.config)
     return Model(
         loaded.model,
         loaded.config,

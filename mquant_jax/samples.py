@@ -30,6 +30,7 @@ from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
 from mquant_jax.sample_rows import Row, RowReader
 from mquant_jax.validate import count
+from mquant_jax.validate import path as checked_path
 
 DEMO_ASSETS = Path(__file__).parent / "assets" / "demo"
 BUNDLED_CALIBRATION = DEMO_ASSETS / "calibration.jsonl"
@@ -79,7 +80,7 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
         UserError: no such file, no UTF-8, no samples; or lines that are no sample, or whose
             picture is not there: the first ten are named.
     """
-    path = Path(path)
+    path = checked_path(path, "samples")
     limit = None if limit is None else count(limit, "limit")
     reader, samples, bad = RowReader(path), [], []
     for number, line in _lines(path):

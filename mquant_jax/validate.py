@@ -7,11 +7,24 @@ import numbers
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mquant_jax.errors import ImageError, UserError
+
+
+def path(value: Any, name: str) -> Path:
+    """
+    Raises:
+        UserError: no text and no path, or one that no file can have.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise UserError(f"{name}: expected a path, found {kind(value)}")
+    if "\0" in os.fspath(value):
+        raise UserError(f"{name}: {shortened(value)}: no path holds the character NUL")
+    return Path(value)
 
 
 def text(value: Any, name: str) -> str:

@@ -108,6 +108,19 @@ def test_floats_between_0_and_1(dtype) -> None:
         np.testing.assert_array_equal(expected, GREY)
 
 
+class Arraylike:
+    """An array of another library."""
+
+    dtype, shape = "its own", (5, 7, 3)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return RGB
+
+
+def test_arrays_of_other_libraries() -> None:
+    np.testing.assert_array_equal(pixels(Arraylike()), RGB)
+
+
 def test_arrays_of_one_and_four_channels() -> None:
     for grey in (GREY, GREY[..., None], GREY / 255.0, jnp.asarray(GREY)[..., None]):
         np.testing.assert_array_equal(pixels(grey), np.repeat(GREY[..., None], 3, -1))

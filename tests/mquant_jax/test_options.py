@@ -86,6 +86,12 @@ def test_names() -> None:
             mq.load("no such folder", **options)  # options come first: loading takes time
 
 
+@pytest.mark.parametrize("folder", [None, 3, b"x", "a\0b", ["x"]])
+def test_a_folder_is_a_path(folder) -> None:
+    with pytest.raises(mq.UserError, match="folder: "):
+        mq.load(folder)
+
+
 def test_keys() -> None:
     assert sampling_key(None) == jax.random.key(0)
     raw = jax.random.PRNGKey(3)

@@ -201,7 +201,8 @@ def test_an_unrelated_npz_is_left_alone(folder) -> None:
 
 def test_files_that_cannot_be_read(tmp_path) -> None:
     cases = {tmp_path / "none.jsonl": "no such file", tmp_path: "regular file",
-             "/dev/zero": "regular file", "a\0": "null", "x" * 300: "too long"}  # fmt: skip
+             "/dev/zero": "regular file", "a\0": "NUL", None: "expected a path",
+             "x" * 300: "too long"}  # fmt: skip
     for path, words in cases.items():
         with pytest.raises(UserError, match=words):
             read_samples(path)
