@@ -63,11 +63,11 @@ def count(value: Any, name: str, least: int = 1, most: int | None = None) -> int
     return whole
 
 
-def number(value: Any, name: str) -> float:
+def number(value: Any, name: str, least: float = -math.inf) -> float:
     """A finite real number of Python, NumPy or JAX as a ``float``.
 
     Raises:
-        UserError: another type (booleans and text included), NaN, or infinite.
+        UserError: another type (booleans and text included), NaN, infinite, or below ``least``.
     """
     array = getattr(value, "ndim", None) == 0 and getattr(value, "dtype", None) != np.bool_
     if isinstance(value, bool | np.bool_ | str) or not (isinstance(value, numbers.Real) or array):
@@ -78,6 +78,8 @@ def number(value: Any, name: str) -> float:
         raise UserError(f"{name} is {_shown(value)}; expected a number") from e
     if not math.isfinite(real):
         raise UserError(f"{name} is {real}; expected a finite number")
+    if real < least:
+        raise UserError(f"{name} is {real}; expected {least:g} or more")
     return real
 
 

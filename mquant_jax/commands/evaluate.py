@@ -14,7 +14,8 @@ from mquant_jax.samples import BUNDLED_HELDOUT, read_samples
 
 EPILOG = """\
 The samples are JSONL, one {"image": "cat.png", "question": "...", "answer": "..."} per line,
-pictures relative to the file. By default the held-out set bundled with the demo model is used.
+pictures relative to the file or in base64; conversations in LLaVA's form and chat "messages" are
+read, too. By default the held-out set bundled with the demo model is used.
 """
 
 

@@ -13,6 +13,7 @@ from mquant_jax.models.text import text_prompt
 from PIL import Image
 
 import mquant_jax as mq
+from convert import verify
 from mquant_jax.api import Model
 from mquant_jax.checkpoint.store import load_json
 from mquant_jax.cli import main
@@ -71,6 +72,12 @@ def test_top_k_is_a_count() -> None:
     for bad in (-1, 1.0, True, "2", None):
         with pytest.raises(mq.UserError, match="top_k is "):
             Sampling(top_k=bad)
+
+
+@pytest.mark.parametrize("rtol", ["nan", "inf", "-1"])
+def test_the_tolerance_of_verify(rtol, capsys) -> None:
+    assert verify.main(["DST", "--reference", "DIR", "--rtol", rtol]) == 2
+    assert "--rtol is " in capsys.readouterr().err
 
 
 def test_names() -> None:
