@@ -23,10 +23,12 @@ from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.flow import EmbeddingCall, Flow, run
+from mquant_jax.nn.params import dense_layers
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.recipe import Recipe
+from mquant_jax.sections import check_rules
 
 
 @partial(
@@ -90,12 +92,19 @@ class VLM(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        """
+        Raises:
+            UserError: the recipe's rules do not fit the model.
+        """
         recipe = recipe or Recipe()
         self.config = config
         if self.VISION is not None:
             self.vision = self.VISION(config, recipe, dtype, rngs=rngs)
         place = Placement.of(recipe, "language", dtype)
-        self.language = Decoder(config.language, place, recipe.head, rngs=rngs)
+        self.language = Decoder(config.language, place, rngs=rngs)
+        if recipe.rules:
+            layers = dense_layers(self)
+            check_rules(recipe.rules, {path: recipe.section_for(path) for path in layers})
 
     def visual(self, batch: Batch, runner: Runner = SCAN) -> jax.Array | None:
         """Visual features ``[N * M, hidden]``, which ``visual_index`` counts."""

@@ -21,7 +21,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy, Tensors, lazy
 from mquant_jax.models.base import VLM, Batch, Family, abstract_model
 from mquant_jax.nn.decoder import SinkRule
-from mquant_jax.nn.params import Params, abstract_params, set_params
+from mquant_jax.nn.params import Params, abstract_params, layer_path, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.balance import balance_params
 from mquant_jax.ptq.ledger import Ledger
@@ -34,21 +34,11 @@ from mquant_jax.ptq.smooth import smooth_params
 from mquant_jax.ptq.states import States
 from mquant_jax.ptq.statistics import Statistics
 from mquant_jax.ptq.tune import tune
-from mquant_jax.ptq.walk import Progress, Visitor, Walk, no_progress, working
+from mquant_jax.ptq.walk import Progress, RowChange, Visitor, Walk, no_progress, working
 from mquant_jax.recipe import Recipe, Section
 from mquant_jax.stages import stage
 
 Batches = Batch | Sequence[Batch]
-
-
-def section_of(name: str, recipe: Recipe) -> Section:
-    """The recipe's section that governs a tensor or quantisation point."""
-    if name.startswith(("language/head", "language/embedding")):
-        return recipe.head  # a tied table is the head
-    if name.startswith("language/"):
-        return recipe.language
-    in_tower = name.startswith(("vision/patch_embed/", "vision/layers/"))
-    return recipe.vision if in_tower else recipe.connector
 
 
 def quantize_params(
@@ -164,14 +154,21 @@ class Conversion:
         self._rest(sink)
         return self.report
 
-    def _walk(self, name: str, recipe: Recipe, visitor: Visitor, twin: bool = False) -> None:
+    def _walk(
+        self,
+        name: str,
+        recipe: Recipe,
+        visitor: Visitor,
+        twin: bool = False,
+        rounded: RowChange | None = None,
+    ) -> None:
         """One pass over the float model that ``recipe`` describes."""
         model = abstract_float(self.family, self.config, recipe)
         params = of_recipe(recipe, self.params)
         with stage(name):
             Walk(
                 name, model, params, self.batches, self.states, self.ledger, twin=twin,
-                progress=self.progress,
+                rounded=rounded, progress=self.progress,
             ).run(visitor)  # fmt: skip
 
     def _calibrate(self, sink: Sink) -> None:
@@ -182,15 +179,16 @@ class Conversion:
             self._walk("smooth", bare, look)
             streams = self.family.streams(self.config)
             self.params, self.report["smoothing"] = smooth_params(
-                self.params, streams, recipe, look, section_of
+                self.params, streams, recipe, look
             )
         if recipe.finds_sinks:
             look = Statistics(columns=False)
             self._walk("sinks", bare, look)
             self._mark_sinks(sinks_of(look, self.batches))
         dtypes = {name: value.dtype for name, value in self.source.items()}
-        quantiser = Quantiser(self.target, recipe, section_of, dtypes, self.states, sink)
-        self._walk("round", recipe, quantiser, recipe.weights.needs_float_inputs)
+        quantiser = Quantiser(self.target, recipe, dtypes, self.states, sink)
+        rounded = self._rounded_rows if self._table.quantised else None
+        self._walk("round", recipe, quantiser, recipe.weights.needs_float_inputs, rounded)
         self._written |= quantiser.written
         self.report |= {k: v for k, v in quantiser.report.items() if v or k != "split"}
 
@@ -225,11 +223,23 @@ class Conversion:
         one's relative error once all blocks are taken."""
         like, tensor = self._shapes[name], self.params[name]
         if isinstance(like, QWeight):
-            s = section_of(name, self.recipe)
+            s = self.recipe.section_for(layer_path(name, self.config.language.tied_head))
             blocks = self._rounded(name, tensor, s, errors)
             return Rows(tensor.shape, blocks, bits=s.w_bits, groups=like.groups)
         tensor = tensor.astype(self.source.get(name, tensor).dtype)
         return Rows(tensor.shape, tensor.blocks(), tensor.dtype) if tensor.ndim else tensor.load()
+
+    @property
+    def _table(self) -> Section:
+        """How the token embedding is quantised."""
+        tied = self.config.language.tied_head
+        return self.recipe.section_for(layer_path("language/embedding", tied))
+
+    def _rounded_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of the token embedding as the quantised model looks them up."""
+        s = self._table
+        q = round_weight(rows, s.w_bits, s.group_size, self.recipe.weights.clip)
+        return np.asarray(q.dequantize())
 
     def _rounded(
         self, name: str, tensor: Lazy, section: Section, errors: dict[str, float]

@@ -27,6 +27,7 @@ from mquant_jax.ptq.ledger import Ledger
 from mquant_jax.ptq.states import Spool, States, loaded
 
 Progress = Callable[[Iterable, str], Iterable]
+RowChange = Callable[[np.ndarray], np.ndarray]
 LAST = "language/head_in"  # what comes after it, the head, needs no calibration
 SMALL = 1 << 22  # elements of a tensor that may stay in memory through a walk
 
@@ -120,6 +121,8 @@ class Walk:
         states: where what goes from part to part is kept.
         ledger: what an earlier process has finished, and where parts are reported.
         twin: carry the float model's activations along.
+        rounded: what becomes of rows of the token embedding (float32 ``[n, hidden]``, and so is
+            what it gives); the twin's stay as they are.
     """
 
     def __init__(
@@ -132,9 +135,10 @@ class Walk:
         ledger: Ledger,
         *,
         twin: bool = False,
+        rounded: RowChange | None = None,
         progress: Progress = no_progress,
     ):
-        self.name, self.model, self.params = name, model, params
+        self.name, self.model, self.params, self.rounded = name, model, params, rounded
         self.batches, self.states, self.ledger = batches, states, ledger
         self.twin, self.progress = twin, progress
         for path, variable in variables(model):
@@ -155,7 +159,9 @@ class Walk:
             here = [calls[i] for i in at]
             there = [calls[count + i] for i in at] if self.twin else None
             if isinstance(here[0].call, EmbeddingCall):
-                for c in [*here, *(there or [])]:
+                for c in here:
+                    c.send(self._embedded(c.call, self.rounded))
+                for c in there or ():
                     c.send(self._embedded(c.call))
                 continue
             outs, twin_outs = self._carry_out(name, here, there, visitor)
@@ -164,11 +170,12 @@ class Walk:
             for n, c in enumerate(there or []):
                 c.send(jnp.asarray(twin_outs[n]) if twin_outs is not None else None)
 
-    def _embedded(self, call: EmbeddingCall) -> jax.Array:
+    def _embedded(self, call: EmbeddingCall, rounded: RowChange | None = None) -> jax.Array:
         """Rows of the token embedding: only those that calibration needs are read."""
         table = self.params[call.name]
         ids, back = np.unique(np.asarray(call.ids), return_inverse=True)
         rows = np.concatenate([table.read(int(i), int(i) + 1) for i in ids])
+        rows = rows if rounded is None else rounded(np.asarray(rows, np.float32))
         return working(rows)[back.reshape(call.ids.shape)]
 
     def _carry_out(
