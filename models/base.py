@@ -419,6 +419,13 @@ def abstract_model(family: Family, config: Any, recipe: Recipe, dtype=jnp.float3
     return nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
 
 
+def with_head(config: Any, tied: bool) -> Any:
+    """A family's config whose head is the embedding, or is not."""
+    return dataclasses.replace(
+        config, language=dataclasses.replace(config.language, tied_head=tied)
+    )
+
+
 def bucket(n: int, multiple: int) -> int:
     """The padded size for ``n``: at most an eighth more, so that few programs are compiled."""
     step = max(multiple, 1 << max(0, n.bit_length() - 4))

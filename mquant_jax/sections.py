@@ -111,6 +111,12 @@ def kind_of(path: str) -> str:
     return "/".join("*" if part.isdigit() else part for part in path.split("/"))
 
 
+def numbered(kind: str, path: str) -> str:
+    """A kind with the number that a layer's path has."""
+    number = next((part for part in path.split("/") if part.isdigit()), "*")
+    return kind.replace("*", number)
+
+
 def section_name(path: str) -> str:
     """The section whose values a layer has where no rule changes them."""
     if path in ("language/head", "language/embedding"):

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mquant_jax.cli_support import OK, Parser
+from mquant_jax.commands.dry_run import dry_run, show
 from mquant_jax.compile_cache import keep_compiled_programs
+from mquant_jax.errors import UserError
 from mquant_jax.presets import METHODS, PRESETS, resolve_recipe
 from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import SECTIONS
+from mquant_jax.runtime.memory import DEVICES
 
 
 def presets_table() -> str:
@@ -35,14 +38,17 @@ def _parser() -> Parser:
 examples:
   python -m mquant_jax convert Qwen2-VL-2B-Instruct out/float
   python -m mquant_jax convert Qwen2-VL-2B-Instruct out/w4a8 --recipe w4a8 --calibration my.jsonl
+  python -m mquant_jax convert Qwen/Qwen2-VL-2B-Instruct --recipe w4a8 --dry-run --device v5e
   python -m convert.verify out/float --reference goldens/qwen2_vl/public
 
 exit status: 0 success, 2 bad usage or input. DST appears only when it is complete.
 """
     parser = Parser("python -m mquant_jax convert", __doc__ or "", epilog)
-    parser.add_argument("src", metavar="SRC", type=Path, help="folder with config.json and "
-                        "model.safetensors (or its index and shards)")  # fmt: skip
-    parser.add_argument("dst", metavar="DST", type=Path, help="checkpoint folder to write")
+    parser.add_argument("src", metavar="SRC", help="folder with config.json and model.safetensors "
+                        "(or its index and shards), or the name of a model in the Hugging Face "
+                        "cache")  # fmt: skip
+    parser.add_argument("dst", metavar="DST", type=Path, nargs="?",
+                        help="checkpoint folder to write")  # fmt: skip
     parser.add_argument("--recipe", default="float", metavar="PRESET|FILE.json",
                         help="what is quantised and how (default: float)")  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE.jsonl",
@@ -50,6 +56,10 @@ exit status: 0 success, 2 bad usage or input. DST appears only when it is comple
                         "(default: the bundled set)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true",
                         help="replace DST, if it is a checkpoint")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, with sizes, memory "
+                        "and time, and convert nothing; config.json is enough")  # fmt: skip
+    parser.add_argument("--device", action="append", default=[], metavar="NAME", help="with "
+                        f"--dry-run: whether the result fits ({', '.join(DEVICES)})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -67,6 +77,13 @@ def main(argv: list[str]) -> int:
     """Convert; print a summary, or with ``--json`` one object."""
     args: argparse.Namespace = _parser().parse_args(argv)
     recipe = resolve_recipe(args.recipe)
+    if args.dry_run:
+        show(dry_run(args.src, recipe, args.calibration, tuple(args.device)), args.json)
+        return OK
+    if args.dst is None:
+        raise UserError("DST is missing; only --dry-run goes without")
+    if args.device:
+        raise UserError("--device goes with --dry-run; `inspect DST --memory` has it as well")
     keep_compiled_programs()
     manifest = convert(args.src, args.dst, recipe, args.calibration, args.overwrite)
     if args.json:

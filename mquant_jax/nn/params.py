@@ -133,5 +133,6 @@ def assign(model: nnx.Module, path: tuple[str, ...], value: Any) -> None:
 
 
 def parameter_bytes(params: Params) -> int:
-    """Bytes that the values take where they are held."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    """Bytes that the values take where they are held; int4 takes half of one."""
+    leaves = jax.tree.leaves(params)
+    return sum(x.size // (2 if x.dtype == jax.numpy.int4 else 1) * x.dtype.itemsize for x in leaves)

@@ -10,6 +10,7 @@ import numpy as np
 from mquant_jax import __version__
 from mquant_jax.checkpoint.check import check_result
 from mquant_jax.checkpoint.destination import check_destination
+from mquant_jax.checkpoint.hub import model_folder
 from mquant_jax.checkpoint.journal import Journal
 from mquant_jax.checkpoint.manifest import MANIFEST, load_manifest
 from mquant_jax.checkpoint.plan import Plan, plan
@@ -20,7 +21,8 @@ from mquant_jax.checkpoint.workspace import Workspace, workspace
 from mquant_jax.checkpoint.writer import CheckpointWriter, by_part
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Family, abstract_model
+from mquant_jax.layer_plan import target_model
+from mquant_jax.models.base import Family
 from mquant_jax.models.registry import family_for
 from mquant_jax.ptq.calibration_data import Chunks, calibration_chunks
 from mquant_jax.ptq.ledger import JournalLedger
@@ -34,7 +36,7 @@ _SHOWN = 10  # unknown keys that a warning names
 
 
 def convert(
-    src: Path,
+    src: str | Path,
     dst: Path,
     recipe: Recipe,
     calibration: Path | None = None,
@@ -46,6 +48,7 @@ def convert(
     """Convert ``src`` into the checkpoint ``dst``; everything cheap is checked first.
 
     Args:
+        src: a model folder, or a hub name that the local cache knows.
         overwrite: replace the checkpoint at ``dst``.
         resume: go on with what a stopped conversion of the same inputs left in ``DST.work``.
         restart: remove that, and begin anew.
@@ -60,11 +63,11 @@ def convert(
     check_destination(dst, MANIFEST, **options)
     if calibration is not None and not calibration.is_file():
         raise UserError(f"--calibration {calibration}: no such file")
-    reader = Reader(src)
-    family = family_for(reader.config, src / "config.json")
-    config = read_config(family, reader)
+    reader = Reader(model_folder(src))
+    family = family_for(reader.config, reader.folder / "config.json")
+    config = read_config(family, reader.config, reader.folder)
     todo = plan(family, config, reader)
-    _check_recipe(family, todo, recipe)
+    target_model(family, todo.config, recipe)  # group sizes and rules fit
     check_ties(config, todo, reader)
     ledger: JournalLedger | None = None
 
@@ -145,30 +148,18 @@ def _fill(
     return manifest
 
 
-def read_config(family: Family, reader: Reader) -> Any:
+def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Any:
     """The family's config object; keys that are not known are named in a warning.
 
     Raises:
         UserError: a key of config.json is missing or has an impossible value.
     """
-    config = family.config_from_hf(reader.config)
-    if unknown := family.unknown_keys(reader.config):
+    config = family.config_from_hf(hf_config)
+    if unknown := family.unknown_keys(hf_config):
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-        warn(f"{reader.folder / 'config.json'}: ignored, because no {family.name} model is known "
+        warn(f"{folder / 'config.json'}: ignored, because no {family.name} model is known "
              f"to have such keys: {', '.join(map(shown, unknown[:_SHOWN]))}{more}")  # fmt: skip
     return config
-
-
-def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
-    """Shapes and recipe fit together (group sizes divide, say).
-
-    Raises:
-        UserError: they do not.
-    """
-    try:
-        abstract_model(family, todo.config, recipe)
-    except ValueError as e:
-        raise UserError(f"recipe {recipe.name!r} does not fit this model: {e}") from e
 
 
 def check_ties(config: Any, todo: Plan, reader: Reader) -> None:

@@ -19,7 +19,7 @@ from flax import nnx
 from mquant_jax.checkpoint.writer import Rows, by_part
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy, Tensors, lazy
-from mquant_jax.models.base import VLM, Batch, Family, abstract_model
+from mquant_jax.models.base import VLM, Batch, Family, abstract_model, with_head
 from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, layer_path, set_params
 from mquant_jax.numerics import QWeight
@@ -323,6 +323,5 @@ def untied(config: Any, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]
     """
     if not config.language.tied_head:
         return config, dict(params)
-    language = dataclasses.replace(config.language, tied_head=False)
     head = {"language/head/kernel": params["language/embedding"]}
-    return dataclasses.replace(config, language=language), {**params, **head}
+    return with_head(config, tied=False), {**params, **head}
