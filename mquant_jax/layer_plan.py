@@ -133,18 +133,17 @@ def layer_plan(family: Family, config: Any, recipe: Recipe, float_bytes: int = 2
         UserError: model and recipe do not fit together: a group size, a rule.
     """
     source = {rule.dst: math.prod(rule.shape) for rule in family.weight_rules(config)}
-    target_config = with_head(config, tied=False) if recipe.rotate else config
-    model = target_model(family, target_config, recipe)
+    model = target_model(family, config, recipe)
     params = abstract_params(model)
     after = {name: _stored(name, value, source, float_bytes) for name, value in params.items()}
-    specs = _specs(model, params, family.streams(target_config), recipe, source, after, float_bytes)
+    specs = _specs(model, params, family.streams(model.config), recipe, source, after, float_bytes)
     parts = defaultdict(list)
     for name in params:
         parts[part_of(name)].append(name)
     before: dict[str, int] = defaultdict(int)
     for name, size in source.items():
         before[part_of(name)] += size * float_bytes
-    return LayerPlan(family.name, target_config, recipe, tuple(
+    return LayerPlan(family.name, model.config, recipe, tuple(
         PartPlan(
             part,
             tuple(specs[name] for name in names if name in specs),
@@ -157,11 +156,15 @@ def layer_plan(family: Family, config: Any, recipe: Recipe, float_bytes: int = 2
 
 
 def target_model(family: Family, config: Any, recipe: Recipe) -> VLM:
-    """The abstract quantised model.
+    """The abstract quantised model; a rotation unties its head.
+
+    Args:
+        config: the family's, as the source is.
 
     Raises:
         UserError: model and recipe do not fit together.
     """
+    config = with_head(config, tied=False) if recipe.rotate else config
     try:
         return abstract_model(family, config, recipe)
     except ValueError as e:

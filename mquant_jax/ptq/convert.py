@@ -24,7 +24,13 @@ from mquant_jax.errors import UserError
 from mquant_jax.layer_plan import target_model
 from mquant_jax.models.base import Family
 from mquant_jax.models.registry import family_for
-from mquant_jax.ptq.calibration_data import Chunks, calibration_chunks
+from mquant_jax.nn.params import dense_layers
+from mquant_jax.ptq.calibration_data import (
+    Chunks,
+    calibration_chunks,
+    warn_of_bundled,
+    warn_of_few,
+)
 from mquant_jax.ptq.ledger import JournalLedger
 from mquant_jax.ptq.pipeline import Conversion, untied
 from mquant_jax.ptq.states import States
@@ -67,7 +73,7 @@ def convert(
     family = family_for(reader.config, reader.folder / "config.json")
     config = read_config(family, reader.config, reader.folder)
     todo = plan(family, config, reader)
-    target_model(family, todo.config, recipe)  # group sizes and rules fit
+    layers = dense_layers(target_model(family, todo.config, recipe))  # groups and rules fit
     check_ties(config, todo, reader)
     ledger: JournalLedger | None = None
 
@@ -80,6 +86,8 @@ def convert(
         states = States(work.states)
         with stage("read calibration"):
             chunks = _calibration(family, todo, recipe, reader, calibration, states)
+        if chunks is not None:
+            warn_of_few(chunks, layers, recipe)
         with stage("hash source"):
             source = hash_files(source_files(reader))
         ledger = JournalLedger(Journal(work.journal), _header(source, recipe, chunks))
@@ -202,6 +210,8 @@ def _calibration(
         if path is not None:
             warn(f"--calibration is not used: recipe {recipe.name!r} needs no data")
         return None
+    if path is None:
+        warn_of_bundled(reader.folder, reader.config)
     processor = family.processor(reader.folder, todo.config)
     limit = recipe.calibration.max_samples
     return calibration_chunks(path, processor, states, limit, family.pictures)
