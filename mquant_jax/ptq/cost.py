@@ -26,7 +26,8 @@ class Constants:
     """What the shapes do not tell.
 
     Attributes:
-        base: bytes of Python, JAX and compiled programs.
+        base: bytes of Python, JAX, compiled programs, and of freed memory that the allocator keeps.
+        base_alone: the same where nothing is calibrated, and little compiled.
         reading: float32 copies of a tensor that is read and rotated, itself included.
         looking: copies of a chunk's widest activations in a look at the float model.
         watching: the same at one point of the part that is being quantised.
@@ -39,11 +40,12 @@ class Constants:
         start: seconds of starting and compiling.
     """
 
-    base: int = 500 << 20
+    base: int = 1900 << 20
+    base_alone: int = 500 << 20
     reading: float = 8.0
-    looking: float = 8.0
-    watching: float = 7.0
-    rounding: float = 6.0
+    looking: float = 4.0
+    watching: float = 4.0
+    rounding: float = 7.0
     table: float = 10.0
     passes: float = 2.5
     efficiency: float = 0.5
@@ -70,8 +72,9 @@ class Data:
     patches: int = 1024
 
     def rows(self, part: str) -> int:
-        """Rows that a part sees, of all samples."""
-        return self.samples * (self.tokens if part.startswith("language.") else self.patches)
+        """Rows that a part sees, of all samples; a connector has about as many as the decoder."""
+        in_tower = part.startswith(("vision.layers.", "vision.patch_embed"))
+        return self.samples * (self.patches if in_tower else self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +84,8 @@ class Cost:
     Attributes:
         peak_bytes: of memory.
         peak_part: the part in hand when it is reached.
-        part_bytes: what that part takes; the rest is the program and stored states.
-        state_bytes: what is kept in memory between parts.
+        part_bytes: what that part takes.
+        state_bytes: what is kept of the calibration beside it; the rest is the program.
         seconds: of time.
     """
 
@@ -99,17 +102,17 @@ def cost(plan: LayerPlan, data: Data, gflops: float, constants: Constants = CONS
     Args:
         gflops: float32 rate of the machine, see :func:`measured_gflops`.
     """
-    needs = plan.recipe.needs_calibration
-    sizes = {p.name: _part_bytes(p, plan, data if needs else None, constants) for p in plan.parts}
-    peak_part = max(sizes, key=sizes.__getitem__)
-    states = max(_states(p, plan, data) for p in plan.parts) if needs else 0
+    given = data if plan.recipe.needs_calibration else None
+    sizes = {
+        part.name: (_part_bytes(part, plan, given, constants), _states(part, plan, given))
+        for part in plan.parts
+    }
+    peak_part = max(sizes, key=lambda name: sum(sizes[name]))
+    part_bytes, states = sizes[peak_part]
+    base = constants.base if given else constants.base_alone
     seconds = sum(_part_seconds(p, plan, data, gflops * 1e9, constants) for p in plan.parts)
     return Cost(
-        constants.base + states + sizes[peak_part],
-        peak_part,
-        sizes[peak_part],
-        states,
-        constants.start + seconds,
+        base + states + part_bytes, peak_part, part_bytes, states, constants.start + seconds
     )
 
 
@@ -173,10 +176,10 @@ def _grams(recipe: Recipe, layers: list[LayerSpec], watching: bool) -> int:
     return 1 + cross + (0 if watching else 1 + split)
 
 
-def _states(part: PartPlan, plan: LayerPlan, data: Data) -> int:
+def _states(part: PartPlan, plan: LayerPlan, data: Data | None) -> int:
     """Hidden states around a part and inputs of its points, as far as they stay in memory."""
     widths = [layers[0].in_features for layers in points_of(part)]
-    if not widths:
+    if not widths or data is None:
         return 0
     kept = sum(widths) - max(widths) + 2 * min(widths)
     twins = 1 + plan.recipe.weights.needs_float_inputs
