@@ -55,7 +55,7 @@ class Row:
                 section = dataclasses.replace(section, group_size=self.group_size)
             sections[name] = dataclasses.replace(section, activations=self.activations)
         if float_head:
-            sections["head"] = Section()
+            sections |= {"head": Section(), "embedding": Section()}
         return dataclasses.replace(self.recipe, **sections)
 
 

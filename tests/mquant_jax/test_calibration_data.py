@@ -11,6 +11,7 @@ from mquant_jax.files import read_json
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.calibration_data import Chunks, warn_of_bundled, warn_of_few
+from mquant_jax.recipe import Section
 from mquant_jax.samples import DEMO_ASSETS
 
 CONFIG = read_json(DEMO_ASSETS / "model" / "config.json")  # 512 inputs, 576 in the tower's MLPs
@@ -33,7 +34,7 @@ def test_fewer_rows_than_inputs(capsys) -> None:
     assert few(capsys, w4a8, 10, 200, 0).count("warning:") == 2
     # Rounding to nearest needs no Hessian, and float layers none either.
     assert few(capsys, PRESETS["w8a8"], 10, 200, 100) == ""
-    tower = dataclasses.replace(w4a8, vision=w4a8.embedding, connector=w4a8.embedding)
+    tower = dataclasses.replace(w4a8, vision=Section(), connector=Section())
     assert "patches" not in few(capsys, tower, 10, 200, 100)
 
 

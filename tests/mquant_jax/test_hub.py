@@ -10,6 +10,7 @@ import pytest
 
 from mquant_jax.checkpoint.hub import model_folder
 from mquant_jax.commands.convert import main
+from mquant_jax.commands.verify import main as verify
 from mquant_jax.samples import DEMO_ASSETS
 from tests.helpers import fails
 
@@ -45,6 +46,7 @@ def test_a_name_is_found_in_the_cache(cache, tmp_path, monkeypatch, capsys) -> N
     assert main([NAME, str(tmp_path / "dst")]) == 0
     assert "qwen2_vl, recipe float" in capsys.readouterr().out
     assert main([NAME, "--dry-run"]) == 0
+    assert verify([str(tmp_path / "dst"), "--source", NAME]) == 0
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     assert model_folder(NAME) == cache
