@@ -25,7 +25,7 @@ def peak_bytes() -> int:
 
 
 def bytes_read() -> int:
-    """What this process has read from files so far; 0 where the system does not say (Linux does)."""
+    """What this process has read from files so far; 0 where the system does not say."""
     try:
         lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -37,7 +37,11 @@ examples:
   python -m mquant_jax convert Qwen2-VL-2B-Instruct out/w4a8 --recipe w4a8 --calibration my.jsonl
   python -m convert.verify out/float --reference goldens/qwen2_vl/public
 
-exit status: 0 success, 2 bad usage or input. DST appears only when it is complete.
+DST appears only when it is complete. Until then finished parts, a journal and hidden states are in
+DST.work: after a kill, a full disk or Ctrl-C the same command with --resume goes on from there.
+Memory depends on the widest layer, not on the number of layers.
+
+exit status: 0 success, 2 bad usage or input
 """
     parser = Parser("python -m mquant_jax convert", __doc__ or "", epilog)
     parser.add_argument("src", metavar="SRC", type=Path, help="folder with config.json and "
@@ -50,6 +54,10 @@ exit status: 0 success, 2 bad usage or input. DST appears only when it is comple
                         "(default: the bundled set)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true",
                         help="replace DST, if it is a checkpoint")  # fmt: skip
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with what a stopped conversion left in DST.work")  # fmt: skip
+    parser.add_argument("--restart", action="store_true",
+                        help="remove what a stopped conversion left in DST.work")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -68,7 +76,10 @@ def main(argv: list[str]) -> int:
     args: argparse.Namespace = _parser().parse_args(argv)
     recipe = resolve_recipe(args.recipe)
     keep_compiled_programs()
-    manifest = convert(args.src, args.dst, recipe, args.calibration, args.overwrite)
+    manifest = convert(
+        args.src, args.dst, recipe, args.calibration, args.overwrite,
+        resume=args.resume, restart=args.restart,
+    )  # fmt: skip
     if args.json:
         keys = ("family", "tied_head", "recipe", "total_bytes", "dtype_counts")
         print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}}))
