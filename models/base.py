@@ -354,6 +354,12 @@ class Family:
         """Keys of a config.json that no table names, with the paths of their objects."""
         return unknown_keys(self.config_tables(hf_config))
 
+    def check_processor(self, folder: Any, config: Any) -> None:
+        """See :func:`mquant_jax.models.trial.try_processor`."""
+        from mquant_jax.models.trial import try_processor
+
+        try_processor(self, folder, config)
+
     def processor(self, folder: Any, config: Any) -> Processor:
         """The processor of a checkpoint folder."""
         module, _, name = self.processor_class.partition(":")

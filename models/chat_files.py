@@ -5,12 +5,13 @@ Nothing here touches the network or runs code from the folder.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mquant_jax.errors import UserError
-from mquant_jax.files import is_file, read_json_if_any, read_text
+from mquant_jax.files import check_regular, is_file, read_json_if_any, read_text
 from mquant_jax.schema import shown, token_ids
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -18,6 +19,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 # Files of which one at least makes a tokenizer; vocab.json needs merges.txt beside it.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")
 _BPE_CLASSES = ("Qwen2Tokenizer", "GPT2Tokenizer")
+_UNNAMED = {"unk_token": None, "bos_token": None, "eos_token": None, "pad_token": None}
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -26,25 +28,44 @@ def has_tokenizer(folder: Path) -> bool:
     return any(is_file(folder / name) for name in TOKENIZERS)
 
 
-def image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """How pictures are prepared, and the file that says so.
+def check_readable(folder: Path) -> None:
+    """The files that transformers reads by itself are regular ones.
 
-    transformers saves preprocessor_config.json, and since version 5 the ``image_processor`` of
-    processor_config.json; empty where there is neither.
+    Raises:
+        UserError: one is a pipe or device, which might never end.
+    """
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        if os.path.lexists(folder / name):
+            check_regular(folder / name)
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
+        read_json_if_any(folder / name)
+
+
+def settings_of(folder: Path, own: str, key: str) -> tuple[Path, dict[str, Any]]:
+    """How pictures or videos are prepared, and the file that says so; empty where none does.
+
+    Args:
+        own: the file in which transformers saves this alone.
+        key: its key in processor_config.json, in which transformers 5 saves everything.
 
     Raises:
         UserError: a file that is no JSON object.
     """
-    own = folder / PREPROCESSOR
-    if settings := read_json_if_any(own):
-        return own, settings
+    path = folder / own
+    if settings := read_json_if_any(path):
+        return path, settings
     whole = folder / PROCESSOR
-    settings = read_json_if_any(whole).get("image_processor")
+    settings = read_json_if_any(whole).get(key)
     if settings is None:
-        return own, {}
+        return path, {}
     if not isinstance(settings, Mapping):
-        raise UserError(f"{whole}: image_processor {shown(settings)}: expected an object")
+        raise UserError(f"{whole}: {key} {shown(settings)}: expected an object")
     return whole, dict(settings)
+
+
+def image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """:func:`settings_of` pictures."""
+    return settings_of(folder, PREPROCESSOR, "image_processor")
 
 
 def chat_template(folder: Path) -> tuple[Path, str] | None:
@@ -103,7 +124,7 @@ def stop_ids(folder: Path, vocab: int) -> tuple[int, ...] | None:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Texts of the tokens with a role: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``."""
+    """Texts of the tokens with a role, such as ``bos_token``."""
     config = read_json_if_any(folder / TOKENIZER_CONFIG)
     special = read_json_if_any(folder / "special_tokens_map.json") | config
     out = {}
@@ -115,8 +136,8 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return out
 
 
-def added_tokens(folder: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    """Ids and descriptions of the tokens that were added to a vocabulary, by id.
+def added_tokens(folder: Path) -> dict[int, Mapping[str, Any]]:
+    """Id -> description of the tokens that were added to a vocabulary, by id.
 
     Raises:
         UserError: tokenizer_config.json or added_tokens.json describes them in another form.
@@ -138,7 +159,7 @@ def added_tokens(folder: Path) -> list[tuple[int, Mapping[str, Any]]]:
             raise UserError(f"{path}: added_tokens_decoder.{shown(key)} {shown(token)}: expected a "
                             "token id with an object that has 'content'")  # fmt: skip
         out[int(key)] = token
-    return sorted(out.items())
+    return dict(sorted(out.items()))
 
 
 def bpe_tokenizer(folder: Path, kind: Any) -> Any:
@@ -162,7 +183,8 @@ def bpe_tokenizer(folder: Path, kind: Any) -> Any:
     lines = read_text(folder / "merges.txt").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
-        raw = getattr(transformers, name)(vocab=vocab, merges=merges).backend_tokenizer
+        raw = getattr(transformers, name)(vocab=vocab, merges=merges, **_UNNAMED)
+        raw = raw.backend_tokenizer
     except Exception as e:  # the tokenizers library raises bare Exception
         raise UserError(f"{folder / 'vocab.json'}: cannot be loaded: {e}") from e
     names = special_tokens(folder)
@@ -171,7 +193,7 @@ def bpe_tokenizer(folder: Path, kind: Any) -> Any:
     return tokenizer
 
 
-def _add(tokenizer: Any, tokens: list[tuple[int, Mapping[str, Any]]], folder: Path) -> None:
+def _add(tokenizer: Any, tokens: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
     """Add tokens behind the vocabulary; their ids must be those that the files say."""
     from tokenizers import AddedToken
 
@@ -182,11 +204,11 @@ def _add(tokenizer: Any, tokens: list[tuple[int, Mapping[str, Any]]], folder: Pa
             special=bool(token.get("special", True)),
             **{f: bool(token.get(f, False)) for f in flags},
         )
-        for _, token in tokens
+        for token in tokens.values()
     ]
     tokenizer.backend_tokenizer.add_tokens(made)
     known = tokenizer.get_vocab()
-    for i, token in tokens:
+    for i, token in tokens.items():
         if known.get(token["content"]) != i:
             raise UserError(f"{folder}: the token {shown(token['content'])} has the id {i} in the "
                             f"tokenizer's files, and would get {known.get(token['content'])}: "

@@ -111,14 +111,6 @@ def _by_score(entry: tuple) -> tuple:
     return entry[:4]
 
 
-def added_tokens(config: Mapping[str, Any], added: Mapping[str, int]) -> dict[int, dict[str, Any]]:
-    """Id -> token, from tokenizer_config.json and added_tokens.json."""
-    out = {i: {"content": name, "special": True} for name, i in added.items()}
-    for i, token in (config.get("added_tokens_decoder") or {}).items():
-        out[int(i)] = dict(token)
-    return out
-
-
 def build_tokenizer(pieces: Pieces, added: Mapping[int, Mapping[str, Any]], bos: str | None):
     """A ``tokenizers.Tokenizer`` that splits text as SentencePiece does.
 

@@ -41,6 +41,7 @@ def convert(
     todo = plan(family, config, reader)
     _check_recipe(family, todo, recipe)
     check_ties(config, todo, reader)
+    family.check_processor(src, todo.config)
     batch = _calibration_batch(family, todo, recipe, src, calibration)
     params: dict[str, Any] = todo.read(reader, progress)
     config, report = todo.config, None
