@@ -187,14 +187,16 @@ def bpe_tokenizer(folder: Path, kind: Any) -> Any:
         raw = raw.backend_tokenizer
     except Exception as e:  # the tokenizers library raises bare Exception
         raise UserError(f"{folder / 'vocab.json'}: cannot be loaded: {e}") from e
-    names = special_tokens(folder)
-    tokenizer = kind(tokenizer_object=raw, **names)
-    _add(tokenizer, added_tokens(folder), folder)
-    return tokenizer
+    _add(raw, added_tokens(folder), folder)
+    return kind(tokenizer_object=raw, **special_tokens(folder))
 
 
 def _add(tokenizer: Any, tokens: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
-    """Add tokens behind the vocabulary; their ids must be those that the files say."""
+    """Add tokens behind the vocabulary of a ``tokenizers.Tokenizer``.
+
+    Raises:
+        UserError: their ids would not be those that the files say.
+    """
     from tokenizers import AddedToken
 
     flags = ("lstrip", "rstrip", "normalized", "single_word")
@@ -206,7 +208,7 @@ def _add(tokenizer: Any, tokens: Mapping[int, Mapping[str, Any]], folder: Path) 
         )
         for token in tokens.values()
     ]
-    tokenizer.backend_tokenizer.add_tokens(made)
+    tokenizer.add_tokens(made)
     known = tokenizer.get_vocab()
     for i, token in tokens.items():
         if known.get(token["content"]) != i:
