@@ -83,7 +83,8 @@ class Qwen2VLConfig:
         Raises:
             UserError: a key has an impossible value, or asks for something that is not supported.
         """
-        tables = read_tables(config_tables(hf))
+        tables_of = config_tables(hf)
+        tables = read_tables(tables_of)
         top, vision = tables[""], tables["vision_config"]
         text = tables.get("text_config", top)
         if text is not top:
@@ -92,9 +93,11 @@ class Qwen2VLConfig:
         where = FILE if text is top else f"{FILE}: text_config"
         language = decoder_config(text, "qwen2", where, _THETA, _MROPE)
         if vision["hidden_size"] != language.hidden_size:
+            given = "hidden_size" in tables_of["vision_config"][1]
+            how = "" if given else "is missing, and its default "
             raise UserError(
-                f"{FILE}: vision_config.hidden_size {vision['hidden_size']} differs from "
-                f"hidden_size {language.hidden_size}; the merger must end in the decoder's width"
+                f"{FILE}: vision_config.hidden_size {how}{vision['hidden_size']} differs from hidden_size "
+                f"{language.hidden_size}; the merger must end in the decoder's width"
             )
         patch, temporal = vision["patch_size"], vision["temporal_patch_size"]
         return cls(

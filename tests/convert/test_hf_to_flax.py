@@ -23,7 +23,7 @@ from mquant_jax.checkpoint.store import load_manifest, load_params
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import get_params
 from mquant_jax.numerics import QWeight
-from tests.hf_folders import GOLDENS, hf_folder, shard
+from tests.hf_folders import GOLDENS, hf_folder, shard, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,9 @@ def test_float_conversion_reproduces_the_reference(tmp_path, capsys, case):
 
 def test_published_files_are_copied_as_they_are(tmp_path):
     src = hf_folder(tmp_path / "src")
-    (src / "tokenizer.json").write_text('{"x": 1}')
+    special = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+               "<|video_pad|>")  # fmt: skip
+    write_tokenizer(src, special, first=388)
     assert main([str(src), str(tmp_path / "dst")]) == 0
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
         assert (tmp_path / "dst" / name).read_bytes() == (src / name).read_bytes()
