@@ -96,8 +96,8 @@ class Qwen2VLConfig:
             given = "hidden_size" in tables_of["vision_config"][1]
             how = "" if given else "is missing, and its default "
             raise UserError(
-                f"{FILE}: vision_config.hidden_size {how}{vision['hidden_size']} differs from hidden_size "
-                f"{language.hidden_size}; the merger must end in the decoder's width"
+                f"{FILE}: vision_config.hidden_size {how}{vision['hidden_size']} differs from "
+                f"hidden_size {language.hidden_size}; the merger must end in the decoder's width"
             )
         patch, temporal = vision["patch_size"], vision["temporal_patch_size"]
         return cls(
