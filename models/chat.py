@@ -18,7 +18,7 @@ from mquant_jax.models.template import ChatTemplate
 from mquant_jax.errors import UserError
 from mquant_jax.files import is_file, read_json_if_any
 
-_LONGEST_ERROR = 300
+_LONGEST_ERROR, _ANY_LENGTH = 300, 10**9
 KINDS = ("image", "video")
 Message = Mapping[str, Any]
 
@@ -66,7 +66,10 @@ class ChatFolder:
             )
         chat_files.check_readable(self.folder)
         try:
-            return kind.from_pretrained(self.folder, local_files_only=True)
+            # The length is the model's matter: the tokenizer's own would only be warned about.
+            return kind.from_pretrained(
+                self.folder, local_files_only=True, model_max_length=_ANY_LENGTH
+            )
         except Exception as e:  # the tokenizers library raises bare Exception
             raise UserError(f"{path}: cannot be loaded: {one_line(e)}") from e
 
@@ -132,7 +135,9 @@ class ChatFolder:
         """
         tokens = self.tokenizer.special_tokens_map
         try:
-            return template.render(chat, **tokens, add_generation_prompt=True)
+            text = template.render(chat, **tokens, add_generation_prompt=True)
+            text.encode()  # fails for half of a surrogate pair
+            return text
         except Exception as e:  # whatever the template raises
             raise UserError(f"{self.folder}: the chat template fails: {one_line(e)}") from e
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from mquant_jax.errors import UserError
 from mquant_jax.files import check_regular, is_file, read_json_if_any, read_text
-from mquant_jax.schema import shown, token_ids
+from mquant_jax.schema import shown, token_ids, whole
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Files of which one at least makes a tokenizer; vocab.json needs merges.txt beside it.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")
 _BPE_CLASSES = ("Qwen2Tokenizer", "GPT2Tokenizer")
+_ID = whole(low=0, high=2**24)
 _UNNAMED = {"unk_token": None, "bos_token": None, "eos_token": None, "pad_token": None}
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -149,16 +150,14 @@ def added_tokens(folder: Path) -> dict[int, Mapping[str, Any]]:
         raise UserError(f"{path}: added_tokens_decoder {shown(found)}: expected an object")
     out: dict[int, Mapping[str, Any]] = {}
     for text, i in plain.items():
-        if isinstance(i, bool) or not isinstance(i, int):
-            raise UserError(f"{folder / 'added_tokens.json'}: {shown(text)} {shown(i)}: expected "
-                            "a token id")  # fmt: skip
+        i = _ID.read(i, f"{folder / 'added_tokens.json'}: {shown(text)}")
         out[i] = {"content": text, "special": True}
     for key, token in found.items():
-        if not (key.isascii() and key.isdigit() and isinstance(token, Mapping)
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and isinstance(token, Mapping)
                 and isinstance(token.get("content"), str)):  # fmt: skip
             raise UserError(f"{path}: added_tokens_decoder.{shown(key)} {shown(token)}: expected a "
                             "token id with an object that has 'content'")  # fmt: skip
-        out[int(key)] = token
+        out[_ID.read(int(key), f"{path}: added_tokens_decoder")] = token
     return dict(sorted(out.items()))
 
 

@@ -15,8 +15,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from mquant_jax.errors import UserError
 from mquant_jax.files import read_bytes
+from mquant_jax.schema import whole
 
 _LONGEST = 2048  # letters of base64 in a token; merges are found by trying all its splits
+_ID = whole(low=0, high=2**24)
 Ranks = dict[bytes, int]
 
 
@@ -32,8 +34,8 @@ def read_ranks(path: Path) -> Ranks:
             continue
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as e:
+            ranks[base64.b64decode(token, validate=True)] = _ID.read(int(rank), "rank")
+        except (ValueError, binascii.Error, UserError) as e:
             raise UserError(f"{path}:{number}: expected a token in base64 and its rank") from e
         if len(token) > _LONGEST:
             raise UserError(f"{path}:{number}: a token of {len(token)} letters of base64; "
