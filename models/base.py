@@ -257,6 +257,18 @@ class WeightRule:
             self.shape
         )
 
+    def run(self) -> tuple[int, int | None]:
+        """The first source row of ours and how many follow each other, where our rows are a run of
+        the source's and each is as it stands there; else ``(0, None)``."""
+        if self.transposed or self.order is not None or not self.shape:
+            return 0, None
+        if self.rows is None:
+            same = self.shape[0] == self.src_shape[0]
+            return (0, self.shape[0]) if same else (0, None)
+        if self.rows.groups > 1:
+            return 0, None
+        return self.rows.start * (self.src_shape[0] // self.rows.of), self.shape[0]
+
     def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
         """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
         source = source.T if self.transposed else source

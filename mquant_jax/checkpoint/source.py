@@ -7,15 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mquant_jax.checkpoint.foreign import (
     refuse_adapter,
     refuse_foreign_names,
     refuse_quantised,
 )
+from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, TensorFile
 from mquant_jax.errors import UserError
 from mquant_jax.files import check_inside, is_file, read_json
 from mquant_jax.schema import shown
@@ -59,6 +58,7 @@ class Reader:
         folder: the model's folder.
         config: content of config.json.
         tensors: name -> :class:`TensorInfo`, sorted by name.
+        bytes_read: of tensors, so far.
     """
 
     def __init__(self, folder: str | Path):
@@ -72,7 +72,8 @@ class Reader:
         refuse_adapter(self.folder)
         self.config = read_json(self.folder / "config.json")
         refuse_quantised(self.config, self.folder / "config.json")
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, TensorFile] = {}
+        self.bytes_read = 0
         self.tensors = dict(sorted(self._scan().items()))
         refuse_foreign_names(self.tensors, self.folder)
 
@@ -112,32 +113,21 @@ class Reader:
             check_inside(path)
         except OSError as e:
             raise UserError(f"{path}: cannot be read: {e.strerror}; download it again") from e
-        # safe_open checks that the header's offsets fill the file exactly.
-        try:
-            handle = self._open[path] = safe_open(path, framework="np")
-            out = {}
-            for name in handle.keys():  # noqa: SIM118  (a handle, not a mapping)
-                part = handle.get_slice(name)
-                out[name] = TensorInfo(path, tuple(part.get_shape()), part.get_dtype())
-            return out
-        except (SafetensorError, OSError, ValueError) as e:
-            size = path.stat().st_size
-            raise UserError(
-                f"{path}: truncated or damaged safetensors file ({size} bytes): {e}; "
-                "download it again"
-            ) from e
+        file = self._open[path] = TensorFile(path)
+        return {
+            name: TensorInfo(path, entry.shape, DTYPE_NAMES[entry.dtype])
+            for name, entry in file.entries.items()
+        }
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype.
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        """Rows ``start`` to ``stop`` of one tensor, or all of it, in its stored dtype.
 
         Raises:
             UserError: it cannot be read.
         """
-        path = self.tensors[name].file
-        try:
-            return self._open[path].get_tensor(name)
-        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as e:
-            raise UserError(f"{path}: tensor {name} cannot be read: {e}") from e
+        values = self._open[self.tensors[name].file].read(name, start, stop)
+        self.bytes_read += values.nbytes
+        return values
 
     def side_files(self) -> list[Path]:
         """Tokenizer, preprocessor and generation files that exist here."""

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from convert import hf_to_flax, verify
 from mquant_jax.errors import UserError
+from mquant_jax.eval.reference import greedy_tokens
 from mquant_jax.nn.params import get_params
 from mquant_jax.nn.rope import apply_rope, frequencies
 from tests.eva2_cases import ODD_TOWER
@@ -90,7 +91,7 @@ def test_a_second_batch_of_text_is_verified(tmp_path, capsys) -> None:
     text = {"input_ids": ids, "attention_mask": mask}
     batch = reference_batch(config, text)
     text_out = {"text_logits": np.asarray(forward(model, batch)),
-                "text_greedy": verify.greedy_tokens(model, batch, 4)}  # fmt: skip
+                "text_greedy": greedy_tokens(model, batch, 4)}  # fmt: skip
     save_file(inputs | {f"text_{k}": v for k, v in text.items()}, tmp_path / "inputs.safetensors")
     dst = tmp_path / "dst"
     assert hf_to_flax.main([str(GOLDENS / CASE), str(dst)]) == 0
