@@ -32,7 +32,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         with path.open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file") from e
+        raise UserError(f"{path}: cannot be read: no such file") from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
     if len(data) > most:
