@@ -143,7 +143,7 @@ def test_only_vocabulary_and_merges(folder, made, tmp_path) -> None:
     write(folder / "added_tokens.json", {"<|image_pad|>": 391})
     fails("<.image_pad.>' has the id 391 in the tokenizer's files", lambda: prompt_of(folder))
     (folder / "merges.txt").unlink()
-    fails("merges.txt: no such file", lambda: prompt_of(folder))
+    fails("merges.txt: cannot be read: no such file", lambda: prompt_of(folder))
 
 
 def test_merges_are_applied(folder) -> None:
