@@ -20,10 +20,13 @@ _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens
 _SIDE = 56  # pixels of the picture that is tried
 
 
-def try_processor(family: Family, folder: Path, config: Any) -> None:
+def try_processor(family: Family, folder: Path, config: Any) -> str | None:
     """Make prompts of each kind that the family takes, and text of tokens.
 
     A folder without any tokenizer is left alone: its weights convert, and take token ids.
+
+    Returns:
+        What to warn of, if anything: a tokenizer with ids that the model does not have.
 
     Raises:
         UserError: the folder's files make no working processor.
@@ -33,7 +36,7 @@ def try_processor(family: Family, folder: Path, config: Any) -> None:
         if left:
             raise UserError(f"{folder}: holds {left[0]}, but no tokenizer; expected one of "
                             f"{', '.join(TOKENIZERS)}")  # fmt: skip
-        return
+        return None
     processor = family.processor(folder, config)
     picture = np.full((_SIDE, _SIDE, 3), 128, np.uint8)
     prompts = [processor.prompt("Hello")]
@@ -46,3 +49,4 @@ def try_processor(family: Family, folder: Path, config: Any) -> None:
     processor.decode(processor.encode("Hello"))
     for stop in processor.stop_ids:
         processor.decode([stop])
+    return processor.vocabulary_warning()

@@ -295,3 +295,13 @@ def test_a_tokenizer_that_was_forgotten(folder, tmp_path, capsys) -> None:
     assert "tokenizer_config.json, but no tokenizer" in capsys.readouterr().err
     (folder / "tokenizer_config.json").unlink()
     assert hf_to_flax.main([str(folder), str(tmp_path / "dst")]) == 0  # weights alone
+
+
+def test_a_tokenizer_larger_than_the_model_is_said(folder, tmp_path, capsys) -> None:
+    assert FAMILY.check_processor(folder, CONFIG) is None
+    room = CONFIG.language.vocab_size - 384 - len(SPECIAL)
+    more = [f"<more {i}>" for i in range(room + 2)]
+    write_tokenizer(folder, (*SPECIAL, *more), first=384)
+    assert hf_to_flax.main([str(folder), str(tmp_path / "dst")]) == 0
+    shown = f"vocabulary of {CONFIG.language.vocab_size} ('{more[-2]}', '{more[-1]}')"
+    assert f"2 ids outside the model's {shown}" in capsys.readouterr().err
