@@ -26,6 +26,7 @@ from mquant_jax.cli_support import FAILED, OK, Parser, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.loading import Loaded, load_model
 from mquant_jax.nn.stack import Runner
+from mquant_jax.numerics import AnyArray
 from mquant_jax.recipe import SECTIONS
 
 FLOAT_RTOL = 1e-3
@@ -47,7 +48,7 @@ class CaptureRunner(Runner):
 
     def __init__(self):
         self.seen: dict[str, jax.Array] = {}
-        self.real: dict[str, jax.Array] = {}
+        self.real: dict[str, AnyArray] = {}
 
     def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
         graphdef, state = nnx.split(stack)
@@ -61,9 +62,10 @@ class CaptureRunner(Runner):
         self.real[name] = context.token_class >= 0
         return last
 
-    def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
+    def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
         self.seen[name] = out = module(x)
-        self.real[name] = classes >= 0
+        if classes is not None:
+            self.real[name] = classes >= 0
         return out
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -20,10 +21,12 @@ from mquant_jax.models.streams import Streams
 from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.flow import EmbeddingCall, Flow, run
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.numerics import AnyArray
 from mquant_jax.recipe import Recipe
 
 
@@ -50,11 +53,11 @@ class Batch:
             hold none (AIFS, ``runtime/tokens.py``); ``None``: they stand as they were written.
     """
 
-    input_ids: jax.Array
-    order: jax.Array
-    positions: jax.Array
-    token_class: jax.Array
-    visual_index: jax.Array
+    input_ids: AnyArray
+    order: AnyArray
+    positions: AnyArray
+    token_class: AnyArray
+    visual_index: AnyArray
     vision: VisionInput | None
     visual_slots: int | None = None
 
@@ -69,6 +72,16 @@ class Batch:
         return jnp.max(self.order, axis=1) + 1
 
 
+class Config(Protocol):
+    """What the package needs of a family's config object, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def language(self) -> DecoderConfig:
+        """The decoder's shapes."""
+
+
 class VLM(nnx.Module):
     """A vision module in front of a decoder. Families subclass it and name their vision module.
 
@@ -76,13 +89,13 @@ class VLM(nnx.Module):
     without pictures names none: ``vision`` stays ``None``, as in all its batches.
     """
 
-    VISION: ClassVar[Callable[..., nnx.Module] | None] = None  # (config, recipe, dtype, rngs=)
-    vision: nnx.Module | None = None
+    VISION: ClassVar[Callable[..., Any] | None] = None  # (config, recipe, dtype, rngs=)
+    vision: Any = None  # a module with ``flow(VisionInput)``
     language: Decoder
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         recipe: Recipe | None = None,
         dtype=jnp.float32,
         *,
@@ -101,7 +114,7 @@ class VLM(nnx.Module):
 
     def visual_flow(self, batch: Batch) -> Flow[jax.Array | None]:
         """The same as a flow."""
-        if batch.vision is None:
+        if batch.vision is None or self.vision is None:
             return None
         features = yield from self.vision.flow(batch.vision)
         return features.reshape(-1, features.shape[-1])
@@ -306,8 +319,8 @@ class Family:
 
     Attributes:
         name: our name of the family.
-        config_from_hf: Hugging Face config dictionary -> the family's config object, which has a
-            field ``language: DecoderConfig``.
+        config_from_hf: Hugging Face config dictionary -> the family's :class:`Config`, which all
+            other callables here are given.
         model: the family's :class:`VLM`.
         weight_rules: ``config -> rules``.
         ignored: whether a checkpoint tensor of this name is known and not needed.
@@ -327,7 +340,7 @@ class Family:
     """
 
     name: str
-    config_from_hf: Callable[[dict], Any]
+    config_from_hf: Callable[[dict], Config]
     model: type[VLM]
     weight_rules: Callable[[Any], list[WeightRule]]
     ignored: Callable[[str], bool]
@@ -341,17 +354,17 @@ class Family:
     most_pictures: int | None = None
     videos: bool = False
 
-    def build(self, config: Any, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
+    def build(self, config: Config, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
         """The model with fresh weights."""
         return self.model(config, recipe, dtype, rngs=rngs)
 
-    def processor(self, folder: Any, config: Any) -> Processor:
+    def processor(self, folder: str | Path, config: Config) -> Processor:
         """The processor of a checkpoint folder."""
         module, _, name = self.processor_class.partition(":")
         return getattr(importlib.import_module(module), name)(folder, config)
 
 
-def abstract_model(family: Family, config: Any, recipe: Recipe, dtype=jnp.float32) -> VLM:
+def abstract_model(family: Family, config: Config, recipe: Recipe, dtype=jnp.float32) -> VLM:
     """The model's structure with shapes in place of arrays: costs no memory at any size.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,18 @@ from mquant_jax.models.squares import patchify, squeeze
 from mquant_jax.errors import UserError
 
 
-class OnePictureChat(ChatFolder):
-    """A :class:`ChatFolder` of a model that takes one picture per conversation.
+class OnePictureChat(ChatFolder, abc.ABC):
+    """A :class:`ChatFolder` of a model that takes one picture per conversation."""
 
-    Families bring ``messages(messages, images, videos) -> Prompt``.
-    """
+    @abc.abstractmethod
+    def messages(
+        self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Prompt:
+        """A conversation as a prompt; a family's own format.
+
+        Raises:
+            UserError: as :meth:`checked`.
+        """
 
     def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
         """One user turn.
@@ -72,8 +80,8 @@ def pixels_of(
     Raises:
         UserError: a picture that cannot be read.
     """
-    pixels = [squeeze(load_image(x, f"image {i}"), c.image_size) for i, x in enumerate(images)]
-    if not pixels:
+    if len(images) == 0 or c is None:
         return [], np.zeros((0, 0), np.float32)
+    pixels = [squeeze(load_image(x, f"image {i}"), c.image_size) for i, x in enumerate(images)]
     patches = patchify(np.stack(pixels), c.patch_size)
     return [(1, c.side, c.side)] * len(pixels), patches.reshape(-1, patches.shape[-1])

@@ -27,7 +27,7 @@ def load_image(image: Any, name: str) -> Image.Image:
                 return ImageOps.exif_transpose(opened).convert("RGB")
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
             raise UserError(f"{image}: not a readable image ({name}): {e}") from e
-    dtype, shape = getattr(image, "dtype", None), getattr(image, "shape", ())
+    dtype, shape = getattr(image, "dtype", None), tuple(getattr(image, "shape", ()))
     if dtype != np.uint8 or len(shape) != 3 or shape[-1] != 3 or 0 in shape:
         found = f"{dtype} {list(shape)}" if dtype is not None else type(image).__name__
         raise UserError(

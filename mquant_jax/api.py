@@ -11,7 +11,7 @@ import jax
 
 from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import VLM, Batch, Processor, Prompt, bucket
+from mquant_jax.models.base import VLM, Batch, Config, Processor, Prompt, bucket
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.sampling import Sampling
 
@@ -30,7 +30,7 @@ class Model:
     """
 
     module: VLM
-    config: Any
+    config: Config
     manifest: dict[str, Any]
     processor: Processor
     layout: str = "auto"
@@ -97,7 +97,7 @@ class Model:
                 prompt longer than the context, a bad option.
         """
         single = isinstance(prompt, str)
-        texts = [prompt] if single else list(prompt)
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
         per_prompt = [images] if single else (list(images) or [()] * len(texts))
         clips = [videos] if single else (list(videos) or [()] * len(texts))
         if not len(texts) == len(per_prompt) == len(clips):

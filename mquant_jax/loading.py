@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mquant_jax.checkpoint.store import CONFIG, load_json, load_manifest, load_params
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import VLM, Family, abstract_model
+from mquant_jax.models.base import VLM, Config, Family, abstract_model
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.numerics import QWeight
@@ -25,7 +25,7 @@ class Loaded(NamedTuple):
     Hugging Face config."""
 
     model: VLM
-    config: Any
+    config: Config
     manifest: dict[str, Any]
     family: Family
     hf_config: dict[str, Any]
@@ -63,7 +63,7 @@ def load_model(
     return Loaded(model, config, manifest, family, hf_config)
 
 
-def _describe(folder: Path) -> tuple[Family, Any, Recipe, dict[str, Any]]:
+def _describe(folder: Path) -> tuple[Family, Config, Recipe, dict[str, Any]]:
     """Family, config and recipe as the folder's JSON files give them."""
     manifest = load_manifest(folder)
     hf_config = load_json(folder / CONFIG)
@@ -88,7 +88,8 @@ def _check(params: Params, expected: Params, folder: Path) -> None:
         )
     for name, like in expected.items():
         value = params[name]
-        if jax.tree.structure(value) != jax.tree.structure(like) or _shapes(value) != _shapes(like):
+        built: tuple[Any, Any] = jax.tree.structure(value), jax.tree.structure(like)
+        if built[0] != built[1] or _shapes(value) != _shapes(like):
             raise UserError(
                 f"{folder}: tensor {name}: expected {_shapes(like)}, found {_shapes(value)}; "
                 "convert the model again"

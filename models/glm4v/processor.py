@@ -112,7 +112,7 @@ class GLM4VProcessor(OnePictureChat):
                 continue
             # Each piece is encoded on its own: a text's first line break joins no other.
             ids += [token(f"<|{message['role']}|>"), *self.encode(f"{given.get('metadata', '')}\n")]
-            ids += [VISUAL] * self.config.vision.tokens if picture else []
+            ids += [VISUAL] * self.config.tower.tokens if picture else []
             ids += self.encode(text)
         ids.append(token("<|assistant|>"))
         return Prompt(ids, *pixels_of(self.config.vision, images))

@@ -120,7 +120,7 @@ def _language(hf: dict[str, Any]) -> DecoderConfig:
         tied_head=bool(hf.get("tie_word_embeddings", False)),
         o_bias=bias,
         mlp_bias=bias,
-        rope_scaling=SteppedScaling(length) if stepped else None,
+        rope_scaling=SteppedScaling(length) if stepped and length else None,
         logn_length=length if logn else None,
     )
 

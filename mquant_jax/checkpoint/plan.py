@@ -10,7 +10,7 @@ import numpy as np
 
 from mquant_jax.checkpoint.source import FLOAT_DTYPES, Reader
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Family, WeightRule
+from mquant_jax.models.base import Config, Family, WeightRule
 
 _HEAD = "language/head/"
 _SHOWN = 10
@@ -27,7 +27,7 @@ class Plan:
         names: the rules' source name -> name in the checkpoint.
     """
 
-    config: Any
+    config: Config
     rules: list[WeightRule]
     names: dict[str, str]
 
@@ -69,7 +69,7 @@ def read_finite(reader: Reader, name: str) -> np.ndarray:
     return values
 
 
-def plan(family: Family, config: Any, reader: Reader) -> Plan:
+def plan(family: Family, config: Config, reader: Reader) -> Plan:
     """Match the family's rules with the tensors of a folder; nothing but headers is read.
 
     A checkpoint without a head of its own has it tied to the embedding, whatever config.json says.
@@ -107,7 +107,7 @@ def plan(family: Family, config: Any, reader: Reader) -> Plan:
     return Plan(config, rules, names)
 
 
-def _with_head(config: Any, tied: bool) -> Any:
+def _with_head(config: Config, tied: bool) -> Config:
     language = dataclasses.replace(config.language, tied_head=tied)
     return dataclasses.replace(config, language=language)
 

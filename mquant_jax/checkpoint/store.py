@@ -26,7 +26,7 @@ from mquant_jax import __version__
 from mquant_jax.checkpoint.atomic import new_folder
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import Params, parameter_bytes
-from mquant_jax.numerics import QWeight
+from mquant_jax.numerics import QWeight, Storage
 from mquant_jax.recipe import Recipe
 
 # Also of what a model does with its tensors, such as the rotations that `plan_rotation` gives.
@@ -226,7 +226,7 @@ def _from_tree(tree: Any, name: str, entry: dict[str, Any], folder: Path) -> Any
         for part in name.split("/"):
             tree = tree[part]
         if "bits" in entry:
-            storage = "packed" if entry["bits"] == 4 else "int8"
+            storage: Storage = "packed" if entry["bits"] == 4 else "int8"
             tree = QWeight(
                 tree["values"], tree["scale"], entry["in_features"], entry["bits"], storage
             )

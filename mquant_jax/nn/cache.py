@@ -52,14 +52,15 @@ class KVCache:
 def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor):
     """The keys and values of a :class:`KVCache` with new ones, ``[B, kv_heads, d, T]`` and
     ``[B, kv_heads, T, d]``, from slot ``cursor`` of a layer on; int8 if the cache is."""
+    new: tuple[Store, Store] = k, v
     if isinstance(cache[0], QTensor):
-        k, v = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
+        new = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
 
     def put(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
         return jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, 0, *at))
 
-    keys = jax.tree.map(lambda old, new: put(old, new, (0, cursor)), cache[0], k)
-    return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], v)
+    keys = jax.tree.map(lambda old, new: put(old, new, (0, cursor)), cache[0], new[0])
+    return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], new[1])
 
 
 def empty_cache(

@@ -27,6 +27,7 @@ from mquant_jax.ops.attention import (
 )
 
 # What a phase takes stands per token: arrays ``[B, T, ...]``, one or several.
+Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values
 Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
 
 
@@ -146,10 +147,10 @@ class Projections(nnx.Module):
         hidden = rotation.n if rotation else cfg.intermediate_size
         self.down_proj = dense(hidden, d, bias=cfg.mlp_bias, split=place.split)
 
-    def project(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> tuple[jax.Array, ...]:
+    def project(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> Heads:
         """Queries, keys and values ``[B, T, heads * d]`` of the normed stream."""
-        h = self.attn_in(h, cls, tap)
-        return self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        x = self.attn_in(h, cls, tap)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def output(self, parts: tuple[jax.Array, jax.Array], cls: jax.Array, tap: Tap | None):
         """The stream with what attention adds to it; ``parts`` are the heads' results and the
@@ -160,10 +161,10 @@ class Projections(nnx.Module):
     def mlp(self, parts: tuple[jax.Array, jax.Array], cls: jax.Array, tap: Tap | None):
         """The stream with what the MLP adds to it; ``parts`` are the normed stream and the
         stream."""
-        h, x = parts
-        h = self.mlp_in(h, cls, tap)
-        h = self.up_proj(h, gate=self.gate_proj(h))
-        return self.down_proj(self.mlp_hidden(h, cls, tap), x)
+        normed, x = parts
+        h = self.mlp_in(normed, cls, tap)
+        hidden = self.up_proj(h, gate=self.gate_proj(h))
+        return self.down_proj(self.mlp_hidden(hidden, cls, tap), x)
 
 
 class DecoderBlock(Projections):
@@ -189,7 +190,7 @@ class DecoderBlock(Projections):
         """One of the :class:`Projections`' methods, on all tokens."""
         return phase(self, h, ctx.token_class, tap)
 
-    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None) -> tuple[jax.Array, ...]:
+    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None) -> Heads:
         """Queries, keys and values ``[B, T, heads * d]``, not turned yet."""
         h = self.into(self.attn_norm, self.attn_in, x, ctx, tap)
         return self.run(Projections.project, h, ctx, tap)
@@ -206,7 +207,7 @@ class DecoderBlock(Projections):
         """Rotary angles float32 ``[B, T, rotary slots]``."""
         return ctx.angles * self.frequencies.get_value() if self.cfg.stored_rope else ctx.angles
 
-    def heads(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext):
+    def heads(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext) -> Heads:
         """Normed and rotated ``q [B, heads, T, d]``, ``k [B, kv, d, T]``; and ``v [B, kv, T, d]``,
         of what :meth:`qkv` gives."""
         q, k, v = (split_heads(y, self.cfg.head_dim) for y in (q, k, v))
@@ -261,7 +262,8 @@ class DecoderBlock(Projections):
         q, k, v = self.qkv(x, ctx, tap)
         if self.fuses(q, ctx):
             return self.rest(x, self.attend_rows(q, k, v, ctx, tap), ctx, tap)
-        return self.rest(x, self.attend(*self.heads(q, k, v, ctx), ctx), ctx, tap)
+        q, k, v = self.heads(q, k, v, ctx)
+        return self.rest(x, self.attend(q, k, v, ctx), ctx, tap)
 
     def cached(
         self, x, ctx: DecoderContext, cache: tuple[Store, Store], layer, cursor, fresh: bool
@@ -275,11 +277,12 @@ class DecoderBlock(Projections):
         Returns:
             The residual stream and the updated ``cache``.
         """
-        rows = self.qkv(x, ctx, None)
-        q, k, v = self.heads(*rows, ctx)
+        rows_q, rows_k, rows_v = self.qkv(x, ctx, None)
+        q, k, v = self.heads(rows_q, rows_k, rows_v, ctx)
         cache = write(cache, k, v, layer, cursor)
-        if fresh and self.fuses(rows[0], ctx):
-            return self.rest(x, self.attend_rows(*rows, ctx, None), ctx, None), cache
+        if fresh and self.fuses(rows_q, ctx):
+            attended = self.attend_rows(rows_q, rows_k, rows_v, ctx, None)
+            return self.rest(x, attended, ctx, None), cache
         if fresh:
             attended = self.attend(q, k, v, ctx)
         else:
@@ -304,9 +307,15 @@ class ExpertBlock(DecoderBlock):
         super().__init__(cfg, place, rngs=rngs)
         self.visual = Projections(cfg, place, True, "visual/", rngs=rngs)
 
+    @staticmethod
+    def _visual(ctx: DecoderContext) -> jax.Array:
+        assert ctx.visual is not None, "a decoder with experts is told which tokens are visual"
+        return ctx.visual
+
     def classes_at(self, point: str, ctx: DecoderContext) -> jax.Array:
         """int32 ``[B, T]``: token classes, -1 for tokens that are not of the point's expert."""
-        own = ctx.visual if point.startswith("visual/") else ~ctx.visual
+        visual = self._visual(ctx)
+        own = visual if point.startswith("visual/") else ~visual
         return jnp.where(own, ctx.token_class, -1)
 
     def run(self, phase: Phase, h: Any, ctx: DecoderContext, tap: Tap | None) -> Any:
@@ -316,8 +325,8 @@ class ExpertBlock(DecoderBlock):
             return phase(self, h, cls, tap)
         if at is None or tap is not None:
             text, visual = phase(self, h, cls, tap), phase(self.visual, h, cls, tap)
-            own = ctx.visual[..., None]
+            own = self._visual(ctx)[..., None]
             return jax.tree.map(lambda v, t: jnp.where(own, v, t), visual, text)
-        front = phase(self.visual, *jax.tree.map(lambda y: y[:, :at], (h, cls)), None)
-        back = phase(self, *jax.tree.map(lambda y: y[:, at:], (h, cls)), None)
+        front = phase(self.visual, jax.tree.map(lambda y: y[:, :at], h), cls[:, :at], None)
+        back = phase(self, jax.tree.map(lambda y: y[:, at:], h), cls[:, at:], None)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), front, back)

@@ -16,7 +16,7 @@ from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
-from mquant_jax.nn.vit import VisionInput, ViT, ViTConfig, tower_norm
+from mquant_jax.nn.vit import TowerNorm, VisionInput, ViT, ViTConfig, tower_norm
 from mquant_jax.ops.attention import attend
 from mquant_jax.recipe import Recipe
 
@@ -127,7 +127,7 @@ class Queries(nnx.Module):
         self.placed = cfg.stored_positions
         rotation = None
         if self.placed:
-            self.norm = LayerNorm(width, cfg.norm_eps, place.dtype)
+            self.norm: TowerNorm = LayerNorm(width, cfg.norm_eps, place.dtype)
             self.positions = nnx.Param(jnp.zeros((cfg.queries, width), place.dtype))
             rotation = place.online_rotation(width)
         else:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.side_by_side import joined
-from mquant_jax.numerics import QWeight
+from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.dense import platform, reads_stacks
 
 
@@ -70,12 +70,12 @@ class Runner:
         """
         return scan_layers(lambda block, carry: block(carry, context), stack, x)
 
-    def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
+    def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
         """Call one module that stands outside the stacks (patch embedding, merger).
 
         ``x``: an array, or a tuple of arrays with the same leading axis.
         ``classes``: int32, the token class of each row that its first quantisation point sees;
-        -1 marks padding. Only calibration looks at it.
+        -1 marks padding; ``None`` where there is no such point. Only calibration looks at it.
         """
         return module(x)
 

@@ -21,7 +21,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
-from mquant_jax.numerics import QTensor
+from mquant_jax.numerics import AnyArray, QTensor
 from mquant_jax.ops.attention import attend, attend_rows, select_path, split_heads
 
 
@@ -119,10 +119,10 @@ class VisionInput:
             takes, for families that choose them; only in towers without a class token.
     """
 
-    patches: jax.Array
-    coords: jax.Array
-    valid: jax.Array
-    position_rows: jax.Array | None = None
+    patches: AnyArray
+    coords: AnyArray
+    valid: AnyArray
+    position_rows: AnyArray | None = None
 
     @property
     def token_class(self) -> jax.Array:
@@ -150,9 +150,12 @@ class VisionContext:
         return jnp.zeros_like(self.token_class), key_order(self.token_class * 0, self.token_class)
 
 
+TowerNorm = LayerNorm | RMSNorm | ProjectedNorm
+
+
 def tower_norm(
     width: int, eps: float, place: Placement, rms: bool = False, keeps_mean: bool = False
-) -> LayerNorm | RMSNorm | ProjectedNorm:
+) -> TowerNorm:
     """LayerNorm; in a rotated tower, whose stream has no mean left, the RMSNorm that equals it.
 
     Args:
@@ -227,7 +230,7 @@ class ViTBlock(nnx.Module):
         hidden = rotation.n if rotation else cfg.intermediate_size
         self.fc2 = dense(hidden, d, split=place.split)
 
-    def _norm(self, place: Placement) -> nnx.Module:
+    def _norm(self, place: Placement) -> TowerNorm:
         cfg = self.cfg
         if cfg.post_norm:
             return (RMSNorm if cfg.rms_norm else LayerNorm)(
@@ -248,7 +251,7 @@ class ViTBlock(nnx.Module):
         h = self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap)
         return self._add(x, self.fc2, h, "mlp")
 
-    def _into(self, norm: nnx.Module, point: ActQuant, x: jax.Array, tap: Tap | None):
+    def _into(self, norm: TowerNorm, point: ActQuant, x: jax.Array, tap: Tap | None):
         return norm.into(point, x, None, tap) if isinstance(norm, RMSNorm) else norm(x)
 
     def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
@@ -267,10 +270,10 @@ class ViTBlock(nnx.Module):
         """The stream with what one half of the block adds to it."""
         if not (self.cfg.post_norm or self.has_gains):
             return dense(h, x)
-        h = dense(h)
+        y = dense(h)
         if self.cfg.post_norm:
-            h = getattr(self, f"{half}_norm")(h)
-        return x + (h * getattr(self, f"{half}_gain").get_value() if self.has_gains else h)
+            y = getattr(self, f"{half}_norm")(y)
+        return x + (y * getattr(self, f"{half}_gain").get_value() if self.has_gains else y)
 
 
 class InputNorm(nnx.Module):

@@ -27,7 +27,7 @@ def attend_heads(
         mask: bool ``[B, T, S]``; without one every query sees every key.
     """
     t = q.shape[3]
-    if not in_order:
+    if not in_order or mask is None:
         return _in_parts(q, k, v, mask, prefix)
     blocks = []
     for start in range(0, t, size := _block(t)):
@@ -87,7 +87,7 @@ def _by_heads(q, k, v, d: int, mask, more, ordered: bool) -> jax.Array:
     rows = _most(b, part // (n * logits)) if n == kv_heads else 1
     turn, gain, scale = more
 
-    def some(i: jax.Array, out: jax.Array) -> jax.Array:
+    def some(i: jax.Array | int, out: jax.Array) -> jax.Array:
         row, first = i // (kv_heads // n) * rows, i % (kv_heads // n) * n
 
         def own(x: jax.Array) -> jax.Array:
@@ -145,9 +145,12 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
     if b * kv_heads * g * t * s <= most or t <= LEAST_QUERIES:
         return _attend(q, k, v, mask, prefix)
     if b > 1:
-        return jax.lax.map(
-            lambda row: _in_parts(*jax.tree.map(lambda x: x[None], row), prefix)[0], (q, k, v, mask)
-        )
+
+        def one_row(row):
+            own_q, own_k, own_v, own_mask = jax.tree.map(lambda x: x[None], row)
+            return _in_parts(own_q, own_k, own_v, own_mask, prefix)[0]
+
+        return jax.lax.map(one_row, (q, k, v, mask))
     if kv_heads > 1:
         n = _most(kv_heads, part // (g * t * s))
 
@@ -160,7 +163,7 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
             *jax.tree.map(lambda x: split(x, 1), (q, k, v)),
             jax.tree.map(lambda x: split(x, 0), prefix),
         )
-        out = jax.lax.map(lambda a: _in_parts(*a[:3], mask, a[3])[0], groups)
+        out = jax.lax.map(lambda a: _in_parts(a[0], a[1], a[2], mask, a[3])[0], groups)
         return out.reshape(q.shape)
     size = LEAST_QUERIES
     while 2 * size * g * s <= part:

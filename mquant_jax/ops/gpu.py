@@ -117,6 +117,7 @@ def dense(
 
     rows = x.values.shape[0]
     choice = choose(rows, w.out_features, w.in_features)
+    assert choice.blocks is not None, "the caller asks for a kernel only where the table has one"
     blocks = pallas_gpu.Blocks(*choice.blocks)
     if choice.path == MANY:
         return pallas_gpu.matmul(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -67,10 +68,8 @@ def _by_blocks(x: jax.Array, rotation: Rotation, end: Callable[..., Any], *more:
 
 def _kernel(x: jax.Array, rotation: Rotation, scale: jax.Array | None = None) -> jax.Array:
     # Not needed, and slow to import, elsewhere.
-    if platform() == "gpu":
-        from mquant_jax.ops import rotate_gpu as kernels
-    else:
-        from mquant_jax.ops import pallas_tpu as kernels
+    name = "rotate_gpu" if platform() == "gpu" else "pallas_tpu"
+    kernels = importlib.import_module(f"mquant_jax.ops.{name}")
 
     x = rotation.signed(x)
     x = rotation.padded(x) if rotation.inputs % LANES else x  # whole tiles the kernel pads itself

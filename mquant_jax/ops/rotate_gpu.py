@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +67,7 @@ def _row(x_ref, right_ref, left_ref, *refs) -> None:
     row, right = pl.program_id(0), right_ref[...]
     blocks = parts(left_ref.shape[0])
 
-    def at(start: int, size: int) -> pl.Slice:
+    def at(start: int, size: int) -> Any:
         """A slice that may reach behind the end, which those of known start may not."""
         return pl.ds(row * 0 + start, size)
 

@@ -7,6 +7,7 @@ the byte dot-product instructions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -42,7 +43,7 @@ def int_dot(
     """
     w = w if w.storage in ("int4", "parts") else w.unpacked()
     if w.groups == 1:
-        acc = sum(product(*run) for run in _runs(x.values, w))
+        acc = functools.reduce(jnp.add, (product(*run) for run in _runs(x.values, w)))
         return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
     rows, size = x.values.shape[0], w.in_features // w.groups
     if rows >= MANY_ROWS:
@@ -129,10 +130,11 @@ def _float_sums(x: jax.Array, w: QWeight) -> jax.Array:
     """Float ``[rows, in]`` by the integers of a weight, which are exact in any float type ->
     float32."""
     w = w if w.storage == "parts" else w.unpacked()
-    return sum(
+    parts = (
         jax.lax.dot_general(a, b.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32)
         for a, b in _runs(x, w)
     )
+    return functools.reduce(jnp.add, parts)
 
 
 def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:

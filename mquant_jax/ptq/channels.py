@@ -58,18 +58,18 @@ def links(params: Params, streams: Streams) -> Iterator[Link]:
             zip(*(expand(path, params) for path in paths), strict=True)
             for paths in zip(*attention.pairs, strict=True)
         )
-        for written, read in zip(values, outputs, strict=True):  # of one layer, each expert's
+        for written, heard in zip(values, outputs, strict=True):  # of one layer, each expert's
             width = len(params[f"{written[0]}/kernel"])
             heads = np.arange(width).reshape(-1, attention.head_dim)
-            shared = params[f"{read[0]}/kernel"].shape[1] // width
+            shared = params[f"{heard[0]}/kernel"].shape[1] // width
             columns = np.repeat(heads, shared, axis=0).ravel()
             sources = tuple(name for value in written for name in present(value, "kernel", "bias"))
-            yield Link(sources, read, columns, width)
+            yield Link(sources, heard, columns, width)
     for hidden in streams.hiddens:
         if not hidden.sign_carrier:
             continue
-        carriers, readers = expand(hidden.sign_carrier, params), expand(hidden.reader, params)
-        for carrier, reader in zip(carriers, readers, strict=True):
+        carriers = expand(hidden.sign_carrier, params)
+        for carrier, reader in zip(carriers, expand(hidden.reader, params), strict=True):
             columns = np.arange(hidden.width)
             yield Link(present(carrier, "kernel", "bias"), (reader,), columns, hidden.width, True)
 

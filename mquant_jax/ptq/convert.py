@@ -11,7 +11,7 @@ from mquant_jax.checkpoint.source import Reader
 from mquant_jax.checkpoint.store import MANIFEST, save
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Batch, Family, abstract_model
+from mquant_jax.models.base import Batch, Config, Family, abstract_model
 from mquant_jax.models.registry import family_for
 from mquant_jax.recipe import Recipe
 from mquant_jax.stages import stage
@@ -60,7 +60,7 @@ def convert(
         )
 
 
-def read_config(family: Family, reader: Reader) -> Any:
+def read_config(family: Family, reader: Reader) -> Config:
     """The family's config object.
 
     Raises:

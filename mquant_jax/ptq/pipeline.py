@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Batch, Family, abstract_model
+from mquant_jax.models.base import Batch, Config, Family, abstract_model
 from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.nn.stack import Runner
@@ -46,7 +46,7 @@ def section_of(name: str, recipe: Recipe) -> Section:
 
 def quantize_params(
     family: Family,
-    config: Any,
+    config: Config,
     recipe: Recipe,
     params: Params,
     batch: Batch | None = None,
@@ -80,10 +80,10 @@ def quantize_params(
         params = _rotated(family, config, recipe, params)
     target = abstract_model(family, config, recipe)
     done: Params = {}
-    if recipe.needs_calibration:
+    if recipe.needs_calibration and batch is not None:
         params, done = _calibrated(family, config, recipe, params, batch, target, progress, report)
     out = _rounded(target, recipe, params, done, dtypes, progress, report)
-    if recipe.learns:
+    if recipe.learns and batch is not None:
         set_params(target, dict(out))
         teacher = float_model(family, config, without_prefix(recipe), params)
         with stage("learn scales"):
@@ -96,7 +96,7 @@ def quantize_params(
 
 @stage("balance")
 def _balanced(
-    family: Family, config: Any, params: Params, batch: Batch | None
+    family: Family, config: Config, params: Params, batch: Batch | None
 ) -> tuple[Params, dict[str, Any]]:
     look = StatisticsRunner(columns=True, sample=0)
     float_model(family, config, Recipe(), params)(batch, look)
@@ -104,7 +104,7 @@ def _balanced(
 
 
 @stage("rotate")
-def _rotated(family: Family, config: Any, recipe: Recipe, params: Params) -> Params:
+def _rotated(family: Family, config: Config, recipe: Recipe, params: Params) -> Params:
     return rotate_params(
         params,
         family.streams(config),
@@ -142,7 +142,7 @@ def _rounded(
 
 def _calibrated(
     family: Family,
-    config: Any,
+    config: Config,
     recipe: Recipe,
     params: Params,
     batch: Batch,
@@ -209,7 +209,7 @@ def sink_rule(positions: list[int], ids: list[int]) -> Params:
     }
 
 
-def float_model(family: Family, config: Any, recipe: Recipe, params: Params):
+def float_model(family: Family, config: Config, recipe: Recipe, params: Params):
     """The unquantised model in float32, rotated and with a prefix if the recipe says so; ``params``
     stays."""
     kept = ("rotate", "orthogonal", "online_signs", "online_reads", "seed", "prefix_sinks")
@@ -230,7 +230,7 @@ def _working_dtype(value: np.ndarray):
     return value.dtype if np.issubdtype(value.dtype, np.integer) else np.float32
 
 
-def untied(config: Any, params: Params) -> tuple[Any, Params]:
+def untied(config: Config, params: Params) -> tuple[Config, Params]:
     """The same model with a head of its own.
 
     A rotation needs it: the final norm's weight goes into the head and not into the embedding.

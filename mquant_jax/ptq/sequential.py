@@ -9,6 +9,7 @@ quantised block, activations included, produces the input of the next.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -51,7 +52,7 @@ class Part:
     Attributes:
         name: its path.
         module: the float module, whose weights are replaced point by point.
-        target: its abstract quantised form.
+        target: its abstract quantised form; ``None`` for a point on its own.
         args: its inputs for the whole calibration batch.
         classes: int32, token class of each row.
         twin: the same module as it was, split, with the float model's inputs.
@@ -60,8 +61,8 @@ class Part:
     """
 
     name: str
-    module: nnx.Module
-    target: nnx.Module | None
+    module: Any
+    target: Any
     args: Any
     classes: jax.Array
     twin: Any = None
@@ -138,7 +139,7 @@ class QuantizingRunner(Runner):
             part.twin = _copy(module), (self.float_inputs[name],)
         return self._quantise(part)
 
-    def _target(self, name: str) -> nnx.Module:
+    def _target(self, name: str) -> Any:
         return find(self.target, name)
 
     def _quantise(self, part: Part) -> jax.Array:
@@ -223,7 +224,7 @@ class QuantizingRunner(Runner):
         """
         observer, gram = self.recipe.calibration.observer, None
         if observer == "output" and weights:
-            gram = sum(w.T @ w for w in weights)
+            gram = functools.reduce(jnp.add, (w.T @ w for w in weights))
         groups = self.class_groups(path)
         multimodal = getattr(self.target, "vision", None) is not None
         if multimodal and (VISUAL,) in groups and not (np.asarray(part.classes) == VISUAL).any():
@@ -235,8 +236,8 @@ class QuantizingRunner(Runner):
         for group in groups:
             hist = Histogram.merged([seen.hists[c] for c in group])
             if not hist.empty:
-                rows = [r for c in group if (r := seen.samples[c].rows) is not None]
-                rows = np.concatenate(rows) if gram is not None else None
+                sampled = [r for c in group if (r := seen.samples[c].rows) is not None]
+                rows = np.concatenate(sampled) if gram is not None else None
                 clip = self.recipe.calibration.headroom * choose_clip(hist, observer, rows, gram)
                 clips |= dict.fromkeys(group, clip)
         if not clips:
@@ -279,7 +280,7 @@ class QuantizingRunner(Runner):
                     seen.samples[c].add(array[cls == c])
             if not with_hessian:
                 continue
-            weight, twin = jnp.asarray(importance[cls]), None
+            weight, twin = jnp.asarray(importance[cls]), value
             if part.twin is not None:
                 (graph, own), twin_args = part.twin
                 twin_part = jax.tree.map(lambda a, r=rows: a[r], twin_args)
