@@ -46,7 +46,7 @@ class CaptureRunner(Runner):
         real: name -> bool, which rows of the output are no padding.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen: dict[str, jax.Array] = {}
         self.real: dict[str, AnyArray] = {}
 

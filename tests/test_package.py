@@ -14,7 +14,8 @@ USERS = [p for top in ("benchmarks", "examples", "tests") for p in (ROOT / top).
 FLOORS = (
     ("mquant_jax.numerics", "mquant_jax.hadamard", "mquant_jax.recipe", "mquant_jax.presets",
      "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.cli_support",
-     "mquant_jax.compile_cache", "mquant_jax.cpu_features", "mquant_jax.stages"),
+     "mquant_jax.compile_cache", "mquant_jax.cpu_features", "mquant_jax.lazy",
+     "mquant_jax.stages"),
     ("mquant_jax.ops",),
     ("mquant_jax.nn",),
     ("mquant_jax.models",),
