@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -31,7 +32,7 @@ class Placement:
 
     section: Section = FLOAT
     n_classes: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
     rotated: bool = False
     rotates_reads: bool = False
     rotation_seed: int | None = None
