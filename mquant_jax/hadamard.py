@@ -173,7 +173,7 @@ class Rotation:
         return x if self.seed is None else x * jnp.asarray(self.signs, x.dtype)
 
     def padded(self, x: jax.Array) -> jax.Array:
-        """``x [..., inputs]`` with zeros behind: ``[..., n]``."""
+        """``x [..., inputs]`` padded with zeros to ``[..., n]``."""
         if not self.padding:
             return x
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.padding)])
@@ -227,7 +227,7 @@ def stream_rotation(
     return (Orthogonal if orthogonal else plan_rotation)(n, seed_of(seed, name))
 
 
-# A block at least so wide mixes well enough; narrower ones make way for a padded width.
+# A block at least so wide mixes well enough; narrower ones are replaced by a padded width.
 WIDE_BLOCK = 128
 MOST_PADDING = 0.04
 # A TPU's registers hold rows of so many channels: an inner factor of this order moves no data.

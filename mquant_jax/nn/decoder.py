@@ -86,7 +86,7 @@ class Decoder(nnx.Module):
     def logits_flow(self, x: jax.Array, classes: AnyArray | None = None) -> Flow[jax.Array]:
         """The same as a flow.
 
-        A tied table that is quantised is quantised once, for lookup and head alike.
+        A quantised tied table is one array, used for lookup and head.
         """
         h = yield ModuleCall("language/head_in", self.head_in, self.norm(x), classes)
         kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()

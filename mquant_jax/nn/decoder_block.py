@@ -26,8 +26,8 @@ from mquant_jax.ops.attention import (
     split_heads,
 )
 
-# What a phase takes stands per token: arrays ``[B, T, ...]``, one or several.
 Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values
+# One of the methods of Projections; its second argument is one or several arrays ``[B, T, ...]``.
 Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
 
 
@@ -36,12 +36,11 @@ class DecoderConfig:
     """Shape of a language model.
 
     ``rope_sections`` are the rotary slots that follow each position stream; a single entry is
-    ordinary rope. They add up to ``head_dim / 2``, or less: the other channels do not turn.
-    ``stored_rope``: the checkpoint holds the frequencies of each layer, and they are not computed.
-    ``qk_norm``: queries and keys pass an RMSNorm per head before the rotation. ``logn_length``:
-    queries from this position on grow with the logarithm of their position; ``None``: they do not.
-    ``visual_expert``: visual tokens have dense layers of their own, with biases on queries, keys
-    and values.
+    ordinary rope. They add up to ``head_dim / 2`` or less; the other channels are not rotated.
+    ``stored_rope``: the checkpoint holds each layer's frequencies. ``qk_norm``: queries and keys
+    pass an RMSNorm per head before rope. ``logn_length``: from this position on, queries are scaled
+    by the logarithm of their position; ``None``: they are not. ``visual_expert``: visual tokens
+    have their own dense layers, with biases on queries, keys and values.
     """
 
     hidden_size: int
@@ -67,7 +66,7 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that turn."""
+        """Channels of a head that rope rotates."""
         return 2 * sum(self.rope_sections)
 
 
@@ -89,10 +88,10 @@ class DecoderContext:
         token_class: int32 ``[B, T]``, sinks marked.
         query_gain: float32 ``[B, T]``, factor on the rotated queries; ``None``: there is none.
         visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
-            ``None``: they stand anywhere.
+            ``None``: they may be anywhere.
         visual: bool ``[B, T]``, which tokens are the visual expert's (sinks among them are no
             exception); ``None`` where there is no such expert, or nothing for it to do.
-        in_order: keys are those of the same tokens, and columns stand in the order of the sequence.
+        in_order: keys belong to the same tokens, and columns are in sequence order.
     """
 
     angles: jax.Array
@@ -107,7 +106,7 @@ class DecoderContext:
 
 
 class Projections(nnx.Module):
-    """The dense layers of a block and the points in front of them."""
+    """The dense layers of a block and their quantisation points."""
 
     POINTS: ClassVar[Points] = {
         "attn_in": ("q_proj", "k_proj", "v_proj"),
@@ -125,7 +124,7 @@ class Projections(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        """``prefix`` stands in front of the points' names."""
+        """``prefix``: of the points' names."""
         dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
 
         def point(name: str, rotation=None) -> ActQuant:
@@ -200,7 +199,7 @@ class DecoderBlock(Projections):
         return norm(x) if self.cfg.visual_expert else norm.into(point, x, ctx.token_class, tap)
 
     def normed(self, x: jax.Array, norm: str) -> jax.Array:
-        """Queries or keys ``[..., heads, d]`` behind their norm, if there is one."""
+        """Queries or keys ``[..., heads, d]`` after their norm, if there is one."""
         return getattr(self, norm)(x) if self.cfg.qk_norm else x
 
     def angles(self, ctx: DecoderContext) -> jax.Array:
@@ -293,8 +292,8 @@ class DecoderBlock(Projections):
 class ExpertBlock(DecoderBlock):
     """A block whose visual tokens have dense layers of their own; all tokens share the attention.
 
-    Where the visual tokens stand in one slice (``ctx.visual_slots``), each expert runs on its own
-    slice, and where there are none, one alone. Otherwise both run on everything.
+    Where the visual tokens form one slice (``ctx.visual_slots``), each expert runs on its own
+    slice; without visual tokens only the text expert runs. Otherwise both run on all tokens.
     """
 
     POINTS: ClassVar[Points] = {

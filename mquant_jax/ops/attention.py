@@ -64,7 +64,7 @@ def attend_rows(
         angles: float32 ``[B, T, r/2]``, by which queries and keys are turned.
         gain: float32 ``[B, T]``, factor on queries.
         scale: float32, one number or ``[B, T, 1]``, to quantise the result by.
-        ordered: tokens stand in their order.
+        ordered: tokens are in sequence order.
 
     Returns:
         ``[B, T, heads * d]``: in their type, or with ``scale`` int8.
@@ -98,8 +98,8 @@ def attend(
         mask: bool, broadcastable to ``[B, T, S]``; True where a query may see a key. A query that
             sees nothing gets a meaningless but finite row.
         prefix: more keys and values, ``[kv_heads, P, d]`` each, which every query sees.
-        in_order: ``S == T``, and the mask shows no query a key that stands behind it: such keys
-            are left out by whole blocks.
+        in_order: ``S == T``, and no query sees a key after it; whole blocks of such keys are
+            skipped.
 
     Returns:
         ``[B, T, heads * d]`` in ``q.dtype``.

@@ -1,4 +1,4 @@
-"""Attention in plain XLA, a part at a time where there is much of it."""
+"""Attention in plain XLA, computed in parts where there are many logits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from mquant_jax.numerics import QTensor, quantize_static
 from mquant_jax.ops.dense import platform
 
-# Logits above which they are made a part at a time, and how many then: on CPU what its caches hold,
+# Logits above which attention runs in parts, and the logits of a part: on CPU what its caches hold,
 # elsewhere what memory can spare.
 MOST_LOGITS = {"cpu": (2**22, 2**21), "gpu": (2**28, 2**27), "tpu": (2**28, 2**27)}
-LEAST_QUERIES = 64  # that go together: fewer make small products
-ORDERED_BLOCKS = 8  # of queries in order, each of which is spared the keys behind it
+LEAST_QUERIES = 64  # of a part: fewer make the products too small
+ORDERED_BLOCKS = 8  # of queries in sequence order; each block skips the keys after it
 
 Keys = jax.Array | QTensor
 
@@ -56,8 +56,8 @@ def attend_rows(
 ) -> jax.Array:
     """:func:`mquant_jax.ops.attention.attend_rows`, its values alone.
 
-    Heads are cut out of the rows, turned, and put back as int8 a few at a time, while a cache holds
-    them; all at once they would be transposed in memory, three times to it and once back.
+    Heads are sliced out of the rows, rotated, and written back as int8 a few at a time, while they
+    are in the processor's cache; all at once would transpose four arrays in memory.
     """
     queries, keys = order
     turn = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
@@ -71,8 +71,8 @@ def attend_rows(
 
     if ordered:
         return masked()
-    # A picture's patches mostly see all of each other, and to look at the mask for each logit takes
-    # a third of softmax.
+    # A picture's patches usually all see each other, and applying the mask takes a third of the
+    # softmax's time.
     return jax.lax.cond(jnp.max(keys) <= jnp.min(queries), lambda: all_heads(None), masked)
 
 
@@ -155,7 +155,7 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
         n = _most(kv_heads, part // (g * t * s))
 
         def split(x: jax.Array, axis: int) -> jax.Array:
-            """The axis of kv heads -> groups in front, ``n`` heads in its place."""
+            """Split the axis of kv heads: groups first, ``n`` heads in its place."""
             x = x.reshape(*x.shape[:axis], -1, n, *x.shape[axis + 1 :])
             return jnp.moveaxis(x, axis, 0)
 
@@ -187,8 +187,7 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
 def _attend(q, k, v, mask, prefix) -> jax.Array:
     """:func:`_in_parts` for all at once.
 
-    Products are written so that logits and values enter them as they lie. What makes weights add
-    up to one is divided out last, where there is least of it.
+    Operands keep their memory layout. The softmax is normalised last, on the smallest array.
     """
     (b, kv_heads, g, t, d), s = q.shape, _keys(k)
     keys, values = (x.values if isinstance(x, QTensor) else x for x in (k, v))

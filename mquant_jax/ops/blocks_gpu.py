@@ -1,4 +1,4 @@
-"""How the kernels for NVIDIA GPUs look at parts of arrays: blocks that may reach over an edge."""
+"""Masked loads and stores of the NVIDIA GPU kernels, whose blocks may cross an array's edge."""
 
 from __future__ import annotations
 

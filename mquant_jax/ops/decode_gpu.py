@@ -1,8 +1,8 @@
 """Attention of one token per prompt to the cache, as a Pallas kernel for NVIDIA GPUs.
 
-Keys and values are read where they lie in the cache of all layers, and no further than the last one
-that is seen. The slots are split between blocks, as there are too few heads to fill a chip; what
-the blocks find is put together behind the kernel (Flash-Decoding, Dao et al. 2023).
+Keys and values are read from the cache of all layers, up to the last visible slot. Blocks split the
+slots, because there are too few heads to fill a chip; their results are combined after the kernel
+(Flash-Decoding, Dao et al. 2023).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one door to quantised matrix products: which form runs is chosen here, by platform and rows.
+"""Quantised matrix products; chooses the implementation by platform and number of rows.
 
 :func:`select_path` names the choice, so that ``inspect`` and ``bench`` can report what runs.
 """
@@ -53,7 +53,7 @@ def platform() -> str:
 
 def device_kind() -> str:
     """The kind of device that programs are being traced for, as JAX names it (``TPU v5 lite``);
-    empty where another platform than the default one is traced for and nobody told."""
+    empty where tracing for another platform than the default one without a given kind."""
     if _PLATFORM.get() is not None:
         return _KIND.get() or ""
     return jax.devices()[0].device_kind

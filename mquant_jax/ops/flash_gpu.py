@@ -35,8 +35,7 @@ def attend(
         v: ``[B, kv_heads, S, d]``.
         mask: bool ``[B, T, S]``, read by blocks; True where a query may see a key. A query that
             sees nothing gets a meaningless but finite row.
-        in_order: the mask shows no query a key that stands behind it, so that blocks of such keys
-            are not looked at.
+        in_order: no query sees a key after it; blocks of such keys are skipped.
         interpret: run without a GPU.
 
     Returns:

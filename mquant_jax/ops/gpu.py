@@ -83,7 +83,7 @@ def bucket(rows: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def choose(rows: int, out: int, in_features: int) -> Choice:
-    """What the table says of a product: of its very shape, or of the first class it falls into."""
+    """The table's entry for a product: its exact shape's, or that of the first class with it."""
     for entry in table()["shapes"]:
         if (bucket(rows), out, in_features) == (entry["rows"], entry["out"], entry["in"]):
             return _choice(entry)

@@ -1,4 +1,4 @@
-"""Online rotations and the quantisation behind them: which form runs is chosen here."""
+"""Online rotations and the quantisation that follows them; chooses the implementation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _row_by_row(x: jax.Array, rotation: Rotation) -> jax.Array:
 def _by_blocks(x: jax.Array, rotation: Rotation, end: Callable[..., Any], *more: jax.Array) -> Any:
     """What ``end`` makes of rotated ``x [..., inputs]``, a block of rows at a time, with the same
     rows of ``more [rows, ...]``."""
-    # Signs join what has made the rows, as they come in front of the loop.
+    # Before the loop, the signs fuse with the producer of the rows.
     flat, size = rotation.signed(x).reshape(-1, x.shape[-1]), _block(_rows(x))
     parts = jax.lax.map(
         lambda a: end(_row_by_row(a[0], rotation), *a[1:]),

@@ -80,8 +80,8 @@ def padded_int_dot(x: QTensor, w: QWeight) -> jax.Array:
 
 
 def paired(x: jax.Array, w: QWeight) -> tuple[jax.Array, jax.Array]:
-    """``x [rows, in]`` and packed weights as int4, both with columns ``j`` and ``j + half`` side by
-    side: the order in which a byte has them, so that the weights are not touched.
+    """``x [rows, in]`` and packed weights as int4, both with columns ``j`` and ``j + half``
+    adjacent: the order within a byte, so that the weights need no rearrangement.
 
     Returns:
         ``[rows, 2 * half]`` and int4 ``[out, 2 * half]``.
@@ -94,7 +94,7 @@ def paired(x: jax.Array, w: QWeight) -> tuple[jax.Array, jax.Array]:
 
 def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
     """:func:`int_dot` of packed weights with one scale per channel, which XLA's GPU backend
-    converts inside the product; of a single row it does so only by halves, in two products."""
+    converts inside the product. For a single row it does so only when each half is a product."""
     if x.values.shape[0] == 1:
         half = w.values.shape[1]
         low, high = (w.values << 4).astype(jnp.int8) >> 4, w.values.astype(jnp.int8) >> 4
@@ -107,7 +107,7 @@ def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
 
 
 def packed_weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
-    """:func:`weight_only_dot` of packed weights with one scale per channel, likewise."""
+    """:func:`weight_only_dot` of packed weights with one scale per channel."""
     x, weights = paired(x, w)
     y = jax.lax.dot_general(
         x, weights.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32
