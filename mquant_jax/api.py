@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import VLM, Batch, Config, Processor, Prompt, bucket
@@ -152,9 +153,14 @@ class _TextStream:
 
 
 def load(
-    folder: str | Path, dtype: Any = None, layout: str = "auto", kv_cache: str = "float"
+    folder: str | Path,
+    dtype: Any = None,
+    layout: str = "auto",
+    kv_cache: str = "float",
+    *,
+    verify: Verify = True,
 ) -> Model:
-    """Load a checkpoint that ``python -m convert.hf_to_flax`` wrote.
+    """Load a checkpoint that ``python -m mquant_jax convert`` wrote.
 
     Args:
         folder: the checkpoint folder.
@@ -162,16 +168,19 @@ def load(
             is slower) and bfloat16 elsewhere.
         layout: ``auto``, ``masked`` or ``aifs``, see :class:`Generator`.
         kv_cache: ``float`` or ``int8``, the type of keys and values that are kept.
+        verify: ``True``: every file must be what the conversion wrote; ``"tensors"``: edited JSON
+            files (config.json, say) are accepted; ``False``: only file sizes are compared.
 
     Compiled programs are kept on disk for the next start, see :mod:`mquant_jax.compile_cache`.
 
     Raises:
-        UserError: no such folder, not a checkpoint, another format version, damaged tensors.
+        UserError: no such folder, not a checkpoint, another format version, damaged or edited
+            files.
     """
     from mquant_jax.loading import load_model
 
     keep_compiled_programs()
-    loaded = load_model(Path(folder), dtype)
+    loaded = load_model(Path(folder), dtype, verify=verify)
     processor = loaded.family.processor(folder, loaded.config)
     model = Model(loaded.model, loaded.config, loaded.manifest, processor, layout, kv_cache)
     _ = model.generator  # a bad option is refused here, not at the first answer

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax import cpu_features
-from mquant_jax.cli_support import OK, Parser, progress
+from mquant_jax.cli_support import OK, Parser, add_no_verify, progress
 from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import float_twin, measure, summary
 from mquant_jax.eval.speed import table as speed_table
@@ -55,12 +55,13 @@ def main(argv: list[str]) -> int:
     add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
     add("--new-tokens", type=int, default=16, metavar="N", help="decode steps (default 16)")
     add("--repeats", type=int, default=5, metavar="N", help="rounds counted (default 5)")
+    add_no_verify(parser)
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     for name in ("text_tokens", "batch", "new_tokens", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
-    loaded = load_model(Path(args.checkpoint), None)
+    loaded = load_model(Path(args.checkpoint), verify=args.verify)
     family, config, recipe = loaded.family, loaded.config, loaded.manifest["recipe"]["name"]
     prompt = family.example_prompt(config, args.text_tokens, args.image_side)
     tokens = len(prompt.input_ids)

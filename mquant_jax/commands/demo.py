@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mquant_jax.api import Model, load
-from mquant_jax.checkpoint.store import load_manifest
+from mquant_jax.checkpoint.manifest import load_manifest
 from mquant_jax.cli_support import OK, Parser, progress
 from mquant_jax.eval.exact_match import ExactMatch, evaluate
 from mquant_jax.eval.speed import measure, summary

@@ -7,7 +7,7 @@ import json
 import jax
 
 from mquant_jax.api import load
-from mquant_jax.cli_support import OK, Parser
+from mquant_jax.cli_support import OK, Parser, add_no_verify
 from mquant_jax.runtime.generate import KV_CACHES
 
 EPILOG = """\
@@ -32,9 +32,10 @@ def main(argv: list[str]) -> int:
     add("--seed", type=int, default=0, help="seed of the sampling key")
     add("--kv-cache", choices=KV_CACHES, default="float",
         help="int8 keeps keys and values in a half to a quarter of the memory")  # fmt: skip
+    add_no_verify(parser)
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    model = load(args.checkpoint, kv_cache=args.kv_cache)
+    model = load(args.checkpoint, kv_cache=args.kv_cache, verify=args.verify)
     stream = None if args.json else lambda text: print(text, end="", flush=True)
     answer = model.generate(
         args.image,

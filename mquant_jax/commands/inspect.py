@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mquant_jax.checkpoint.store import REPORT
-from mquant_jax.cli_support import OK, Parser
+from mquant_jax.checkpoint.manifest import REPORT
+from mquant_jax.cli_support import OK, Parser, add_no_verify
 from mquant_jax.errors import UserError
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import abstract_params
@@ -67,9 +67,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--points", type=int, default=0, metavar="N", help="show the N "
                         "quantisation points with the largest rounding and clipping error on the "
                         "calibration data")  # fmt: skip
+    add_no_verify(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    loaded = load_model(Path(args.checkpoint), None)
+    loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
     if args.json:
