@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +174,7 @@ def pack_int4(values):
     return low | (high << 4)
 
 
-def unpack_int4(packed, in_features: int, out: np.ndarray | None = None):
+def unpack_int4(packed, in_features: int, out: Any = None):
     """uint8 ``[..., ceil(K/2)]`` -> int8 ``[..., K]``. NumPy in, NumPy out, into ``out`` if it is
     given."""
     # Sign extension of a nibble: shift it to the top of a signed byte and back.

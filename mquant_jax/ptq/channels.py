@@ -10,7 +10,9 @@ attention do) stands between; no constant passes an activation function or a gat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +49,7 @@ class Link:
     is_norm: bool = False
 
 
-def links(params: Params, streams: Streams) -> Iterator[Link]:
+def links(params: Mapping[str, Any], streams: Streams) -> Iterator[Link]:
     """Every place where channel scales may move."""
 
     def present(path: str, *leaves: str) -> tuple[str, ...]:
@@ -85,7 +87,7 @@ def scale(params: Params, link: Link, gains: np.ndarray) -> None:
     """Multiply the channels by ``gains`` (float64 ``[width]``) and divide where they are read."""
     for name in link.sources:
         column = gains.reshape(-1, *[1] * (params[name].ndim - 1))
-        params[name] = changed(params[name], lambda x, g=column: x * g)
+        params[name] = changed(params[name], partial(np.multiply, column))
     columns = gains[link.columns]
     for reader in link.readers:
         name = f"{reader}/kernel"
