@@ -74,13 +74,12 @@ class Batch:
 
 
 class Config(Protocol):
-    """What the package needs of a family's config object, a frozen dataclass."""
+    """What the package needs of a family's config object, a frozen dataclass: the decoder's."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def language(self) -> DecoderConfig:
-        """The decoder's shapes."""
+    def language(self) -> DecoderConfig: ...
 
 
 class VLM(nnx.Module):
@@ -183,7 +182,7 @@ class VLM(nnx.Module):
             self.embed(batch, visual=visual), batch.positions, batch.order, classes, cache,
             fresh=fresh, **_layout(batch, batch.vision if visual is None else visual),
         )  # fmt: skip
-        # Of equals the rightmost: a masked token stands behind the real one whose order it has.
+        # Break ties to the right: a masked token shares the order of the real token before it.
         last = batch.order.shape[1] - 1 - jnp.argmax(batch.order[:, ::-1], axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         return self.language.logits(x), cache
