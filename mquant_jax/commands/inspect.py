@@ -14,6 +14,7 @@ from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import platform, select_path
 from mquant_jax.ptq.pipeline import section_of
 from mquant_jax.recipe import Recipe
+from mquant_jax.validate import count
 
 
 def layer_paths(model, recipe: Recipe) -> list[dict]:
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> int:
     add_no_verify(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
+    points = count(args.points, "--points", least=0)
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
@@ -82,8 +84,8 @@ def main(argv: list[str]) -> int:
     for r in rows:
         forms = f"{r['one_row']} / {r['many_rows']}" if "one_row" in r else "float dot"
         print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
-    if args.points:
-        print("\n" + _points(Path(args.checkpoint), args.points))
+    if points:
+        print("\n" + _points(Path(args.checkpoint), points))
     return OK
 
 
@@ -91,4 +93,4 @@ def _points(folder: Path, count: int) -> str:
     path = folder / REPORT
     if not path.is_file():
         raise UserError(f"{path}: no such file; only quantised checkpoints have a report")
-    return worst_points(json.loads(path.read_text()), count)
+    return worst_points(json.loads(path.read_text(encoding="utf-8")), count)
