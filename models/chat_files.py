@@ -56,12 +56,12 @@ def settings_of(folder: Path, own: str, key: str) -> tuple[Path, dict[str, Any]]
     if settings := read_json_if_any(path):
         return path, settings
     whole = folder / PROCESSOR
-    settings = read_json_if_any(whole).get(key)
-    if settings is None:
+    part = read_json_if_any(whole).get(key)
+    if part is None:
         return path, {}
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{whole}: {key} {shown(settings)}: expected an object")
-    return whole, dict(settings)
+    if not isinstance(part, Mapping):
+        raise UserError(f"{whole}: {key} {shown(part)}: expected an object")
+    return whole, dict(part)
 
 
 def image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -80,6 +80,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     while at < len(data):
         key, at = _varint(data, at)
         kind = key & 7
+        value: int | bytes
         if kind == 0:
             value, at = _varint(data, at)
         elif kind in (1, 2, 5):
@@ -155,9 +156,9 @@ def build_tokenizer(pieces: Pieces, added: Mapping[int, Mapping[str, Any]], bos:
     tokenizer.normalizer = tk.normalizers.Sequence(steps)
     tokenizer.decoder = tk.decoders.Sequence(back)
     _add(tokenizer, pieces, names, added)
-    if bos is not None and (i := tokenizer.token_to_id(bos)) is not None:
+    if bos is not None and (first := tokenizer.token_to_id(bos)) is not None:
         tokenizer.post_processor = tk.processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, i)]
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, first)]
         )
     return tokenizer
 

@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context
@@ -101,7 +101,7 @@ class ChatTemplate:
         code = env.compile(_Counted().visit(env.parse(source)))
         self.template = env.template_class.from_code(env, code, env.make_globals(None))
 
-    def render(self, messages: list[Mapping[str, Any]], **variables: Any) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text of a chat.
 
         Raises:
@@ -210,7 +210,7 @@ class _Counted(NodeTransformer):
     visit_List = visit_Tuple = visit_Dict = _literal
 
 
-def _through(name: str, node: nodes.Expr) -> nodes.Filter:
+def _through(name: str, node: Any) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 

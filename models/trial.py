@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mquant_jax.models.chat_files import TOKENIZERS
@@ -12,7 +12,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.files import is_file
 
 if TYPE_CHECKING:
-    from mquant_jax.models.base import Family
+    from mquant_jax.models.base import Config, Family
 
 # Files that only a tokenizer has beside it.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -20,7 +20,7 @@ _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens
 _SIDE = 56  # pixels of the picture that is tried
 
 
-def try_processor(family: Family, folder: Path, config: Any) -> str | None:
+def try_processor(family: Family, folder: Path, config: Config) -> str | None:
     """Make prompts of each kind that the family takes, and text of tokens.
 
     A folder without any tokenizer is left alone: its weights convert, and take token ids.

@@ -114,7 +114,7 @@ class GLM4VProcessor(OnePictureChat):
             # Each piece is encoded on its own: a text's first line break joins no other.
             metadata = checked_text(given.get("metadata", ""), f"message {i}: metadata")
             ids += [token(f"<|{message['role']}|>"), *self.encode(f"{metadata}\n")]
-            ids += [VISUAL] * self.config.vision.tokens if picture else []
+            ids += [VISUAL] * self.config.tower.tokens if picture else []
             ids += self.encode(text)
         ids.append(token("<|assistant|>"))
         return self.made(ids, *pixels_of(self.config.vision, images))

@@ -171,7 +171,7 @@ class InternVLProcessor(ChatFolder):
 
     def _expand(self, text: str, pictures: Mapping[str, Iterator[Any]]) -> Prompt:
         """Marks become a placeholder per visual token, between the tags."""
-        tiling, tiles = self.tiling, []
+        tiling, tiles = self.tiling, list[tuple[str, Any]]()
 
         def place(match: re.Match[str]) -> str:
             kind = "image" if match[0] == CONTEXT else "video"

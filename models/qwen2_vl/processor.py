@@ -47,7 +47,7 @@ class Qwen2VLProcessor(ChatFolder):
 
     config: Qwen2VLConfig
     NEEDED = ("tokenizer.json", chat_files.PREPROCESSOR)
-    INSTEAD = ChatFolder.INSTEAD | {chat_files.PREPROCESSOR: (chat_files.PROCESSOR,)}
+    INSTEAD = {**ChatFolder.INSTEAD, chat_files.PREPROCESSOR: (chat_files.PROCESSOR,)}
 
     @functools.cached_property
     def tokenizer(self):
@@ -108,14 +108,14 @@ class Qwen2VLProcessor(ChatFolder):
         for kind, pictures in given.items():
             check_count(f"the prompt has {kinds.count(kind)}", kind, kinds.count(kind), pictures)
         ids = self.encode(self._render(chat))
-        pictures = {
+        made = {
             self.config.image_token_id: [self._image(x, i) for i, x in enumerate(images)],
             self.config.video_token_id: [self._video(x, i) for i, x in enumerate(videos)],
         }
-        for (kind, raw), token in zip(given.items(), pictures, strict=True):
+        for (kind, raw), token in zip(given.items(), made, strict=True):
             found = ids.count(token)
             check_count(f"{self.folder}: the chat template made {found}", kind, found, raw)
-        return self._expand(ids, {token: iter(x) for token, x in pictures.items()})
+        return self._expand(ids, {token: iter(x) for token, x in made.items()})
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""

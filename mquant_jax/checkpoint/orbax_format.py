@@ -18,7 +18,7 @@ from mquant_jax.checkpoint.manifest import CONVERT_AGAIN, MANIFEST, PARAMS, refu
 from mquant_jax.checkpoint.tensor_file import file_hash
 from mquant_jax.errors import CheckpointError
 from mquant_jax.nn.params import Params
-from mquant_jax.numerics import QWeight
+from mquant_jax.numerics import QWeight, Storage
 
 _GLOB = "[]*?\\"  # what Orbax takes for a pattern in a path
 
@@ -92,7 +92,7 @@ def _from_tree(tree: Any, name: str, entry: dict[str, Any], folder: Path) -> Any
         for part in name.split("/"):
             tree = tree[part]
         if "bits" in entry:
-            storage = "packed" if entry["bits"] == 4 else "int8"
+            storage: Storage = "packed" if entry["bits"] == 4 else "int8"
             tree = QWeight(
                 tree["values"], tree["scale"], entry["in_features"], entry["bits"], storage
             )

@@ -26,7 +26,7 @@ from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, Entry, TensorFile, fi
 from mquant_jax.checkpoint.writer import SCALE, VALUES
 from mquant_jax.errors import CheckpointError, UserError
 from mquant_jax.nn.params import Params
-from mquant_jax.numerics import QWeight, empty_aligned
+from mquant_jax.numerics import QWeight, Storage, empty_aligned
 
 THREADS = min(4, os.cpu_count() or 1)  # reading, hashing and NumPy let go of the interpreter
 _BLOCK = 4 << 20  # bytes that are read, hashed and used together
@@ -128,7 +128,7 @@ def load_params(folder: str | Path, verify: Verify = True) -> tuple[Params, dict
     return params, manifest
 
 
-def put_rows(out: np.ndarray, row: int, block: np.ndarray) -> None:
+def put_rows(out: Any, row: int, block: np.ndarray) -> None:
     """Put a block of rows (or a scalar) in its place, converted to the type of ``out``."""
     if block.ndim:
         out[row : row + len(block)] = block
@@ -218,7 +218,7 @@ def _wrong_tensors(entries: Mapping[str, Any], data: Callable[[str], memoryview]
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def stored_names(name: str, entry: Mapping[str, Any]) -> list[str]:
@@ -226,11 +226,11 @@ def stored_names(name: str, entry: Mapping[str, Any]) -> list[str]:
     return [f"{name}/{VALUES}", f"{name}/{SCALE}"] if "bits" in entry else [name]
 
 
-def _assembled(name: str, entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+def _assembled(name: str, entry: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
     values, *scale = (arrays[stored] for stored in stored_names(name, entry))
     if not scale:
         return values
-    storage = "packed" if entry["bits"] == 4 else "int8"
+    storage: Storage = "packed" if entry["bits"] == 4 else "int8"
     return QWeight(values, scale[0], entry["in_features"], entry["bits"], storage)
 
 
