@@ -119,7 +119,7 @@ def held_bytes(folder: Path) -> int:
     total = 0
     for _, variable in variables(abstract_model(family, config, recipe, dtype)):
         value = variable.get_value()
-        value = jax.eval_shape(held, value) if isinstance(value, QWeight) else value
+        value = jax.eval_shape(lambda w: held(w), value) if isinstance(value, QWeight) else value
         total += parameter_bytes({"": value})
     return total
 
@@ -194,7 +194,9 @@ class _Filler:
 
     def _held(self, value: QWeight) -> QWeight:
         """The form in which a weight is held, as shapes; one in parts is in its form already."""
-        return value if value.storage == "parts" else jax.eval_shape(self.hold, value)
+        # A new function each time: JAX would remember what another platform wanted.
+        form = jax.eval_shape(lambda w: self.hold(w), value)
+        return value if value.storage == "parts" else form
 
     def _add(self, name: str, value: Any) -> None:
         stored = stored_names(name, self.manifest["tensors"][name])

@@ -129,7 +129,8 @@ class Workspace:
             self._check_unchanged(old)
             self._put_new()
         except BaseException:
-            rename_new(old, self.dst)
+            if not os.path.lexists(self.dst):
+                rename_new(old, self.dst)
             raise
 
     def _check_unchanged(self, folder: Path) -> None:
@@ -236,7 +237,7 @@ def _after_failure(work: Workspace, keep: Callable[[], bool], error: BaseExcepti
         return
     note = f"what is finished stays in {work.folder}: --resume continues, --restart begins anew"
     if isinstance(error, UserError | KeyboardInterrupt):
-        error.args = (f"{error or 'interrupted'}; {note}",)
+        error.args = (f"{str(error) or 'interrupted'}; {note}",)
     else:
         error.add_note(note)
 
