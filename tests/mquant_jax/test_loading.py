@@ -26,6 +26,7 @@ from mquant_jax.loading import held_bytes, load_model
 from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops import cpu
+from mquant_jax.ops.dense import target_platform
 from mquant_jax.ptq.pipeline import quantize_params
 from mquant_jax.recipe import Recipe, Section
 from tests.helpers import GOLDENS, forward
@@ -243,3 +244,15 @@ def test_loading_takes_little_more_than_the_model(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     peak, held = map(int, out.split())
     assert held > 600 and peak < held + 60
+
+
+@pytest.mark.parametrize(("target", "storage"), [("tpu", "int4"), ("gpu", "packed")])
+def test_accelerators_get_the_form_of_their_kernels(tmp_path, target, storage):
+    _convert(tmp_path / "dst", "qwen2_vl/public", QUANTISED)
+    stored, _ = load_params(tmp_path / "dst")
+    with target_platform(target):
+        loaded = get_params(load_model(tmp_path / "dst").model)
+    kernels = {n: v for n, v in loaded.items() if isinstance(v, QWeight) and v.bits == 4}
+    assert {v.storage for v in kernels.values() if v.groups == 1} == {storage}
+    for name, value in kernels.items():
+        _equal(jax.tree.map(np.asarray, value.unpacked()), stored[name].unpacked())
