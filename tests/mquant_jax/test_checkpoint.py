@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -340,3 +342,36 @@ def test_ten_misfits_are_shown(tmp_path):
         path.unlink()
     with pytest.raises(CheckpointError, match="a.b8.*; and 3 more"):
         load_params(tmp_path / "d")
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_disk_that_fails_at_any_step(tmp_path, monkeypatch, call):
+    """One clear line; DST is there as a whole or not at all, and nothing else is."""
+    dst, real = tmp_path / "dst", getattr(os, call)
+    side = _made(tmp_path / "side") / "tokenizer.json"
+    side.write_text("{}")
+    for nth in range(100):
+        calls = []
+
+        def fail(*args, calls=calls, nth=nth, **options):
+            calls.append(1)
+            if len(calls) == nth + 1:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*args, **options)
+
+        with monkeypatch.context() as m:
+            m.setattr(os, call, fail)
+            try:
+                _save(dst, files=[side], report={})
+            except UserError as e:
+                assert "reports an input/output error" in str(e)  # noqa: PT017
+            else:
+                break
+        names = {p.name for p in tmp_path.iterdir()} - {"side"}
+        if names:  # the folder's own flush failed, after the rename
+            assert names == {"dst"} and call == "fsync"
+            load_params(dst)
+            _save(dst, files=[side], overwrite=True)
+            return
+    assert nth >= 4
+    load_params(dst)
