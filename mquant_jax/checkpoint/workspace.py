@@ -274,8 +274,8 @@ def _clear_errors(dst: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno not in _FULL:
             raise
-        where = f" ({e.filename})" if e.filename else ""
-        raise UserError(f"{dst}: cannot be written{where}: {_FULL[e.errno]}") from e
+        where = f"{e.filename}: " if e.filename else ""
+        raise UserError(f"{dst}: not written: {where}{_FULL[e.errno]}") from e
 
 
 def _write(path: Path, text: str) -> None:

@@ -328,7 +328,7 @@ def _failing(monkeypatch, code):
 )
 def test_disk_errors_are_named(tmp_path, monkeypatch, code, word):
     _failing(monkeypatch, code)
-    with pytest.raises(UserError, match=f"dst: cannot be written .*result.: .*{word}"):
+    with pytest.raises(UserError, match=f"dst: not written: .*result: .*{word}"):
         _publish(tmp_path / "dst")
     assert _names(tmp_path) == []
 
