@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from mquant_jax.models.config_keys import Tables, unknown_keys
 from mquant_jax.models.streams import Streams
 
 from mquant_jax.nn.act_quant import VISUAL
@@ -233,6 +234,7 @@ class WeightRule:
         rows: the part of the source that is ours; ``None``: all of it.
         transposed: the source, a matrix, stands the other way round (``x @ W``).
         order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
+        otherwise: values where the checkpoint holds no such tensor; ``None``: it must.
     """
 
     dst: str
@@ -242,6 +244,7 @@ class WeightRule:
     rows: Rows | None = None
     transposed: bool = False
     order: tuple[int, ...] | None = None
+    otherwise: tuple[float, ...] | None = None
 
     def apply(self, source: np.ndarray) -> np.ndarray:
         """The source's part of our tensor, in our shape."""
@@ -253,6 +256,18 @@ class WeightRule:
         return source.reshape(-1, len(self.order), *self.shape[1:])[:, self.order].reshape(
             self.shape
         )
+
+    def run(self) -> tuple[int, int | None]:
+        """The first source row of ours and how many follow each other, where our rows are a run of
+        the source's and each is as it stands there; else ``(0, None)``."""
+        if self.transposed or self.order is not None or not self.shape:
+            return 0, None
+        if self.rows is None:
+            same = self.shape[0] == self.src_shape[0]
+            return (0, self.shape[0]) if same else (0, None)
+        if self.rows.groups > 1:
+            return 0, None
+        return self.rows.start * (self.src_shape[0] // self.rows.of), self.shape[0]
 
     def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
         """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
@@ -319,6 +334,7 @@ class Family:
             does a family without pictures.
         collate: ``(config, prompts) -> Batch`` without a tokenizer.
         streams: ``config -> Streams``, for fusing norms and rotating.
+        config_tables: Hugging Face config dictionary -> the table of each of its objects.
         canonical_name: a name in a checkpoint -> the name that the rules use (str -> str).
         pictures: whether prompts may hold pictures; ``False`` for language models alone, which
             cannot use the bundled calibration set.
@@ -336,6 +352,7 @@ class Family:
     example_prompt: Callable[[Any, int, int], Prompt]
     collate: Callable[[Any, Sequence[Prompt]], Batch]
     streams: Callable[[Any], Streams]
+    config_tables: Callable[[dict], Tables]
     canonical_name: Callable[[str], str] = str
     pictures: bool = True
     most_pictures: int | None = None
@@ -344,6 +361,10 @@ class Family:
     def build(self, config: Any, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
         """The model with fresh weights."""
         return self.model(config, recipe, dtype, rngs=rngs)
+
+    def unknown_keys(self, hf_config: dict[str, Any]) -> list[str]:
+        """Keys of a config.json that no table names, with the paths of their objects."""
+        return unknown_keys(self.config_tables(hf_config))
 
     def processor(self, folder: Any, config: Any) -> Processor:
         """The processor of a checkpoint folder."""

@@ -6,7 +6,6 @@ Nothing here touches the network or runs code from the folder.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mquant_jax.errors import UserError
+from mquant_jax.files import read_json_if_any as read_json
 
 KINDS = ("image", "video")
 Message = Mapping[str, Any]
@@ -131,23 +131,6 @@ def import_transformers():
     import transformers
 
     return transformers
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's object; empty when there is no such file.
-
-    Raises:
-        UserError: it holds no JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON: {e}") from e
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return data
 
 
 def normalised(message: Any, index: int, placed: re.Pattern[str] | None) -> dict[str, Any]:

@@ -13,8 +13,9 @@ USERS = [p for top in ("benchmarks", "examples", "tests") for p in (ROOT / top).
 # Lower floors first; a module may import its own floor and those below.
 FLOORS = (
     ("mquant_jax.numerics", "mquant_jax.hadamard", "mquant_jax.recipe", "mquant_jax.presets",
-     "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.cli_support",
-     "mquant_jax.compile_cache", "mquant_jax.cpu_features"),
+     "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.schema", "mquant_jax.files",
+     "mquant_jax.cli_support", "mquant_jax.compile_cache", "mquant_jax.cpu_features",
+     "mquant_jax.stages", "mquant_jax.lazy"),
     ("mquant_jax.ops",),
     ("mquant_jax.nn",),
     ("mquant_jax.models",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mquant_jax.models.base import Batch, Family, Prompt
-from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.llama.config import LlamaConfig, config_tables
 from mquant_jax.models.llama.modeling import Llama
 from mquant_jax.models.llama.processing import collate, example_prompt, reference_batch
 from mquant_jax.models.llama.streams import streams
@@ -27,5 +27,6 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=_collate,
     streams=streams,
+    config_tables=config_tables,
     pictures=False,
 )

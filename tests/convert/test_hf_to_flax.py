@@ -110,7 +110,7 @@ BAD = {
     "no source": (None, {}, [], ["nowhere", "no such folder"]),
     "model type": ({}, {"model_type": "llama9"}, [], ["'llama9'", "qwen2_vl"]),
     "no model type": ({}, {"model_type": None}, [], ["model_type"]),
-    "config key": ({}, {"vision_config": {}}, [], ["config.json", "missing"]),
+    "config key": ({}, {"rope_scaling": {}}, [], ["config.json", "mrope_section"]),
     "config value": ({}, {"hidden_size": "wide"}, [], ["config.json"]),
     "nan": ({"change": _nan}, {}, [], ["visual.merger.ln_q.weight", "NaN"]),
     "names": ({"change": _rename}, {}, [], ["odd.weight", "model.norm.weight"]),

@@ -200,6 +200,6 @@ def test_what_is_not_handled_is_said(changes, word) -> None:
     with pytest.raises(UserError, match=word):
         GLM4VConfig.from_hf(changed_config(CASE, **changes))
     hf = changed_config(CASE)
-    del hf["kv_channels"]
-    with pytest.raises(UserError, match="kv_channels"):
+    del hf["boi_token_id"]
+    with pytest.raises(UserError, match="boi_token_id is missing"):
         GLM4VConfig.from_hf(hf)
