@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.checkpoint import orbax_format
 from mquant_jax.checkpoint.manifest import CONFIG, Verify, load_json, load_manifest, refuse
 from mquant_jax.checkpoint.reader import (
     Sink,
     check_files,
-    load_params,
     put_rows,
     stored_names,
     stream,
@@ -87,7 +87,8 @@ def load_model(
     check_tensors(manifest, abstract_params(model), folder)
     hold = {None: held, True: QWeight.packed, False: QWeight.unpacked}[keep_packed]
     if manifest["format_version"] == 2:
-        set_params(model, load_params(folder, verify)[0], lambda x, like: _converted(x, like, hold))
+        params = orbax_format.read(folder, manifest, bool(verify))
+        set_params(model, params, lambda x, like: _converted(x, like, hold))
     else:
         _Filler(model, manifest, hold).fill(folder, verify)
     return Loaded(model, config, manifest, family, hf_config)
