@@ -30,7 +30,7 @@ from mquant_jax.numerics import QWeight
 
 _WEIGHTS = ("kernel", "embedding")  # tensors that cannot be zero as a whole
 _TOKENIZERS = [name for name in SIDE_FILES if "token" in name or name == "vocab.json"]
-_SPARE = 1 << 30  # bytes that trying a model takes beside its weights
+_SPARE = 1 << 29  # bytes that trying a model takes beside its weights
 _QUESTION = "Hello"
 
 

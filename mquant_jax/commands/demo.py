@@ -34,7 +34,7 @@ def converted(out: Path, recipe: str) -> Path:
     if marker.is_file() and json.loads(marker.read_text()) == stamp:
         load_manifest(folder)
         return folder
-    convert(source, folder, PRESETS[recipe], overwrite=True)
+    convert(source, folder, PRESETS[recipe], overwrite=True, restart=True)
     marker.write_text(json.dumps(stamp))
     return folder
 
