@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from mquant_jax.checkpoint.manifest import CONVERT_AGAIN, MANIFEST, PARAMS, refuse
-from mquant_jax.checkpoint.tensor_file import file_hash
+from mquant_jax.checkpoint.tensor_file import byte_view, file_hash
 from mquant_jax.errors import CheckpointError
 from mquant_jax.nn.params import Params
 from mquant_jax.numerics import QWeight, Storage
@@ -127,7 +127,7 @@ def _hashes(params: Params) -> dict[str, str]:
     def one(value: Any) -> str:
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(value):
-            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+            digest.update(byte_view(np.ascontiguousarray(leaf)))
         return digest.hexdigest()
 
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter

@@ -22,7 +22,7 @@ from mquant_jax.checkpoint.manifest import (
     refuse,
 )
 from mquant_jax.checkpoint.source import SIDE_FILES
-from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, Entry, TensorFile, file_hash
+from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, Entry, TensorFile, byte_view, file_hash
 from mquant_jax.checkpoint.writer import SCALE, VALUES
 from mquant_jax.errors import CheckpointError, UserError
 from mquant_jax.nn.params import Params
@@ -91,7 +91,7 @@ class Checkpoint:
         file = self._part(entry["part"])
         arrays = {stored: file.read(stored) for stored in stored_names(name, entry)}
         if self.verify:
-            wrong = _wrong_tensors({name: entry}, lambda stored: _bytes(arrays[stored]))
+            wrong = _wrong_tensors({name: entry}, lambda stored: byte_view(arrays[stored]))
             if wrong:
                 refuse(file.path, wrong)
         return _assembled(name, entry, arrays)
@@ -203,7 +203,7 @@ def _stream_file(file: TensorFile, sink: Sink) -> str:
 def _blame(file: TensorFile, part: str, manifest: dict[str, Any]) -> str:
     """Which tensors differ from what was written."""
     entries = {n: e for n, e in manifest["tensors"].items() if e["part"] == part}
-    wrong = _wrong_tensors(entries, lambda stored: _bytes(file.read(stored)))
+    wrong = _wrong_tensors(entries, lambda stored: byte_view(file.read(stored)))
     return f"{file.path}: damaged: {', '.join(wrong) or 'its header differs'}"
 
 
@@ -215,10 +215,6 @@ def _wrong_tensors(entries: Mapping[str, Any], data: Callable[[str], memoryview]
             if hashlib.sha256(data(stored)).hexdigest() != expected:
                 wrong.append(f"tensor {stored} differs from its hash in {MANIFEST}")
     return wrong
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
 
 
 def stored_names(name: str, entry: Mapping[str, Any]) -> list[str]:

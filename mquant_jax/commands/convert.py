@@ -50,6 +50,10 @@ exit status: 0 success, 2 bad usage or input. DST appears only when it is comple
                         "(default: the bundled set)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true",
                         help="replace DST, if it is a checkpoint")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on with what a stopped "
+                        "conversion of the same inputs left in DST.work")  # fmt: skip
+    parser.add_argument("--restart", action="store_true",
+                        help="remove what a stopped conversion left, and begin anew")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -68,7 +72,10 @@ def main(argv: list[str]) -> int:
     args: argparse.Namespace = _parser().parse_args(argv)
     recipe = resolve_recipe(args.recipe)
     keep_compiled_programs()
-    manifest = convert(args.src, args.dst, recipe, args.calibration, args.overwrite)
+    manifest = convert(
+        args.src, args.dst, recipe, args.calibration, args.overwrite,
+        resume=args.resume, restart=args.restart,
+    )  # fmt: skip
     if args.json:
         keys = ("family", "tied_head", "recipe", "total_bytes", "dtype_counts")
         print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}}))
