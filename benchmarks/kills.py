@@ -1,138 +1,105 @@
-"""Kill conversions with SIGKILL, resume them, and compare the result with an undisturbed one.
+"""Kill a conversion at random moments, resume it, and compare the result with an uninterrupted one.
 
-    python -m benchmarks.kills [--kills 200] [--model demo] [--layers 4] [--seed 0] [--json]
+    python -m benchmarks.kills OUT [--source DIR] [--recipe w4a8] [--kills 200] [--seed 0] [--json]
 
-A conversion runs in a process of its own and is killed after a random time; the next one resumes it
-and is killed in turn, until one comes to its end. Then all begins anew, until there were as many
-kills as asked for. Reported: tensors that differ from those of the undisturbed conversion, and
-what was left beside DST other than DST.work.
+Kills are chained: the resumed conversion is killed again, until one ends; then a new chain begins.
+A difference is a checkpoint whose tensors or report are not those of the uninterrupted conversion;
+a leftover is anything beside DST and DST.work after a kill, or beside DST after a success.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
+import random
 import shutil
-import signal
-import tempfile
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.conversion import DEMO, source_for
-from benchmarks.output import add_output_options, deliver
-from benchmarks.random_checkpoint import QWEN2_VL, layer_count
-from mquant_jax.cli_support import FAILED, OK, Parser, progress, run_cli
-from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.convert import convert
-from mquant_jax.recipe import Recipe
-
-_PAUSE = 0.01  # seconds between looks at a process
+from mquant_jax.cli_support import FAILED, OK, Parser, run_cli
+from mquant_jax.errors import UserError
+from mquant_jax.samples import DEMO_ASSETS
 
 
-def short(recipe: Recipe, samples: int) -> Recipe:
-    """The recipe with so few calibration samples that a run takes seconds."""
-    calibration = dataclasses.replace(recipe.calibration, max_samples=samples)
-    return dataclasses.replace(recipe, calibration=calibration)
+def convert(source: Path, dst: Path, recipe: str, limit: float | None = None) -> bool:
+    """Convert, going on with what is there; kill it after ``limit`` seconds.
 
+    Returns:
+        Whether it ended by itself.
 
-def started(arguments: tuple, resume: bool) -> int:
-    """A conversion in a process of its own; returns its id."""
-    process = os.fork()
-    if process:
-        return process
-    status = 1
+    Raises:
+        UserError: it ended with an error.
+    """
+    command = [sys.executable, "-m", "mquant_jax", "convert", str(source), str(dst)]
+    command += ["--recipe", recipe, "--resume"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        source, target, recipe, calibration = arguments
-        convert(source, target, recipe, calibration, resume=resume)
-        status = 0
-    finally:
-        os._exit(status)
+        _, err = child.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
+        return False
+    if child.returncode:
+        raise UserError(f"{dst}: the conversion ended with {child.returncode}: {err.decode()}")
+    return True
 
 
-def ended(process: int, limit: float) -> int | None:
-    """The exit status of a process; ``None``: it was killed after ``limit`` seconds."""
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(_PAUSE)
-    os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return None if code == -signal.SIGKILL else code
-
-
-def tensors(folder: Path) -> dict[str, str]:
-    """Name -> sha256, as the manifest records them."""
+def content(folder: Path) -> dict[str, Any]:
+    """What two conversions must agree in."""
     manifest = json.loads((folder / "mquant.json").read_text(encoding="utf-8"))
-    return {name: entry["sha256"] for name, entry in manifest["tensors"].items()}
+    return {key: manifest[key] for key in ("tensors", "parts", "files", "recipe", "source")}
 
 
-def measured(arguments: tuple, kills: int, seed: int) -> dict[str, Any]:
-    """Kill until there were ``kills``."""
-    source, target, recipe, calibration = arguments
-    rng, start = np.random.default_rng(seed), time.perf_counter()
-    if ended(started(arguments, False), np.inf) != 0:
-        raise RuntimeError("the undisturbed conversion failed")
-    whole, expected = time.perf_counter() - start, tensors(target)
-    shutil.rmtree(target)
-    result = {"kills": 0, "conversions": 0, "failures": 0, "differences": 0, "leftovers": 0}
-    bar = iter(progress(range(kills), "kills"))
+def run(out: Path, source: Path, recipe: str, kills: int, seed: int) -> dict[str, Any]:
+    """The whole experiment.
+
+    Returns:
+        ``{"kills", "chains", "differences", "leftovers", "seconds_uninterrupted"}``.
+
+    Raises:
+        UserError: a conversion ended with an error.
+    """
+    reference, dst, rng = out / "reference", out / "dst", random.Random(seed)
+    convert(source, reference, recipe)
+    shutil.rmtree(reference)
+    began = time.perf_counter()
+    convert(source, reference, recipe)  # programs are compiled by now
+    whole = time.perf_counter() - began
+    expected = content(reference)
+    result = {"kills": 0, "chains": 0, "differences": 0, "leftovers": 0}
     while result["kills"] < kills:
-        code = ended(started(arguments, True), rng.uniform(0, 0.5 * whole))
-        beside = {p.name for p in target.parent.iterdir()}
-        result["leftovers"] += len(beside - {target.name, f"{target.name}.work"})
-        if code is None:
-            result["kills"] += 1
-            next(bar, None)
-        elif code != 0:
-            result["failures"] += 1
-            shutil.rmtree(target.with_name(f"{target.name}.work"), ignore_errors=True)
-        if target.exists():
-            if code == 0:
-                result["leftovers"] += f"{target.name}.work" in beside
-            result["conversions"] += 1
-            found = tensors(target)
-            names = expected.keys() | found.keys()
-            result["differences"] += sum(expected.get(n) != found.get(n) for n in names)
-            shutil.rmtree(target)
-            shutil.rmtree(target.with_name(f"{target.name}.work"), ignore_errors=True)
-    return result | {"undisturbed_seconds": whole, "seconds": time.perf_counter() - start}
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as text."""
-    return "\n".join(f"{name:<22}{value:>10.5g}" for name, value in result.items())
+        ended = convert(source, dst, recipe, rng.uniform(0, whole))
+        allowed = {"reference", "dst"} if ended else {"reference", "dst", "dst.work"}
+        result["leftovers"] += len({p.name for p in out.iterdir()} - allowed)
+        result["kills" if not ended else "chains"] += 1
+        if ended:
+            result["differences"] += content(dst) != expected
+            shutil.rmtree(dst)
+    if (out / "dst.work").exists() or dst.exists():  # the last kill was not resumed yet
+        convert(source, dst, recipe)
+        result["chains"] += 1
+        result["differences"] += content(dst) != expected
+    return {**result, "seconds_uninterrupted": whole}
 
 
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.kills", __doc__ or "")
     add = parser.add_argument
+    add("out", type=Path, help="new folder")
+    add("--source", type=Path, default=DEMO_ASSETS / "model", help="default: the bundled model")
+    add("--recipe", default="w4a8", help="default w4a8")
     add("--kills", type=int, default=200, metavar="N", help="default 200")
-    add("--model", choices=(DEMO, *QWEN2_VL), default=DEMO, help="default %(default)s")
-    add("--layers", default="4", help="layers of each tower (default 4), but for the demo")
-    add("--vocab", type=int, default=151936, help="default 151936")
-    add("--samples", type=int, default=4, metavar="N", help="calibration samples (default 4)")
-    add("--seed", type=int, default=0, help="default 0")
-    add_output_options(parser)
+    add("--seed", type=int, default=0)
+    add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    recipe = short(PRESETS["w4a8"], args.samples)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        source, calibration = source_for(args.model, layer_count(args.layers), args.vocab, folder)
-        (folder / "out").mkdir()
-        arguments = (source, folder / "out" / "dst", recipe, calibration)
-        result = measured(arguments, args.kills, args.seed)
-    deliver(result, args, table)
-    bad = result["differences"] + result["leftovers"] + result["failures"]
-    return FAILED if bad else OK
+    if args.out.exists():
+        raise UserError(f"{args.out} exists; choose another folder")
+    args.out.mkdir(parents=True)
+    result = run(args.out, args.source, args.recipe, args.kills, args.seed)
+    print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    return FAILED if result["differences"] or result["leftovers"] else OK
 
 
 if __name__ == "__main__":

@@ -54,10 +54,10 @@ exit status: 0 success, 2 bad usage or input
                         "(default: the bundled set)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true",
                         help="replace DST, if it is a checkpoint")  # fmt: skip
-    parser.add_argument("--resume", action="store_true",
-                        help="go on with what a stopped conversion left in DST.work")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on with what a stopped "
+                        "conversion of the same inputs left in DST.work")  # fmt: skip
     parser.add_argument("--restart", action="store_true",
-                        help="remove what a stopped conversion left in DST.work")  # fmt: skip
+                        help="remove what a stopped conversion left, and begin anew")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 

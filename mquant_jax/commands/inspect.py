@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import platform, select_path
 from mquant_jax.ptq.pipeline import section_of
 from mquant_jax.recipe import Recipe
+from mquant_jax.runtime.generate import KV_CACHES
+from mquant_jax.runtime.memory import ACCELERATORS, checkpoint_plan
 from mquant_jax.validate import count
 
 
@@ -68,10 +71,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--points", type=int, default=0, metavar="N", help="show the N "
                         "quantisation points with the largest rounding and clipping error on the "
                         "calibration data")  # fmt: skip
+    add = parser.add_argument
+    add("--memory", action="store_true", help="say whether the checkpoint fits on accelerators")
+    add("--context", type=int, metavar="N", help="with --memory: tokens per row, prompt and answer "
+        "(default 4096, or the model's limit)")  # fmt: skip
+    add("--batch", type=int, default=1, metavar="B", help="with --memory: rows (default 1)")
+    add("--device", choices=ACCELERATORS, help="with --memory: one device (default: all known)")
+    add("--kv-cache", choices=KV_CACHES, default="float", help="with --memory (default float)")
     add_no_verify(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     points = count(args.points, "--points", least=0)
+    if args.memory:
+        return _memory(args)
+    if args.context is not None or args.batch != 1 or args.device is not None:
+        raise UserError("--context, --batch and --device go with --memory")
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
@@ -86,6 +100,27 @@ def main(argv: list[str]) -> int:
         print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
     if points:
         print("\n" + _points(Path(args.checkpoint), points))
+    return OK
+
+
+def _memory(args: argparse.Namespace) -> int:
+    count(args.batch, "--batch")
+    devices = [args.device] if args.device else list(ACCELERATORS)
+    options = {
+        "context": args.context, "batch": args.batch, "int8_cache": args.kv_cache == "int8"
+    }  # fmt: skip
+    plans = [checkpoint_plan(Path(args.checkpoint), device, **options) for device in devices]
+    if args.json:
+        print(json.dumps({"memory": [plan.to_json() for plan in plans]}))
+        return OK
+    first = plans[0]
+    print(f"{first.batch} row(s) of {first.context} tokens, {args.kv_cache} cache; GB")
+    print(f"{'device':<9} {'weights':>8} {'cache':>8} {'working':>8} {'total':>8} {'capacity':>8}"
+          "  fits  longest context")  # fmt: skip
+    for p in plans:
+        sizes = (p.weights, p.cache, p.working, p.total, p.capacity)
+        cells = " ".join(f"{n / 1e9:>8.2f}" for n in sizes)
+        print(f"{p.device:<9} {cells}  {'yes' if p.fits else 'no':<4}  {p.longest_context}")
     return OK
 
 

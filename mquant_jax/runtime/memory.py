@@ -1,0 +1,163 @@
+"""Whether a checkpoint fits on an accelerator: weights, cache and working memory, by shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mquant_jax.checkpoint.manifest import load_manifest
+from mquant_jax.errors import UserError
+from mquant_jax.loading import describe
+from mquant_jax.models.base import VLM, Family, abstract_model
+from mquant_jax.nn.params import variables
+from mquant_jax.numerics import QWeight
+from mquant_jax.ops.dense import held, target_platform
+from mquant_jax.recipe import Recipe
+
+RESERVED = 1.0e9  # bytes for the runtime, compiled programs and what lies fragmented
+_DTYPE = jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """One chip.
+
+    Attributes:
+        platform, kind: as JAX names them.
+        memory: bytes, by the maker's data sheet.
+    """
+
+    platform: str
+    kind: str
+    memory: float
+
+
+ACCELERATORS = {
+    "v5e": Accelerator("tpu", "TPU v5 lite", 16e9),
+    "v5p": Accelerator("tpu", "TPU v5p", 95e9),
+    "v6e": Accelerator("tpu", "TPU v6 lite", 32e9),
+    "h100-80": Accelerator("gpu", "NVIDIA H100 80GB HBM3", 80e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one chip, and what is left for longer contexts.
+
+    Attributes:
+        weights: as they are held there.
+        cache: keys and values of ``batch`` rows of ``context`` tokens.
+        working: estimate of what prefilling the whole context at once takes beside that; the
+            vision tower, which runs before, is not in it.
+        capacity: of the chip, without :data:`RESERVED`.
+        longest_context: tokens per row that fit; at most the model's own limit.
+    """
+
+    device: str
+    context: int
+    batch: int
+    weights: int
+    cache: int
+    working: int
+    capacity: int
+    longest_context: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.working
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.capacity
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "total": self.total, "fits": self.fits}
+
+
+def checkpoint_plan(folder: Path, device: str, **options: Any) -> MemoryPlan:
+    """:func:`memory_plan` of a checkpoint folder, of which only JSON files are read.
+
+    Raises:
+        UserError: not a checkpoint, or as there.
+    """
+    family, config, recipe, _ = describe(folder, load_manifest(folder))
+    return memory_plan(family, config, recipe, device, **options)
+
+
+def memory_plan(
+    family: Family,
+    config: Any,
+    recipe: Recipe,
+    device: str,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    int8_cache: bool = False,
+) -> MemoryPlan:
+    """What a model takes on a device.
+
+    Args:
+        device: one of :data:`ACCELERATORS`.
+        context: tokens per row, prompt and answer; default 4096, or the model's limit.
+        int8_cache: keys and values are kept as int8.
+
+    Raises:
+        UserError: a context that the model does not have.
+    """
+    limit = config.language.max_positions
+    context = min(4096, limit) if context is None else context
+    if not 0 < context <= limit:
+        raise UserError(f"--context {context}: the model has contexts of 1 to {limit} tokens")
+    chip = ACCELERATORS[device]
+    with target_platform(chip.platform, chip.kind):
+        model = abstract_model(family, config, recipe, _DTYPE)
+        weights = _weight_bytes(model)
+    one, two = (_cache_bytes(model, batch, n, int8_cache) for n in (1, 2))
+    per_token = two - one + _working_bytes(config, batch)
+    fixed = weights + (one - (two - one)) + _logit_bytes(config, batch)
+    capacity = int(chip.memory - RESERVED)
+    longest = min(limit, max(0, (capacity - fixed) // per_token))
+    return MemoryPlan(
+        device, context, batch, weights,
+        cache=_cache_bytes(model, batch, context, int8_cache),
+        working=context * _working_bytes(config, batch) + _logit_bytes(config, batch),
+        capacity=capacity, longest_context=longest,
+    )  # fmt: skip
+
+
+def _weight_bytes(model: VLM) -> int:
+    """Bytes of all parameters in the form in which the platform holds them."""
+    total = 0
+    for _, variable in variables(model):
+        value = variable.get_value()
+        if isinstance(value, QWeight):
+            value = jax.eval_shape(lambda w: held(w), value)
+        for leaf in jax.tree.leaves(value):
+            # JAX counts an int4 as a byte; accelerators hold two in one.
+            bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
+            total += leaf.size * bits // 8
+    return total
+
+
+def _cache_bytes(model: VLM, batch: int, slots: int, int8: bool) -> int:
+    cache = jax.eval_shape(lambda m: m.language.init_cache(batch, slots, int8), model)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+
+def _working_bytes(config: Any, batch: int) -> int:
+    """Per token of the context: the residual stream twice, queries, keys and values, and the MLP's
+    two sums and their product in 32 bits. XLA needs two thirds of it for W4A8 of Qwen2-VL-7B's
+    shapes (benchmarks/results/aot-*.json)."""
+    cfg = config.language
+    heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    narrow = 2 * cfg.hidden_size + heads
+    return batch * (narrow * jnp.dtype(_DTYPE).itemsize + 3 * 4 * cfg.intermediate_size)
+
+
+def _logit_bytes(config: Any, batch: int) -> int:
+    """Logits and probabilities of the last tokens, float32."""
+    return 2 * 4 * batch * config.language.vocab_size
