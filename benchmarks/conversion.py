@@ -6,8 +6,8 @@
 Without ``--source`` the source is a random checkpoint of a published model's layer shapes in
 shards (see benchmarks/random_checkpoint.py), calibrated on 16 prompts of one picture of 448 x 448
 pixels and 256 text tokens; with ``--model demo`` it has the demo model's shapes and is calibrated
-on the bundled set. The peak is that of this process, which never holds the source. With ``--save`` the file is
-rewritten after every stage, so that a run that is stopped leaves the stages it finished.
+on the bundled set. The peak is that of this process, which never holds the source. With ``--save``
+the file is rewritten after every stage, so that a run that is stopped leaves those it finished.
 """
 
 from __future__ import annotations
