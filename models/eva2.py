@@ -215,6 +215,9 @@ class EVA2Vision(ViT):
         self.merger = Adapter(c, place, rngs=rngs)
         self.ends = Ends(c, dtype)
 
+    def tokens(self, patches: int) -> int:
+        return patches // MERGE**2 + 2
+
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """Pictures -> visual tokens ``[N, P/4 + 2, hidden]``; the class token is left behind."""
         x = self.features(vision, runner)[:, 1:]

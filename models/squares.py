@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from mquant_jax.models.base import bucket
 from PIL import Image
 
 from mquant_jax.nn.vit import VisionInput
@@ -34,17 +33,16 @@ def patchify(tiles: np.ndarray, patch: int) -> np.ndarray:
 
 
 def pack_vision(patches: np.ndarray, side: int) -> VisionInput:
-    """One row per square, padded to a bucket of rows.
+    """One row per square.
 
     Args:
         patches: float32 ``[squares * side^2, patch_dim]``.
         side: patches along a square.
     """
     tiles = patches.reshape(-1, side * side, patches.shape[-1])
-    rows = bucket(len(tiles), multiple=1)
-    out = np.zeros((rows, *tiles.shape[1:]), np.float32)
-    out[: len(tiles)] = tiles
-    valid = np.zeros((rows, side * side), bool)
-    valid[: len(tiles)] = True
     coords = np.indices((side, side), np.int32).reshape(2, -1).T
-    return VisionInput(out, np.broadcast_to(coords, (rows, *coords.shape)), valid)
+    return VisionInput(
+        tiles.astype(np.float32, copy=False),
+        np.broadcast_to(coords, (len(tiles), *coords.shape)),
+        np.ones(tiles.shape[:2], bool),
+    )

@@ -11,8 +11,9 @@ import jax
 
 from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import VLM, Batch, Processor, Prompt, bucket
+from mquant_jax.models.base import VLM, Batch, Processor, Prompt
 from mquant_jax.runtime.generate import Generation, Generator
+from mquant_jax.runtime.prompts import padded
 from mquant_jax.runtime.sampling import Sampling
 
 
@@ -51,18 +52,22 @@ class Model:
         return self.config.language.max_positions
 
     def collate(self, prompts: Sequence[Prompt]) -> Batch:
-        """Prompts as one batch, padded to a bucket of prompt length.
+        """Prompts as one batch, for programs of your own: prompts and pictures are padded to the
+        sizes of :mod:`mquant_jax.runtime.buckets`, so that few are compiled.
 
         Raises:
             UserError: a prompt does not fit the context.
         """
+        return padded(self.module, self._collate(prompts))
+
+    def _collate(self, prompts: Sequence[Prompt]) -> Batch:
         longest = max(len(p.input_ids) for p in prompts)
         if longest >= self.max_positions:
             raise UserError(
                 f"prompt has {longest} tokens, the model's context is {self.max_positions}: "
                 "shorten the text or use smaller pictures"
             )
-        return self.processor.collate(prompts, pad_to=bucket(longest, 16))
+        return self.processor.collate(prompts)
 
     def generate(
         self,
@@ -127,7 +132,7 @@ class Model:
         """Like :meth:`generate` for prompts already made; returns ids and timings."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-        batch = self.collate(prompts)
+        batch = self._collate(prompts)
         room = self.max_positions - max(len(p.input_ids) for p in prompts)
         on_tokens = None if stream is None else _TextStream(self.processor, stream)
         return self.generator.generate(batch, min(max_new_tokens, room), how, key, on_tokens)

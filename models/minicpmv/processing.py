@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from mquant_jax.models.base import Batch, Prompt, bucket
+from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.slices import Slicing
 from mquant_jax.models.text import collate as collate_text
@@ -42,15 +42,14 @@ def position_buckets(n: int, grid: int) -> np.ndarray:
 
 
 def pack_vision(patches: np.ndarray, sizes: Sequence[tuple[int, int]], grid: int) -> VisionInput:
-    """One row per slice, padded to a common bucket of patches and a bucket of slices.
+    """One row per slice, padded to as many patches as the largest has.
 
     Args:
         patches: float32 ``[sum(h * w), patch_dim]`` in the order of ``sizes``.
         sizes: rows and columns of patches of each slice.
         grid: side of the table of learned positions.
     """
-    width = bucket(max(h * w for h, w in sizes), multiple=1)
-    rows = bucket(len(sizes), multiple=1)
+    rows, width = len(sizes), max(h * w for h, w in sizes)
     out = np.zeros((rows, width, patches.shape[-1]), np.float32)
     coords = np.zeros((rows, width, 2), np.int32)
     valid = np.zeros((rows, width), bool)

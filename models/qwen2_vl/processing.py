@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from mquant_jax.models.base import Batch, Prompt, bucket
+from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 
 from mquant_jax.nn.vit import VisionInput
@@ -23,15 +23,14 @@ def patch_coords(h: int, w: int, merge: int) -> np.ndarray:
 
 
 def pack_vision(patches: np.ndarray, grids: Sequence[Grid], merge: int) -> VisionInput:
-    """One row per image or temporal slice, padded to a common bucket of patches.
+    """One row per image or temporal slice, padded to as many patches as the largest has.
 
     Args:
         patches: float32 ``[sum(t*h*w), patch_dim]`` in the order of ``grids``.
         grids: patches per axis, before merging.
     """
     frames = [(h, w) for t, h, w in grids for _ in range(t)]
-    width = bucket(max(h * w for h, w in frames), multiple=merge * merge)
-    rows = bucket(len(frames), multiple=1)
+    rows, width = len(frames), max(h * w for h, w in frames)
     out = np.zeros((rows, width, patches.shape[-1]), np.float32)
     coords = np.zeros((rows, width, 2), np.int32)
     valid = np.zeros((rows, width), bool)

@@ -196,6 +196,9 @@ class ResampledViT(ViT):
         self.queries = Queries(cfg, place, rngs=rngs)
         self.merger = Resampler(cfg, place, rngs=rngs)
 
+    def tokens(self, patches: int) -> int:
+        return self.query.get_value().shape[0]
+
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """Pictures -> visual tokens ``[N, Q, width]`` of the decoder."""
         x = self.features(vision, runner)

@@ -304,8 +304,9 @@ class FinalNorm(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Patch embedding and blocks. A family's vision module extends it with its connector, and
-    stands as ``vision`` in the model: the names given to the runner are those of the parameters.
+    """Patch embedding and blocks. A family's vision module extends it with its connector and with
+    ``tokens(patches) -> int``, the visual tokens that it makes of a row of patches. It is
+    ``vision`` in the model: the names given to the runner are those of the parameters.
     """
 
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
@@ -321,6 +322,16 @@ class ViT(nnx.Module):
             self.input = InputNorm(cfg, place)
         if cfg.final_norm:
             self.final = FinalNorm(cfg, place)
+
+    @property
+    def patches_per_token(self) -> int:
+        """Rows of patches are padded to a multiple of this."""
+        return 1
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether a row may be padded with patches; else its number of patches is its size."""
+        return self.cfg.position_grid == 0
 
     def features(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """Patches -> features ``[N, P, hidden]``; the class token, if there is one, is the first.
