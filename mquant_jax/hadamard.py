@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.numerics import along_last
+
 
 @functools.lru_cache(maxsize=64)
 def hadamard(n: int) -> np.ndarray | None:
@@ -156,7 +158,7 @@ class Rotation:
 
     def signed(self, x: jax.Array) -> jax.Array:
         """``x [..., inputs]`` with the signs."""
-        return x if self.seed is None else x * jnp.asarray(self.signs, x.dtype)
+        return x if self.seed is None else x * along_last(jnp.asarray(self.signs, x.dtype), x)
 
     def padded(self, x: jax.Array) -> jax.Array:
         """``x [..., inputs]`` with zeros behind: ``[..., n]``."""

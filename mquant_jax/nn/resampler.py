@@ -17,6 +17,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput, ViT, ViTConfig, tower_norm
+from mquant_jax.numerics import along_last
 from mquant_jax.ops.attention import attend
 from mquant_jax.recipe import Recipe
 
@@ -104,7 +105,7 @@ class Keys(nnx.Module):
         if self.cfg.projects:
             features = self.kv_proj(self.kv_in(features, None, tap))
         h = self.norm(features)
-        placed = h + self._places(coords).astype(h.dtype)
+        placed = h + along_last(self._places(coords).astype(h.dtype), h)
         k = self.k_proj(self.k_in(placed, None, tap))
         return jnp.concatenate([k, self.v_proj(self.v_in(h, None, tap))], axis=-1)
 
@@ -140,7 +141,7 @@ class Queries(nnx.Module):
         """``[1, Q, width]``, and so is what comes out."""
         h = self.norm(query)
         if self.placed:
-            h = h + self.positions.get_value()
+            h = h + self.positions.get_value()[None]
         return self.q_proj(self.q_in(h, None, tap))
 
 
@@ -204,7 +205,7 @@ class ResampledViT(ViT):
         x = self.features(vision, runner)
         kv = runner.module("vision/keys", self.keys, (x, vision.coords), vision.token_class)
         query = self.query.get_value()[None]
-        q = runner.module("vision/queries", self.queries, query, jnp.zeros(query.shape[:2], int))
+        q = runner.module("vision/queries", self.queries, query, jnp.zeros(query.shape[:2], jnp.int32))
         q = jnp.broadcast_to(q, (len(x), *q.shape[1:]))
         pictures = jnp.max(vision.token_class, axis=1, keepdims=True)  # -1: all of it is padding
         classes = jnp.broadcast_to(pictures, q.shape[:2])

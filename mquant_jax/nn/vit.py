@@ -20,7 +20,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
-from mquant_jax.numerics import QTensor
+from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import attend, attend_rows, select_path, split_heads
 
 
@@ -269,7 +269,9 @@ class ViTBlock(nnx.Module):
         h = dense(h)
         if self.cfg.post_norm:
             h = getattr(self, f"{half}_norm")(h)
-        return x + (h * getattr(self, f"{half}_gain").get_value() if self.has_gains else h)
+        if self.has_gains:
+            h = h * along_last(getattr(self, f"{half}_gain").get_value(), h)
+        return x + h
 
 
 class InputNorm(nnx.Module):
@@ -348,7 +350,7 @@ class ViT(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
             classes = jnp.concatenate([jnp.max(classes, axis=1, keepdims=True), classes], axis=1)
         if cfg.position_grid:
-            x = x + self._positions(vision)
+            x = x + along_last(self._positions(vision), x)
         if cfg.input_norm:
             x = runner.module("vision/input", self.input, x, classes)
         x = runner.layers("vision/layers", self.layers, x, VisionContext(angles, classes))

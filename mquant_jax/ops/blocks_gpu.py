@@ -23,7 +23,7 @@ def parts(d: int) -> list[tuple[int, int]]:
 def within(start, count: int, end: int) -> jax.Array | None:
     """Which of ``count`` indices from ``start``, a multiple of it, on are below ``end``; ``None``:
     all of them, in every block."""
-    return None if end % count == 0 else start + jnp.arange(count) < end
+    return None if end % count == 0 else start + jnp.arange(count, dtype=jnp.int32) < end
 
 
 def sides(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int]):

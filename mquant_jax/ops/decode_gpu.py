@@ -57,7 +57,7 @@ def attend_one(
     group = heads // kv_heads
     rows = max(LEAST, 1 << (group - 1).bit_length())
     q = jnp.pad(q.reshape(b, kv_heads, group, d), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
-    ends = jnp.max(jnp.where(seen, jnp.arange(1, s + 1), 1), axis=1)
+    ends = jnp.max(jnp.where(seen, jnp.arange(1, s + 1, dtype=jnp.int32), 1), axis=1)
     splits = max(1, min(_BLOCKS // (b * kv_heads), pl.cdiv(s, KEYS)))
     read = sum(x.size * x.dtype.itemsize for x in operands) // len(operands[0])
     written = splits * b * kv_heads * rows * (d + 2) * 4

@@ -177,7 +177,7 @@ def _sum(layer_ref, x_ref, w_ref, n, m, first, last, k: int, blocks: Blocks, int
 
     def columns(start, end: int):
         uneven = half % depth or k % 2
-        return start + jnp.arange(depth) < end if uneven else None
+        return start + jnp.arange(depth, dtype=jnp.int32) < end if uneven else None
 
     def add(i, total):
         at = i * depth

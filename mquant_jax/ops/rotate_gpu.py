@@ -70,7 +70,7 @@ def _row(x_ref, right_ref, left_ref, *refs) -> None:
         return pl.ds(row * 0 + start, size)
 
     def some(start: int, size: int, end: int) -> jax.Array:
-        return jnp.broadcast_to((start + jnp.arange(size) < end)[:, None], (size, LANES))
+        return jnp.broadcast_to((start + jnp.arange(size, dtype=jnp.int32) < end)[:, None], (size, LANES))
 
     half = []
     for start, size in blocks:

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from mquant_jax.compile_cache import seal_new
+
 log = logging.getLogger(__name__)
 
 # On CPU a program of a model takes some 270 memory maps, and a process has 65,530. Other JAX code
@@ -43,6 +45,7 @@ class Programs:
                 return self._alive[owner, key]
             began = time.perf_counter()
             program = make()
+            seal_new()
             self.compiled += 1
             self._alive[owner, key] = program
             while len(self._alive) > self.limit:

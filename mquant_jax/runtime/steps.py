@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.nn.cache import NEVER, KVCache, Store
+from mquant_jax.nn.cache import NEVER, KVCache, Store, put_at
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime.buckets import PIECE, pieces
 from mquant_jax.runtime.sampling import RowSampling, sample
@@ -209,13 +209,10 @@ def insert(answers: Answers, entry: Entry, row: jax.Array, slot: jax.Array) -> A
     ((k, v, order),) = entry.pieces
     cache = answers.state.cache
 
-    def put(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
-        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
-
-    keys = jax.tree.map(lambda old, new: put(old, new, (0, row, 0, 0, slot)), cache.k, k)
-    values = jax.tree.map(lambda old, new: put(old, new, (0, row, 0, slot, 0)), cache.v, v)
+    keys = jax.tree.map(lambda old, new: put_at(old, new, (0, row, 0, 0, slot)), cache.k, k)
+    values = jax.tree.map(lambda old, new: put_at(old, new, (0, row, 0, slot, 0)), cache.v, v)
     cache = KVCache(
-        keys, values, put(cache.order, order, (row, slot)),
+        keys, values, put_at(cache.order, order, (row, slot)),
         jnp.maximum(cache.cursor, slot + PIECE), cache.span.at[row].set(entry.span),
     )  # fmt: skip
     state = DecodeState(
