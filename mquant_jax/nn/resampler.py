@@ -205,7 +205,8 @@ class ResampledViT(ViT):
         x = self.features(vision, runner)
         kv = runner.module("vision/keys", self.keys, (x, vision.coords), vision.token_class)
         query = self.query.get_value()[None]
-        q = runner.module("vision/queries", self.queries, query, jnp.zeros(query.shape[:2], jnp.int32))
+        real = jnp.zeros(query.shape[:2], jnp.int32)
+        q = runner.module("vision/queries", self.queries, query, real)
         q = jnp.broadcast_to(q, (len(x), *q.shape[1:]))
         pictures = jnp.max(vision.token_class, axis=1, keepdims=True)  # -1: all of it is padding
         classes = jnp.broadcast_to(pictures, q.shape[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 LEAST = 16  # rows of a matrix unit's operand, and channels that it can sum over
@@ -18,6 +19,11 @@ def parts(d: int) -> list[tuple[int, int]]:
         out.append((start, size))
         start += size
     return out
+
+
+def block_of(start: int, size: int) -> pl.Slice:
+    """A slice whose start has the type of other indices, not that of a Python number."""
+    return pl.ds(jnp.int32(start), size)
 
 
 def within(start, count: int, end: int) -> jax.Array | None:

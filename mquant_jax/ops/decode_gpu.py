@@ -12,12 +12,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops.blocks_gpu import LEAST, load, parts, sides, within
+from mquant_jax.ops.blocks_gpu import LEAST, block_of, load, parts, sides, within
 from mquant_jax.ops.flash_gpu import NEVER
+from mquant_jax.ops.loops import int32_loop
 
 KEYS = 64  # of a block's step
 _BLOCKS = 264  # that fill the chip: two for each multiprocessor of an H100
@@ -92,9 +94,9 @@ def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float
     splits, _, _, rows, d = sums_ref.shape
     s = v_ref.shape[3]
     split, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    layer, steps = layer_ref[0], pl.cdiv(end_ref[row], KEYS)
-    columns = [pl.ds(*part) for part in parts(d)]
-    q = [plgpu.load(q_ref.at[row, head, :, at]) for at in columns]
+    layer, steps = layer_ref[0], pl.cdiv(end_ref[row], np.int32(KEYS))
+    columns = [block_of(*part) for part in parts(d)]
+    q = [plgpu.load(q_ref.at[row, head, block_of(0, rows), at]) for at in columns]
 
     def add(i, carry):
         sums, top, total = carry
@@ -125,9 +127,9 @@ def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float
         jnp.full((rows,), NEVER, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
     )
-    own = jnp.maximum(pl.cdiv(steps - split, splits), 0)
-    sums, top, total = jax.lax.fori_loop(0, own, add, start)
+    own = jnp.maximum(pl.cdiv(steps - split, np.int32(splits)), 0)
+    sums, top, total = int32_loop(0, own, add, start)
     for part, at in zip(sums, columns, strict=True):
-        plgpu.store(sums_ref.at[split, row, head, :, at], part)
-    plgpu.store(top_ref.at[split, row, head], top)
-    plgpu.store(total_ref.at[split, row, head], total)
+        plgpu.store(sums_ref.at[split, row, head, block_of(0, rows), at], part)
+    plgpu.store(top_ref.at[split, row, head, block_of(0, rows)], top)
+    plgpu.store(total_ref.at[split, row, head, block_of(0, rows)], total)

@@ -121,10 +121,11 @@ def prepare(hessian: jax.Array, cross: jax.Array | None = None, act_order: bool 
         cross: float32 ``[K, K]``, ``sum (x_float - x) x^T``, or ``None``.
         act_order: columns with the largest inputs first.
     """
-    k = hessian.shape[0]
+    k, hessian = hessian.shape[0], hessian.astype(jnp.float32)
     dead = jnp.diagonal(hessian) <= 0
     hessian = hessian + jnp.diag(dead.astype(jnp.float32))
     order = jnp.argsort(-jnp.diagonal(hessian)) if act_order else jnp.arange(k)
+    cross = None if cross is None else cross.astype(jnp.float32)
     factor, damping = inverse_factor(hessian[order][:, order])
     shift = None
     if cross is not None:
@@ -154,7 +155,8 @@ def gptq(weight: jax.Array, inputs: Inputs, scale: jax.Array, bits: int) -> QWei
     padded = -(-k // size) * size
     pad = padded - k
     w = jnp.pad(weight.astype(jnp.float32)[:, order], ((0, 0), (0, pad)))
-    u = jnp.pad(inputs.factor, ((0, pad), (0, pad))) + jnp.diag((jnp.arange(padded) >= k).astype(jnp.float32))
+    beyond = (jnp.arange(padded) >= k).astype(jnp.float32)
+    u = jnp.pad(inputs.factor, ((0, pad), (0, pad))) + jnp.diag(beyond)
     group = order // (k // scale.shape[1])
     s = jnp.pad(scale[:, group], ((0, 0), (0, pad)), constant_values=1.0)
 
