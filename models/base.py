@@ -20,6 +20,7 @@ from mquant_jax.models.streams import Streams
 from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
+from mquant_jax.nn.flow import EmbeddingCall, Flow, run
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput
@@ -97,9 +98,13 @@ class VLM(nnx.Module):
 
     def visual(self, batch: Batch, runner: Runner = SCAN) -> jax.Array | None:
         """Visual features ``[N * M, hidden]``, which ``visual_index`` counts."""
+        return run(self.visual_flow(batch), runner)
+
+    def visual_flow(self, batch: Batch) -> Flow[jax.Array | None]:
+        """The same as a flow."""
         if batch.vision is None:
             return None
-        features = self.vision(batch.vision, runner)
+        features = yield from self.vision.flow(batch.vision)
         return features.reshape(-1, features.shape[-1])
 
     def embed(
@@ -109,8 +114,12 @@ class VLM(nnx.Module):
 
         ``visual``: features computed before; by default :meth:`visual`.
         """
-        x = self.language.embed(batch.input_ids)
-        visual = self.visual(batch, runner) if visual is None else visual
+        return run(self.embed_flow(batch, visual), runner)
+
+    def embed_flow(self, batch: Batch, visual: jax.Array | None = None) -> Flow[jax.Array]:
+        """The same as a flow."""
+        visual = (yield from self.visual_flow(batch)) if visual is None else visual
+        x = yield EmbeddingCall("language/embedding", self.language, batch.input_ids)
         if visual is None:
             return x
         index = batch.visual_index
@@ -118,16 +127,26 @@ class VLM(nnx.Module):
 
     def stream(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
         """Residual stream before the final norm, ``[B, T, hidden]``; no cache."""
-        x = self.embed(batch, runner)
+        return run(self.stream_flow(batch), runner)
+
+    def stream_flow(self, batch: Batch) -> Flow[jax.Array]:
+        """The same as a flow."""
+        x = yield from self.embed_flow(batch)
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
-        return self.language(
-            x, batch.positions, batch.order, classes, runner, **_layout(batch, batch.vision)
+        return (
+            yield from self.language.flow(
+                x, batch.positions, batch.order, classes, **_layout(batch, batch.vision)
+            )
         )
 
     def __call__(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
         """Logits of every position, float32 ``[B, T, vocab]``; no cache."""
-        x = self.stream(batch, runner)
-        return self.language.logits(x, batch.token_class, runner)
+        return run(self.flow(batch), runner)
+
+    def flow(self, batch: Batch) -> Flow[jax.Array]:
+        """The same as a flow."""
+        x = yield from self.stream_flow(batch)
+        return (yield from self.language.logits_flow(x, batch.token_class))
 
     def prefill(
         self,

@@ -24,9 +24,9 @@ from mquant_jax.models.text import collate as collate_text
 from mquant_jax.errors import UserError
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import ACTIVATIONS, VisionInput, ViT, ViTConfig, gelu
 from mquant_jax.recipe import Recipe
 
@@ -218,14 +218,14 @@ class EVA2Vision(ViT):
     def tokens(self, patches: int) -> int:
         return patches // MERGE**2 + 2
 
-    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Pictures -> visual tokens ``[N, P/4 + 2, hidden]``; the class token is left behind."""
-        x = self.features(vision, runner)[:, 1:]
+        x = (yield from self.features(vision))[:, 1:]
         classes = vision.token_class[:, :: MERGE * MERGE]  # a picture is real as a whole
-        x = runner.module("vision/conv", self.conv, x, classes)
-        x = runner.module("vision/merger", self.merger, x, classes)
+        x = yield ModuleCall("vision/conv", self.conv, x, classes)
+        x = yield ModuleCall("vision/merger", self.merger, x, classes)
         classes = jnp.pad(classes, ((0, 0), (1, 1)), mode="edge")
-        return runner.module("vision/ends", self.ends, x, classes)
+        return (yield ModuleCall("vision/ends", self.ends, x, classes))
 
 
 def eva2_rules(c: EVA2Config, prefix: str) -> Iterator[WeightRule]:

@@ -12,8 +12,8 @@ from mquant_jax.models.internvl.config import InternVLConfig
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput, ViT, gelu, tower_norm
 from mquant_jax.recipe import Recipe
 
@@ -67,11 +67,11 @@ class InternVLVision(ViT):
     def tokens(self, patches: int) -> int:
         return patches // self.merger.merge**2
 
-    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Tiles -> visual tokens ``[N, P/merge^2, hidden]``; the class token is left behind."""
-        x = self.features(vision, runner)[:, 1:]
+        x = (yield from self.features(vision))[:, 1:]
         classes = vision.token_class[:, :: self.merger.merge**2]  # a tile is real as a whole
-        return runner.module("vision/merger", self.merger, x, classes)
+        return (yield ModuleCall("vision/merger", self.merger, x, classes))
 
 
 class InternVL(VLM):

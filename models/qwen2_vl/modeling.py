@@ -11,8 +11,8 @@ from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput, ViT, gelu, tower_norm
 from mquant_jax.recipe import Recipe
 
@@ -57,11 +57,11 @@ class Qwen2VLVision(ViT):
     def tokens(self, patches: int) -> int:
         return patches // self.merger.block
 
-    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Patches -> visual tokens ``[N, P/4, hidden]`` of the decoder."""
-        x = self.features(vision, runner)
+        x = yield from self.features(vision)
         classes = vision.token_class[:, :: self.merger.block]
-        return runner.module("vision/merger", self.merger, x, classes)
+        return (yield ModuleCall("vision/merger", self.merger, x, classes))
 
 
 class Qwen2VL(VLM):

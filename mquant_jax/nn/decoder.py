@@ -12,6 +12,7 @@ from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order
 from mquant_jax.nn.decoder_block import DecoderBlock, DecoderConfig, DecoderContext, ExpertBlock
 from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
+from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import multi_axis_angles, slot_positions
@@ -77,12 +78,16 @@ class Decoder(nnx.Module):
             return token_class
         return self.sinks(input_ids, order, token_class)
 
-    def logits(self, x: jax.Array, classes=None, runner: Runner = SCAN) -> jax.Array:
-        """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``.
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``."""
+        return run(self.logits_flow(x))
+
+    def logits_flow(self, x: jax.Array, classes: jax.Array | None = None) -> Flow[jax.Array]:
+        """The same as a flow.
 
         A tied table that is quantised is quantised once, for lookup and head alike.
         """
-        h = runner.module("language", self.head_in, self.norm(x), classes)
+        h = yield ModuleCall("language/head_in", self.head_in, self.norm(x), classes)
         kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()
         dtype = jnp.float32 if isinstance(kernel, QWeight) else self.dtype
         return linear(h, kernel, dtype).astype(jnp.float32)
@@ -135,8 +140,22 @@ class Decoder(nnx.Module):
         visual: jax.Array | None = None,
     ) -> jax.Array:
         """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache."""
+        flow = self.flow(x, positions, order, token_class, visual_slots=visual_slots, visual=visual)
+        return run(flow, runner)
+
+    def flow(
+        self,
+        x,
+        positions,
+        order,
+        token_class,
+        *,
+        visual_slots: int | None = None,
+        visual: jax.Array | None = None,
+    ) -> Flow[jax.Array]:
+        """The same as a flow."""
         ctx = self.context(positions, order, token_class, None, visual_slots, visual)
-        return runner.layers("language/layers", self.layers, x, ctx)
+        return (yield StackCall("language/layers", self.layers, x, ctx))
 
     def init_cache(self, batch: int, slots: int, int8: bool = False) -> KVCache:
         """An empty cache, in the model's float type or quantised."""

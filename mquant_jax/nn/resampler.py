@@ -12,10 +12,10 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
-from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput, ViT, ViTConfig, tower_norm
 from mquant_jax.numerics import along_last
 from mquant_jax.ops.attention import attend
@@ -200,14 +200,15 @@ class ResampledViT(ViT):
     def tokens(self, patches: int) -> int:
         return self.query.get_value().shape[0]
 
-    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Pictures -> visual tokens ``[N, Q, width]`` of the decoder."""
-        x = self.features(vision, runner)
-        kv = runner.module("vision/keys", self.keys, (x, vision.coords), vision.token_class)
+        x = yield from self.features(vision)
+        kv = yield ModuleCall("vision/keys", self.keys, (x, vision.coords), vision.token_class)
         query = self.query.get_value()[None]
-        real = jnp.zeros(query.shape[:2], jnp.int32)
-        q = runner.module("vision/queries", self.queries, query, real)
+        q = yield ModuleCall(
+            "vision/queries", self.queries, query, jnp.zeros(query.shape[:2], jnp.int32)
+        )
         q = jnp.broadcast_to(q, (len(x), *q.shape[1:]))
         pictures = jnp.max(vision.token_class, axis=1, keepdims=True)  # -1: all of it is padding
         classes = jnp.broadcast_to(pictures, q.shape[:2])
-        return runner.module("vision/merger", self.merger, (q, kv, vision.valid), classes)
+        return (yield ModuleCall("vision/merger", self.merger, (q, kv, vision.valid), classes))

@@ -15,6 +15,7 @@ from flax import nnx
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.cache import key_order
 from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm, RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
@@ -335,14 +336,22 @@ class ViT(nnx.Module):
         """Whether a row may be padded with patches; else its number of patches is its size."""
         return self.cfg.position_grid == 0
 
-    def features(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+        """What the vision module hands to the decoder: its whole :meth:`flow`."""
+        return run(self.flow(vision), runner)
+
+    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
+        """Patches -> visual tokens ``[N, M, hidden]``. Families add their connector here."""
+        return self.features(vision)
+
+    def features(self, vision: VisionInput) -> Flow[jax.Array]:
         """Patches -> features ``[N, P, hidden]``; the class token, if there is one, is the first.
 
         Raises:
             ValueError: pictures that are not square, in a tower with learned positions.
         """
         cfg, classes, angles = self.cfg, vision.token_class, None
-        x = runner.module("vision/patch_embed", self.patch_embed, vision.patches, classes)
+        x = yield ModuleCall("vision/patch_embed", self.patch_embed, vision.patches, classes)
         if cfg.rope_theta is not None:
             angles = grid_angles(vision.coords, cfg.head_dim, cfg.rope_theta)
         if cfg.class_token:
@@ -352,9 +361,11 @@ class ViT(nnx.Module):
         if cfg.position_grid:
             x = x + along_last(self._positions(vision), x)
         if cfg.input_norm:
-            x = runner.module("vision/input", self.input, x, classes)
-        x = runner.layers("vision/layers", self.layers, x, VisionContext(angles, classes))
-        return runner.module("vision/final", self.final, x, classes) if cfg.final_norm else x
+            x = yield ModuleCall("vision/input", self.input, x, classes)
+        x = yield StackCall("vision/layers", self.layers, x, VisionContext(angles, classes))
+        if cfg.final_norm:
+            x = yield ModuleCall("vision/final", self.final, x, classes)
+        return x
 
     def _positions(self, vision: VisionInput) -> jax.Array:
         """Positions ``[N, P, hidden]`` as the pictures choose them, or the table for squares: the

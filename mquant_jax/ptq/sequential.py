@@ -130,7 +130,8 @@ class QuantizingRunner(Runner):
 
     def module(self, name, module, x, classes):
         if not hasattr(module, "POINTS"):  # a point on its own: its reader is handled elsewhere
-            self._point(Part(name, module, None, (x,), classes), module.name, ())
+            part = Part(name.rpartition("/")[0], module, None, (x,), classes)
+            self._point(part, module.name, ())
             return module(x)
         part = Part(name, module, self._target(name), (x,), classes)
         if self.float_inputs:

@@ -103,8 +103,9 @@ class StatisticsRunner(Runner):
         return x
 
     def module(self, name, module, x, classes):
-        self.inputs[f"{name}/{module.name}" if not hasattr(module, "POINTS") else name] = x
-        return self._part(name, module, (x,), classes)
+        self.inputs[name] = x
+        owner = name if hasattr(module, "POINTS") else name.rpartition("/")[0]
+        return self._part(owner, module, (x,), classes)
 
     def _part(self, name, module, args, classes):
         for point, readers in getattr(module, "POINTS", {}).items():
