@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,37 @@ class Model:
         answers = [self.processor.decode(ids) for ids in out.tokens]
         return answers[0] if single else answers
 
+    def warm_up(
+        self,
+        *,
+        batch: int = 1,
+        prompt_tokens: int = 512,
+        picture_patches: int = 1024,
+        new_tokens: int = 128,
+        progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
+    ) -> int:
+        """Compile before the first request what requests up to these sizes need.
+
+        Args:
+            batch: prompts at once.
+            prompt_tokens: tokens of the longest prompt, its pictures' included.
+            picture_patches: patches of the largest picture; a patch is 14 pixels square in most
+                families.
+            new_tokens: tokens of the longest answer.
+            progress: wraps the list of programs, say as a progress bar.
+
+        Returns:
+            The number of compiled programs that the process holds;
+            :data:`mquant_jax.runtime.programs.LIMIT` is the most.
+        """
+        return self.generator.warm_up(
+            rows=batch,
+            prompt=min(prompt_tokens, self.max_positions),
+            picture=picture_patches,
+            new_tokens=new_tokens,
+            progress=progress,
+        )
+
     def generate_prompts(
         self,
         prompts: Sequence[Prompt],
@@ -168,7 +199,9 @@ def load(
         layout: ``auto``, ``masked`` or ``aifs``, see :class:`Generator`.
         kv_cache: ``float`` or ``int8``, the type of keys and values that are kept.
 
-    Compiled programs are kept on disk for the next start, see :mod:`mquant_jax.compile_cache`.
+    Compiled programs are kept on disk for the next start, unless the user has set or turned off
+    JAX's compilation cache (:mod:`mquant_jax.compile_cache`). No other configuration of the process
+    is changed.
 
     Raises:
         UserError: no such folder, not a checkpoint, another format version, damaged tensors.
