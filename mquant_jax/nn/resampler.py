@@ -58,7 +58,8 @@ def sincos(coords: jax.Array, width: int) -> jax.Array:
     The first half tells the column, the second the row; each is its sines, then its cosines.
     """
     rates = 10000.0 ** -(jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
-    angles = coords[..., ::-1, None].astype(jnp.float32) * rates  # [N, P, 2, width / 4]
+    places = coords[..., ::-1, None].astype(jnp.float32)
+    angles = places * along_last(rates, places)  # [N, P, 2, width / 4]
     halves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return halves.reshape(*coords.shape[:-1], width)
 

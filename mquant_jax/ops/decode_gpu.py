@@ -83,7 +83,7 @@ def attend_one(
         interpret=interpret,
         name="attend_one",
     )(layer.reshape(1), ends, q, seen, *operands)
-    share = jnp.exp2(top - jnp.max(top, axis=0))
+    share = jnp.exp2(top - jnp.max(top, axis=0, keepdims=True))
     out = jnp.sum(share[..., None] * sums, axis=0) / jnp.sum(share * total, axis=0)[..., None]
     return out[:, :, :group].reshape(b, heads * d).astype(q.dtype)
 
