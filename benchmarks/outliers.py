@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 from mquant_jax.models.streams import Streams
 
+from mquant_jax.lazy import lazy
 from mquant_jax.nn.params import Params
 from mquant_jax.ptq.channels import can_shift, links, scale, shift
 
@@ -45,11 +46,11 @@ def with_outliers(params: Params, streams: Streams, seed: int) -> Params:
     """New float32 tensors of the same function, with channel scales moved along every link, and
     constants along those that let them."""
     rng = np.random.default_rng(seed)
-    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    p = lazy(params)
     for link in links(p, streams):
         scale(p, link, _gains(rng, link.width))
         if can_shift(p, link):
-            written = p[next(n for n in link.sources if not n.endswith("/bias"))]
+            written = p[next(n for n in link.sources if not n.endswith("/bias"))].load()
             sizes = np.linalg.norm(written.reshape(link.width, -1), axis=1)
             shift(p, link, _offsets(rng, sizes))
-    return {name: value.astype(np.float32) for name, value in p.items()}
+    return {name: value.load().astype(np.float32) for name, value in p.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,16 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
 
 
+def peak_bytes() -> int:
+    """The peak resident memory of this process; Linux counts in KiB, macOS in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def save(result: dict[str, Any], file: Path | None) -> None:
     """Write a result where a file is named."""
     if file:
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def deliver(

@@ -28,7 +28,7 @@ QWEN2_VL = ("qwen2_vl-2b", "qwen2_vl-7b")
 
 def cut_config(model: str, layers: int, vocab: int) -> dict:
     """A published Qwen2-VL config, both towers cut to ``layers``, the vocabulary to ``vocab``."""
-    demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text())
+    demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text(encoding="utf-8"))
     ids = {k: v for k, v in demo.items() if k.endswith("token_id")}
     full = MODELS[model]
     tower = full["vision_config"] | {"depth": layers}
@@ -51,6 +51,25 @@ def random_tensors(config: Qwen2VLConfig, seed: int) -> dict[str, np.ndarray]:
     return out
 
 
+def write(out: Path, model: str, layers: int, vocab: int, seed: int = 0) -> int:
+    """Write the folder; the size of its tensors in bytes.
+
+    Raises:
+        UserError: ``out`` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; choose another folder")
+    hf = cut_config(model, layers, vocab)
+    tensors = random_tensors(Qwen2VLConfig.from_hf(hf), seed)
+    out.mkdir(parents=True)
+    for file in (DEMO_ASSETS / "model").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, out)
+    save_file(tensors, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(hf, indent=2), encoding="utf-8")
+    return sum(t.nbytes for t in tensors.values())
+
+
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.random_checkpoint", __doc__)
     parser.add_argument("out", type=Path, help="folder to write")
@@ -61,17 +80,8 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("--vocab", type=int, default=151936, help="default 151936")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.out.exists():
-        raise UserError(f"{args.out} exists; choose another folder")
-    hf = cut_config(args.model, args.layers, args.vocab)
-    tensors = random_tensors(Qwen2VLConfig.from_hf(hf), args.seed)
-    args.out.mkdir(parents=True)
-    for file in (DEMO_ASSETS / "model").iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
-            shutil.copy(file, args.out)
-    save_file(tensors, args.out / "model.safetensors")
-    (args.out / "config.json").write_text(json.dumps(hf, indent=2))
-    print(f"wrote {args.out} ({sum(t.nbytes for t in tensors.values()) / 1e6:.0f} MB)")
+    size = write(args.out, args.model, args.layers, args.vocab, args.seed)
+    print(f"wrote {args.out} ({size / 1e6:.0f} MB)")
     return OK
 
 

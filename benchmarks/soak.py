@@ -55,7 +55,7 @@ class Request:
 def random_weights(name: str, layers: int) -> Model:
     """The model with the demo model's processor."""
     if name == "demo":
-        hf = json.loads((DEMO / "config.json").read_text())
+        hf = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
     else:
         hf = cut_config(name, layers, 151936)
     config = FAMILY.config_from_hf(hf)
@@ -78,7 +78,7 @@ def random_request(model: Model, rng: np.random.Generator) -> Request:
 
 
 def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +43,7 @@ from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 
 from benchmarks.aot.sizes import MODELS
-from benchmarks.output import add_output_options, deliver, save
+from benchmarks.output import add_output_options, deliver, peak_bytes, save
 from benchmarks.random_checkpoint import cut_config
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.commands.bench import machine
@@ -60,6 +59,7 @@ from mquant_jax.recipe import Recipe, Section
 from mquant_jax.runtime.tokens import arrange
 
 LAYERS = 28  # of the published models
+NOISE = 2**20 + 7  # random values that fill a tensor by repetition; odd, so that rows differ
 OURS, AIFS = "w4a8", "w4a8-aifs"
 SWEEPS = ("image-side", "images", "text-tokens", "batch")
 
@@ -109,12 +109,13 @@ def random_model(family: Family, config: Any, recipe: Recipe, dtype: Any) -> VLM
     """A model with weights of sensible size, held as loading does."""
     model = abstract_model(family, config, recipe, dtype)
     rng = np.random.default_rng(0)
+    noise = rng.standard_normal(NOISE, np.float32)  # one draw, repeated: drawing took a minute
 
     def tensor(name: str, like: Any) -> Any:
         if isinstance(like, QWeight):
             top = 2 ** (like.bits - 1) - 1
             shape = (*like.values.shape[:-1], like.in_features)
-            values = rng.integers(-top, top + 1, shape, np.int8)
+            values = np.resize(rng.integers(-top, top + 1, NOISE, np.int8), shape)
             scale = np.full(like.scale.shape, 1.7 / top * like.in_features**-0.5, np.float32)
             q = QWeight(values, scale, like.in_features, like.bits, "int8")
             return held(q)
@@ -124,8 +125,7 @@ def random_model(family: Family, config: Any, recipe: Recipe, dtype: Any) -> VLM
             return np.full(like.shape, 0.03, like.dtype)
         if len(like.shape) < 2:
             return np.zeros(like.shape, like.dtype)
-        noise = rng.standard_normal(like.shape, np.float32) * like.shape[-1] ** -0.5
-        return noise.astype(like.dtype)
+        return np.resize((noise * like.shape[-1] ** -0.5).astype(like.dtype), like.shape)
 
     params = {name: tensor(name, like) for name, like in abstract_params(model).items()}
     if recipe.marks_sinks:
@@ -229,12 +229,6 @@ def plot(results: Sequence[dict[str, Any]], axis: str, path: Path) -> None:
         ax.set_title(key.replace("_per_second", " per second").replace("_", " "))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held; Linux counts in KiB, macOS in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def dict_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

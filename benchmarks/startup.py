@@ -46,7 +46,7 @@ def write(folder: Path, layers: int) -> int:
     from benchmarks.aot.sizes import MODELS
     from benchmarks.random_checkpoint import cut_config
     from benchmarks.speed import random_model
-    from mquant_jax.checkpoint.store import save
+    from mquant_jax.checkpoint.writer import save
     from mquant_jax.nn.params import get_params
     from mquant_jax.presets import PRESETS
 

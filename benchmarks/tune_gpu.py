@@ -4,7 +4,8 @@
     python -m benchmarks.tune_gpu --ahead-of-time [...]
 
 On an NVIDIA GPU every candidate is timed beside XLA's own product of the same operands, and the
-fastest is written, XLA's included. With `--ahead-of-time` no GPU is needed, but the extra aot-gpu:
+fastest is written, XLA's included. With ``--save`` the file is rewritten after every candidate, and
+``--seconds`` ends the search early. With `--ahead-of-time` no GPU is needed, but the extra aot-gpu:
 candidates are compiled for an H100 and ranked by what the compiler says of registers, spills and
 shared memory and by arithmetic on published rates. That is how the table in the package
 was made, which no device has seen; timing replaces it:
@@ -15,10 +16,12 @@ was made, which no device has seen; timing replaces it:
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +34,7 @@ from benchmarks.aot.backend import prepare, sharding
 from benchmarks.aot.devices import DEVICES
 from benchmarks.aot.occupancy import analyse, candidates
 from benchmarks.aot.sizes import MODELS
-from benchmarks.output import add_output_options, deliver
+from benchmarks.output import add_output_options, deliver, save
 from mquant_jax.cli_support import OK, Parser, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import abstract_params
@@ -41,6 +44,8 @@ from mquant_jax.ops.pallas_gpu import Blocks, matmul, partial_sums
 from mquant_jax.presets import PRESETS
 
 ROWS = (1, 1024)
+Product = tuple[int, int, int]  # rows, out, in
+REHEARSED: list[Product] = [(1, 64, 64), (32, 64, 64)]
 # A timed program multiplies by one layer of a stack after the other, as a model does: weights do
 # not stay in the second-level cache (50 MB on an H100), and starting a program is not what counts.
 STACK_BYTES, _IN_A_ROW, _PASSES, _RUNS = 2**28, 8, 4, 5
@@ -97,9 +102,15 @@ def seconds(call: Callable[[QTensor, QWeight], jax.Array], x: QTensor, stack: QW
     return statistics.median(taken)
 
 
-def timed(rows: int, out: int, k: int) -> list[dict[str, Any]]:
-    """Candidates and XLA's product for one shape, fastest first; a kernel that differs from XLA's
-    product is an error, one that the compiler refuses is left out."""
+def timed(rows: int, out: int, k: int, interpret: bool = False) -> Iterator[dict[str, Any]]:
+    """Time XLA's product of one shape, then the candidates: one entry each, as soon as it is known.
+
+    The cut that the table in use names comes first among the candidates. Those that the compiler
+    refuses are left out. ``interpret`` runs kernels without a GPU.
+
+    Raises:
+        UserError: a kernel computes something else than XLA.
+    """
     rng = np.random.default_rng(0)
     x = QTensor(jnp.asarray(rng.integers(-128, 128, (rows, k)), jnp.int8), jnp.float32(0.01))
     packed = jnp.asarray(rng.integers(0, 256, (layers_of(out, k), out, -(-k // 2))), jnp.uint8)
@@ -110,11 +121,11 @@ def timed(rows: int, out: int, k: int) -> list[dict[str, Any]]:
     def by_xla(x: QTensor, w: QWeight) -> jax.Array:
         return xla.packed_int_dot(x, w.of_layer()).astype(jnp.bfloat16)
 
-    found = [{"path": gpu.XLA, "us": seconds(by_xla, x, stack) * 1e6}]
+    yield {"path": gpu.XLA, "us": seconds(by_xla, x, stack) * 1e6}
     expected = np.asarray(jax.jit(by_xla)(x, last), np.float32)
     many = rows > gpu.FEW_ROWS
-    for blocks in candidates(many, rows):
-        call = _form(many, blocks)
+    for blocks in ordered(rows, out, k):
+        call = _form(many, blocks, interpret)
         try:
             got = np.asarray(jax.jit(call)(x, last), np.float32)
         except jax.errors.JaxRuntimeError as e:
@@ -122,18 +133,27 @@ def timed(rows: int, out: int, k: int) -> list[dict[str, Any]]:
             continue
         if not np.allclose(got, expected, rtol=0.01, atol=1e-3 * np.abs(expected).max()):
             raise UserError(f"{blocks} computes something else than XLA at {rows} x {out} x {k}")
-        cut = [getattr(blocks, name) for name in Blocks.__dataclass_fields__]
         path = gpu.MANY if many else gpu.FEW
-        found.append({"path": path, "blocks": cut, "us": seconds(call, x, stack) * 1e6})
-    return sorted(found, key=lambda entry: entry["us"])
+        cut = list(dataclasses.astuple(blocks))
+        yield {"path": path, "blocks": cut, "us": seconds(call, x, stack) * 1e6}
 
 
-def _form(many: bool, blocks: Blocks) -> Callable[[QTensor, QWeight], jax.Array]:
+def ordered(rows: int, out: int, k: int) -> list[Blocks]:
+    """The candidates for one shape, the one that the table in use names first."""
+    found, chosen = candidates(rows > gpu.FEW_ROWS, rows), gpu.choose(rows, out, k).blocks
+    first = [Blocks(*chosen)] if chosen else []
+    return first + [blocks for blocks in found if blocks not in first]
+
+
+def _form(many: bool, blocks: Blocks, interpret: bool) -> Callable[[QTensor, QWeight], jax.Array]:
+    how: dict[str, Any] = {"interpret": interpret}
     if many:
-        return lambda x, w: matmul(x.values, w.values, x.scale, w.scale, blocks, layer=w.layer)
+        return lambda x, w: matmul(
+            x.values, w.values, x.scale, w.scale, blocks, layer=w.layer, **how
+        )
 
     def few(x: QTensor, w: QWeight) -> jax.Array:
-        sums = partial_sums(x.values, w.values, blocks, layer=w.layer).sum(0)
+        sums = partial_sums(x.values, w.values, blocks, layer=w.layer, **how).sum(0)
         scale = x.scale * w.of_layer().scale[:, 0]
         return (sums.astype(jnp.float32) * scale).astype(jnp.bfloat16)
 
@@ -146,35 +166,81 @@ def analysed(rows: int, out: int, k: int, where: Any) -> list[dict[str, Any]]:
     return [{"path": path, **entry} for entry in analyse(rows, out, k, where)]
 
 
-def tune(models: list[str], rows: list[int], ahead_of_time: bool) -> dict[str, Any]:
+def tune(
+    models: list[str], rows: list[int], ahead_of_time: bool, limit: float, file: Path | None
+) -> dict[str, Any]:
     """The table.
+
+    Args:
+        limit: seconds of timing after which no further candidate is begun.
+        file: rewritten with what is known so far, while candidates are timed.
 
     Raises:
         UserError: no NVIDIA GPU to time on, or no compiler to analyse with.
     """
+    products = [
+        (n, *shape)
+        for shape in sorted({shape for model in models for shape in shapes_of(model)})
+        for n in sorted({gpu.bucket(n) for n in rows})
+    ]
     if ahead_of_time:
-        prepare(DEVICES["h100"])
-        where = sharding(DEVICES["h100"])
-        origin = (
-            "Ahead-of-time analysis for an H100: registers, spills and shared memory as the "
-            "compiler reports them, the rest arithmetic (benchmarks/aot/occupancy.py). No device "
-            "has run any of it."
+        return _analyse_all(products)
+    if jax.default_backend() != "gpu" or not gpu.suits_device():
+        raise UserError(
+            "timing needs an NVIDIA GPU (Ampere or later) and jax[cuda13]; "
+            "--ahead-of-time does without"
         )
-    else:
-        if jax.default_backend() != "gpu" or not gpu.suits_device():
-            raise UserError(
-                "timing needs an NVIDIA GPU (Ampere or later) and jax[cuda13]; "
-                "--ahead-of-time does without"
-            )
-        origin = f"Timed on {jax.devices()[0].device_kind}, jax {jax.__version__}."
+    return time_all(products, limit, file)
+
+
+def _analyse_all(products: list[Product]) -> dict[str, Any]:
+    prepare(DEVICES["h100"])
+    where = sharding(DEVICES["h100"])
     entries = []
-    for out, k in sorted({shape for model in models for shape in shapes_of(model)}):
-        for n in sorted({gpu.bucket(n) for n in rows}):
-            print(f"{n} x {out} x {k}", file=sys.stderr)
-            found = analysed(n, out, k, where) if ahead_of_time else timed(n, out, k)
-            if found:
-                entries.append({"rows": n, "out": out, "in": k, **found[0]})
+    for n, out, k in products:
+        print(f"{n} x {out} x {k}", file=sys.stderr)
+        if found := analysed(n, out, k, where):
+            entries.append({"rows": n, "out": out, "in": k, **found[0]})
+    origin = (
+        "Ahead-of-time analysis for an H100: registers, spills and shared memory as the "
+        "compiler reports them, the rest arithmetic (benchmarks/aot/occupancy.py). No device "
+        "has run any of it."
+    )
     return {"origin": origin, "shapes": entries, "classes": CLASSES}
+
+
+def time_all(
+    products: list[Product], limit: float, file: Path | None, interpret: bool = False
+) -> dict[str, Any]:
+    """Time the candidates of all products in turn: XLA's of each product, then the first candidate
+    of each, and so on, so that a run that ends early has something on every product.
+
+    Args: see :func:`tune`.
+    """
+    start, best = time.perf_counter(), {}
+    running = {product: timed(*product, interpret) for product in products}
+    while running:
+        for product in list(running):
+            if time.perf_counter() - start > limit:
+                return _timed_table(best, "Time was up before all candidates had their turn.", file)
+            entry = next(running[product], None)
+            if entry is None:
+                del running[product]
+                continue
+            best[product] = min(best.get(product, entry), entry, key=lambda e: e["us"])
+            _timed_table(best, "Timing was not finished.", file)
+    return _timed_table(best, "Every candidate was timed.", file)
+
+
+def _timed_table(
+    best: dict[Product, dict[str, Any]], note: str, file: Path | None
+) -> dict[str, Any]:
+    """The table of the fastest so far, saved to ``file``."""
+    origin = f"Timed on {jax.devices()[0].device_kind}, jax {jax.__version__}. {note}"
+    shapes = [{"rows": n, "out": out, "in": k, **e} for (n, out, k), e in best.items()]
+    result = {"origin": origin, "shapes": shapes, "classes": CLASSES}
+    save(result, file)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -195,11 +261,21 @@ def _run(argv: list[str]) -> int:
     add("--rows", action="append", type=int, metavar="N", help="activation rows, to the next power "
         f"of two; repeatable (default {' and '.join(map(str, ROWS))})")  # fmt: skip
     add("--ahead-of-time", action="store_true", help="rank by analysis, without a GPU")
+    add("--seconds", type=float, default=math.inf, metavar="S", help="begin no candidate after "
+        "this time (default: time them all)")  # fmt: skip
+    add("--rehearse", action="store_true", help="two tiny products, kernels interpreted: "
+        "tries this command without a GPU; the times mean nothing")  # fmt: skip
     add_output_options(parser)
     args = parser.parse_args(argv)
     if any(n < 1 for n in args.rows or ()):
         raise UserError("--rows must be 1 or more")
-    result = tune(args.model or ["qwen2_vl-7b"], args.rows or list(ROWS), args.ahead_of_time)
+    if not args.seconds > 0:
+        raise UserError("--seconds must be more than 0")
+    if args.rehearse:
+        deliver(time_all(REHEARSED, args.seconds, args.save, interpret=True), args, table)
+        return OK
+    models, rows = args.model or ["qwen2_vl-7b"], args.rows or list(ROWS)
+    result = tune(models, rows, args.ahead_of_time, args.seconds, args.save)
     deliver(result, args, table)
     return OK
 

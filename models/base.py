@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from mquant_jax.models.config_keys import Tables, unknown_keys
 from mquant_jax.models.streams import Streams
 
+from mquant_jax.errors import PromptError
 from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
@@ -245,6 +247,7 @@ class WeightRule:
         rows: the part of the source that is ours; ``None``: all of it.
         transposed: the source, a matrix, stands the other way round (``x @ W``).
         order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
+        otherwise: values where the checkpoint holds no such tensor; ``None``: it must.
     """
 
     dst: str
@@ -254,6 +257,7 @@ class WeightRule:
     rows: Rows | None = None
     transposed: bool = False
     order: tuple[int, ...] | None = None
+    otherwise: tuple[float, ...] | None = None
 
     def apply(self, source: np.ndarray) -> np.ndarray:
         """The source's part of our tensor, in our shape."""
@@ -265,6 +269,18 @@ class WeightRule:
         return source.reshape(-1, len(self.order), *self.shape[1:])[:, self.order].reshape(
             self.shape
         )
+
+    def run(self) -> tuple[int, int | None]:
+        """The first source row of ours and how many follow each other, where our rows are a run of
+        the source's and each is as it stands there; else ``(0, None)``."""
+        if self.transposed or self.order is not None or not self.shape:
+            return 0, None
+        if self.rows is None:
+            same = self.shape[0] == self.src_shape[0]
+            return (0, self.shape[0]) if same else (0, None)
+        if self.rows.groups > 1:
+            return 0, None
+        return self.rows.start * (self.src_shape[0] // self.rows.of), self.shape[0]
 
     def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
         """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
@@ -292,11 +308,39 @@ class Prompt:
     patches: np.ndarray
 
 
+def longest(prompts: Any) -> int:
+    """Tokens of the longest prompt.
+
+    Raises:
+        PromptError: no sequence of prompts, none at all, or one without tokens.
+    """
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise PromptError("prompts: expected a list of Prompt objects, one at least")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, Prompt):
+            raise PromptError(f"prompt {i}: expected a Prompt, found {type(prompt).__name__}; "
+                              "make it with the processor's prompt()")  # fmt: skip
+        if len(prompt.input_ids) == 0:
+            raise PromptError(f"prompt {i}: no tokens; a model needs one at least")
+    return max(len(prompt.input_ids) for prompt in prompts)
+
+
 class Processor(Protocol):
     """From pictures and text to a :class:`Batch`, and from tokens back to text."""
 
     def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
         """Apply the chat template and preprocess the pictures."""
+
+    def messages(
+        self,
+        messages: Sequence[Any],
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+    ) -> Prompt:
+        """A whole conversation, answered next by the assistant."""
+
+    def continued(self, prompt: Prompt, text: str) -> Prompt:
+        """The prompt followed by the beginning of its answer."""
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""
@@ -331,6 +375,7 @@ class Family:
             does a family without pictures.
         collate: ``(config, prompts) -> Batch`` without a tokenizer.
         streams: ``config -> Streams``, for fusing norms and rotating.
+        config_tables: Hugging Face config dictionary -> the table of each of its objects.
         canonical_name: a name in a checkpoint -> the name that the rules use (str -> str).
         pictures: whether prompts may hold pictures; ``False`` for language models alone, which
             cannot use the bundled calibration set.
@@ -348,6 +393,7 @@ class Family:
     example_prompt: Callable[[Any, int, int], Prompt]
     collate: Callable[[Any, Sequence[Prompt]], Batch]
     streams: Callable[[Any], Streams]
+    config_tables: Callable[[dict], Tables]
     canonical_name: Callable[[str], str] = str
     pictures: bool = True
     most_pictures: int | None = None
@@ -356,6 +402,10 @@ class Family:
     def build(self, config: Any, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
         """The model with fresh weights."""
         return self.model(config, recipe, dtype, rngs=rngs)
+
+    def unknown_keys(self, hf_config: dict[str, Any]) -> list[str]:
+        """Keys of a config.json that no table names, with the paths of their objects."""
+        return unknown_keys(self.config_tables(hf_config))
 
     def processor(self, folder: Any, config: Any) -> Processor:
         """The processor of a checkpoint folder."""

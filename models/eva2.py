@@ -17,17 +17,18 @@ import numpy as np
 from flax import nnx
 from mquant_jax.models.base import Batch, Prompt, Rows, WeightRule
 from mquant_jax.models.language import dense_rules, direct
+from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.squares import pack_vision
 from mquant_jax.models.streams import Hidden, ValueOutput
 from mquant_jax.models.text import collate as collate_text
 
-from mquant_jax.errors import UserError
+from mquant_jax.errors import PromptError
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.vit import ACTIVATIONS, VisionInput, ViT, ViTConfig, gelu
+from mquant_jax.nn.vit import VisionInput, ViT, ViTConfig, gelu
 from mquant_jax.recipe import Recipe
 
 VISUAL = -1  # stands in a prompt for each vector of a picture, its ends included
@@ -71,48 +72,6 @@ class EVA2Config:
     def tokens(self) -> int:
         """Vectors of a picture, the two ends included."""
         return (self.side // MERGE) ** 2 + 2
-
-    @classmethod
-    def from_hf(
-        cls, vision: dict[str, Any], hidden: int, inner: int, conv_width: int | None = None
-    ) -> EVA2Config:
-        """Read a ``vision_config``.
-
-        Args:
-            conv_width: default: the tower's width.
-
-        Raises:
-            UserError: an unknown activation, or sizes that do not fit each other.
-            KeyError: a key is missing.
-        """
-        width, heads, patch = (vision[k] for k in ("hidden_size", "num_heads", "patch_size"))
-        act, image, side = vision["hidden_act"], vision["image_size"], 0
-        if act not in ACTIVATIONS:
-            raise UserError(f"config.json: vision_config.hidden_act {act!r} is not supported; "
-                            f"known: {', '.join(ACTIVATIONS)}")  # fmt: skip
-        if width % heads:
-            raise UserError(f"config.json: vision width {width} is no multiple of {heads} heads")
-        side = image // patch
-        if image % (MERGE * patch) or vision["num_positions"] != side * side + 1:
-            raise UserError(
-                f"config.json: vision_config: a picture of {image} pixels in patches of {patch} "
-                f"must be an even number of patches on a side, and num_positions "
-                f"({vision['num_positions']}) one more than all of them"
-            )
-        tower = ViTConfig(
-            hidden_size=width,
-            num_layers=vision["num_hidden_layers"],
-            num_heads=heads,
-            intermediate_size=vision["intermediate_size"],
-            patch_dim=vision.get("in_channels", 3) * patch * patch,
-            activation=act,
-            norm_eps=vision["layer_norm_eps"],
-            position_grid=side,
-            class_token=True,
-            post_norm=True,
-            patch_bias=True,
-        )
-        return cls(tower, patch, conv_width or width, hidden, inner)
 
 
 def squares_of(x: jax.Array) -> jax.Array:
@@ -304,21 +263,27 @@ def eva2_hiddens(c: EVA2Config) -> tuple[Hidden, ...]:
 
 
 def collate(
-    c: EVA2Config | None, prompts: Sequence[Prompt], pad_id: int, pad_to: int | None = None
+    config: Any, prompts: Sequence[Prompt], pad_id: int, pad_to: int | None = None
 ) -> Batch:
     """Left-pad prompts to one length and pack all their pictures, one grid each.
 
     All of a picture's vectors are visual tokens; positions count tokens.
 
+    Args:
+        config: the family's, with ``language`` and (``None`` for text alone) ``vision``.
+
     Raises:
-        ValueError: placeholders and pictures do not match, or a picture has another size.
+        PromptError: ids that the model does not know, placeholders and pictures that differ, or a
+            picture of another size.
     """
+    check_prompts(prompts, config.language.vocab_size, VISUAL)
+    c: EVA2Config | None = config.vision
     for i, p in enumerate(prompts):
         if p.grids and (c is None or set(p.grids) != {(1, c.side, c.side)}):
-            raise ValueError(f"prompt {i}: pictures are not {c and c.side} patches square")
+            raise PromptError(f"prompt {i}: pictures are not {c and c.side} patches square")
         wanted = len(p.grids) * c.tokens if c else 0
         if (found := p.input_ids.count(VISUAL)) != wanted:
-            raise ValueError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+            raise PromptError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
     batch = collate_text(prompts, pad_id, pad_to)
     if c is None or not any(p.grids for p in prompts):
         return batch

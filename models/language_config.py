@@ -5,86 +5,160 @@ The same keys describe a language model alone (top level) and one inside a multi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from mquant_jax.models import rope_config
+from mquant_jax.models.config_keys import (
+    check_groups,
+    check_heads,
+    common,
+    head_width,
+    heads,
+    layers,
+    norm_eps,
+    positions,
+    vocabulary,
+    width,
+)
+from mquant_jax.models.rope_config import read_rope
 
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
-from mquant_jax.nn.rope import DynamicScaling, Llama3Scaling
+from mquant_jax.schema import (
+    Field,
+    Refused,
+    choice,
+    flag,
+    inside,
+    items,
+    shown,
+    text,
+)
+
+_THETA = 10000.0
 
 
-def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``model_type`` llama, qwen2, qwen3 or internlm2.
+def decoder_fields(
+    vocab: int, hidden: int, inner: int, depth: int, head: int, kv: int | None, context: int
+) -> dict[str, Field]:
+    """The fields that all decoders of this kind have, with these defaults."""
+    return {
+        "vocab_size": vocabulary(vocab),
+        "hidden_size": width(hidden),
+        "intermediate_size": width(inner),
+        "num_hidden_layers": layers(depth),
+        "num_attention_heads": heads(head),
+        "num_key_value_heads": heads(kv, null=True),
+        "head_dim": head_width(),
+        "hidden_act": choice("silu", ("silu",)),
+        "max_position_embeddings": positions(context),
+        "rms_norm_eps": norm_eps(1e-6),
+        "tie_word_embeddings": flag(False),
+        **rope_config.FIELDS,
+    }
+
+
+_PARTIAL = {"partial_rotary_factor": Refused((1, 1.0))}
+_WINDOWED = {
+    "use_sliding_window": flag(False),
+    "layer_types": items(text(), None, null=True),
+}
+_LLAMA = decoder_fields(32000, 4096, 11008, 32, 32, None, 2048)
+_QWEN = decoder_fields(151936, 4096, 22016, 32, 32, 32, 32768) | _WINDOWED
+# model_type -> the table of its config, with the defaults of its published class.
+SCHEMAS = {
+    "llama": common(
+        _LLAMA | {"attention_bias": flag(False), "mlp_bias": flag(False)} | _WINDOWED,
+        **_PARTIAL,
+    ),
+    "qwen2": common(_QWEN, "attention_bias mlp_bias", **_PARTIAL),
+    "qwen3": common(
+        _QWEN | {"head_dim": head_width(128), "attention_bias": flag(False)}, "mlp_bias", **_PARTIAL
+    ),
+    "internlm2": common(
+        _LLAMA | {"vocab_size": vocabulary(103168), "bias": flag(True)}, **_PARTIAL
+    ),
+}
+
+
+def decoder_config(
+    hf: Mapping[str, Any],
+    kind: str,
+    where: str,
+    default_theta: float = _THETA,
+    mrope: tuple[int, ...] | None = None,
+) -> DecoderConfig:
+    """The decoder of a typed config, read by a table of :data:`SCHEMAS` or one like it.
+
+    Args:
+        kind: model_type of the language model: llama, qwen2, qwen3 or internlm2.
+        where: the object that holds the keys, for messages.
+        default_theta: base of the rotary positions where the config names none.
+        mrope: the rotary slots of each of three position streams where the config names none;
+            ``None``: the model has one position per token.
 
     Raises:
-        UserError: it asks for something that is not supported.
-        KeyError: a key is missing.
+        UserError: it asks for something that is not supported, or its sizes do not fit.
     """
-    kind = hf.get("model_type")
-    _refuse(hf)
-    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
-    head_dim = hf.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    long = 32768 if kind in ("qwen2", "qwen3") else 2048
-    max_positions = hf.get("max_position_embeddings", long)
+    check_window(hf, where)
+    count, hidden = hf["num_attention_heads"], hf["hidden_size"]
+    kv = hf["num_key_value_heads"] or count
+    if not hf["head_dim"]:
+        check_heads(where, hidden, count)
+    check_groups(where, count, kv)
+    head_dim = hf["head_dim"] or hidden // count
+    if head_dim % 2:
+        raise UserError(f"{where}: head_dim {head_dim} is odd; rotary positions take pairs")
+    rope = read_rope(hf, where, default_theta, head_dim, mrope is not None)
     # Qwen2's biases are fixed in its code, and in no config; InternLM2's MLP never has any.
-    qwen2 = kind == "qwen2"
-    attention_bias = bool(hf.get("bias" if kind == "internlm2" else "attention_bias")) and not qwen2
+    bias = hf.get("bias" if kind == "internlm2" else "attention_bias", False)
     return DecoderConfig(
         hidden_size=hidden,
         num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        num_heads=count,
+        num_kv_heads=kv,
         head_dim=head_dim,
         intermediate_size=hf["intermediate_size"],
         vocab_size=hf["vocab_size"],
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-        rope_sections=(head_dim // 2,),
-        max_positions=max_positions,
-        qkv_bias=qwen2 or attention_bias,
-        tied_head=bool(hf.get("tie_word_embeddings", False)),
-        o_bias=attention_bias,
-        mlp_bias=bool(hf.get("mlp_bias")) and kind == "llama",
-        rope_scaling=_scaling(rope, max_positions),
+        norm_eps=hf["rms_norm_eps"],
+        rope_theta=rope.theta,
+        rope_sections=_sections(rope.sections or mrope, head_dim, where),
+        max_positions=rope.max_positions,
+        qkv_bias=kind == "qwen2" or bias,
+        tied_head=hf["tie_word_embeddings"],
+        o_bias=bias,
+        mlp_bias=hf.get("mlp_bias", False),
+        rope_scaling=rope.scaling,
         qk_norm=kind == "qwen3",
     )
 
 
-def _scaling(rope: dict[str, Any], positions: int) -> Llama3Scaling | DynamicScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind == "dynamic":
-        return DynamicScaling(float(rope["factor"]), positions)
-    if kind != "llama3":
-        raise UserError(
-            f"config.json: rope type {kind!r} is not supported; known: default, dynamic, llama3. "
-            "Within the original context most models work without it: remove rope_scaling"
-        )
-    scaling = Llama3Scaling(
-        factor=float(rope["factor"]),
-        low=float(rope["low_freq_factor"]),
-        high=float(rope["high_freq_factor"]),
-        original=int(rope["original_max_position_embeddings"]),
-    )
-    if scaling.factor < 1 or not 0 < scaling.low < scaling.high:
-        raise UserError(
-            f"config.json: rope scaling {scaling} is impossible; expected factor >= 1 and "
-            "0 < low_freq_factor < high_freq_factor"
-        )
-    return scaling
+def check_window(hf: Mapping[str, Any], where: str) -> None:
+    """No layer slides a window that is shorter than the context.
+
+    Raises:
+        UserError: one does.
+    """
+    kinds = hf.get("layer_types") or ()
+    for i, name in enumerate(kinds):
+        if name != "full_attention":
+            raise UserError(f"{inside(where, 'layer_types')}[{i}] {shown(name)} is not supported; "
+                            "known: full_attention")  # fmt: skip
+    if len(kinds) not in (0, hf["num_hidden_layers"]):
+        raise UserError(f"{inside(where, 'layer_types')} names {len(kinds)} layers of "
+                        f"{hf['num_hidden_layers']}")  # fmt: skip
+    if hf.get("use_sliding_window") and not kinds:
+        raise UserError(f"{inside(where, 'use_sliding_window')} is true: sliding windows are "
+                        "not supported; with full attention, set it to false")  # fmt: skip
 
 
-def _refuse(hf: dict[str, Any]) -> None:
-    """Stop at anything that would change the numbers and is not implemented."""
-    act, partial = hf.get("hidden_act", "silu"), hf.get("partial_rotary_factor", 1.0)
-    if act != "silu":
-        raise UserError(f"config.json: hidden_act {act!r} is not supported; known: silu")
-    if partial not in (None, 1, 1.0):
-        raise UserError(f"config.json: partial_rotary_factor {partial} is not supported")
-    sliding = set(hf.get("layer_types") or ()) - {"full_attention"}
-    if hf.get("use_sliding_window") or sliding:
+def _sections(sections: tuple[int, ...] | None, head_dim: int, where: str) -> tuple[int, ...]:
+    if sections is None:
+        return (head_dim // 2,)
+    if sum(sections) != head_dim // 2:
         raise UserError(
-            "config.json: use_sliding_window or layer_types ask for sliding-window attention, "
-            "which is not supported; the same weights run with full attention when it is off"
+            f"{where}: mrope_section of rope_scaling is {list(sections)}; expected three numbers "
+            f"that add up to head_dim/2 = {head_dim // 2}"
         )
+    return sections

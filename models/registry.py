@@ -9,6 +9,7 @@ from typing import Any
 from mquant_jax.models.base import Family
 
 from mquant_jax.errors import UserError
+from mquant_jax.schema import shown
 
 # model_type in config.json -> package that exposes ``FAMILY``; and ``TEXT_FAMILY``, where the type
 # is also that of a language model alone, which has no ``vision_config``.
@@ -36,15 +37,16 @@ def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") ->
     Raises:
         UserError: neither ``model_type`` nor ``architectures`` names a model that a family reads.
     """
-    for name in hf_config.get("architectures") or ():
-        if name in _BY_ARCHITECTURE:
+    names = hf_config.get("architectures")
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and name in _BY_ARCHITECTURE:
             return importlib.import_module(_BY_ARCHITECTURE[name]).FAMILY
     found = hf_config.get("model_type")
     known = ", ".join((*_BY_MODEL_TYPE, *_BY_ARCHITECTURE))
     if found is None:
         raise UserError(f"{origin}: no 'model_type'; is this a Hugging Face model? known: {known}")
     if not isinstance(found, str) or found not in _BY_MODEL_TYPE:
-        raise UserError(f"{origin}: model_type {found!r} is not supported; known: {known}")
+        raise UserError(f"{origin}: model_type {shown(found)} is not supported; known: {known}")
     package = importlib.import_module(_BY_MODEL_TYPE[found])
     text_alone = None if hf_config.get("vision_config") else getattr(package, "TEXT_FAMILY", None)
     return text_alone or package.FAMILY

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.runtime.buckets import fine
 
 # The colours that CLIP was trained with, for values between 0 and 1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -33,16 +34,17 @@ def patchify(tiles: np.ndarray, patch: int) -> np.ndarray:
 
 
 def pack_vision(patches: np.ndarray, side: int) -> VisionInput:
-    """One row per square.
+    """One row per square, padded to a bucket of rows.
 
     Args:
         patches: float32 ``[squares * side^2, patch_dim]``.
         side: patches along a square.
     """
     tiles = patches.reshape(-1, side * side, patches.shape[-1])
+    rows = fine(len(tiles))
+    out = np.zeros((rows, *tiles.shape[1:]), np.float32)
+    out[: len(tiles)] = tiles
+    valid = np.zeros((rows, side * side), bool)
+    valid[: len(tiles)] = True
     coords = np.indices((side, side), np.int32).reshape(2, -1).T
-    return VisionInput(
-        tiles.astype(np.float32, copy=False),
-        np.broadcast_to(coords, (len(tiles), *coords.shape)),
-        np.ones(tiles.shape[:2], bool),
-    )
+    return VisionInput(out, np.broadcast_to(coords, (rows, *coords.shape)), valid)

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "Batch",
+    "CheckpointError",
+    "ImageError",
     "Model",
     "PRESETS",
+    "PromptError",
+    "PromptTooLong",
     "Recipe",
     "Sampling",
     "UserError",
@@ -30,11 +34,21 @@ _HOMES = {
     "Recipe": "mquant_jax.recipe",
     "Sampling": "mquant_jax.runtime.sampling",
     "UserError": "mquant_jax.errors",
+    "CheckpointError": "mquant_jax.errors",
+    "ImageError": "mquant_jax.errors",
+    "PromptError": "mquant_jax.errors",
+    "PromptTooLong": "mquant_jax.errors",
 }
 
 if TYPE_CHECKING:
     from mquant_jax.api import Model, load
-    from mquant_jax.errors import UserError
+    from mquant_jax.errors import (
+        CheckpointError,
+        ImageError,
+        PromptError,
+        PromptTooLong,
+        UserError,
+    )
     from mquant_jax.models.base import Batch
     from mquant_jax.presets import PRESETS
     from mquant_jax.recipe import Recipe
@@ -49,3 +63,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,6 +13,7 @@ from mquant_jax.errors import UserError
 
 COMMANDS = {
     "convert": "convert a Hugging Face model into a checkpoint, float or quantised",
+    "verify": "check a checkpoint: files, source, and its outputs against recorded ones",
     "demo": "convert the bundled model to W4A8, compare it with float, draw a contact sheet",
     "generate": "ask a converted model about pictures",
     "eval": "exact match on picture-and-question samples",

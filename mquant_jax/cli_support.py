@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mquant_jax.errors import UserError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 T = TypeVar("T")
 
 
@@ -33,14 +36,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def add_no_verify(parser: Parser) -> None:
+    """``--no-verify``, for commands that load a checkpoint; ``args.verify`` is the opposite."""
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="load files that were edited, or too large to compare with their hashes",
+    )
+
+
 def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run ``main(argv)`` and turn what a user can repair into one line on stderr.
 
     Returns:
         ``main``'s exit status; 2 after a :class:`UserError` or an ``OSError`` about a file; 130
-        after an interrupt (Ctrl-C, SIGTERM).
+        after an interrupt (Ctrl-C, SIGTERM, SIGHUP).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may not fit the locale's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         with terminate_as_interrupt():
             return main(argv)
@@ -53,28 +69,68 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
         return INTERRUPTED if isinstance(e, KeyboardInterrupt) else USAGE
 
 
+def utf8(argument: str) -> str:
+    """A text from the command line, which is UTF-8 whatever the locale says.
+
+    Raises:
+        ValueError: it is not (argparse makes it a readable error).
+    """
+    return os.fsencode(argument).decode("utf-8")
+
+
 def _one_line(e: BaseException) -> str:
     if isinstance(e, KeyboardInterrupt):
-        return "interrupted"
+        return str(e) or "interrupted"
     text = f"{e.filename}: {e.strerror or e}" if isinstance(e, OSError) else str(e)
     return " ".join(text.split())
 
 
+def _on_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises ``KeyboardInterrupt`` inside the block, so that clean-up runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """SIGTERM and SIGHUP raise ``KeyboardInterrupt`` inside the block, so that clean-up runs; where
+    they are ignored (``nohup``) they stay so."""
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    with _handled(_ENDING, interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def signals_deferred(forget: bool = False) -> Iterator[None]:
+    """Signals that would end the program wait until the block is done.
+
+    Args:
+        forget: do not deliver them then: the program is ending already.
+    """
+    waiting: list[int] = []
+    try:
+        with _handled((signal.SIGINT, *_ENDING), lambda signum, frame: waiting.append(signum)):
+            yield
+    finally:
+        if waiting and not forget:
+            signal.raise_signal(waiting[0])
+
+
+@contextlib.contextmanager
+def _handled(signals: Iterable[int], handler: Callable[..., Any]) -> Iterator[None]:
+    """Another handler for those signals that are neither ignored nor handled outside Python; only
+    the main thread may set handlers."""
+    known = signals if _on_main_thread() else ()
+    before = {s: signal.getsignal(s) for s in known}
+    before = {s: old for s, old in before.items() if old not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def warn(message: str) -> None:

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mquant_jax.checkpoint.store import CONFIG, load_json, load_manifest, load_params
-from mquant_jax.errors import UserError
+from mquant_jax.checkpoint.manifest import CONFIG, Verify, load_json, load_manifest, refuse
+from mquant_jax.checkpoint.reader import (
+    Sink,
+    check_files,
+    load_params,
+    put_rows,
+    stored_names,
+    stream,
+)
+from mquant_jax.checkpoint.tensor_file import Entry
+from mquant_jax.errors import CheckpointError
 from mquant_jax.models.base import VLM, Family, abstract_model
 from mquant_jax.models.registry import family_for
-from mquant_jax.nn.params import Params, abstract_params, set_params
-from mquant_jax.numerics import QWeight
+from mquant_jax.nn.params import (
+    STACK,
+    Params,
+    abstract_params,
+    assign,
+    layer_names,
+    parameter_bytes,
+    set_params,
+    variables,
+)
+from mquant_jax.numerics import QWeight, empty_aligned, unpack_int4
 from mquant_jax.ops.dense import held
 from mquant_jax.recipe import Recipe
+
+Hold = Callable[[QWeight], QWeight]
 
 
 class Loaded(NamedTuple):
@@ -36,36 +57,48 @@ def load_model(
     dtype: Any = None,
     *,
     keep_packed: bool | None = None,
-    verify_hashes: bool = False,
+    verify: Verify = True,
 ) -> Loaded:
-    """Load a checkpoint that ``python -m convert.hf_to_flax`` wrote.
+    """Load a checkpoint that ``python -m mquant_jax convert`` wrote.
+
+    Files are read straight into the arrays that the model runs with; beside them, only blocks of a
+    few megabytes are in memory.
 
     Args:
         dtype: type of everything that is not integer; default float32 on CPU, else bfloat16.
         keep_packed: hold int4 two values per byte, as in the checkpoint; ``False``: one int8 per
             value. The default is the form that the platform's products want.
-        verify_hashes: see :func:`load_params`.
+        verify: ``True``: every file must be what was written; ``"tensors"``: JSON files beside the
+            manifest may be edited; ``False``: only sizes are compared.
 
     Raises:
-        UserError: missing, damaged or unfitting files.
+        CheckpointError: missing, damaged, edited or unfitting files.
     """
     folder = Path(folder)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-    family, config, recipe, hf_config = _describe(folder)
-    params, manifest = load_params(folder, verify_hashes)
+    manifest = load_manifest(folder, verify)
+    check_files(folder, manifest, verify)
+    family, config, recipe, hf_config = describe(folder, manifest)
     try:
         model = abstract_model(family, config, recipe, dtype)
     except ValueError as e:
-        raise UserError(f"{folder}: config.json and recipe do not fit: {e}") from e
-    _check(params, abstract_params(model), folder)
-    set_params(model, params, partial(_held, keep_packed))
+        raise CheckpointError(f"{folder}: config.json and recipe do not fit: {e}") from e
+    check_tensors(manifest, abstract_params(model), folder)
+    hold = {None: held, True: QWeight.packed, False: QWeight.unpacked}[keep_packed]
+    if manifest["format_version"] == 2:
+        set_params(model, load_params(folder, verify)[0], lambda x, like: _converted(x, like, hold))
+    else:
+        _Filler(model, manifest, hold).fill(folder, verify)
     return Loaded(model, config, manifest, family, hf_config)
 
 
-def _describe(folder: Path) -> tuple[Family, Any, Recipe, dict[str, Any]]:
-    """Family, config and recipe as the folder's JSON files give them."""
-    manifest = load_manifest(folder)
+def describe(folder: Path, manifest: dict[str, Any]) -> tuple[Family, Any, Recipe, dict[str, Any]]:
+    """Family, config, recipe and Hugging Face config of a checkpoint folder.
+
+    Raises:
+        UserError: config.json or the recipe are not what this program knows.
+    """
     hf_config = load_json(folder / CONFIG)
     family = family_for(hf_config, folder / CONFIG)
     config = family.config_from_hf(hf_config)
@@ -74,35 +107,115 @@ def _describe(folder: Path) -> tuple[Family, Any, Recipe, dict[str, Any]]:
     return family, dataclasses.replace(config, language=language), recipe, hf_config
 
 
-def _check(params: Params, expected: Params, folder: Path) -> None:
-    """The tensors are those of the model.
+def held_bytes(folder: Path) -> int:
+    """Bytes that :func:`load_model` will take on this platform; nothing but JSON is read.
 
     Raises:
-        UserError: they are not.
+        UserError: as there.
     """
-    if params.keys() != expected.keys():
-        odd = sorted(params.keys() ^ expected.keys())
-        raise UserError(
-            f"{folder}: {len(odd)} tensors do not fit the recipe and config, first {odd[0]}; "
-            "convert the model again"
-        )
-    for name, like in expected.items():
-        value = params[name]
-        if jax.tree.structure(value) != jax.tree.structure(like) or _shapes(value) != _shapes(like):
-            raise UserError(
-                f"{folder}: tensor {name}: expected {_shapes(like)}, found {_shapes(value)}; "
-                "convert the model again"
-            )
+    manifest = load_manifest(folder)
+    family, config, recipe, _ = describe(folder, manifest)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    total = 0
+    for _, variable in variables(abstract_model(family, config, recipe, dtype)):
+        value = variable.get_value()
+        value = jax.eval_shape(held, value) if isinstance(value, QWeight) else value
+        total += parameter_bytes({"": value})
+    return total
 
 
-def _held(keep_packed: bool | None, value: Any, like: Any) -> Any:
-    """A tensor in the model's type; a quantised one as the platform wants it, or as asked for."""
-    if not isinstance(value, QWeight):
-        return jnp.asarray(value).astype(like.dtype)
-    if keep_packed is None:
-        return held(value)
-    return value if keep_packed else value.unpacked()
+def check_tensors(manifest: dict[str, Any], expected: Params, folder: Path) -> None:
+    """The manifest's tensors are those of the model.
+
+    Raises:
+        CheckpointError: they are not; names all that are missing, too many or of another shape.
+    """
+    tensors, misfits = manifest["tensors"], []
+    for name in sorted(tensors.keys() | expected.keys()):
+        found = _described(tensors.get(name))
+        wanted = _described(expected.get(name))
+        if found != wanted:
+            misfits.append(f"tensor {name}: expected {wanted}, found {found}")
+    if misfits:
+        refuse(folder, [f"{len(misfits)} tensors do not fit config and recipe", *misfits])
 
 
-def _shapes(value: Any) -> list[tuple[int, ...]]:
-    return [x.shape for x in jax.tree.leaves(value)]
+def _described(value: Any) -> str:
+    """Shape and bits, of a manifest entry or of an abstract tensor."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, QWeight):
+        shape = [*value.values.shape[:-1], value.in_features]
+        return f"{shape} of {value.bits} bits in {value.groups} groups"
+    if not isinstance(value, dict):
+        value = {"shape": list(value.shape), "dtype": value.dtype.name}
+    if "bits" in value:
+        return f"{value['shape']} of {value['bits']} bits in {value['groups']} groups"
+    return f"{value['shape']} of {'integers' if 'int' in value['dtype'] else 'floats'}"
+
+
+def _converted(value: Any, like: Any, hold: Hold) -> Any:
+    """A tensor in the model's type; a quantised one in the form in which it is held."""
+    return hold(value) if isinstance(value, QWeight) else jnp.asarray(value).astype(like.dtype)
+
+
+class _Filler:
+    """The arrays of a model, and for each stored tensor the place where its rows go."""
+
+    def __init__(self, model: VLM, manifest: dict[str, Any], hold: Hold):
+        self.model, self.manifest, self.hold = model, manifest, hold
+        self._places: dict[str, Callable[[int, np.ndarray], None]] = {}
+        self._made: list[tuple[tuple[str, ...], Any]] = []
+        for path, variable in variables(model):
+            like = variable.get_value()
+            value = jax.tree.map(lambda x: empty_aligned(x.shape, x.dtype), self._form(like))
+            self._made.append((path, value))
+            for i, name in enumerate(layer_names(path, like)):
+                # With the ellipsis, so that a layer's scalar is a view as well.
+                layer = jax.tree.map(lambda x, i=i: x[i, ...], value) if STACK in path else value
+                self._add(name, layer)
+
+    def fill(self, folder: Path, verify: Verify) -> None:
+        """Read the files, and give the model its arrays."""
+        stream(folder, self.manifest, self._sink, verify)
+        while self._made:
+            path, value = self._made.pop()
+            value = jax.tree.map(jax.device_put, value)
+            if isinstance(value, QWeight) and self._held(value).storage != value.storage:
+                value = self.hold(value)
+            assign(self.model, path, value)
+
+    def _form(self, like: Any) -> Any:
+        """Shapes of what is filled: what will be held, if files can be read into it."""
+        if not isinstance(like, QWeight):
+            return like
+        form = self._held(like)
+        return like if form.storage == "int4" else form
+
+    def _held(self, value: QWeight) -> QWeight:
+        """The form in which a weight is held, as shapes; one in parts is in its form already."""
+        return value if value.storage == "parts" else jax.eval_shape(self.hold, value)
+
+    def _add(self, name: str, value: Any) -> None:
+        stored = stored_names(name, self.manifest["tensors"][name])
+        if isinstance(value, QWeight):
+            self._places[stored[0]] = lambda row, block: _put_values(value, row, block)
+            self._places[stored[1]] = lambda row, block: put_rows(value.scale, row, block)
+        else:
+            self._places[stored[0]] = lambda row, block: put_rows(value, row, block)
+
+    def _sink(self, entries: Mapping[str, Entry]) -> Sink:
+        return lambda name, row, block: self._places[name](row, block)
+
+
+def _put_values(out: QWeight, row: int, block: np.ndarray) -> None:
+    """Rows of a quantised weight as stored, in the form in which it is held."""
+    rows = slice(row, row + len(block))
+    if out.storage == "packed" or (out.storage == "int8" and out.bits == 8):
+        out.values[rows] = block
+    elif out.storage == "int8":
+        unpack_int4(block, out.in_features, out.values[rows])
+    else:
+        block = unpack_int4(block, out.in_features) if out.bits == 4 else block
+        parts = block.reshape(len(block), out.values.shape[0], -1).swapaxes(0, 1)
+        out.values[:, rows] = parts

@@ -179,8 +179,9 @@ def pack_int4(values):
     return low | (high << 4)
 
 
-def unpack_int4(packed, in_features: int):
-    """uint8 ``[..., ceil(K/2)]`` -> int8 ``[..., K]``. NumPy in, NumPy out."""
+def unpack_int4(packed, in_features: int, out: np.ndarray | None = None):
+    """uint8 ``[..., ceil(K/2)]`` -> int8 ``[..., K]``. NumPy in, NumPy out, into ``out`` if it is
+    given."""
     # Sign extension of a nibble: shift it to the top of a signed byte and back.
     if not isinstance(packed, np.ndarray):
         low = (packed << 4).astype(jnp.int8) >> 4
@@ -188,7 +189,7 @@ def unpack_int4(packed, in_features: int):
         return jnp.concatenate([low, high], axis=-1)[..., :in_features]
     # Loading a large checkpoint is mostly this: nothing is written twice.
     signed, half = packed.view(np.int8), packed.shape[-1]
-    out = empty_aligned((*packed.shape[:-1], in_features), np.int8)
+    out = empty_aligned((*packed.shape[:-1], in_features), np.int8) if out is None else out
     low, high = out[..., :half], out[..., half:]
     np.left_shift(signed, 4, out=low)
     np.right_shift(low, 4, out=low)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from mquant_jax.errors import UserError
+from mquant_jax.files import is_file, read_json
 from mquant_jax.recipe import Calibration, Recipe, Section, Tuning, Weights
 
 
@@ -66,12 +66,8 @@ def resolve_recipe(name_or_path: str) -> Recipe:
     if name_or_path in RECIPES:
         return RECIPES[name_or_path]
     path = Path(name_or_path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(
             f"--recipe {name_or_path}: neither a preset ({', '.join(RECIPES)}) nor a JSON file"
         )
-    try:
-        data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON: {e}") from e
-    return Recipe.from_json(data, str(path))
+    return Recipe.from_json(read_json(path), str(path))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 from mquant_jax.errors import UserError
+from mquant_jax.schema import shown
 
 SECTIONS = ("vision", "connector", "language", "head")
 _CHOICES = {
@@ -21,6 +23,21 @@ _CHOICES = {
     "method": ("gptq", "rtn"),
     "inputs": ("quantised", "float"),
     "observer": ("minmax", "percentile", "mse", "output"),
+}
+# Numbers beyond these bounds serve nothing, and some make NaN or zeros of the weights.
+_RANGES = {
+    "group_size": (1, 2**20),
+    "asymmetry": (0, 1),
+    "refit": (0, 100),
+    "visual_weight": (0, 1e3),
+    "sink_weight": (0, 1e3),
+    "prefix_sinks": (0, 64),
+    "seed": (0, 2**32 - 1),
+    "headroom": (0.5, 10),
+    "max_samples": (1, 2**20),
+    "epochs": (0, 1000),
+    "rate": (0, 1),
+    "act_rate": (0, 1),
 }
 
 
@@ -279,7 +296,7 @@ def _build(cls, data: Any, origin: str):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            raise UserError(f"{origin}: unknown key {key!r}; known keys: {', '.join(fields)}")
+            raise UserError(f"{origin}: unknown key {shown(key)}; known keys: {', '.join(fields)}")
     values = {}
     for key, value in data.items():
         default = fields[key].default
@@ -293,9 +310,9 @@ def _build(cls, data: Any, origin: str):
 
 def _check(key: str, value: Any, default: Any, where: str):
     if key in _CHOICES:
-        if value not in _CHOICES[key]:
+        if not any(type(value) is type(c) and value == c for c in _CHOICES[key]):
             allowed = ", ".join(map(repr, _CHOICES[key]))
-            raise UserError(f"{where}: {value!r} is not one of {allowed}")
+            raise UserError(f"{where}: {shown(value)} is not one of {allowed}")
         return value
     if key == "group_size":
         good = value is None or (type(value) is int and value > 0)
@@ -304,11 +321,18 @@ def _check(key: str, value: Any, default: Any, where: str):
         good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         value, expected = tuple(value) if good else value, "a list of names"
     elif isinstance(default, float):
-        good = type(value) in (int, float) and value >= 0
+        good = type(value) in (int, float) and 0 <= value <= sys.float_info.max
         value, expected = float(value) if good else value, "a number, zero or more"
     else:
         good = type(value) is type(default) and (not isinstance(value, int) or value >= 0)
         expected = type(default).__name__
     if not good:
-        raise UserError(f"{where}: expected {expected}, found {value!r}")
+        raise UserError(f"{where}: expected {expected}, found {shown(value)}")
+    _check_range(key, value, where)
     return value
+
+
+def _check_range(key: str, value: Any, where: str) -> None:
+    low, high = _RANGES.get(key, (value, value))
+    if value is not None and not low <= value <= high:
+        raise UserError(f"{where}: expected {low:g} to {high:g}, found {shown(value)}")

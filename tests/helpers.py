@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors.numpy import load_file
 from mquant_jax.errors import UserError
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight
+from mquant_jax.ops.dense import target_platform
 from mquant_jax.recipe import Recipe
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -53,6 +55,14 @@ def golden_pictures(case: str) -> list[np.ndarray]:
     """The pictures, before preprocessing, of ``family/case``."""
     inputs = golden(*case.split("/"))[1]
     return [inputs[name] for name in sorted(inputs) if inputs[name].dtype == np.uint8]
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """What runs inside runs on the CPU, as it does there: the reference for an accelerator's
+    kernels, on a machine that has one."""
+    with jax.default_device(jax.devices("cpu")[0]), target_platform("cpu"):
+        yield
 
 
 def fails(word: str, call: Callable[[], Any]) -> None:

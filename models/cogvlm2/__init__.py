@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mquant_jax.models.base import Family
-from mquant_jax.models.cogvlm2.config import CogVLM2Config
+from mquant_jax.models.cogvlm2.config import CogVLM2Config, config_tables
 from mquant_jax.models.cogvlm2.modeling import CogVLM2
 from mquant_jax.models.cogvlm2.processing import collate, example_prompt, reference_batch
 from mquant_jax.models.cogvlm2.streams import streams
@@ -20,5 +20,6 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=collate,
     streams=streams,
+    config_tables=config_tables,
     most_pictures=1,
 )

@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from mquant_jax.models.config_keys import (
+    FILE,
+    Tables,
+    common,
+    heads,
+    layers,
+    norm_eps,
+    positions,
+    read_tables,
+    token,
+    vocabulary,
+    width,
+)
 from mquant_jax.models.eva2 import EVA2Config
+from mquant_jax.models.eva2_config import VISION, eva2_config
 
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.schema import Refused, choice, flag, table
 
 _BASE = 500000.0  # of the rotary positions; in no config
 TEMPLATES = ("chat", "vqa", "base")
+
+
+_TOP = common(
+    {
+        "vocab_size": vocabulary(128256),
+        "hidden_size": width(4096),
+        "intermediate_size": width(14336),
+        "num_hidden_layers": layers(32),
+        "num_attention_heads": heads(32),
+        "num_multi_query_heads": heads(8),
+        "hidden_act": choice("silu", ("silu",)),
+        "max_position_embeddings": positions(8192),
+        "rms_norm_eps": norm_eps(1e-5),
+        "template_version": choice("chat", TEMPLATES),
+        "tie_word_embeddings": flag(False),
+        "bos_token_id": token(128000),
+        "pad_token_id": token(),
+        "vision_config": table(),
+    },
+    rope_scaling=Refused(reason="CogVLM2 scales no positions; remove it"),
+    rope_theta=Refused((_BASE, int(_BASE)), "CogVLM2 has 500000 in its code; remove it"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,37 +73,34 @@ class CogVLM2Config:
         Raises:
             UserError: a key is missing, or asks for something that is not supported.
         """
-        act, template = hf.get("hidden_act", "silu"), hf.get("template_version", "chat")
-        if act != "silu":
-            raise UserError(f"config.json: hidden_act {act!r} is not supported; known: silu")
-        if template not in TEMPLATES:
-            raise UserError(f"config.json: template_version {template!r} is not supported; "
-                            f"known: {', '.join(TEMPLATES)}")  # fmt: skip
-        try:
-            language = _decoder(hf)
-            vision = EVA2Config.from_hf(
-                hf["vision_config"], language.hidden_size, language.intermediate_size
-            )
-            placeholder = hf.get("pad_token_id", hf.get("bos_token_id"))
-            return cls(vision, language, placeholder or 0, template)
-        except KeyError as e:
-            raise UserError(f"config.json: key {e} is missing (cogvlm2)") from e
+        tables = read_tables(config_tables(hf))
+        top, language = tables[""], _decoder(tables[""])
+        vision = eva2_config(
+            tables["vision_config"], language.hidden_size, language.intermediate_size
+        )
+        pad, bos = top["pad_token_id"], top["bos_token_id"]
+        return cls(vision, language, bos if pad is None else pad, top["template_version"])
 
 
-def _decoder(hf: dict[str, Any]) -> DecoderConfig:
-    hidden, heads, kv = (
-        hf["hidden_size"], hf["num_attention_heads"], hf.get("num_multi_query_heads", 8)
+def config_tables(hf: dict[str, Any]) -> Tables:
+    """The tables of a config.json."""
+    return {"": (_TOP, hf), "vision_config": (VISION, hf.get("vision_config"))}
+
+
+def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
+    hidden, count, kv = (
+        hf["hidden_size"], hf["num_attention_heads"], hf["num_multi_query_heads"]
     )  # fmt: skip
-    if hidden % (2 * heads) or heads % kv:
+    if hidden % (2 * count) or count % kv:
         raise UserError(
-            f"config.json: width {hidden}, {heads} heads and {kv} key heads are impossible: key "
+            f"{FILE}: width {hidden}, {count} heads and {kv} key heads are impossible: key "
             "heads share the heads evenly, and heads of even width the model's width"
         )
-    head_dim = hidden // heads
+    head_dim = hidden // count
     return DecoderConfig(
         hidden_size=hidden,
         num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
+        num_heads=count,
         num_kv_heads=kv,
         head_dim=head_dim,
         intermediate_size=hf["intermediate_size"],
@@ -75,7 +110,7 @@ def _decoder(hf: dict[str, Any]) -> DecoderConfig:
         rope_sections=(head_dim // 2,),
         max_positions=hf["max_position_embeddings"],
         qkv_bias=False,
-        tied_head=bool(hf.get("tie_word_embeddings", False)),
+        tied_head=hf["tie_word_embeddings"],
         stored_rope=True,
         visual_expert=True,
     )

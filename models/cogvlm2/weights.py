@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from mquant_jax.models.base import Rows, WeightRule
@@ -10,6 +11,7 @@ from mquant_jax.models.eva2 import eva2_rules
 from mquant_jax.models.language import dense_rules, direct
 
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.rope import frequencies
 
 
 def weight_rules(config: CogVLM2Config) -> list[WeightRule]:
@@ -25,14 +27,16 @@ def ignored(name: str) -> bool:
 def _decoder(c: DecoderConfig) -> Iterator[WeightRule]:
     d, inner, h, kv = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads
     fused = (h + 2 * kv) * c.head_dim
+    computed = tuple(frequencies(c.head_dim, c.rope_theta).tolist())
     yield direct("language/embedding", "model.embed_tokens.weight", c.vocab_size, d)
     for i in range(c.num_layers):
         block, src = f"language/layers/{i}", f"model.layers.{i}"
         yield direct(f"{block}/attn_norm/weight", f"{src}.input_layernorm.weight", d)
         yield direct(f"{block}/mlp_norm/weight", f"{src}.post_attention_layernorm.weight", d)
         # The published ones were rounded to bfloat16 and are not those that a formula gives.
-        yield direct(f"{block}/frequencies", f"{src}.self_attn.rotary_emb.inv_freq",
-                     c.head_dim // 2)  # fmt: skip
+        stored = direct(f"{block}/frequencies", f"{src}.self_attn.rotary_emb.inv_freq",
+                        c.head_dim // 2)  # fmt: skip
+        yield dataclasses.replace(stored, otherwise=computed)
         for dst, expert in ((block, "language"), (f"{block}/visual", "vision")):
             attention = f"{src}.self_attn.{expert}_expert"
             leaves = [("kernel", "weight", (d,)), ("bias", "bias", ())]

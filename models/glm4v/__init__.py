@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mquant_jax.models.base import Family
-from mquant_jax.models.glm4v.config import GLM4VConfig
+from mquant_jax.models.glm4v.config import GLM4VConfig, config_tables
 from mquant_jax.models.glm4v.modeling import GLM4, GLM4V
 from mquant_jax.models.glm4v.processing import collate, example_prompt, reference_batch
 from mquant_jax.models.glm4v.streams import streams
@@ -22,6 +22,7 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=collate,
     streams=streams,
+    config_tables=config_tables,
     most_pictures=1,
 )
 TEXT_FAMILY = dataclasses.replace(FAMILY, name="glm4", model=GLM4, pictures=False)

@@ -3,24 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from mquant_jax.models.config_keys import (
+    FILE,
+    Tables,
+    check_groups,
+    common,
+    heads,
+    layers,
+    norm_eps,
+    positions,
+    read_tables,
+    token,
+    vocabulary,
+    width,
+)
 from mquant_jax.models.eva2 import EVA2Config
+from mquant_jax.models.eva2_config import VISION, eva2_config
 
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.schema import REQUIRED, Refused, flag, real, table, whole
 
 _BASE = 10000.0
-# Keys that would change the numbers -> the value that the published models have.
-_FIXED = {
-    "add_bias_linear": False,
-    "apply_residual_connection_post_layernorm": False,
-    "multi_query_attention": True,
-    "original_rope": True,
-    "post_layer_norm": True,
-    "pre_seq_len": None,
-    "rmsnorm": True,
-}
+_TOP = common(
+    {
+        "num_layers": whole(None, 1, 1024, null=True),
+        "num_hidden_layers": layers(28),
+        "padded_vocab_size": vocabulary(65024),
+        "hidden_size": width(4096),
+        "ffn_hidden_size": width(13696),
+        "kv_channels": whole(128, 4, 4096),
+        "num_attention_heads": heads(32),
+        "seq_length": positions(2048),
+        "layernorm_epsilon": norm_eps(1e-5),
+        "add_qkv_bias": flag(False),
+        "multi_query_attention": flag(False),
+        "multi_query_group_num": heads(1),
+        "rope_ratio": real(1.0, 0.0, 1e9, above=True),
+        "tie_word_embeddings": flag(False),
+        "vision_config": table(None, null=True),
+        "boi_token_id": token(),
+        "eoi_token_id": token(),
+    },
+    "apply_query_key_layer_scaling attention_softmax_in_fp32 bias_dropout_fusion "
+    "fp32_residual_connection max_position_embeddings prefix_projection vocab_size",
+    add_bias_linear=Refused((False,)),
+    apply_residual_connection_post_layernorm=Refused((False,)),
+    interleaved_qkv=Refused((False,)),
+    original_rope=Refused((True,)),
+    post_layer_norm=Refused((True,)),
+    pre_seq_len=Refused(reason="prefix tuning is not supported"),
+    quantization_bit=Refused((0,), "quantised weights are not supported; take the float model"),
+    rmsnorm=Refused((True,)),
+    rope_scaling=Refused(reason="GLM-4 scales by rope_ratio; remove it"),
+)
+_VISION = VISION | common({"scaling_factor": real(REQUIRED, 0.0, 1e6, above=True)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,50 +82,48 @@ class GLM4VConfig:
         """Read a config.json.
 
         Raises:
-            UserError: a key is missing, or asks for something that is not supported.
+            UserError: a key is missing, has an impossible value, or asks for something that is not
+                supported.
         """
-        try:
-            language = _decoder(hf)
-            vision = hf.get("vision_config")
-            if not vision:
-                return cls(language)
-            hidden, inner = language.hidden_size, language.intermediate_size
-            eva2 = EVA2Config.from_hf(vision, hidden, inner, conv_width=hidden)
-            eva2 = dataclasses.replace(eva2, scaling=float(vision["scaling_factor"]))
-            if eva2.scaling <= 0:
-                raise UserError(f"config.json: vision_config.scaling_factor is {eva2.scaling}; "
-                                "expected a number above zero")  # fmt: skip
-            return cls(language, eva2, hf["boi_token_id"], hf["eoi_token_id"])
-        except KeyError as e:
-            raise UserError(f"config.json: key {e} is missing (glm4v)") from e
+        tables = read_tables(config_tables(hf))
+        top, language = tables[""], _decoder(tables[""])
+        if "vision_config" not in tables:
+            return cls(language)
+        vision, hidden = tables["vision_config"], language.hidden_size
+        eva2 = eva2_config(vision, hidden, language.intermediate_size, conv_width=hidden)
+        for key in ("boi_token_id", "eoi_token_id"):
+            if top[key] is None:
+                raise UserError(f"{FILE}: {key} is missing; expected a token id (glm4v)")
+        eva2 = dataclasses.replace(eva2, scaling=vision["scaling_factor"])
+        return cls(language, eva2, top["boi_token_id"], top["eoi_token_id"])
 
 
-def _decoder(hf: dict[str, Any]) -> DecoderConfig:
-    for key, wanted in _FIXED.items():
-        if hf.get(key, wanted) != wanted:
-            raise UserError(
-                f"config.json: {key} {hf[key]!r} is not supported; GLM-4 has {wanted!r}"
-            )
-    heads, kv, head_dim = (
-        hf["num_attention_heads"], hf["multi_query_group_num"], hf["kv_channels"]
-    )  # fmt: skip
-    if heads % kv or head_dim % 4:
-        raise UserError(
-            f"config.json: {heads} attention heads of width {head_dim} in {kv} groups are "
-            "impossible: groups share the heads evenly, and a quarter of a head is rotary pairs"
-        )
+def config_tables(hf: dict[str, Any]) -> Tables:
+    """The tables of a config.json; GLM-4 alone has none for pictures."""
+    vision = hf.get("vision_config")
+    tables = {"": (_TOP, hf)}
+    return tables | ({"vision_config": (_VISION, vision)} if vision else {})
+
+
+def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
+    count, head_dim = hf["num_attention_heads"], hf["kv_channels"]
+    kv = hf["multi_query_group_num"] if hf["multi_query_attention"] else count
+    check_groups(FILE, count, kv)
+    if head_dim % 4:
+        raise UserError(f"{FILE}: kv_channels {head_dim} is no multiple of 4: "
+                        "a quarter of a head is rotary pairs")  # fmt: skip
     return DecoderConfig(
         hidden_size=hf["hidden_size"],
-        num_layers=hf.get("num_layers") or hf["num_hidden_layers"],
-        num_heads=heads,
+        num_layers=hf["num_layers"] or hf["num_hidden_layers"],
+        num_heads=count,
         num_kv_heads=kv,
         head_dim=head_dim,
         intermediate_size=hf["ffn_hidden_size"],
         vocab_size=hf["padded_vocab_size"],
         norm_eps=hf["layernorm_epsilon"],
-        rope_theta=_BASE * hf.get("rope_ratio", 1),
+        rope_theta=_BASE * hf["rope_ratio"],
         rope_sections=(head_dim // 4,),  # the first half of a head turns
         max_positions=hf["seq_length"],
-        qkv_bias=bool(hf.get("add_qkv_bias", False)),
-        tied_head=bool(hf.get("tie_word_embeddings", False)),
+        qkv_bias=hf["add_qkv_bias"],
+        tied_head=hf["tie_word_embeddings"],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mquant_jax.models.base import Batch, Family, Prompt
-from mquant_jax.models.internvl.config import InternVLConfig
+from mquant_jax.models.internvl.config import InternVLConfig, config_tables
 from mquant_jax.models.internvl.modeling import InternVL
 from mquant_jax.models.internvl.processing import (
     collate,
@@ -32,6 +32,7 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=_collate,
     streams=streams,
+    config_tables=config_tables,
     videos=True,
     canonical_name=canonical_name,
 )

@@ -7,16 +7,31 @@ of transformers (their ``-hf`` and ``-HF`` twins). The models are the same.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mquant_jax.models.language_config import decoder_config
+from mquant_jax.models.config_keys import (
+    FILE,
+    Tables,
+    check_grid,
+    check_heads,
+    common,
+    heads,
+    layers,
+    norm_eps,
+    read_tables,
+    token,
+    width,
+)
+from mquant_jax.models.language_config import SCHEMAS, decoder_config
 
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
+from mquant_jax.schema import Refused, choice, flag, real, shown, square, table, text, whole
 
 CHAT, NATIVE = "internvl_chat", "internvl"
-# Language models by the class that config.json names (chat) or by model_type (native).
+# Language models by the class that config.json names, or by model_type.
 _CHAT_LANGUAGE = {
     "InternLM2ForCausalLM": "internlm2",
     "LlamaForCausalLM": "llama",
@@ -24,6 +39,75 @@ _CHAT_LANGUAGE = {
     "Qwen3ForCausalLM": "qwen3",
 }
 _NATIVE_LANGUAGE = ("llama", "qwen2", "qwen3")
+_MERGE_FIRST = "unmerged LoRA weights are not supported; merge them into the model first"
+_CHAT_TOP = common(
+    {
+        "llm_config": table(),
+        "vision_config": table(None, null=True),
+        "select_layer": whole(-1, -1024, 1024),
+        "ps_version": choice("v1", ("v1", "v2")),
+        "force_image_size": whole(None, 1, 2**16, null=True),
+        "downsample_ratio": real(0.5, 1 / 64, 1.0),
+        "dynamic_image_size": flag(False),
+        "use_thumbnail": flag(False),
+        "min_dynamic_patch": whole(1, 1, 1024),
+        "max_dynamic_patch": whole(6, 1, 1024),
+        "template": text(None, null=True),
+    },
+    "hidden_size img_context_token_id system_message tie_word_embeddings vocab_size",
+    pad2square=Refused((False,)),
+    use_backbone_lora=Refused((0, False), _MERGE_FIRST),
+    use_llm_lora=Refused((0, False), _MERGE_FIRST),
+)
+_NATIVE_TOP = common(
+    {
+        "text_config": table(None, null=True),
+        "vision_config": table(None, null=True),
+        "downsample_ratio": real(0.5, 1 / 64, 1.0),
+        "image_token_id": token(151667),
+        "projector_hidden_act": choice("gelu", ("gelu",)),
+        "vision_feature_layer": whole(-1, -1024, 1024),
+        "vision_feature_select_strategy": choice("default", ("default",)),
+        "tie_word_embeddings": flag(None),
+    },
+    "image_seq_length",
+)
+_TOWER = {
+    "hidden_act": choice("gelu", ACTIVATIONS),
+    "layer_norm_eps": norm_eps(1e-6),
+    "num_channels": whole(3, 3, 3),
+}
+_CHAT_VISION = common(
+    _TOWER
+    | {
+        "hidden_size": width(3200),
+        "num_hidden_layers": layers(48),
+        "num_attention_heads": heads(25),
+        "intermediate_size": width(12800),
+        "image_size": square(224),
+        "patch_size": square(14),
+        "norm_type": choice("rms_norm", ("layer_norm", "rms_norm")),
+        "qk_normalization": flag(True),
+        "qkv_bias": flag(False),
+    },
+)
+_NATIVE_VISION = common(
+    _TOWER
+    | {
+        "hidden_size": width(1024),
+        "num_hidden_layers": layers(24),
+        "num_attention_heads": heads(16),
+        "intermediate_size": width(4096),
+        "image_size": square(448),
+        "patch_size": square(14),
+        "norm_type": choice("layer_norm", ("layer_norm", "rms_norm")),
+        "use_qk_norm": flag(False),
+        "attention_bias": flag(False),
+    },
+    "layer_scale_init_value projection_dropout use_mask_token",
+    use_mean_pooling=Refused((True,), "a norm behind the tower is not supported"),
+    use_absolute_position_embeddings=Refused((True,)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,141 +150,140 @@ class InternVLConfig:
         """Read a config.json in either layout.
 
         Raises:
-            UserError: a key is missing, or asks for something the released models never use.
+            UserError: a key has an impossible value, or asks for something that is not supported.
         """
-        layout = hf.get("model_type")
-        try:
-            return cls(**(_chat if layout == CHAT else _native)(hf))
-        except KeyError as e:
-            raise UserError(f"config.json: key {e} is missing ({layout})") from e
+        chat = hf.get("model_type") == CHAT
+        return cls(**(_chat if chat else _native)(hf))
+
+
+def config_tables(hf: dict[str, Any]) -> Tables:
+    """The tables of a config.json in either layout."""
+    chat = hf.get("model_type") == CHAT
+    key = "llm_config" if chat else "text_config"
+    language = (hf.get(key) if chat else hf.get(key) or {"model_type": "qwen2"}) or {}
+    if not isinstance(language, Mapping):
+        raise UserError(f"{FILE}: {key} {shown(language)}: expected an object")
+    return {
+        "": (_CHAT_TOP if chat else _NATIVE_TOP, hf),
+        "vision_config": (_CHAT_VISION if chat else _NATIVE_VISION, hf.get("vision_config") or {}),
+        key: (SCHEMAS[_language_kind(language, chat)], language),
+    }
+
+
+def _language_kind(language: Mapping[str, Any], chat: bool) -> str:
+    """The language model's model_type, which the class in ``architectures`` may tell as well."""
+    names, kind = language.get("architectures"), language.get("model_type")
+    name = names[0] if isinstance(names, list) and names else None
+    if not chat:
+        return _known("text_config.model_type", kind, _NATIVE_LANGUAGE)
+    if name:
+        return _CHAT_LANGUAGE[_known("llm_config.architectures", name, _CHAT_LANGUAGE)]
+    return _known("llm_config.model_type", kind, _CHAT_LANGUAGE.values())
 
 
 def _chat(hf: dict[str, Any]) -> dict[str, Any]:
-    text, vision = hf["llm_config"], hf["vision_config"]
-    names = text.get("architectures") or [None]
-    kind = _known("llm_config.architectures", names[0], _CHAT_LANGUAGE)
-    _last_layer("select_layer", hf.get("select_layer", -1), vision["num_hidden_layers"])
-    version = _known("ps_version", hf.get("ps_version", "v1"), ("v1", "v2"))
-    patch, eps = vision.get("patch_size", 14), vision.get("layer_norm_eps", 1e-6)
-    tile = hf.get("force_image_size") or vision["image_size"]
-    merge = _merge(hf.get("downsample_ratio", 0.5), tile, patch)
-    one_tile = not hf.get("dynamic_image_size", False)
+    tables = read_tables(config_tables(hf))
+    top, vision, text = tables[""], tables["vision_config"], tables["llm_config"]
+    kind = _language_kind(hf["llm_config"], True)
+    _last_layer("select_layer", top["select_layer"], vision["num_hidden_layers"])
+    patch, eps = vision["patch_size"], vision["layer_norm_eps"]
+    tile = top["force_image_size"] or vision["image_size"]
+    merge = _merge(top["downsample_ratio"], tile, patch)
+    one_tile = not top["dynamic_image_size"]
+    if top["min_dynamic_patch"] > top["max_dynamic_patch"]:
+        raise UserError(f"{FILE}: min_dynamic_patch {top['min_dynamic_patch']} is larger than "
+                        f"max_dynamic_patch {top['max_dynamic_patch']}")  # fmt: skip
     tower = _tower(
         vision,
-        grid=vision["image_size"] // patch,
-        patch_dim=vision.get("num_channels", 3) * patch * patch,
-        norm_eps=eps,
-        rms_norm=_known("norm_type", vision.get("norm_type", "rms_norm"), _NORMS) == "rms_norm",
-        qk_norm_eps=eps if vision.get("qk_normalization", True) else None,
-        qkv_bias=bool(vision.get("qkv_bias", False)),
+        qk_norm_eps=eps if vision["qk_normalization"] else None,
+        qkv_bias=vision["qkv_bias"],
     )
     return {
         "vision": tower,
-        "language": decoder_config(text | {"model_type": _CHAT_LANGUAGE[kind]}),
+        "language": decoder_config(text, kind, f"{FILE}: llm_config"),
         "layout": CHAT,
-        "language_names": "internlm2" if kind == "InternLM2ForCausalLM" else "llama",
+        "language_names": "internlm2" if kind == "internlm2" else "llama",
         "patch_size": patch,
         "tile_size": tile,
         "merge": merge,
-        "transposed": version == "v1",
-        "min_tiles": 1 if one_tile else hf.get("min_dynamic_patch", 1),
-        "max_tiles": 1 if one_tile else hf.get("max_dynamic_patch", 6),
-        "thumbnail": bool(hf.get("use_thumbnail", False)),
-        "template": hf.get("template") or "",
+        "transposed": top["ps_version"] == "v1",
+        "min_tiles": 1 if one_tile else top["min_dynamic_patch"],
+        "max_tiles": 1 if one_tile else top["max_dynamic_patch"],
+        "thumbnail": top["use_thumbnail"],
+        "template": top["template"] or "",
         "image_token_id": None,
     }
 
 
 def _native(hf: dict[str, Any]) -> dict[str, Any]:
-    text, vision = hf["text_config"], hf["vision_config"]
-    _known("text_config.model_type", text.get("model_type"), _NATIVE_LANGUAGE)
-    _last_layer("vision_feature_layer", hf.get("vision_feature_layer", -1),
-                vision["num_hidden_layers"])  # fmt: skip
-    strategy = hf.get("vision_feature_select_strategy", "default")
-    _known("vision_feature_select_strategy", strategy, ("default",))
-    _known("projector_hidden_act", hf.get("projector_hidden_act", "gelu"), ("gelu",))
-    if not vision.get("use_mean_pooling", True):
-        raise UserError("config.json: vision_config.use_mean_pooling is false: a norm behind the "
-                        "tower is not supported; no released InternVL has one")  # fmt: skip
-    if not vision.get("use_absolute_position_embeddings", True):
-        raise UserError("config.json: vision_config.use_absolute_position_embeddings is false; "
-                        "no released InternVL does without them")  # fmt: skip
-    patch, tile = _side("patch_size", vision), _side("image_size", vision)
+    tables = read_tables(config_tables(hf))
+    top, vision, text = tables[""], tables["vision_config"], tables["text_config"]
+    _last_layer("vision_feature_layer", top["vision_feature_layer"], vision["num_hidden_layers"])
+    if top["tie_word_embeddings"] is not None:
+        text["tie_word_embeddings"] = top["tie_word_embeddings"]
+    kind = (hf.get("text_config") or {}).get("model_type", "qwen2")
     tower = _tower(
         vision,
-        grid=tile // patch,
-        patch_dim=vision.get("num_channels", 3) * patch * patch,
-        norm_eps=vision.get("layer_norm_eps", 1e-6),
-        rms_norm=_known("norm_type", vision.get("norm_type", "layer_norm"), _NORMS) == "rms_norm",
-        qk_norm_eps=1e-6 if vision.get("use_qk_norm", False) else None,  # in no config
-        qkv_bias=bool(vision.get("attention_bias", False)),
+        qk_norm_eps=1e-6 if vision["use_qk_norm"] else None,  # in no config
+        qkv_bias=vision["attention_bias"],
     )
     return {
         "vision": tower,
-        "language": decoder_config(text),
+        "language": decoder_config(text, kind, f"{FILE}: text_config"),
         "layout": NATIVE,
         "language_names": "llama",
-        "patch_size": patch,
-        "tile_size": tile,
-        "merge": _merge(hf.get("downsample_ratio", 0.5), tile, patch),
+        "patch_size": vision["patch_size"],
+        "tile_size": vision["image_size"],
+        "merge": _merge(top["downsample_ratio"], vision["image_size"], vision["patch_size"]),
         "transposed": False,
         "min_tiles": 1,  # preprocessor_config.json says how a picture is cut
         "max_tiles": 12,
         "thumbnail": True,
         "template": "",
-        "image_token_id": hf.get("image_token_id", 151667),
+        "image_token_id": top["image_token_id"],
     }
 
 
-_NORMS = ("layer_norm", "rms_norm")
-
-
-def _tower(vision: dict[str, Any], *, grid: int, **rest: Any) -> ViTConfig:
-    width, heads = vision["hidden_size"], vision["num_attention_heads"]
-    if width % heads:
-        raise UserError(f"config.json: vision width {width} is no multiple of {heads} heads")
+def _tower(vision: Mapping[str, Any], **rest: Any) -> ViTConfig:
+    where, size, patch = f"{FILE}: vision_config", vision["hidden_size"], vision["patch_size"]
+    check_heads(where, size, vision["num_attention_heads"])
     return ViTConfig(
-        hidden_size=width,
+        hidden_size=size,
         num_layers=vision["num_hidden_layers"],
-        num_heads=heads,
+        num_heads=vision["num_attention_heads"],
         intermediate_size=vision["intermediate_size"],
-        activation=_known("hidden_act", vision.get("hidden_act", "gelu"), ACTIVATIONS),
-        position_grid=grid,
+        patch_dim=vision["num_channels"] * patch * patch,
+        activation=vision["hidden_act"],
+        norm_eps=vision["layer_norm_eps"],
+        position_grid=check_grid(where, vision["image_size"], patch),
         class_token=True,
         layer_scale=True,
         patch_bias=True,
         keeps_mean=True,
+        rms_norm=vision["norm_type"] == "rms_norm",
         **rest,
     )
 
 
-def _known(key: str, value: Any, known: Any) -> Any:
-    if value not in known:
-        names = ", ".join(known)
-        raise UserError(f"config.json: {key} {value!r} is not supported (InternVL); known: {names}")
+def _known(key: str, value: Any, known: Iterable[str]) -> Any:
+    names = tuple(known)
+    if value not in names:
+        raise UserError(f"{FILE}: {key} {shown(value)} is not supported (InternVL); "
+                        f"known: {', '.join(names)}")  # fmt: skip
     return value
 
 
 def _last_layer(key: str, layer: int, layers: int) -> None:
     """Features of an inner layer would leave weights unused; no released InternVL takes them."""
     if layer not in (-1, layers):
-        raise UserError(f"config.json: {key} {layer} is not supported; known: -1, the last layer")
-
-
-def _side(key: str, vision: dict[str, Any]) -> int:
-    """A side that may be written as a number or as a square's two."""
-    value = vision[key]
-    sides = {value} if isinstance(value, int) else set(value)
-    if len(sides) != 1:
-        raise UserError(f"config.json: vision_config.{key} {value} is not square")
-    return sides.pop()
+        raise UserError(f"{FILE}: {key} {layer} is not supported; known: -1, the last layer")
 
 
 def _merge(ratio: float, tile: int, patch: int) -> int:
     merge = round(1 / ratio)
     if merge < 1 or abs(merge * ratio - 1) > 1e-6 or tile % (patch * merge):
         raise UserError(
-            f"config.json: tiles of {tile} pixels, patches of {patch} and downsample_ratio {ratio} "
+            f"{FILE}: tiles of {tile} pixels, patches of {patch} and downsample_ratio {ratio} "
             "do not fit each other: tokens must be squares of whole patches"
         )
     return merge

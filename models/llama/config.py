@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mquant_jax.models.language_config import decoder_config
+from mquant_jax.models.config_keys import FILE, Tables, read_tables
+from mquant_jax.models.language_config import SCHEMAS, decoder_config
 
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 
 
@@ -22,9 +22,11 @@ class LlamaConfig:
         """Read a config.json, of the hub or as transformers 5 writes it.
 
         Raises:
-            UserError: a key is missing, or asks for something that is not supported.
+            UserError: a key has an impossible value, or asks for something that is not supported.
         """
-        try:
-            return cls(decoder_config(hf))
-        except KeyError as e:
-            raise UserError(f"config.json: key {e} is missing ({hf.get('model_type')})") from e
+        return cls(decoder_config(read_tables(config_tables(hf))[""], hf["model_type"], FILE))
+
+
+def config_tables(hf: dict[str, Any]) -> Tables:
+    """The tables of a config.json."""
+    return {"": (SCHEMAS[hf["model_type"]], hf)}

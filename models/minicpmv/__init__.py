@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mquant_jax.models.base import Family
-from mquant_jax.models.minicpmv.config import MiniCPMVConfig
+from mquant_jax.models.minicpmv.config import MiniCPMVConfig, config_tables
 from mquant_jax.models.minicpmv.modeling import MiniCPMV
 from mquant_jax.models.minicpmv.processing import collate, example_prompt, reference_batch
 from mquant_jax.models.minicpmv.streams import streams
@@ -20,5 +20,6 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=collate,
     streams=streams,
+    config_tables=config_tables,
     videos=True,
 )

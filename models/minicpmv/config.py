@@ -6,21 +6,82 @@ The language model's keys stand at the top level, those of the tower under ``vis
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from mquant_jax.models.language_config import decoder_config
+from mquant_jax.models.config_keys import (
+    FILE,
+    Tables,
+    check_grid,
+    check_heads,
+    common,
+    heads,
+    layers,
+    norm_eps,
+    read_tables,
+    width,
+)
+from mquant_jax.models.language_config import SCHEMAS, decoder_config
 
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
+from mquant_jax.schema import Field, Refused, choice, flag, shown, square, table, whole
 
 HEAD_DIM = 128  # of the resampler, which has ``hidden_size // 128`` heads
-# What the published config class takes for a tower that config.json does not describe.
+
+
+def _version(value: Any, where: str) -> Any:
+    if value not in ("2.6", 2.6):
+        raise UserError(
+            f"{where} {shown(value)} of MiniCPM-V is not supported; known: 2.6 (the others have "
+            "another language model, tower or resampler)"
+        )
+    return value
+
+
+_TOP = SCHEMAS["qwen2"] | common(
+    {
+        "version": Field("2.6", _version),
+        "query_num": whole(64, 1, 4096),
+        "image_size": whole(448, 1, 2**16),
+        "drop_vision_last_layer": flag(True),
+        "use_image_id": flag(True),
+        "vision_config": table(None, null=True),
+        "slice_config": table(None, null=True),
+    },
+    "batch_3d_resampler batch_vision_input patch_size vision_batch_size vision_encoder",
+    slice_mode=Refused((True,), "pictures would keep their size, whatever it is; set it to true"),
+)
+_VISION = common(
+    {
+        "hidden_size": width(768),
+        "intermediate_size": width(3072),
+        "num_hidden_layers": layers(12),
+        "num_attention_heads": heads(12),
+        "image_size": square(224),
+        "patch_size": square(16),
+        "num_channels": whole(3, 3, 3),
+        "hidden_act": choice("gelu_pytorch_tanh", ACTIVATIONS),
+        "layer_norm_eps": norm_eps(1e-6),
+        "model_type": choice("siglip", ("siglip", "siglip_vision_model")),
+    },
+    "vision_use_head",
+)
+_SLICES = common(
+    {
+        "scale_resolution": whole(None, 1, 2**16, null=True),
+        "max_slice_nums": whole(9, 1, 1024),
+    },
+    "patch_size",
+)
+# What the published code takes where config.json has no vision_config, or no slice_config.
 _TOWER = {
-    "hidden_size": 1152, "image_size": 980, "intermediate_size": 4304, "num_attention_heads": 16,
-    "num_hidden_layers": 27, "patch_size": 14,
+    "hidden_size": 1152, "image_size": 980, "intermediate_size": 4304, "model_type": "siglip",
+    "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14,
 }  # fmt: skip
+_ONE_SLICE = {"max_slice_nums": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,55 +123,47 @@ class MiniCPMVConfig:
         """Read a config.json.
 
         Raises:
-            UserError: a key is missing, another version, or something 2.6 does not do.
+            UserError: another version, a key with an impossible value, or something that 2.6 does
+                not do.
         """
-        version = hf.get("version")
-        if str(version) != "2.6":
-            raise UserError(
-                f"config.json: version {version!r} of MiniCPM-V is not supported; known: 2.6 (the "
-                "others have another language model, tower or resampler)"
-            )
-        if hf.get("scale_emb", 1) != 1:
-            raise UserError(f"config.json: scale_emb {hf['scale_emb']} is not supported; "
-                            "MiniCPM-V 2.6 does not scale its embeddings")  # fmt: skip
-        try:
-            language = decoder_config(hf | {"model_type": "qwen2"})
-            vision = hf.get("vision_config") or _TOWER
-            slicing = hf.get("slice_config") or {}
-            return cls(
-                vision=_tower(vision, bool(hf.get("drop_vision_last_layer", True))),
-                language=language,
-                patch_size=vision["patch_size"],
-                queries=hf.get("query_num", 64),
-                heads=_heads(language.hidden_size),
-                scale_size=slicing.get("scale_resolution", hf.get("image_size", 448)),
-                max_slices=slicing.get("max_slice_nums", 9),
-                use_image_id=bool(hf.get("use_image_id", True)),
-            )
-        except KeyError as e:
-            raise UserError(f"config.json: key {e} is missing (minicpmv)") from e
+        tables = read_tables(config_tables(hf))
+        top, vision, slices = tables[""], tables["vision_config"], tables["slice_config"]
+        language = decoder_config(top, "qwen2", FILE)
+        return cls(
+            vision=_tower(vision, top["drop_vision_last_layer"]),
+            language=language,
+            patch_size=vision["patch_size"],
+            queries=top["query_num"],
+            heads=_heads(language.hidden_size),
+            scale_size=slices["scale_resolution"] or top["image_size"],
+            max_slices=slices["max_slice_nums"],
+            use_image_id=top["use_image_id"],
+        )
 
 
-def _tower(vision: dict[str, Any], drop_last: bool) -> ViTConfig:
-    kind, act = vision.get("model_type", "siglip"), vision.get("hidden_act", "gelu_pytorch_tanh")
-    if kind not in ("siglip", "siglip_vision_model"):
-        raise UserError(f"config.json: vision_config.model_type {kind!r} is not supported "
-                        "(MiniCPM-V 2.6); known: siglip")  # fmt: skip
-    if act not in ACTIVATIONS:
-        raise UserError(f"config.json: vision_config.hidden_act {act!r} is not supported; "
-                        f"known: {', '.join(ACTIVATIONS)}")  # fmt: skip
-    width, heads, patch = (vision[k] for k in ("hidden_size", "num_attention_heads", "patch_size"))
-    if width % heads:
-        raise UserError(f"config.json: vision width {width} is no multiple of {heads} heads")
+def config_tables(hf: dict[str, Any]) -> Tables:
+    """The tables of a config.json."""
+    return {
+        "": (_TOP, hf),
+        "vision_config": (_VISION, hf.get("vision_config") or _TOWER),
+        "slice_config": (_SLICES, hf.get("slice_config") or _ONE_SLICE),
+    }
+
+
+def _tower(vision: Mapping[str, Any], drop_last: bool) -> ViTConfig:
+    where, size, patch = f"{FILE}: vision_config", vision["hidden_size"], vision["patch_size"]
+    check_heads(where, size, vision["num_attention_heads"])
+    if vision["num_hidden_layers"] <= drop_last:
+        raise UserError(f"{where}: drop_vision_last_layer leaves no layer")
     return ViTConfig(
-        hidden_size=width,
+        hidden_size=size,
         num_layers=vision["num_hidden_layers"] - drop_last,
-        num_heads=heads,
+        num_heads=vision["num_attention_heads"],
         intermediate_size=vision["intermediate_size"],
-        patch_dim=vision.get("num_channels", 3) * patch * patch,
-        activation=act,
-        norm_eps=vision.get("layer_norm_eps", 1e-6),
-        position_grid=vision["image_size"] // patch,
+        patch_dim=vision["num_channels"] * patch * patch,
+        activation=vision["hidden_act"],
+        norm_eps=vision["layer_norm_eps"],
+        position_grid=check_grid(where, vision["image_size"], patch),
         patch_bias=True,
         final_norm=True,
     )

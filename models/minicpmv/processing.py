@@ -10,9 +10,12 @@ import numpy as np
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.slices import Slicing
+from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.text import collate as collate_text
 
+from mquant_jax.errors import PromptError
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.runtime.buckets import fine
 
 VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
 MASKED = 0  # the published code takes this id for padding wherever it stands: "!" is never seen
@@ -42,14 +45,14 @@ def position_buckets(n: int, grid: int) -> np.ndarray:
 
 
 def pack_vision(patches: np.ndarray, sizes: Sequence[tuple[int, int]], grid: int) -> VisionInput:
-    """One row per slice, padded to as many patches as the largest has.
+    """One row per slice, padded to a common bucket of patches and a bucket of slices.
 
     Args:
         patches: float32 ``[sum(h * w), patch_dim]`` in the order of ``sizes``.
         sizes: rows and columns of patches of each slice.
         grid: side of the table of learned positions.
     """
-    rows, width = len(sizes), max(h * w for h, w in sizes)
+    width, rows = fine(max(h * w for h, w in sizes)), fine(len(sizes))
     out = np.zeros((rows, width, patches.shape[-1]), np.float32)
     coords = np.zeros((rows, width, 2), np.int32)
     valid = np.zeros((rows, width), bool)
@@ -74,12 +77,13 @@ def collate(config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | Non
     is predicted from one that stands last.
 
     Raises:
-        ValueError: placeholders and slices do not match.
+        PromptError: ids that the model does not know, or placeholders and slices that differ.
     """
+    check_prompts(prompts, config.language.vocab_size, VISUAL)
     for i, p in enumerate(prompts):
         wanted, found = len(p.grids) * config.queries, p.input_ids.count(VISUAL)
         if wanted != found:
-            raise ValueError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+            raise PromptError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
     batch = collate_text(prompts, MASKED, pad_to)
     real, visual = batch.input_ids != MASKED, batch.input_ids == VISUAL
     order = np.cumsum(real, axis=1, dtype=np.int32) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mquant_jax.models.base import Batch, Family, Prompt
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig, config_tables
 from mquant_jax.models.qwen2_vl.modeling import Qwen2VL
 from mquant_jax.models.qwen2_vl.processing import collate, example_prompt, reference_batch
 from mquant_jax.models.qwen2_vl.streams import streams
@@ -27,6 +27,7 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=_collate,
     streams=streams,
+    config_tables=config_tables,
     videos=True,
     canonical_name=canonical_name,
 )

@@ -3,11 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+from mquant_jax.models.config_keys import (
+    FILE,
+    Tables,
+    check_heads,
+    common,
+    heads,
+    layers,
+    norm_eps,
+    read_tables,
+    theta,
+    token,
+    width,
+)
+from mquant_jax.models.language_config import SCHEMAS, decoder_config, decoder_fields
 
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
-from mquant_jax.nn.vit import ViTConfig
+from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
+from mquant_jax.schema import Refused, Schema, choice, real, shown, table, whole
+
+_TEXT = SCHEMAS["qwen2"] | common(
+    decoder_fields(152064, 8192, 29568, 80, 64, 8, 32768) | {"rms_norm_eps": norm_eps(1e-5)}
+)
+_TOP = common(
+    {
+        "image_token_id": token(151655),
+        "video_token_id": token(151656),
+        "vision_start_token_id": token(151652),
+        "text_config": table(None, null=True),
+        "vision_config": table(None, null=True),
+    },
+    "vision_end_token_id vision_token_id",
+)
+_VISION = common(
+    {
+        "depth": layers(32),
+        "embed_dim": width(1280),
+        "hidden_size": width(3584),
+        "hidden_act": choice("quick_gelu", ACTIVATIONS),
+        "mlp_ratio": real(4.0, 1.0, 64.0),
+        "num_heads": heads(16),
+        "patch_size": whole(14, 1, 256),
+        "spatial_merge_size": whole(2, 1, 16),
+        "temporal_patch_size": whole(2, 1, 16),
+        "rope_parameters": table(None, null=True),
+    },
+    "spatial_patch_size",
+    in_channels=Refused((3,), "pictures have three channels"),
+    in_chans=Refused((3,), "pictures have three channels"),
+)
+_AXIAL = Schema(
+    {"rope_theta": theta(10000.0), "rope_type": choice("axial", ("axial", "default"))},
+    frozenset({"type"}),
+)
+_MROPE, _THETA = (16, 24, 24), 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,71 +81,77 @@ class Qwen2VLConfig:
         """Read a config.json, in the flat form of the hub or the nested one of transformers 5.
 
         Raises:
-            UserError: a key is missing, or asks for something the released models never use.
+            UserError: a key has an impossible value, or asks for something that is not supported.
         """
-        text = hf.get("text_config") or hf
-        try:
-            language = _language(text, hf)
-            vision = hf["vision_config"]
-            patch, temporal = vision["patch_size"], vision.get("temporal_patch_size", 2)
-            config = cls(
-                vision=_vision(vision, patch * patch * temporal * 3),
-                language=language,
-                patch_size=patch,
-                temporal_patch_size=temporal,
-                merge_size=vision.get("spatial_merge_size", 2),
-                image_token_id=hf["image_token_id"],
-                video_token_id=hf["video_token_id"],
-                vision_start_token_id=hf["vision_start_token_id"],
-            )
-        except KeyError as e:
-            raise UserError(f"config.json: key {e} is missing (qwen2_vl)") from e
-        if vision.get("hidden_size", language.hidden_size) != language.hidden_size:
+        tables = read_tables(config_tables(hf))
+        top, vision = tables[""], tables["vision_config"]
+        text = tables.get("text_config", top)
+        if text is not top:
+            _check_agreement(hf, top, text)
+        text["tie_word_embeddings"] |= top.get("tie_word_embeddings", False)
+        where = FILE if text is top else f"{FILE}: text_config"
+        language = decoder_config(text, "qwen2", where, _THETA, _MROPE)
+        if vision["hidden_size"] != language.hidden_size:
             raise UserError(
-                f"config.json: vision_config.hidden_size {vision['hidden_size']} differs from "
+                f"{FILE}: vision_config.hidden_size {vision['hidden_size']} differs from "
                 f"hidden_size {language.hidden_size}; the merger must end in the decoder's width"
             )
-        return config
-
-
-def _language(text: dict[str, Any], hf: dict[str, Any]) -> DecoderConfig:
-    if text.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window is true; no released Qwen2-VL needs it")
-    heads, hidden = text["num_attention_heads"], text["hidden_size"]
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    head_dim = text.get("head_dim") or hidden // heads
-    sections = tuple(rope.get("mrope_section") or ())
-    if len(sections) != 3 or sum(sections) != head_dim // 2:
-        raise UserError(
-            f"config.json: rope_scaling.mrope_section is {list(sections)}; expected three numbers "
-            f"that add up to head_dim/2 = {head_dim // 2}"
+        patch, temporal = vision["patch_size"], vision["temporal_patch_size"]
+        return cls(
+            vision=_vision(vision, tables["vision_config.rope_parameters"]),
+            language=language,
+            patch_size=patch,
+            temporal_patch_size=temporal,
+            merge_size=vision["spatial_merge_size"],
+            image_token_id=top["image_token_id"],
+            video_token_id=top["video_token_id"],
+            vision_start_token_id=top["vision_start_token_id"],
         )
-    return DecoderConfig(
-        hidden_size=hidden,
-        num_layers=text["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=text.get("num_key_value_heads", heads),
-        head_dim=head_dim,
-        intermediate_size=text["intermediate_size"],
-        vocab_size=text["vocab_size"],
-        norm_eps=text.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta", 1e6)),
-        rope_sections=sections,
-        max_positions=text.get("max_position_embeddings", 32768),
-        qkv_bias=True,
-        tied_head=bool(hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-    )
 
 
-def _vision(vision: dict[str, Any], patch_dim: int) -> ViTConfig:
-    width = vision["embed_dim"]
+def config_tables(hf: dict[str, Any]) -> Tables:
+    """The tables of a config.json; flat ones have the text model's keys at the top."""
+    vision = hf.get("vision_config") or {}
+    rope = vision.get("rope_parameters") if isinstance(vision, Mapping) else None
+    tables = {
+        "": (_TEXT | _TOP, hf),
+        "vision_config": (_VISION, vision),
+        "vision_config.rope_parameters": (_AXIAL, rope or {}),
+    }
+    if hf.get("text_config"):
+        tables["text_config"] = (_TEXT, hf["text_config"])
+    return tables
+
+
+def _check_agreement(
+    hf: Mapping[str, Any], top: Mapping[str, Any], text: Mapping[str, Any]
+) -> None:
+    """Keys of the text model that stand at the top as well say what ``text_config`` says.
+
+    Raises:
+        UserError: they do not.
+    """
+    for key in _TEXT.fields:
+        if key in hf and key != "tie_word_embeddings" and top[key] != text[key]:
+            raise UserError(
+                f"{FILE}: {key} is {shown(top[key])}, but {shown(text[key])} in text_config, "
+                "which is the one that transformers reads; make them agree"
+            )
+
+
+def _vision(vision: Mapping[str, Any], rope: Mapping[str, Any]) -> ViTConfig:
+    size, patch = vision["embed_dim"], vision["patch_size"]
+    check_heads(f"{FILE}: vision_config", size, vision["num_heads"])
+    if size // vision["num_heads"] % 4:
+        raise UserError(f"{FILE}: vision_config: heads of width {size // vision['num_heads']} do "
+                        "not split into pairs for rows and columns")  # fmt: skip
     return ViTConfig(
-        hidden_size=width,
+        hidden_size=size,
         num_layers=vision["depth"],
         num_heads=vision["num_heads"],
-        intermediate_size=int(width * vision.get("mlp_ratio", 4)),
-        patch_dim=patch_dim,
-        activation=vision.get("hidden_act", "quick_gelu"),
+        intermediate_size=int(size * vision["mlp_ratio"]),
+        patch_dim=3 * vision["temporal_patch_size"] * patch * patch,
+        activation=vision["hidden_act"],
         norm_eps=1e-6,
-        rope_theta=10000.0,  # in no config: fixed in the reference code
+        rope_theta=rope["rope_theta"],
     )

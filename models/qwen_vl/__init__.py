@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mquant_jax.models.base import Family
-from mquant_jax.models.qwen_vl.config import QwenVLConfig
+from mquant_jax.models.qwen_vl.config import QwenVLConfig, config_tables
 from mquant_jax.models.qwen_vl.modeling import QwenVL
 from mquant_jax.models.qwen_vl.processing import collate, example_prompt, reference_batch
 from mquant_jax.models.qwen_vl.streams import streams
@@ -20,4 +20,5 @@ FAMILY = Family(
     example_prompt=example_prompt,
     collate=collate,
     streams=streams,
+    config_tables=config_tables,
 )

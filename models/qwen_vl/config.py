@@ -6,18 +6,73 @@ The language model's keys stand at the top level, those of the tower and resampl
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from math import isqrt
 from typing import Any
+
+from mquant_jax.models.config_keys import (
+    FILE,
+    Tables,
+    check_grid,
+    check_heads,
+    common,
+    heads,
+    layers,
+    norm_eps,
+    positions,
+    read_tables,
+    theta,
+    vocabulary,
+    width,
+)
 
 from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.rope import SteppedScaling
 from mquant_jax.nn.vit import ViTConfig
+from mquant_jax.schema import REQUIRED, Refused, flag, real, table, whole
 
 NORM_EPS = 1e-6  # of all norms of the vision part; in no config
 HEAD_DIM = 128  # of the resampler, which has ``output_dim // 128`` heads
 GRID = 16  # side of the table of the tower's positions, whatever the size of pictures
+_TOP = common(
+    {
+        "vocab_size": vocabulary(151936),
+        "hidden_size": width(4096),
+        "num_hidden_layers": layers(32),
+        "num_attention_heads": heads(32),
+        "kv_channels": whole(128, 2, 4096),
+        "intermediate_size": width(22016),
+        "layer_norm_epsilon": norm_eps(1e-6),
+        "max_position_embeddings": positions(8192),
+        "seq_length": whole(None, 2, 2**30, null=True),
+        "rotary_emb_base": theta(10000.0),
+        "no_bias": flag(True),
+        "use_dynamic_ntk": flag(True),
+        "use_logn_attn": flag(True),
+        "tie_word_embeddings": flag(False),
+        "visual": table({}),
+    },
+    "attn_dropout_prob bf16 emb_dropout_prob fp16 fp32 onnx_safe softmax_in_fp32 "
+    "tokenizer_type use_cache_kernel use_cache_quantization",
+    rotary_pct=Refused((1, 1.0)),
+    scale_attn_weights=Refused((True,)),
+    rope_scaling=Refused(reason="Qwen scales by use_dynamic_ntk; remove it"),
+)
+_VISUAL = common(
+    {
+        "width": width(REQUIRED),
+        "layers": layers(REQUIRED),
+        "heads": heads(REQUIRED),
+        "mlp_ratio": real(REQUIRED, 1.0, 64.0),
+        "patch_size": whole(REQUIRED, 1, 256),
+        "image_size": whole(REQUIRED, 1, 2**14),
+        "image_start_id": whole(REQUIRED, 0, 2**24),
+        "output_dim": width(512),
+        "n_queries": whole(256, 1, 4096),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,84 +111,84 @@ class QwenVLConfig:
         """Read a config.json.
 
         Raises:
-            UserError: a key is missing, or asks for something that is not handled; a language
-                model without pictures.
+            UserError: a key is missing, has an impossible value, or asks for something that is not
+                supported; a language model without pictures.
         """
-        visual = hf.get("visual")
-        if not visual:
-            raise UserError(
-                "config.json: a Qwen language model without the key 'visual' is not supported; "
-                "known: Qwen-VL and Qwen-VL-Chat"
-            )
-        try:
-            language = _language(hf)
-            config = cls(
-                vision=_tower(visual),
-                resampler=_resampler(visual, language.hidden_size),
-                language=language,
-                patch_size=visual["patch_size"],
-                image_size=visual["image_size"],
-                image_start_id=visual["image_start_id"],
-            )
-        except KeyError as e:
-            raise UserError(f"config.json: key {e} is missing (qwen_vl)") from e
-        if config.side < 1:
-            raise UserError(f"config.json: a picture of {config.image_size} pixels holds no patch "
-                            f"of {config.patch_size}")  # fmt: skip
+        tables = read_tables(config_tables(hf))
+        top, visual = tables[""], tables["visual"]
+        language = _language(top)
+        config = cls(
+            vision=_tower(visual),
+            resampler=_resampler(visual, language.hidden_size),
+            language=language,
+            patch_size=visual["patch_size"],
+            image_size=visual["image_size"],
+            image_start_id=visual["image_start_id"],
+        )
+        check_grid(f"{FILE}: visual", config.image_size, config.patch_size)
         if config.image_pad_id >= language.vocab_size:
-            raise UserError(f"config.json: image_start_id {config.image_start_id} and the next two "
+            raise UserError(f"{FILE}: image_start_id {config.image_start_id} and the next two "
                             f"ids do not fit vocab_size {language.vocab_size}")  # fmt: skip
         return config
 
 
-def _language(hf: dict[str, Any]) -> DecoderConfig:
-    """Keys that are missing have the defaults of the published config class."""
-    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
-    head_dim, inner = hf.get("kv_channels", 128), hf["intermediate_size"]
-    if head_dim * heads != hidden or head_dim % 2:
-        raise UserError(f"config.json: {heads} heads of kv_channels {head_dim} do not make up "
+def config_tables(hf: dict[str, Any]) -> Tables:
+    """The tables of a config.json.
+
+    Raises:
+        UserError: a language model without pictures.
+    """
+    if not hf.get("visual"):
+        raise UserError(
+            f"{FILE}: a Qwen language model without the key 'visual' is not supported; "
+            "known: Qwen-VL and Qwen-VL-Chat"
+        )
+    return {"": (_TOP, hf), "visual": (_VISUAL, hf["visual"])}
+
+
+def _language(hf: Mapping[str, Any]) -> DecoderConfig:
+    hidden, count = hf["hidden_size"], hf["num_attention_heads"]
+    head_dim, inner = hf["kv_channels"], hf["intermediate_size"]
+    if head_dim * count != hidden or head_dim % 2:
+        raise UserError(f"{FILE}: {count} heads of kv_channels {head_dim} do not make up "
                         f"hidden_size {hidden}, or do not split in halves")  # fmt: skip
     if inner % 2:
-        raise UserError(f"config.json: intermediate_size {inner} is odd; it counts both halves of "
+        raise UserError(f"{FILE}: intermediate_size {inner} is odd; it counts both halves of "
                         "the MLP")  # fmt: skip
-    for key, known in (("rotary_pct", 1.0), ("scale_attn_weights", True)):
-        if hf.get(key, known) != known:
-            raise UserError(f"config.json: {key} {hf[key]} is not supported; known: {known}")
-    stepped, logn = (bool(hf.get(key, True)) for key in ("use_dynamic_ntk", "use_logn_attn"))
-    length = hf["seq_length"] if stepped or logn else None
-    if length is not None and length < 2:
-        raise UserError(f"config.json: seq_length {length} is too short to scale by")
-    bias = not hf.get("no_bias", True)  # of all layers but the fused one, which has one anyway
+    if head_dim < 4 and hf["use_dynamic_ntk"]:
+        raise UserError(f"{FILE}: use_dynamic_ntk needs heads of 4 channels, found {head_dim}")
+    if hf["seq_length"] is None and (hf["use_dynamic_ntk"] or hf["use_logn_attn"]):
+        raise UserError(f"{FILE}: seq_length is missing; use_dynamic_ntk and use_logn_attn need it")
+    bias = not hf["no_bias"]  # of all layers but the fused one, which has one anyway
     return DecoderConfig(
         hidden_size=hidden,
         num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=heads,
+        num_heads=count,
+        num_kv_heads=count,
         head_dim=head_dim,
         intermediate_size=inner // 2,
         vocab_size=hf["vocab_size"],
-        norm_eps=hf.get("layer_norm_epsilon", 1e-6),
-        rope_theta=float(hf.get("rotary_emb_base", 10000)),
+        norm_eps=hf["layer_norm_epsilon"],
+        rope_theta=hf["rotary_emb_base"],
         rope_sections=(head_dim // 2,),
-        max_positions=hf.get("max_position_embeddings", 8192),
+        max_positions=hf["max_position_embeddings"],
         qkv_bias=True,
-        tied_head=bool(hf.get("tie_word_embeddings", False)),
+        tied_head=hf["tie_word_embeddings"],
         o_bias=bias,
         mlp_bias=bias,
-        rope_scaling=SteppedScaling(length) if stepped else None,
-        logn_length=length if logn else None,
+        rope_scaling=SteppedScaling(hf["seq_length"]) if hf["use_dynamic_ntk"] else None,
+        logn_length=hf["seq_length"] if hf["use_logn_attn"] else None,
     )
 
 
-def _tower(visual: dict[str, Any]) -> ViTConfig:
-    width, heads = visual["width"], visual["heads"]
-    if width % heads:
-        raise UserError(f"config.json: vision width {width} is no multiple of {heads} heads")
+def _tower(visual: Mapping[str, Any]) -> ViTConfig:
+    size = visual["width"]
+    check_heads(f"{FILE}: visual", size, visual["heads"])
     return ViTConfig(
-        hidden_size=width,
+        hidden_size=size,
         num_layers=visual["layers"],
-        num_heads=heads,
-        intermediate_size=int(width * visual["mlp_ratio"]),
+        num_heads=visual["heads"],
+        intermediate_size=int(size * visual["mlp_ratio"]),
         patch_dim=3 * visual["patch_size"] ** 2,
         activation="gelu",
         norm_eps=NORM_EPS,
@@ -143,14 +198,14 @@ def _tower(visual: dict[str, Any]) -> ViTConfig:
     )
 
 
-def _resampler(visual: dict[str, Any], hidden: int) -> ResamplerConfig:
-    out, queries = visual["output_dim"], visual.get("n_queries", 256)
-    heads = out // HEAD_DIM
+def _resampler(visual: Mapping[str, Any], hidden: int) -> ResamplerConfig:
+    out, queries = visual["output_dim"], visual["n_queries"]
+    count = out // HEAD_DIM
     if out != hidden:
-        raise UserError(f"config.json: visual.output_dim {out} is not hidden_size {hidden}")
-    if heads == 0 or out % heads:
-        raise UserError(f"config.json: visual.output_dim {out} does not fit the resampler: it has "
+        raise UserError(f"{FILE}: visual.output_dim {out} is not hidden_size {hidden}")
+    if count == 0 or out % count:
+        raise UserError(f"{FILE}: visual.output_dim {out} does not fit the resampler: it has "
                         f"output_dim // {HEAD_DIM} equal heads")  # fmt: skip
     if isqrt(queries) ** 2 != queries:
-        raise UserError(f"config.json: visual.n_queries {queries} is no square")
-    return ResamplerConfig(visual["width"], out, heads, queries, NORM_EPS, stored_positions=True)
+        raise UserError(f"{FILE}: visual.n_queries {queries} is no square")
+    return ResamplerConfig(visual["width"], out, count, queries, NORM_EPS, stored_positions=True)

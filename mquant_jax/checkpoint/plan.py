@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mquant_jax.checkpoint.source import FLOAT_DTYPES, Reader
+from mquant_jax.checkpoint.tensor_file import DTYPES
 from mquant_jax.errors import UserError
+from mquant_jax.lazy import Lazy
 from mquant_jax.models.base import Family, WeightRule
 
 _HEAD = "language/head/"
 _SHOWN = 10
-Progress = Callable[..., Iterable[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,38 +36,58 @@ class Plan:
     def tied_head(self) -> bool:
         return self.config.language.tied_head
 
-    def read(self, reader: Reader, progress: Progress | None = None) -> dict[str, np.ndarray]:
-        """All our tensors, in the dtype in which they are stored.
+    def tensors(self, reader: Reader) -> dict[str, Lazy]:
+        """All our tensors, in the dtype in which they are stored; they are read when asked for.
 
-        Raises:
-            UserError: a tensor holds NaN or Inf.
+        Reading one raises a UserError where it holds NaN or Inf.
         """
-        by_source: dict[str, list[WeightRule]] = {}
-        for rule in self.rules:
-            by_source.setdefault(rule.src, []).append(rule)
-        items: Iterable[Any] = list(by_source.items())
-        out: dict[str, np.ndarray] = {}
-        for src, rules in progress(items, "read weights") if progress else items:
-            source = read_finite(reader, self.names[src])
-            for rule in rules:
-                out[rule.dst] = rule.apply(source)
-        return out
+        return {rule.dst: self._tensor(reader, rule) for rule in self.rules}
+
+    def read(self, reader: Reader) -> dict[str, np.ndarray]:
+        """The same, in memory."""
+        return {name: tensor.load() for name, tensor in self.tensors(reader).items()}
+
+    def _tensor(self, reader: Reader, rule: WeightRule) -> Lazy:
+        if rule.src not in self.names:
+            values = np.asarray(rule.otherwise, np.float32).reshape(rule.src_shape)
+            return Lazy.of(rule.apply(values))
+        name = self.names[rule.src]
+        dtype = DTYPES[reader.tensors[name].dtype]
+        first, count = rule.run()
+
+        def read(start: int | None, stop: int | None) -> np.ndarray:
+            if count is None:  # rows from all over the source, or columns
+                return rule.apply(read_finite(reader, name))[start:stop]
+            begin, end, _ = slice(start, stop).indices(count)
+            rows = read_finite(reader, name, first + begin, first + end)
+            return rows.reshape(end - begin, *rule.shape[1:])
+
+        return Lazy(rule.shape, dtype, read)
 
 
-def read_finite(reader: Reader, name: str) -> np.ndarray:
-    """One tensor, checked.
+def read_finite(
+    reader: Reader, name: str, start: int | None = None, stop: int | None = None
+) -> np.ndarray:
+    """Rows of one tensor, or all of it, checked.
 
     Raises:
         UserError: it holds NaN or Inf.
     """
-    values = reader.read(name)
-    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
-    if bad:
+    values = reader.read(name, start, stop)
+    if bad := count_not_finite(values):
         raise UserError(
             f"{reader.tensors[name].file}: tensor {name} holds {bad} NaN or Inf of "
             f"{values.size} values; the checkpoint is damaged"
         )
     return values
+
+
+def count_not_finite(values: np.ndarray) -> int:
+    """How many values are NaN or Inf."""
+    if values.dtype == ml_dtypes.bfloat16:  # NumPy's own test of this type is slow
+        exponent = values.view(np.uint16) & 0x7F80
+        return int(np.count_nonzero(exponent == 0x7F80))
+    return values.size - int(np.count_nonzero(np.isfinite(values)))
 
 
 def plan(family: Family, config: Any, reader: Reader) -> Plan:
@@ -85,7 +106,8 @@ def plan(family: Family, config: Any, reader: Reader) -> Plan:
         config = _with_head(config, tied=True)
         rules = family.weight_rules(config)
     shapes = {r.src: r.src_shape for r in rules}
-    missing = sorted(set(shapes) - set(names))
+    optional = {r.src for r in rules if r.otherwise is not None}
+    missing = sorted(set(shapes) - set(names) - optional)
     unplaced = sorted(
         n for src, n in names.items() if src not in shapes and not family.ignored(src)
     )

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from mquant_jax.checkpoint.foreign import (
+    refuse_adapter,
+    refuse_foreign_names,
+    refuse_quantised,
+)
+from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, TensorFile
 from mquant_jax.errors import UserError
+from mquant_jax.files import check_inside, is_file, read_json
+from mquant_jax.schema import shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_LONGEST_NAME = 255  # bytes, of all common file systems
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 # Files beside the weights that a processor needs, copied along as they are.
 SIDE_FILES = (
@@ -44,25 +51,6 @@ class TensorInfo:
     dtype: str
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: no such file, not JSON, or not an object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file") from e
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from e
-    except ValueError as e:  # bad JSON or bad UTF-8
-        raise UserError(f"{path}: not valid JSON: {e}") from e
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
-
-
 class Reader:
     """The tensors of a folder by name; only headers are read until a tensor is asked for.
 
@@ -70,6 +58,7 @@ class Reader:
         folder: the model's folder.
         config: content of config.json.
         tensors: name -> :class:`TensorInfo`, sorted by name.
+        bytes_read: of tensors, so far.
     """
 
     def __init__(self, folder: str | Path):
@@ -78,23 +67,27 @@ class Reader:
             UserError: a missing, damaged or contradictory file; the message names it.
         """
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if not _is_folder(self.folder):
             raise UserError(f"{folder}: no such folder; SRC is a Hugging Face model folder")
+        refuse_adapter(self.folder)
         self.config = read_json(self.folder / "config.json")
-        self._open: dict[Path, Any] = {}
+        refuse_quantised(self.config, self.folder / "config.json")
+        self._open: dict[Path, TensorFile] = {}
+        self.bytes_read = 0
         self.tensors = dict(sorted(self._scan().items()))
+        refuse_foreign_names(self.tensors, self.folder)
 
     def _scan(self) -> dict[str, TensorInfo]:
         single, index = self.folder / SINGLE, self.folder / INDEX
-        if single.is_file():
+        if os.path.lexists(single):
             return self._header(single)
-        if not index.is_file():
+        if not is_file(index):
             raise UserError(self._nothing_found())
         found: dict[str, TensorInfo] = {}
         wanted = _weight_map(index)
         for file in sorted(set(wanted.values())):
             path = self.folder / file
-            if not path.is_file():
+            if not os.path.lexists(path):
                 raise UserError(f"{path}: shard is missing, {INDEX} names it; download it again")
             for name, info in self._header(path).items():
                 if name in found:
@@ -116,37 +109,30 @@ class Reader:
         return f"{self.folder}: holds neither {SINGLE} nor {INDEX}"
 
     def _header(self, path: Path) -> dict[str, TensorInfo]:
-        # safe_open checks that the header's offsets fill the file exactly.
         try:
-            handle = self._open[path] = safe_open(path, framework="np")
-            out = {}
-            for name in handle.keys():  # noqa: SIM118  (a handle, not a mapping)
-                part = handle.get_slice(name)
-                out[name] = TensorInfo(path, tuple(part.get_shape()), part.get_dtype())
-            return out
-        except (SafetensorError, OSError, ValueError) as e:
-            size = path.stat().st_size
-            raise UserError(
-                f"{path}: truncated or damaged safetensors file ({size} bytes): {e}; "
-                "download it again"
-            ) from e
+            check_inside(path)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read: {e.strerror}; download it again") from e
+        file = self._open[path] = TensorFile(path)
+        return {
+            name: TensorInfo(path, entry.shape, DTYPE_NAMES[entry.dtype])
+            for name, entry in file.entries.items()
+        }
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype.
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        """Rows ``start`` to ``stop`` of one tensor, or all of it, in its stored dtype.
 
         Raises:
             UserError: it cannot be read.
         """
-        path = self.tensors[name].file
-        try:
-            return self._open[path].get_tensor(name)
-        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as e:
-            raise UserError(f"{path}: tensor {name} cannot be read: {e}") from e
+        values = self._open[self.tensors[name].file].read(name, start, stop)
+        self.bytes_read += values.nbytes
+        return values
 
     def side_files(self) -> list[Path]:
         """Tokenizer, preprocessor and generation files that exist here."""
         paths = (self.folder / name for name in SIDE_FILES)
-        return [p for p in paths if p.is_file()]
+        return [p for p in paths if is_file(p)]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -155,9 +141,26 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(table, dict) or not table:
         raise UserError(f"{index}: expected a non-empty object 'weight_map'")
     for name, file in table.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index}: {name} lies in {file!r}; expected a plain file name")
+        if not _is_plain_name(file):
+            raise UserError(f"{index}: {name} lies in {shown(file)}; expected a plain file name")
     return table
+
+
+def _is_plain_name(name: Any) -> bool:
+    """Whether a file of the same folder may have this name."""
+    if not isinstance(name, str) or "\0" in name or Path(name).name != name:
+        return False
+    try:
+        return len(name.encode()) <= _LONGEST_NAME
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no folder can have
+        return False
 
 
 def _check_index(index: Path, wanted: dict[str, str], found: dict[str, TensorInfo]) -> None:

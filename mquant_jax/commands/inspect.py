@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mquant_jax.checkpoint.store import REPORT
-from mquant_jax.cli_support import OK, Parser
+from mquant_jax.checkpoint.manifest import REPORT
+from mquant_jax.cli_support import OK, Parser, add_no_verify
 from mquant_jax.errors import UserError
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import abstract_params
@@ -14,6 +14,7 @@ from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import platform, select_path
 from mquant_jax.ptq.pipeline import section_of
 from mquant_jax.recipe import Recipe
+from mquant_jax.validate import count
 
 
 def layer_paths(model, recipe: Recipe) -> list[dict]:
@@ -67,9 +68,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--points", type=int, default=0, metavar="N", help="show the N "
                         "quantisation points with the largest rounding and clipping error on the "
                         "calibration data")  # fmt: skip
+    add_no_verify(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    loaded = load_model(Path(args.checkpoint), None)
+    points = count(args.points, "--points", least=0)
+    loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
     if args.json:
@@ -81,8 +84,8 @@ def main(argv: list[str]) -> int:
     for r in rows:
         forms = f"{r['one_row']} / {r['many_rows']}" if "one_row" in r else "float dot"
         print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
-    if args.points:
-        print("\n" + _points(Path(args.checkpoint), args.points))
+    if points:
+        print("\n" + _points(Path(args.checkpoint), points))
     return OK
 
 
@@ -90,4 +93,4 @@ def _points(folder: Path, count: int) -> str:
     path = folder / REPORT
     if not path.is_file():
         raise UserError(f"{path}: no such file; only quantised checkpoints have a report")
-    return worst_points(json.loads(path.read_text()), count)
+    return worst_points(json.loads(path.read_text(encoding="utf-8")), count)

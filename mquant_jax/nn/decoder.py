@@ -119,6 +119,9 @@ class Decoder(nnx.Module):
         if cfg.logn_length is not None:
             length = jnp.maximum(jnp.max(positions, axis=0), 0).astype(jnp.float32) + 1
             gain = jnp.maximum(jnp.log(length) / math.log(cfg.logn_length), 1.0)
+        if cfg.score_gain != 1:
+            gain = jnp.ones(order.shape, jnp.float32) if gain is None else gain
+            gain = gain * cfg.score_gain
         # Only visual tokens are ever moved.
         in_order = keys is None and not visual_slots
         keys = key_order(order, token_class) if keys is None else keys

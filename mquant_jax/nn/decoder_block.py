@@ -16,7 +16,7 @@ from mquant_jax.nn.cache import Store, write
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.rope import Scaling, apply_rope
+from mquant_jax.nn.rope import Scaling, YarnScaling, apply_rope
 from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import (
     attend,
@@ -68,6 +68,14 @@ class DecoderConfig:
     def rotary_dim(self) -> int:
         """Channels of a head that turn."""
         return 2 * sum(self.rope_sections)
+
+    @property
+    def score_gain(self) -> float:
+        """Factor on the attention scores beside that of the head's width.
+
+        YaRN scales rotated queries and keys; where the whole head turns, that scales their product.
+        """
+        return self.rope_scaling.attention**2 if isinstance(self.rope_scaling, YarnScaling) else 1.0
 
 
 @partial(

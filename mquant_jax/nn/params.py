@@ -29,7 +29,7 @@ def variables(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Variable
         yield tuple(map(str, path)), variable
 
 
-def _layer_names(path: tuple[str, ...], value: Any) -> list[str]:
+def layer_names(path: tuple[str, ...], value: Any) -> list[str]:
     """The names of a (possibly stacked) parameter, layer by layer."""
     if STACK not in path:
         return ["/".join(path)]
@@ -43,7 +43,7 @@ def abstract_params(model: nnx.Module) -> Params:
     out: Params = {}
     for path, variable in variables(model):
         value = variable.get_value()
-        names = _layer_names(path, value)
+        names = layer_names(path, value)
         skip = STACK in path
 
         def struct(x, skip=skip):
@@ -58,7 +58,7 @@ def get_params(model: nnx.Module) -> Params:
     out: Params = {}
     for path, variable in variables(model):
         value = jax.tree.map(np.asarray, variable.get_value())
-        names = _layer_names(path, value)
+        names = layer_names(path, value)
         for i, name in enumerate(names):
             out[name] = jax.tree.map(lambda x, i=i: x[i], value) if STACK in path else value
     return out
@@ -80,7 +80,7 @@ def set_params(
     def made(item: tuple[tuple[str, ...], nnx.Variable]) -> Any:
         path, variable = item
         like = variable.get_value()
-        values = [params.pop(name) for name in _layer_names(path, like)]
+        values = [params.pop(name) for name in layer_names(path, like)]
         value = jax.tree.map(_stacked, *values) if STACK in path else values[0]
         value = value if hold is None else hold(value, like)
         # What stacking made is nobody else's and may be taken over without a copy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,60 @@ class Llama3Scaling:
     high: float
     original: int
 
-    def __call__(self, freq: np.ndarray) -> np.ndarray:
+    def __call__(self, freq: np.ndarray, theta: float) -> np.ndarray:
         """float64 frequencies, scaled."""
         turns = self.original * freq / (2 * np.pi)  # of one slot over the original context
         kept = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
         return kept * freq + (1 - kept) * freq / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation: every slot turns ``factor`` times slower."""
+
+    factor: float
+
+    def __call__(self, freq: np.ndarray, theta: float) -> np.ndarray:
+        """float64 frequencies, scaled."""
+        return freq / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN: slots are interpolated the more, the less they turn over the original context.
+
+    A slot that turns ``fast`` times or more keeps its frequency, one that turns ``slow`` times or
+    less is ``factor`` times slower, and in between the two are blended linearly by slot number.
+
+    Attributes:
+        factor: how much longer the context became.
+        original: the context before the change, in positions.
+        fast, slow: turns per original context that bound the blend.
+        truncate: the bounding slots are rounded outward to whole numbers.
+        attention: factor on the rotated queries and keys alike.
+    """
+
+    factor: float
+    original: int
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+    attention: float = 1.0
+
+    def __call__(self, freq: np.ndarray, theta: float) -> np.ndarray:
+        """float64 frequencies ``[dim/2]`` of base ``theta``, scaled."""
+        dim = 2 * len(freq)
+        low, high = (self._slot(turns, dim, theta) for turns in (self.fast, self.slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        high += 1e-3 if low == high else 0  # no division by zero
+        interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
+        return freq * (1 - interpolated) + freq / self.factor * interpolated
+
+    def _slot(self, turns: float, dim: int, theta: float) -> float:
+        """The (fractional) slot that makes so many turns over the original context."""
+        return dim * math.log(self.original / (2 * math.pi * turns)) / (2 * math.log(theta))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +133,14 @@ class SteppedScaling:
         return jnp.asarray(table)[step]
 
 
-Scaling = Llama3Scaling | DynamicScaling | SteppedScaling
+FixedScaling = Llama3Scaling | LinearScaling | YarnScaling
+Scaling = FixedScaling | DynamicScaling | SteppedScaling
 
 
-def frequencies(dim: int, theta: float, scaling: Llama3Scaling | None = None) -> np.ndarray:
+def frequencies(dim: int, theta: float, scaling: FixedScaling | None = None) -> np.ndarray:
     """``theta ** (-2j / dim)`` for ``j < dim/2``, then scaled; float32 ``[dim/2]``."""
     freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    return (freq if scaling is None else scaling(freq)).astype(np.float32)
+    return (freq if scaling is None else scaling(freq, theta)).astype(np.float32)
 
 
 def multi_axis_angles(

@@ -19,13 +19,16 @@ Norms need none of this: their weights and biases move into their readers as the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
+from mquant_jax.lazy import lazy
 from mquant_jax.models.streams import Streams
-from mquant_jax.nn.params import Params
 from mquant_jax.ptq.channels import Link, can_shift, links, scale, shift
-from mquant_jax.ptq.rotate import Tensors
-from mquant_jax.ptq.statistics import StatisticsRunner
+from mquant_jax.ptq.rotate import Params
+from mquant_jax.ptq.statistics import Statistics
 
 # Of the root mean square over channels, at least so much counts of each: calibration may not have
 # shown what a channel can do.
@@ -34,18 +37,19 @@ _WORTH = 0.15  # of what there was, at most so much may be left
 
 
 def balance_params(
-    params: Params, streams: Streams, look: StatisticsRunner
+    params: Mapping[str, Any], streams: Streams, look: Statistics
 ) -> tuple[Params, dict[str, float]]:
     """Choose the sizes and means of all channels that the declared streams leave free.
 
     Args:
         params: float tensors by name, layers separate, not rotated. Left as they are.
-        look: what the float model showed at its points.
+        look: what the float model showed at its points, columns and all.
 
     Returns:
-        New tensors, float32, and what is left of ``|x|^2 |W|^2`` at each (first) reader.
+        New tensors, float32 where they changed, and what is left of ``|x|^2 |W|^2`` at each
+        (first) reader.
     """
-    out = Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
+    out = lazy(params)
     left: dict[str, float] = {}
     for link in links(params, streams):
         if link.is_norm or any(reader not in look.point_of for reader in link.readers):
@@ -56,7 +60,7 @@ def balance_params(
             squares = np.maximum(squares - shares * means**2, 0.0)
         columns = np.zeros(link.width)
         for reader in link.readers:
-            np.add.at(columns, link.columns, (out[f"{reader}/kernel"] ** 2).sum(0))
+            np.add.at(columns, link.columns, look.weights[reader])
         gains = np.sqrt(_sizes(columns) / _sizes(squares))
         gains /= np.exp(np.log(gains).mean())
         before = squares.sum() * columns.sum()
@@ -64,7 +68,7 @@ def balance_params(
         if after < _WORTH * before:
             scale(out, link, gains)
             left[link.readers[0]] = float(after / before)
-    return dict(out), left
+    return out, left
 
 
 def _sizes(squares: np.ndarray) -> np.ndarray:
@@ -72,7 +76,7 @@ def _sizes(squares: np.ndarray) -> np.ndarray:
     return np.maximum(size, _LEAST * np.sqrt(squares.mean()) + 1e-30)
 
 
-def _channels(link: Link, look: StatisticsRunner) -> tuple[np.ndarray, ...]:
+def _channels(link: Link, look: Statistics) -> tuple[np.ndarray, ...]:
     """Mean square (summed over the columns that share a channel) and mean of each channel, and how
     many columns share it; float64 ``[width]``."""
     squares, means, shares = (np.zeros(link.width) for _ in range(3))

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Processor, Prompt
-from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, read_samples
+from mquant_jax.models.base import Batch, Processor, Prompt
+from mquant_jax.ptq.states import States
+from mquant_jax.runtime.buckets import fine
+from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, each, read_samples
+
+CHUNK_TOKENS = 4096  # tokens or patches that run at a time
 
 
 def load_calibration(
-    path: Path | None, processor: Processor, limit: int | None = None, pictures: bool = True
+    path: Path | None,
+    processor: Processor,
+    limit: int | None = None,
+    pictures: bool = True,
+    keep: Callable[[Prompt], Prompt] = lambda prompt: prompt,
 ) -> list[Prompt]:
     """The samples of a JSONL file, or of the bundled set, ready to be collated.
 
     Args:
         pictures: the model takes pictures; language models alone cannot use the bundled set.
+        keep: what is to be kept of each prompt.
 
     Raises:
         UserError: unreadable data; no picture in all of it, for a model that takes them (text
@@ -29,14 +44,82 @@ def load_calibration(
     samples = read_samples(path or BUNDLED_CALIBRATION, limit)
     if pictures and not any(s.images for s in samples):
         raise UserError(
-            f"{path}: no sample has a picture; a multimodal model calibrated on text alone "
-            "loses its visual accuracy, so add samples with images"
+            f"{path or BUNDLED_CALIBRATION}: no sample has a picture; a multimodal model "
+            "calibrated on text alone loses its visual accuracy, so add samples with images"
         )
-    return [with_answer(s, processor) for s in samples]
+    return each(samples, lambda sample: keep(with_answer(sample, processor)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Calibration prompts in batches that run at a time; their patches are stored.
+
+    Attributes:
+        batches: the prompts.
+        fingerprint: a hash of all of them.
+        tokens: how many there are.
+    """
+
+    batches: list[Batch]
+    fingerprint: str
+    tokens: int
+
+
+def calibration_chunks(
+    path: Path | None,
+    processor: Processor,
+    states: States,
+    limit: int | None = None,
+    pictures: bool = True,
+) -> Chunks:
+    """The samples of a JSONL file, or of the bundled set, in batches of a few thousand tokens.
+
+    The patches of all prompts together may be more than memory holds: they are kept by ``states``.
+
+    Raises:
+        UserError: see :func:`load_calibration`.
+    """
+    whole = states.spool()
+
+    def keep(prompt: Prompt) -> Prompt:
+        return dataclasses.replace(prompt, patches=whole.append(prompt.patches))
+
+    prompts = load_calibration(path, processor, limit, pictures, keep)
+    packed, digest, batches, tokens = states.spool(), hashlib.sha256(), [], 0
+    for group in grouped(prompts):
+        group = [dataclasses.replace(p, patches=p.patches.load()) for p in group]
+        batch = processor.collate(group, pad_to=fine(max(len(p.input_ids) for p in group), 64))
+        for leaf in jax.tree.leaves(batch):
+            digest.update(np.ascontiguousarray(leaf).data)
+        if batch.vision is not None:
+            stored = packed.append(batch.vision.patches)
+            vision = dataclasses.replace(batch.vision, patches=stored)
+            batch = dataclasses.replace(batch, vision=vision)
+        batches.append(batch)
+        tokens += int((np.asarray(batch.token_class) >= 0).sum())
+    whole.clear()
+    return Chunks(batches, digest.hexdigest(), tokens)
+
+
+def grouped(prompts: Sequence[Prompt], most: int = CHUNK_TOKENS) -> Iterator[list[Prompt]]:
+    """Successive prompts whose tokens, or patches, padded to one length are ``most`` together."""
+    group: list[Prompt] = []
+    for prompt in prompts:
+        if group and _size([*group, prompt]) > most:
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
+
+
+def _size(prompts: Sequence[Prompt]) -> int:
+    """Padded tokens or patches, whichever are more."""
+    tokens = len(prompts) * max(len(p.input_ids) for p in prompts)
+    pictures = [h * w for p in prompts for t, h, w in p.grids for _ in range(t)]
+    return max(tokens, len(pictures) * max(pictures, default=0))
 
 
 def with_answer(sample: Sample, processor: Processor) -> Prompt:
     """The prompt followed by its answer: decoding steps belong to what is calibrated."""
-    prompt = processor.prompt(sample.question, sample.images)
-    ids = [*prompt.input_ids, *processor.encode(sample.answer)]
-    return Prompt(ids, prompt.grids, prompt.patches)
+    return processor.continued(sample.prompt(processor), sample.answer)

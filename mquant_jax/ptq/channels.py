@@ -15,8 +15,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from mquant_jax.models.streams import Streams
-from mquant_jax.nn.params import Params
-from mquant_jax.ptq.rotate import expand, norms_of, readers_of
+from mquant_jax.ptq.rotate import (
+    Params,
+    changed,
+    changed_rows,
+    expand,
+    norms_of,
+    readers_of,
+    shifted,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +84,12 @@ def links(params: Params, streams: Streams) -> Iterator[Link]:
 def scale(params: Params, link: Link, gains: np.ndarray) -> None:
     """Multiply the channels by ``gains`` (float64 ``[width]``) and divide where they are read."""
     for name in link.sources:
-        value = params[name]
-        params[name] = value * gains.reshape(-1, *[1] * (value.ndim - 1))
+        column = gains.reshape(-1, *[1] * (params[name].ndim - 1))
+        params[name] = changed(params[name], lambda x, g=column: x * g)
+    columns = gains[link.columns]
     for reader in link.readers:
-        params[f"{reader}/kernel"] = params[f"{reader}/kernel"] / gains[link.columns]
+        name = f"{reader}/kernel"
+        params[name] = changed_rows(params[name], lambda w: w / columns)
 
 
 def can_shift(params: Params, link: Link) -> bool:
@@ -93,7 +102,7 @@ def shift(params: Params, link: Link, offsets: np.ndarray) -> None:
     """Add ``offsets`` (float64 ``[width]``) to the channels; take them off behind the readers."""
     for name in link.sources:
         if name.endswith("/bias"):
-            params[name] = params[name] + offsets
+            params[name] = changed(params[name], lambda b: b + offsets)
     for reader in link.readers:
-        constant = params[f"{reader}/kernel"] @ offsets[link.columns]
-        params[f"{reader}/bias"] = params[f"{reader}/bias"] - constant
+        kernel, bias = params[f"{reader}/kernel"], f"{reader}/bias"
+        params[bias] = shifted(params[bias], kernel, -offsets[link.columns])

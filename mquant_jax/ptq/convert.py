@@ -1,72 +1,162 @@
-"""The conversion of a Hugging Face model folder into a checkpoint folder."""
+"""The conversion of a Hugging Face model folder into a checkpoint folder, part by part."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from mquant_jax.checkpoint.atomic import check_destination
+import numpy as np
+
+from mquant_jax import __version__
+from mquant_jax.checkpoint.check import check_result
+from mquant_jax.checkpoint.destination import check_destination
+from mquant_jax.checkpoint.journal import Journal
+from mquant_jax.checkpoint.manifest import MANIFEST, load_manifest
 from mquant_jax.checkpoint.plan import Plan, plan
+from mquant_jax.checkpoint.provenance import hash_files, source_files
+from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.checkpoint.source import Reader
-from mquant_jax.checkpoint.store import MANIFEST, save
+from mquant_jax.checkpoint.workspace import Workspace, workspace
+from mquant_jax.checkpoint.writer import CheckpointWriter, by_part
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Batch, Family, abstract_model
+from mquant_jax.models.base import Family, abstract_model
 from mquant_jax.models.registry import family_for
+from mquant_jax.ptq.calibration_data import Chunks, calibration_chunks
+from mquant_jax.ptq.ledger import JournalLedger
+from mquant_jax.ptq.pipeline import Conversion, untied
+from mquant_jax.ptq.states import States
 from mquant_jax.recipe import Recipe
+from mquant_jax.schema import shown
+from mquant_jax.stages import stage
+
+_SHOWN = 10  # unknown keys that a warning names
 
 
 def convert(
-    src: Path, dst: Path, recipe: Recipe, calibration: Path | None = None, overwrite: bool = False
+    src: Path,
+    dst: Path,
+    recipe: Recipe,
+    calibration: Path | None = None,
+    overwrite: bool = False,
+    *,
+    resume: bool = False,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Convert ``src`` into the checkpoint ``dst``; everything cheap is checked first.
+
+    Args:
+        overwrite: replace the checkpoint at ``dst``.
+        resume: go on with what a stopped conversion of the same inputs left in ``DST.work``.
+        restart: remove that, and begin anew.
 
     Returns:
         The manifest, as written to mquant.json.
 
     Raises:
-        UserError: bad input; nothing was written.
+        UserError: bad input; ``dst`` is as it was.
     """
-    check_destination(dst, MANIFEST, overwrite)
+    options = {"overwrite": overwrite, "resume": resume, "restart": restart}
+    check_destination(dst, MANIFEST, **options)
     if calibration is not None and not calibration.is_file():
         raise UserError(f"--calibration {calibration}: no such file")
     reader = Reader(src)
     family = family_for(reader.config, src / "config.json")
-    todo = plan(family, read_config(family, reader), reader)
+    config = read_config(family, reader)
+    todo = plan(family, config, reader)
     _check_recipe(family, todo, recipe)
-    _check_ties(reader.config, todo)
-    batch = _calibration_batch(family, todo, recipe, src, calibration)
-    params: dict[str, Any] = todo.read(reader, progress)
-    config, report = todo.config, None
-    if recipe.changes_weights:
-        from mquant_jax.ptq.pipeline import quantize_params, untied
+    check_ties(config, todo, reader)
+    ledger: JournalLedger | None = None
 
-        config, params = untied(config, params) if recipe.rotate else (config, params)
-        params, report = quantize_params(family, config, recipe, params, batch, progress)
-    return save(
-        dst,
-        params,
-        family=family.name,
-        hf_config=reader.config,
-        recipe=recipe,
-        tied_head=config.language.tied_head,
-        files=[src / "config.json", *reader.side_files()],
-        report=report,
-        overwrite=overwrite,
+    def worth_keeping() -> bool:
+        return recipe.needs_calibration and ledger is not None and bool(ledger.records)
+
+    with workspace(dst, MANIFEST, **options, keep=worth_keeping) as work:
+        if work.published:
+            return load_manifest(dst)
+        states = States(work.states)
+        with stage("read calibration"):
+            chunks = _calibration(family, todo, recipe, reader, calibration, states)
+        with stage("hash source"):
+            source = hash_files(source_files(reader))
+        ledger = JournalLedger(Journal(work.journal), _header(source, recipe, chunks))
+        manifest = _fill(work, family, todo, recipe, reader, chunks, states, ledger, source)
+        with stage("read back"):
+            check_result(work.result, family, todo.config)
+        work.publish()
+    return manifest
+
+
+def _header(source: dict[str, Any], recipe: Recipe, chunks: Chunks | None) -> dict[str, Any]:
+    """What a result depends on."""
+    return {
+        "mquant_jax": __version__,
+        "source": source,
+        "recipe": recipe.to_json(),
+        "calibration": None if chunks is None else chunks.fingerprint,
+    }
+
+
+def _fill(
+    work: Workspace,
+    family: Family,
+    todo: Plan,
+    recipe: Recipe,
+    reader: Reader,
+    chunks: Chunks | None,
+    states: States,
+    ledger: JournalLedger,
+    source: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything between the checks and the last rename."""
+    writer = CheckpointWriter(work.result)
+    ledger.check(writer.holds)
+    config, params = todo.config, todo.tensors(reader)
+    if recipe.rotate:
+        config, params = untied(config, params)
+    batches = None if chunks is None else chunks.batches
+    job = Conversion(
+        family, config, recipe, params, batches, states=states, ledger=ledger, progress=progress
     )
+    report = job.run(writer.write_part)
+    records = {record["part"]: record for record in ledger.records if "file" in record}
+
+    def finish() -> dict[str, Any]:
+        return writer.finish(
+            records.values(),
+            family=family.name,
+            hf_config=reader.config,
+            recipe=recipe,
+            tied_head=config.language.tied_head,
+            files=[reader.folder / "config.json", *reader.side_files()],
+            report=report if recipe.changes_weights else None,
+            source=source,
+        )
+
+    manifest = finish()
+    if recipe.learns:
+        with stage("learn scales"):
+            made, _ = load_params(work.result, verify=False)
+            learned, report["tuning"] = job.learned(made)
+        for part, tensors in by_part(made | learned).items():
+            if tensors.keys() & learned.keys():
+                records[part] = writer.write_part(part, tensors)
+        manifest = finish()
+    return manifest
 
 
 def read_config(family: Family, reader: Reader) -> Any:
-    """The family's config object.
+    """The family's config object; keys that are not known are named in a warning.
 
     Raises:
         UserError: a key of config.json is missing or has an impossible value.
     """
-    try:
-        return family.config_from_hf(reader.config)
-    except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as e:
-        path = reader.folder / "config.json"
-        raise UserError(f"{path}: a key has an impossible value ({family.name}): {e}") from e
+    config = family.config_from_hf(reader.config)
+    if unknown := family.unknown_keys(reader.config):
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        warn(f"{reader.folder / 'config.json'}: ignored, because no {family.name} model is known "
+             f"to have such keys: {', '.join(map(shown, unknown[:_SHOWN]))}{more}")  # fmt: skip
+    return config
 
 
 def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
@@ -81,21 +171,46 @@ def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name!r} does not fit this model: {e}") from e
 
 
-def _check_ties(hf: dict[str, Any], todo: Plan) -> None:
-    if todo.tied_head and hf.get("tie_word_embeddings") is False:
+def check_ties(config: Any, todo: Plan, reader: Reader) -> None:
+    """Config and checkpoint agree on whether the head is the embedding.
+
+    Args:
+        config: the family's, as config.json says.
+        todo: the plan, as the checkpoint has it.
+
+    Raises:
+        UserError: config.json ties them, and the checkpoint holds a head of other values.
+    """
+    if todo.tied_head and reader.config.get("tie_word_embeddings") is False:
         warn("config.json says the head is not tied, but the checkpoint has no head of its own; "
              "the embedding is used")  # fmt: skip
+    if todo.tied_head or not config.language.tied_head:
+        return
+    params = todo.tensors(reader)
+    head, table = (params[f"language/{n}"] for n in ("head/kernel", "embedding"))
+    pairs = zip(head.blocks(), table.blocks(), strict=True)
+    if not all(np.array_equal(a, b) for a, b in pairs):
+        names = {rule.dst: rule.src for rule in todo.rules}
+        raise UserError(
+            f"{reader.folder}: config.json has tie_word_embeddings true, but "
+            f"{names['language/head/kernel']} differs from {names['language/embedding']}; set it "
+            "to false to use the stored head, or remove that tensor to use the embedding"
+        )
 
 
-def _calibration_batch(
-    family: Family, todo: Plan, recipe: Recipe, src: Path, path: Path | None
-) -> Batch | None:
+def _calibration(
+    family: Family,
+    todo: Plan,
+    recipe: Recipe,
+    reader: Reader,
+    path: Path | None,
+    states: States,
+) -> Chunks | None:
     """Calibration data, read before the weights so that bad data fails early."""
     if not recipe.needs_calibration:
         if path is not None:
             warn(f"--calibration is not used: recipe {recipe.name!r} needs no data")
         return None
-    from mquant_jax.ptq.calibration_data import load_calibration
-
-    processor, limit = family.processor(src, todo.config), recipe.calibration.max_samples
-    return processor.collate(load_calibration(path, processor, limit, family.pictures))
+    processor = family.processor(reader.folder, todo.config)
+    limit = recipe.calibration.max_samples
+    return calibration_chunks(path, processor, states, limit, family.pictures)

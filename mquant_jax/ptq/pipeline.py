@@ -1,36 +1,44 @@
-"""Float parameters and calibration prompts in, quantised parameters and a report out."""
+"""Float tensors and calibration prompts in, quantised tensors and a report out, part by part.
+
+No more than one part's weights are in memory. How often each weight is read: once by the rounding
+pass; once more where channels are balanced or smoothed (a look at the float model before it is
+rotated), once more where sinks are to be found (a look at the rotated float model), and SmoothQuant
+reads once more what it scales. Learning the whole model's scales at the end needs both models.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mquant_jax.checkpoint.writer import Rows, by_part
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Batch, Family, abstract_model
+from mquant_jax.lazy import Lazy, Tensors, lazy
+from mquant_jax.models.base import VLM, Batch, Family, abstract_model
 from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, set_params
-from mquant_jax.nn.stack import Runner
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.balance import balance_params
+from mquant_jax.ptq.ledger import Ledger
 from mquant_jax.ptq.prefix import prefix_ids, prefix_params
 from mquant_jax.ptq.rotate import rotate_params
 from mquant_jax.ptq.scales import round_weight
-from mquant_jax.ptq.sequential import Progress, QuantizingRunner
-from mquant_jax.ptq.sinks import find_sinks
+from mquant_jax.ptq.sequential import Quantiser, Sink
+from mquant_jax.ptq.sinks import find_sinks, flat
 from mquant_jax.ptq.smooth import smooth_params
-from mquant_jax.ptq.statistics import StatisticsRunner
+from mquant_jax.ptq.states import States
+from mquant_jax.ptq.statistics import Statistics
 from mquant_jax.ptq.tune import tune
+from mquant_jax.ptq.walk import Progress, Visitor, Walk, no_progress, working
 from mquant_jax.recipe import Recipe, Section
+from mquant_jax.stages import stage
 
-
-def no_progress(items: Iterable, label: str) -> Iterable:
-    return items
+Batches = Batch | Sequence[Batch]
 
 
 def section_of(name: str, recipe: Recipe) -> Section:
@@ -47,122 +55,215 @@ def quantize_params(
     family: Family,
     config: Any,
     recipe: Recipe,
-    params: Params,
-    batch: Batch | None = None,
+    params: Mapping[str, Any],
+    batches: Batches | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Params, dict[str, Any]]:
-    """Quantise a float model as ``recipe`` says.
-
-    Args:
-        params: float tensors by name, layers separate; for a rotation of an :func:`untied` model.
-        batch: calibration prompts with their answers; needed when some activation is static or
-            the weights are rounded by GPTQ.
+    """Quantise a float model in memory; see :class:`Conversion`.
 
     Returns:
         Tensors by name (``QWeight`` where quantised, with ``act_scale`` tables), and a report with
         weight error per layer and clipping per quantisation point.
+    """
+    made: Params = {}
+
+    def keep(part: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        made.update({name: in_memory(value) for name, value in tensors.items()})
+        return {}
+
+    job = Conversion(family, config, recipe, params, batches, progress=progress)
+    report = job.run(keep)
+    if recipe.learns:
+        learned, report["tuning"] = job.learned(made)
+        made.update(learned)
+    job.states.close()
+    return {name: made[name] for name in abstract_params(job.target)}, report
+
+
+def looked(
+    family: Family, config: Any, recipe: Recipe, params: Mapping[str, Any], batches: Batches
+) -> Statistics:
+    """What the float model that ``recipe`` describes shows at its points, columns and all."""
+    seen = Statistics(columns=True)
+    Conversion(family, config, Recipe(), params, batches)._walk("look", recipe, seen)
+    return seen
+
+
+def in_memory(value: Any) -> Any:
+    """A tensor whole."""
+    if not isinstance(value, Rows):
+        return value
+    blocks = list(value.blocks)
+    return jax.tree.map(lambda *b: np.concatenate(b), *blocks)
+
+
+class Conversion:
+    """Quantises one model as a recipe says.
+
+    Args:
+        params: float tensors by name, layers separate; for a rotation of an :func:`untied` model.
+        batches: calibration prompts with their answers, in chunks that run at a time; needed when
+            some activation is static or the weights are rounded by GPTQ.
+        states, ledger: where an interrupted conversion finds what it had finished.
+
+    Attributes:
+        target: the abstract quantised model.
+        report: weight error per layer, clipping per quantisation point, decisions.
 
     Raises:
         UserError: a recipe that needs calibration data without any, or data without pictures.
     """
-    if recipe.needs_calibration and batch is None:
-        raise UserError(
-            f"recipe {recipe.name!r} needs calibration data: pass --calibration FILE.jsonl"
-        )
-    dtypes = {name: value.dtype for name, value in params.items()}
-    report: dict[str, Any] = {"weights": {}, "points": {}}
-    if batch is not None:
-        batch = jax.tree.map(jnp.asarray, batch)
-    if recipe.balance:
-        look = StatisticsRunner(columns=True, sample=0)
-        float_model(family, config, Recipe(), params)(batch, look)
-        params, report["balance"] = balance_params(params, family.streams(config), look)
-    if recipe.rotate:
-        params = rotate_params(
-            params,
-            family.streams(config),
-            recipe.seed,
-            recipe.online_signs,
-            recipe.orthogonal,
-            recipe.online_reads,
-        )
-    target = abstract_model(family, config, recipe)
-    done: Params = {}
-    if recipe.needs_calibration:
-        params, done = _calibrated(family, config, recipe, params, batch, target, progress, report)
-    out: Params = {}
-    for name, shape in progress(list(abstract_params(target).items()), "quantise weights"):
-        if name in done:
-            out[name] = done[name]
-        elif isinstance(shape, QWeight):
-            s = section_of(name, recipe)
-            out[name] = round_weight(params[name], s.w_bits, s.group_size, recipe.weights.clip)
-            report["weights"][name] = relative_error(out[name], params[name])
-        else:
-            out[name] = params[name].astype(dtypes.get(name, np.float32))
-    if recipe.learns:
-        set_params(target, dict(out))
-        teacher = float_model(family, config, without_prefix(recipe), params)
-        learned, report["tuning"] = tune(target, teacher, batch, recipe.tune, progress)
-        for name, value in learned.items():
-            old = out[name]
-            out[name] = dataclasses.replace(old, scale=value) if isinstance(old, QWeight) else value
-    return out, report
 
+    def __init__(
+        self,
+        family: Family,
+        config: Any,
+        recipe: Recipe,
+        params: Mapping[str, Any],
+        batches: Batches | None = None,
+        *,
+        states: States | None = None,
+        ledger: Ledger | None = None,
+        progress: Progress = no_progress,
+    ):
+        if recipe.needs_calibration and batches is None:
+            raise UserError(
+                f"recipe {recipe.name!r} needs calibration data: pass --calibration FILE.jsonl"
+            )
+        self.family, self.config, self.recipe = family, config, recipe
+        self.batches = [batches] if isinstance(batches, Batch) else list(batches or ())
+        self.source: Tensors = lazy(params)
+        self.params: Tensors = self.source
+        self.states, self.ledger = states or States(), ledger or Ledger()
+        self.progress = progress
+        self.target = abstract_model(family, config, recipe)
+        self._shapes = abstract_params(self.target)
+        self._written: set[str] = set()
+        self.report: dict[str, Any] = {"weights": {}, "points": {}}
 
-def _calibrated(
-    family: Family,
-    config: Any,
-    recipe: Recipe,
-    params: Params,
-    batch: Batch,
-    target: nnx.Module,
-    progress: Progress,
-    report: dict[str, Any],
-) -> tuple[Params, Params]:
-    """Everything that the calibration batch decides; ``report`` is filled.
+    def run(self, sink: Sink) -> dict[str, Any]:
+        """Make every tensor and hand it, part by part, to ``sink``; returns the report."""
+        recipe, streams = self.recipe, self.family.streams
+        if recipe.balance:
+            look = Statistics(columns=True, sample=0)
+            self._walk("balance", Recipe(), look)
+            self.params, self.report["balance"] = balance_params(
+                self.params, streams(self.config), look
+            )
+        if recipe.rotate:
+            self.params = rotate_params(
+                self.params,
+                streams(self.config),
+                recipe.seed,
+                recipe.online_signs,
+                recipe.orthogonal,
+                recipe.online_reads,
+            )
+        if recipe.needs_calibration:
+            self._calibrate(sink)
+        self._rest(sink)
+        return self.report
 
-    Returns:
-        The float tensors, smoothed if the recipe says so, and what is made of them.
-    """
-    bare, done = without_prefix(recipe), {}
-    look = StatisticsRunner(columns=False)
+    def _walk(self, name: str, recipe: Recipe, visitor: Visitor, twin: bool = False) -> None:
+        """One pass over the float model that ``recipe`` describes."""
+        model = abstract_float(self.family, self.config, recipe)
+        params = of_recipe(recipe, self.params)
+        with stage(name):
+            Walk(
+                name, model, params, self.batches, self.states, self.ledger, twin=twin,
+                progress=self.progress,
+            ).run(visitor)  # fmt: skip
 
-    def run(recipe: Recipe, params: Params, runner: Runner) -> None:
-        float_model(family, config, recipe, params)(batch, runner)
+    def _calibrate(self, sink: Sink) -> None:
+        """Everything that the calibration prompts decide."""
+        recipe, bare = self.recipe, without_prefix(self.recipe)
+        if recipe.smooth:
+            look = Statistics(columns=True)
+            self._walk("smooth", bare, look)
+            streams = self.family.streams(self.config)
+            self.params, self.report["smoothing"] = smooth_params(
+                self.params, streams, recipe, look, section_of
+            )
+        if recipe.finds_sinks:
+            look = Statistics(columns=False)
+            self._walk("sinks", bare, look)
+            self._mark_sinks(sinks_of(look, self.batches))
+        dtypes = {name: value.dtype for name, value in self.source.items()}
+        quantiser = Quantiser(self.target, recipe, section_of, dtypes, self.states, sink)
+        self._walk("round", recipe, quantiser, recipe.weights.needs_float_inputs)
+        self._written |= quantiser.written
+        self.report |= {k: v for k, v in quantiser.report.items() if v or k != "split"}
 
-    if recipe.smooth:
-        by_column = StatisticsRunner(columns=True)
-        run(bare, params, by_column)
-        params, strengths = smooth_params(
-            params, family.streams(config), recipe, by_column, section_of
-        )
-        report["smoothing"] = strengths
-    if recipe.finds_sinks or recipe.weights.needs_float_inputs:
-        run(bare, params, look)
-    if recipe.finds_sinks:
-        found = sinks_of(look, batch)
-        report["sinks"] = dict(zip(("positions", "ids"), found, strict=True))
+    def _mark_sinks(self, found: tuple[list[int], list[int]]) -> None:
+        recipe, made = self.recipe, {}
+        self.report["sinks"] = dict(zip(("positions", "ids"), found, strict=True))
         if recipe.marks_sinks:
-            done = sink_rule(*found)
+            made = sink_rule(*found)
         if recipe.prefix_sinks:
-            report["prefix"] = prefix_ids(*found, batch, recipe.prefix_sinks)
-            model = float_model(family, config, bare, params)
-            done |= prefix_params(model, report["prefix"])
-            if recipe.weights.needs_float_inputs:
-                look = StatisticsRunner(columns=False)
-                run(recipe, params | done, look)
-    inputs = look.inputs if recipe.weights.needs_float_inputs else None
-    runner = QuantizingRunner(target, recipe, section_of, progress, inputs)
-    run(recipe, params | done, runner)
-    report |= runner.report
-    return params, done | runner.params
+            ids = prefix_ids(*found, self.batches, recipe.prefix_sinks)
+            self.report["prefix"] = ids
+            model = abstract_float(self.family, self.config, without_prefix(recipe))
+            params = of_recipe(without_prefix(recipe), self.params)
+            made |= prefix_params(model, params, ids, self.states)
+        self.params = {**self.params, **lazy(made)}
+
+    def _rest(self, sink: Sink) -> None:
+        """The tensors that no walk has made: large tables, and all, where nothing is calibrated."""
+        left = [n for n in abstract_params(self.target) if n not in self._written]
+        for part, names in self.progress(list(by_part(dict.fromkeys(left)).items()), "write"):
+            key = f"rest/{part}"
+            record = self.ledger.done(key)
+            if record is None:
+                errors: dict[str, float] = {}
+                record = sink(part, {name: self._made(name, errors) for name in names})
+                record["report"] = {"weights": errors}
+                self.ledger.commit(key, record)
+            self.report["weights"].update(record["report"]["weights"])
+
+    def _made(self, name: str, errors: dict[str, float]) -> Any:
+        """A tensor as the checkpoint holds it, block by block of rows; ``errors`` gets a rounded
+        one's relative error once all blocks are taken."""
+        like, tensor = self._shapes[name], self.params[name]
+        if isinstance(like, QWeight):
+            s = section_of(name, self.recipe)
+            blocks = self._rounded(name, tensor, s, errors)
+            return Rows(tensor.shape, blocks, bits=s.w_bits, groups=like.groups)
+        tensor = tensor.astype(self.source.get(name, tensor).dtype)
+        return Rows(tensor.shape, tensor.blocks(), tensor.dtype) if tensor.ndim else tensor.load()
+
+    def _rounded(
+        self, name: str, tensor: Lazy, section: Section, errors: dict[str, float]
+    ) -> Iterator[QWeight]:
+        lost = whole = 0.0
+        for block in tensor.blocks():
+            clip = self.recipe.weights.clip
+            q = round_weight(block, section.w_bits, section.group_size, clip)
+            w = np.asarray(block, np.float32)
+            lost += float(np.sum((w - np.asarray(q.dequantize())) ** 2, dtype=np.float64))
+            whole += float(np.sum(w**2, dtype=np.float64))
+            yield q
+        errors[name] = (lost / (whole + 1e-60)) ** 0.5
+
+    def learned(self, made: Params) -> tuple[Params, dict[str, float]]:
+        """Learn the scales of the quantised model ``made``, whole, beside the float model.
+
+        Returns:
+            The tensors that changed, and what the divergence was before and after.
+        """
+        set_params(self.target, dict(made))
+        teacher = float_model(self.family, self.config, without_prefix(self.recipe), self.params)
+        values, report = tune(self.target, teacher, self.batches, self.recipe.tune, self.progress)
+        out: Params = {}
+        for name, value in values.items():
+            old = made[name]
+            out[name] = dataclasses.replace(old, scale=value) if isinstance(old, QWeight) else value
+        return out, report
 
 
-def sinks_of(look: StatisticsRunner, batch: Batch) -> tuple[list[int], list[int]]:
+def sinks_of(look: Statistics, batches: Sequence[Batch]) -> tuple[list[int], list[int]]:
     """Positions and ids of the sinks that a look at the language model showed."""
     tokens = {k: v for k, v in look.tokens.items() if k.startswith("language/layers/")}
-    ids, order, classes = map(np.asarray, (batch.input_ids, batch.order, batch.token_class))
+    ids, order, classes = flat(batches)
     return find_sinks(tokens, ids, order, classes, SinkRule.POSITIONS, SinkRule.IDS)
 
 
@@ -178,16 +279,26 @@ def sink_rule(positions: list[int], ids: list[int]) -> Params:
     }
 
 
-def float_model(family: Family, config: Any, recipe: Recipe, params: Params):
-    """The unquantised model in float32, rotated and with a prefix if the recipe says so; ``params``
-    stays."""
+def abstract_float(family: Family, config: Any, recipe: Recipe) -> VLM:
+    """The structure of the unquantised model, rotated and with a prefix if the recipe says so."""
     kept = ("rotate", "orthogonal", "online_signs", "online_reads", "seed", "prefix_sinks")
     model = abstract_model(family, config, Recipe(**{k: getattr(recipe, k) for k in kept}))
     if recipe.marks_sinks:  # as the quantised model will: calibration goes by token class
         model.language.sinks = nnx.eval_shape(SinkRule)
-        params = sink_rule([], []) | params
-    set_params(model, {k: np.asarray(v, _working_dtype(v)) for k, v in params.items()})
     return model
+
+
+def float_model(family: Family, config: Any, recipe: Recipe, params: Mapping[str, Any]) -> VLM:
+    """The unquantised model in float32, whole; ``params`` stays."""
+    model = abstract_float(family, config, recipe)
+    tensors = of_recipe(recipe, params)
+    set_params(model, {name: np.asarray(working(v.load())) for name, v in tensors.items()})
+    return model
+
+
+def of_recipe(recipe: Recipe, params: Mapping[str, Any]) -> Tensors:
+    """The tensors of :func:`abstract_float`; a rule for sinks is empty until they are found."""
+    return lazy((sink_rule([], []) if recipe.marks_sinks else {}) | dict(params))
 
 
 def without_prefix(recipe: Recipe) -> Recipe:
@@ -195,23 +306,13 @@ def without_prefix(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, prefix_sinks=0)
 
 
-def _working_dtype(value: np.ndarray):
-    return value.dtype if np.issubdtype(value.dtype, np.integer) else np.float32
-
-
-def untied(config: Any, params: Params) -> tuple[Any, Params]:
+def untied(config: Any, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The same model with a head of its own.
 
     A rotation needs it: the final norm's weight goes into the head and not into the embedding.
     """
     if not config.language.tied_head:
-        return config, params
+        return config, dict(params)
     language = dataclasses.replace(config.language, tied_head=False)
     head = {"language/head/kernel": params["language/embedding"]}
     return dataclasses.replace(config, language=language), {**params, **head}
-
-
-def relative_error(q: QWeight, weight: np.ndarray) -> float:
-    """``||w - q|| / ||w||``."""
-    w = np.asarray(weight, np.float32)
-    return float(np.linalg.norm(w - np.asarray(q.dequantize())) / (np.linalg.norm(w) + 1e-30))

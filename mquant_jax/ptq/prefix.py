@@ -9,18 +9,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from flax import nnx
 
 from mquant_jax.errors import UserError
+from mquant_jax.lazy import Tensors
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import TEXT
-from mquant_jax.nn.params import Params
-from mquant_jax.nn.stack import num_layers
+from mquant_jax.ptq.ledger import Ledger
+from mquant_jax.ptq.sinks import flat
+from mquant_jax.ptq.states import States
+from mquant_jax.ptq.walk import Part, Walk, outputs
 
 
-def prefix_ids(positions: Sequence[int], ids: Sequence[int], batch: Batch, count: int) -> list[int]:
+def prefix_ids(
+    positions: Sequence[int], ids: Sequence[int], batches: Sequence[Batch], count: int
+) -> list[int]:
     """The tokens of the prefix: those that most often stand where sinks do, then the sinks among
     token ids.
 
@@ -31,8 +39,7 @@ def prefix_ids(positions: Sequence[int], ids: Sequence[int], batch: Batch, count
     Raises:
         UserError: calibration shows fewer.
     """
-    known = [np.asarray(a) for a in (batch.input_ids, batch.order, batch.token_class)]
-    tokens, order, classes = known
+    tokens, order, classes = flat(batches)
     chosen: list[int] = []
     for place in positions:
         seen = tokens[(order == place) & (classes == TEXT)].tolist()
@@ -45,24 +52,58 @@ def prefix_ids(positions: Sequence[int], ids: Sequence[int], batch: Batch, count
     return chosen[:count]
 
 
-def prefix_params(model: VLM, ids: Sequence[int]) -> Params:
+def prefix_params(
+    model: VLM, params: Tensors, ids: Sequence[int], states: States
+) -> dict[str, np.ndarray]:
     """Keys and values of the tokens ``ids``, which stand at the positions before zero.
 
     Args:
-        model: the float model.
+        model: the abstract float model.
+        params: its tensors.
 
     Returns:
         ``prefix_k`` and ``prefix_v`` of every layer, float32 ``[kv_heads, tokens, head_dim]``.
     """
-    n, language = len(ids), model.language
-    tokens, order = jnp.asarray([ids], jnp.int32), jnp.arange(n, dtype=jnp.int32)[None]
-    positions = jnp.broadcast_to(order - n, (len(language.cfg.rope_sections), 1, n))
-    _, cache = language.step(
-        language.embed(tokens), positions, order, jnp.full((1, n), TEXT), language.init_cache(1, n),
-        fresh=True,
-    )  # fmt: skip
-    return {
-        f"language/layers/{i}/prefix_{name}": np.asarray(value)
-        for i in range(num_layers(language.layers))
-        for name, value in (("k", cache.k[i, 0].swapaxes(1, 2)), ("v", cache.v[i, 0]))
-    }
+    visitor = _Keys()
+    Walk("prefix", model, params, [_prompt(model, ids)], states, Ledger()).run(visitor)
+    return visitor.made
+
+
+def _prompt(model: VLM, ids: Sequence[int]) -> Batch:
+    order = np.arange(len(ids), dtype=np.int32)[None]
+    streams = len(model.language.cfg.rope_sections)
+    return Batch(
+        input_ids=np.asarray([ids], np.int32),
+        order=order,
+        positions=np.repeat(order[None] - len(ids), streams, 0),
+        token_class=np.full_like(order, TEXT),
+        visual_index=np.full_like(order, -1),
+        vision=None,
+    )
+
+
+class _Keys:
+    """A visitor that keeps the keys and values of every block."""
+
+    def __init__(self):
+        self.made: dict[str, np.ndarray] = {}
+
+    def visit(self, part: Part):
+        if part.name.startswith("language/layers/"):
+            graphdef, state = nnx.split(part.module)
+            k, v = _heads(graphdef, state, *part.inputs[0])
+            self.made[f"{part.name}/prefix_k"] = np.asarray(k[0].swapaxes(1, 2))
+            self.made[f"{part.name}/prefix_v"] = np.asarray(v[0])
+        return outputs(part.module, part.inputs), None
+
+    def record(self, name: str) -> dict[str, Any]:
+        return {}
+
+    def restore(self, name: str, record: dict[str, Any]) -> None:
+        raise NotImplementedError("a prefix is computed at one go")
+
+
+@partial(jax.jit, static_argnums=0)
+def _heads(graphdef, state, x, ctx):
+    block = nnx.merge(graphdef, state)
+    return block.heads(*block.qkv(x, ctx, None), ctx)[1:]

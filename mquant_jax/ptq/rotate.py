@@ -3,23 +3,28 @@
 Row convention (``y = x W^T + b``): a stream carries ``h R`` in the place of ``h``. Writers become
 ``R^T W``, readers ``W R``; an RMSNorm without weight commutes with an orthogonal ``R``. A LayerNorm
 becomes one when no writer leaves a mean in the stream (paper section 3.2); where a stream must keep
-its mean, the LayerNorm takes it out along its rotated direction. Computed in float64 and held in
-float32.
+its mean, the LayerNorm takes it out along its rotated direction. Tensors are lazy: what is said
+here happens when one is asked for, in float64, and what is given is float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from mquant_jax.hadamard import Orthogonal, Rotation, hadamard, plan_rotation, stream_rotation
+from mquant_jax.lazy import Lazy, lazy
 from mquant_jax.models.streams import Gain, Hidden, Read, Stream, Streams, ValueOutput
-from mquant_jax.nn.params import Params
+
+Params = dict[str, Lazy]
+Change = Callable[[np.ndarray], np.ndarray]
 
 
 def rotate_params(
-    params: Params,
+    params: Mapping[str, Any],
     streams: Streams,
     seed: int,
     online_signs: bool = True,
@@ -36,9 +41,9 @@ def rotate_params(
         online_reads: what is read from a stream that takes no rotation is rotated online.
 
     Returns:
-        New tensors, float32: those of the model built with ``recipe.rotate``.
+        New tensors, float32 where they changed: those of the model built with ``recipe.rotate``.
     """
-    out = Tensors({name: np.asarray(value, np.float32) for name, value in params.items()})
+    out = lazy(params)
     for stream in streams.streams:
         for gain in stream.gains:
             _absorb(out, gain)
@@ -54,17 +59,26 @@ def rotate_params(
         _rotate_heads(out, attention, rotation)
     for hidden in (h for h in streams.hiddens if online_reads or not h.reads_stream):
         _rotate_hidden(out, hidden, seed if online_signs else None)
-    return dict(out)
+    return out
 
 
-class Tensors(dict):
-    """Tensors held in float32, handed out in float64."""
+def exact(change: Change) -> Change:
+    """The same in float64, rounded to float32."""
+    return lambda x: change(np.asarray(x, np.float64)).astype(np.float32)
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(super().__getitem__(name), np.float64)
 
-    def __setitem__(self, name: str, value: np.ndarray) -> None:
-        super().__setitem__(name, value.astype(np.float32))
+def changed(tensor: Lazy, change: Change) -> Lazy:
+    """A tensor with ``change`` (of float64) applied to all of it."""
+    return tensor.then(exact(change), _like(tensor, tensor.shape))
+
+
+def changed_rows(tensor: Lazy, change: Change, shape: tuple[int, ...] | None = None) -> Lazy:
+    """The same, where ``change`` acts on each row alone; ``shape`` is the new one."""
+    return tensor.by_row(exact(change), _like(tensor, shape or tensor.shape))
+
+
+def _like(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
+    return Lazy(shape, np.dtype(np.float32), tensor.read)
 
 
 def times(x: np.ndarray, rotation: Rotation | Orthogonal) -> np.ndarray:
@@ -72,11 +86,18 @@ def times(x: np.ndarray, rotation: Rotation | Orthogonal) -> np.ndarray:
     if isinstance(rotation, Orthogonal):
         return (x.reshape(-1, rotation.n) @ rotation.matrix).reshape(x.shape)
     lead, r = x.shape[:-1], rotation
-    scale = (r.outer * r.inner) ** -0.5
+    outer, inner = _factors(r)
     x = x.reshape(-1, r.inputs) * r.signs
     x = np.pad(x, ((0, 0), (0, r.padding)))
-    x = x.reshape(-1, r.outer, r.inner) @ (hadamard(r.inner) * scale)
-    return (hadamard(r.outer).T.astype(np.float64) @ x).reshape(*lead, -1)
+    x = x.reshape(-1, r.outer, r.inner) @ inner
+    return (outer @ x).reshape(*lead, -1)
+
+
+@functools.lru_cache(maxsize=16)
+def _factors(r: Rotation) -> tuple[np.ndarray, np.ndarray]:
+    """The Kronecker factors, float64: the outer one transposed, the inner one normalised."""
+    scale = (r.outer * r.inner) ** -0.5
+    return hadamard(r.outer).T.astype(np.float64), hadamard(r.inner) * scale
 
 
 def expand(pattern: str, params: Params) -> Iterator[str]:
@@ -110,10 +131,10 @@ def _beside(pattern: str, path: str) -> str:
 def _absorb(p: Params, gain: Gain) -> None:
     """Move a layer scale into the layer that writes."""
     for writer in expand(gain.writer, p):
-        vector = np.asarray(p.pop(_beside(gain.vector, writer)), np.float64)
-        p[f"{writer}/kernel"] = p[f"{writer}/kernel"] * vector[:, None]
+        vector = np.asarray(p.pop(_beside(gain.vector, writer)).load(), np.float64)
+        p[f"{writer}/kernel"] = changed(p[f"{writer}/kernel"], lambda w, v=vector: w * v[:, None])
         if f"{writer}/bias" in p:
-            p[f"{writer}/bias"] = p[f"{writer}/bias"] * vector
+            p[f"{writer}/bias"] = changed(p[f"{writer}/bias"], lambda b, v=vector: b * v)
 
 
 def _fuse(p: Params, norm: str, read: Read) -> None:
@@ -121,64 +142,91 @@ def _fuse(p: Params, norm: str, read: Read) -> None:
 
     A reader without a bias gets one where the norm has one.
     """
-    gain, shift = p[f"{norm}/weight"], p.pop(f"{norm}/bias", None)  # no bias in an RMSNorm
+    gain = np.asarray(p[f"{norm}/weight"].load(), np.float64)
+    shift = p.pop(f"{norm}/bias", None)  # no bias in an RMSNorm
     for reader in readers_of(read, norm):
         kernel = p[f"{reader}/kernel"]
         times_each = kernel.shape[1] // len(gain)  # 1 where the norm spans the blocks
         if shift is not None:
-            bias = p[f"{reader}/bias"] if f"{reader}/bias" in p else 0.0
-            p[f"{reader}/bias"] = bias + kernel @ np.tile(shift, times_each)
-        p[f"{reader}/kernel"] = kernel * np.tile(gain, times_each)
-    p[f"{norm}/weight"] = np.ones_like(gain)
+            moved = np.tile(shift.load().astype(np.float64), times_each)
+            p[f"{reader}/bias"] = shifted(p.get(f"{reader}/bias"), kernel, moved)
+        gains = np.tile(gain, times_each)
+        p[f"{reader}/kernel"] = changed_rows(kernel, lambda w, g=gains: w * g)
+    p[f"{norm}/weight"] = Lazy.of(np.ones(len(gain), np.float32))
+
+
+def shifted(bias: Lazy | None, kernel: Lazy, shift: np.ndarray) -> Lazy:
+    """What a reader adds once ``shift`` no longer is in its inputs."""
+
+    def read(start: int | None, stop: int | None) -> np.ndarray:
+        base = 0.0 if bias is None else np.asarray(bias.load(), np.float64)
+        moved = base + np.asarray(kernel.load(), np.float64) @ shift
+        return moved.astype(np.float32)[start:stop]
+
+    return Lazy((kernel.shape[0],), np.dtype(np.float32), read)
 
 
 def _centre(p: Params, stream: Stream) -> None:
     """Take the mean over channels out of everything that is written to the stream."""
     for table in stream.tables:
-        p[table] = p[table] - p[table].mean(axis=1, keepdims=True)
+        p[table] = changed_rows(p[table], lambda x: x - x.mean(axis=1, keepdims=True))
     for pattern in stream.writers:
         for writer in expand(pattern, p):
-            kernel = p[f"{writer}/kernel"]
-            p[f"{writer}/kernel"] = kernel - kernel.mean(axis=0, keepdims=True)
+            p[f"{writer}/kernel"] = changed(
+                p[f"{writer}/kernel"], lambda w: w - w.mean(axis=0, keepdims=True)
+            )
             if f"{writer}/bias" in p:
-                p[f"{writer}/bias"] = p[f"{writer}/bias"] - p[f"{writer}/bias"].mean()
+                p[f"{writer}/bias"] = changed(p[f"{writer}/bias"], lambda b: b - b.mean())
 
 
 def _rotate_stream(p: Params, stream: Stream, rotation: Rotation | Orthogonal) -> None:
     for table in stream.tables:
-        p[table] = times(p[table], rotation)
+        p[table] = changed_rows(p[table], lambda x: times(x, rotation))
     for pattern in stream.writers:
         for writer in expand(pattern, p):
-            p[f"{writer}/kernel"] = times(p[f"{writer}/kernel"].T, rotation).T
-            if f"{writer}/bias" in p:
-                p[f"{writer}/bias"] = times(p[f"{writer}/bias"], rotation)
+            _rotate_outputs(p, writer, rotation)
     for read in stream.reads:
         for pattern in read.readers:
             for reader in expand(pattern, p):
-                p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
+                _rotate_inputs(p, reader, rotation)
         for norm in norms_of(read, p) if read.centres else ():
             # The direction of the mean, as the rotated stream sees it.
             even = np.full(stream.width * read.blocks, (stream.width * read.blocks) ** -0.5)
-            p[f"{norm}/weight"] = times(even, rotation)
+            p[f"{norm}/weight"] = Lazy.of(times(even, rotation).astype(np.float32))
+
+
+def _rotate_outputs(p: Params, layer: str, rotation: Rotation | Orthogonal) -> None:
+    """What a dense layer writes, in the rotated basis."""
+    p[f"{layer}/kernel"] = changed(p[f"{layer}/kernel"], lambda w: times(w.T, rotation).T)
+    if f"{layer}/bias" in p:
+        p[f"{layer}/bias"] = changed(p[f"{layer}/bias"], lambda b: times(b, rotation))
+
+
+def _rotate_inputs(p: Params, layer: str, rotation: Rotation | Orthogonal) -> None:
+    """A dense layer that reads the rotated basis; padding of the rotation widens it."""
+    kernel = p[f"{layer}/kernel"]
+    width = kernel.shape[1]
+    if isinstance(rotation, Rotation):
+        width = width // rotation.inputs * rotation.n
+    shape = (kernel.shape[0], width)
+    p[f"{layer}/kernel"] = changed_rows(kernel, lambda w: times(w, rotation), shape=shape)
 
 
 def _rotate_heads(p: Params, attention: ValueOutput, rotation: Rotation | Orthogonal) -> None:
     pairs = ((v, o) for value, o in attention.pairs for v in expand(value, p))
     for value, output in pairs:
-        output = _beside(output, value)
-        p[f"{value}/kernel"] = times(p[f"{value}/kernel"].T, rotation).T
-        if f"{value}/bias" in p:
-            p[f"{value}/bias"] = times(p[f"{value}/bias"], rotation)
-        p[f"{output}/kernel"] = times(p[f"{output}/kernel"], rotation)
+        _rotate_outputs(p, value, rotation)
+        _rotate_inputs(p, _beside(output, value), rotation)
 
 
 def _rotate_hidden(p: Params, hidden: Hidden, seed: int | None) -> None:
     """The online rotation's inverse into the last layer, its signs into the sign carrier."""
     rotation = plan_rotation(hidden.width, seed, may_pad=True)
     for reader in expand(hidden.reader, p):
-        p[f"{reader}/kernel"] = times(p[f"{reader}/kernel"], rotation)
+        _rotate_inputs(p, reader, rotation)
     if hidden.sign_carrier:
         for carrier in expand(hidden.sign_carrier, p):
-            p[f"{carrier}/kernel"] = p[f"{carrier}/kernel"] * rotation.signs[:, None]
-            if f"{carrier}/bias" in p:
-                p[f"{carrier}/bias"] = p[f"{carrier}/bias"] * rotation.signs
+            kernel, bias = f"{carrier}/kernel", f"{carrier}/bias"
+            p[kernel] = changed(p[kernel], lambda w: w * rotation.signs[:, None])
+            if bias in p:
+                p[bias] = changed(p[bias], lambda b: b * rotation.signs)

@@ -8,9 +8,11 @@ must hold them leaves little resolution for everyone else, so they get a class o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from mquant_jax.models.base import Batch
 
 STANDS_OUT = 4.0  # times what nine tenths of the ordinary tokens stay below
 MOSTLY = 0.5  # share of the sequences (or of an id's occurrences) in which it must
@@ -18,9 +20,9 @@ OFTEN = 3  # occurrences of an id below which it proves nothing
 
 
 def excess(tokens: Mapping[str, np.ndarray], ordinary: np.ndarray) -> np.ndarray:
-    """How far each token stands out at the point where it does so most, float ``[B, T]``.
+    """How far each token stands out at the point where it does so most, float ``[tokens]``.
 
-    In relation to what nine tenths of the ordinary tokens (bool ``[B, T]``) stay below.
+    In relation to what nine tenths of the ordinary tokens (bool ``[tokens]``) stay below.
     """
     worst = np.zeros(ordinary.shape)
     for magnitudes in tokens.values():
@@ -45,9 +47,9 @@ def find_sinks(
     sequences (occurrences).
 
     Args:
-        tokens: point -> float ``[B, T]``, largest magnitude of each token in the language model;
+        tokens: point -> float ``[tokens]``, largest magnitude of each token in the language model;
             NaN where the point does not serve the token.
-        input_ids, order, token_class: int32 ``[B, T]`` of the calibration batch.
+        input_ids, order, token_class: int32 ``[tokens]`` of the calibration prompts.
     """
     real = np.asarray(token_class) >= 0
     positions = [0]
@@ -71,3 +73,11 @@ def find_sinks(
     loud = Counter(np.asarray(input_ids)[rest & stands_out].tolist())
     ids = [i for i, n in loud.most_common() if seen[i] >= OFTEN and n >= MOSTLY * seen[i]]
     return sorted(positions), ids[:most_ids]
+
+
+def flat(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, order and classes of all tokens, row by row and chunk by chunk: int32 ``[tokens]``."""
+    fields = ("input_ids", "order", "token_class")
+    return tuple(
+        np.concatenate([np.asarray(getattr(b, f)).ravel() for b in batches]) for f in fields
+    )

@@ -7,6 +7,7 @@ the error that quantisation then leaves in the outputs of the layers behind.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.lazy import lazy
 from mquant_jax.models.streams import Streams
-from mquant_jax.nn.params import Params
 from mquant_jax.numerics import (
     INT_MAX,
     along_last,
@@ -24,7 +25,8 @@ from mquant_jax.numerics import (
     quantize_weight,
 )
 from mquant_jax.ptq.channels import Link, links, scale
-from mquant_jax.ptq.statistics import StatisticsRunner
+from mquant_jax.ptq.rotate import Params
+from mquant_jax.ptq.statistics import Statistics
 from mquant_jax.recipe import Recipe, Section
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -44,7 +46,7 @@ def _error(x, amax, weight, s, section: Section):
 
 
 def smooth_params(
-    params: Params, streams: Streams, recipe: Recipe, look: StatisticsRunner, section_of: Any
+    params: Mapping[str, Any], streams: Streams, recipe: Recipe, look: Statistics, section_of: Any
 ) -> tuple[Params, dict[str, float]]:
     """Smooth every link whose readers have quantised inputs.
 
@@ -54,9 +56,10 @@ def smooth_params(
         section_of: the recipe's section that governs a path.
 
     Returns:
-        New tensors, float32, and the strength chosen for each (first) reader; 0 is none.
+        New tensors, float32 where they changed, and the strength chosen for each (first)
+        reader; 0 is none.
     """
-    out = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    out = lazy(params)
     chosen: dict[str, float] = {}
     for link in links(params, streams):
         section = section_of(link.readers[0], recipe)
@@ -65,15 +68,15 @@ def smooth_params(
         alpha, gains = _search(out, link, look, section)
         chosen[link.readers[0]] = alpha
         scale(out, link, 1.0 / gains)
-    return {name: value.astype(np.float32) for name, value in out.items()}, chosen
+    return out, chosen
 
 
-def _search(params: Params, link: Link, look: StatisticsRunner, section: Section):
+def _search(params: Params, link: Link, look: Statistics, section: Section):
     """The strength with the least error, and its scales, float64 ``[width]``.
 
     Readers may stand behind several points: experts have one each.
     """
-    weights = [jnp.asarray(params[f"{r}/kernel"], jnp.float32) for r in link.readers]
+    weights = [jnp.asarray(params[f"{r}/kernel"].load(), jnp.float32) for r in link.readers]
     points = [look.point_of[r] for r in link.readers]
     seen = {p: (jnp.asarray(look.samples[p].rows), jnp.asarray(look.channels[p])) for p in points}
     x_amax, w_amax = np.zeros(link.width), np.zeros(link.width)

@@ -1,13 +1,12 @@
-"""One look at the float model before anything is quantised: what enters every quantisation point.
+"""One look at a float model before anything is quantised: what enters every quantisation point.
 
-:class:`StatisticsRunner` runs the model part by part and keeps, for each point, the largest
-magnitude per token (from which sinks are found) and per channel with a sample of rows (from which
-smoothing is chosen), and the input of each part (for the asymmetric GPTQ).
+:class:`Statistics` is shown the model part by part and keeps, for each point, the largest magnitude
+per token (from which sinks are found) and, where columns are asked for, what channels hold (from
+which they are balanced or smoothed).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,19 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mquant_jax.nn.stack import Runner, num_layers
-from mquant_jax.ptq.observe import layer_of, run_tapped
+from mquant_jax.nn.params import find
+from mquant_jax.ptq.observe import run_tapped
+from mquant_jax.ptq.records import arrays_from, arrays_to
+from mquant_jax.ptq.walk import Part
 
 SAMPLE = 256  # rows kept per point
 _STANDS_OUT = 10.0  # times the median of the tokens' largest values
-
-
-def chunks(args: Any, size: int) -> Iterator[tuple[slice, Any]]:
-    """Slices of the leading axis of everything in ``args``."""
-    rows = jax.tree.leaves(args)[0].shape[0]
-    for start in range(0, rows, size):
-        stop = min(start + size, rows)
-        yield slice(start, stop), jax.tree.map(lambda a, s=start, e=stop: a[s:e], args)
 
 
 def classes_at(module: nnx.Module, point: str, args: Any, classes: Any) -> Any:
@@ -59,72 +52,72 @@ class Sampler:
         self.rows, self._keys = rows[keep], keys[keep]
 
 
+def column_squares(kernel: jax.Array, rows: int = 1024) -> np.ndarray:
+    """Sum of squares of each column, float64 ``[K]``."""
+    total = np.zeros(kernel.shape[1])
+    for start in range(0, kernel.shape[0], rows):
+        total += np.square(np.asarray(kernel[start : start + rows], np.float64)).sum(0)
+    return total
+
+
 @jax.jit
 def _largest(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x), axis=-1)
 
 
-class StatisticsRunner(Runner):
-    """Looks at every point of a float model.
+class Statistics:
+    """A visitor that looks at every point of a float model.
 
     Args:
-        columns: look at channels, too, and keep rows; else ``channels``, ``moments`` and
-            ``samples`` stay empty.
+        columns: look at channels and weights, too, and keep rows; else ``channels``, ``moments``,
+            ``samples`` and ``weights`` stay empty.
         sample: rows kept per point.
-        chunk: rows of the batch that run at a time.
 
     Attributes:
-        inputs: path of a part (``language/layers``, ``vision/merger``) -> what entered it.
-        tokens: path of a point -> float32 ``[B, T]``, largest magnitude of each token; NaN for
-            those that the point does not serve.
+        tokens: path of a point -> float32 ``[tokens]``, largest magnitude of each token, row by row
+            and chunk by chunk; NaN for those that the point does not serve.
         channels: path of a point -> float32 ``[K]``, largest magnitude of each channel.
         samples: path of a point -> a :class:`Sampler` of its rows, padding left out.
         moments: path of a point -> float64 ``[2, K]``, mean and mean square of each channel, over
             the tokens that do not stand out, as sinks do.
+        weights: path of a dense layer -> float64 ``[K]``, sum of squares of each column.
         point_of: path of a dense layer -> path of the point in front of it.
     """
 
-    def __init__(self, columns: bool, chunk: int = 16, sample: int = SAMPLE):
-        self.columns, self.chunk, self.sample = columns, chunk, sample
-        self.inputs: dict[str, jax.Array] = {}
+    def __init__(self, columns: bool, sample: int = SAMPLE):
+        self.columns, self.sample = columns, sample
         self.tokens: dict[str, np.ndarray] = {}
         self.channels: dict[str, np.ndarray] = {}
         self.samples: dict[str, Sampler] = {}
         self.moments: dict[str, np.ndarray] = {}
+        self.weights: dict[str, np.ndarray] = {}
         self._seen: dict[str, int] = {}
         self.point_of: dict[str, str] = {}
 
-    def layers(self, name, stack, x, context):
-        self.inputs[name] = x
-        graphdef, state = nnx.split(stack)
-        for i in range(num_layers(stack)):
-            block = nnx.merge(graphdef, layer_of(state, i))
-            x = self._part(f"{name}/{i}", block, (x, context), context.token_class)
-        return x
+    def visit(self, part: Part):
+        owner = part.name if hasattr(part.module, "POINTS") else part.name.rpartition("/")[0]
+        for point, readers in getattr(part.module, "POINTS", {}).items():
+            for reader in readers:
+                path = f"{part.name}/{reader}"
+                self.point_of[path] = f"{part.name}/{point}"
+                if self.columns:
+                    kernel = find(part.module, reader).kernel.get_value()
+                    self.weights[path] = column_squares(kernel)
+        return self._outputs(owner, part), None
 
-    def module(self, name, module, x, classes):
-        self.inputs[name] = x
-        owner = name if hasattr(module, "POINTS") else name.rpartition("/")[0]
-        return self._part(owner, module, (x,), classes)
-
-    def _part(self, name, module, args, classes):
-        for point, readers in getattr(module, "POINTS", {}).items():
-            self.point_of |= {f"{name}/{reader}": f"{name}/{point}" for reader in readers}
-        graphdef, state = nnx.split(module)
-        outs = []
-        for rows, part in chunks(args, self.chunk):
-            out, taps = run_tapped(graphdef, state, *part)
-            outs.append(out)
+    def _outputs(self, owner: str, part: Part):
+        graphdef, state = nnx.split(part.module)
+        for n, args in enumerate(part.inputs):
+            out, taps = run_tapped(graphdef, state, *args)
             for point, value in taps.items():
-                path, per_token = f"{name}/{point}", np.asarray(_largest(value))
-                real = np.asarray(classes_at(module, point, part, classes[rows])) >= 0
-                per_token = np.where(real, per_token, np.nan)
-                known = self.tokens.get(path)
-                known = per_token if known is None else np.concatenate([known, per_token])
-                self.tokens[path] = known
+                path, per_token = f"{owner}/{point}", np.asarray(_largest(value))
+                real = np.asarray(classes_at(part.module, point, args, part.classes[n])) >= 0
+                per_token = np.where(real, per_token, np.nan).ravel()
+                known = self.tokens.get(path, np.empty(0, np.float32))
+                self.tokens[path] = np.concatenate([known, per_token])
                 if self.columns:
                     self._see_columns(path, np.asarray(value)[real])
-        return jnp.concatenate(outs)
+            yield out
 
     def _see_columns(self, path: str, rows: np.ndarray) -> None:
         per_channel = np.abs(rows).max(0, initial=0.0)
@@ -137,3 +130,29 @@ class StatisticsRunner(Runner):
         sums = np.stack([rows.sum(0, np.float64), np.square(rows).sum(0, np.float64)])
         known = self.moments.get(path, np.zeros_like(sums))
         self.moments[path] = (known * before + sums) / max(self._seen[path], 1)
+
+    _KEPT = ("tokens", "channels", "moments", "weights")
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What was seen of a part."""
+        kept = {k: _below(getattr(self, k), name) for k in self._KEPT}
+        kept["samples"] = {p: s.rows for p, s in _below(self.samples, name).items()}
+        return {
+            "arrays": {k: arrays_to(v) for k, v in kept.items()},
+            "point_of": _below(self.point_of, name),
+        }
+
+    def restore(self, name: str, record: dict[str, Any]) -> None:
+        """Take it up again."""
+        kept = {k: arrays_from(v) for k, v in record["arrays"].items()}
+        for path, rows in kept.pop("samples").items():
+            self.samples[path] = Sampler(self.sample)
+            self.samples[path].rows = rows
+        for k, values in kept.items():
+            getattr(self, k).update(values)
+        self.point_of.update(record["point_of"])
+
+
+def _below(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The entries of a part and of the points below it."""
+    return {k: v for k, v in values.items() if k == name or k.startswith(f"{name}/")}

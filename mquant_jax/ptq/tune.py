@@ -10,6 +10,7 @@ of labels; gradients pass the rounding straight through, for scales as in LSQ, a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,31 +25,12 @@ from mquant_jax.nn.act_quant import TEXT, VISUAL, ActQuant
 from mquant_jax.nn.params import Params, get_params
 from mquant_jax.nn.stack import Runner
 from mquant_jax.numerics import QWeight
-from mquant_jax.ptq.sequential import Progress
-from mquant_jax.ptq.statistics import chunks
+from mquant_jax.ptq.walk import Progress, loaded_batch, on_device
 from mquant_jax.recipe import Tuning
 
 # Per step. Fewer are a noisy guide: short prompts, two at a time, taught activation scales to clip
 # what they had not seen. And few prompts make few steps, which cannot fit them too closely.
 STEP_TOKENS = 1024
-
-
-class ChunkedRunner(Runner):
-    """Runs a few rows of the calibration batch at a time."""
-
-    def __init__(self, chunk: int = 16):
-        self.chunk = chunk
-
-    def layers(self, name, stack, x, context):
-        return self._run(super().layers, name, stack, (x, context))
-
-    def module(self, name, module, x, classes):
-        return self._run(lambda _, m, y: m(y), name, module, (x,))
-
-    def _run(self, call, name, module, args):
-        graphdef, state = nnx.split(module)
-        run = jax.jit(lambda state, *args: call(name, nnx.merge(graphdef, state), *args))
-        return jnp.concatenate([run(state, *a) for _, a in chunks(args, self.chunk)])
 
 
 class _Recomputing(Runner):
@@ -95,22 +77,52 @@ def _scaled(leaf: Any, factor: jax.Array | None) -> Any:
     return leaf * jnp.exp(factor)
 
 
+def _shown(
+    student: VLM, teacher: VLM, batches: Sequence[Batch]
+) -> tuple[jax.Array, jax.Array, Batch]:
+    """What enters the student's decoder and what leaves the teacher's, float ``[B, T, hidden]``,
+    and the tokens of all prompts, padded on the left to one length."""
+    length = max(b.input_ids.shape[1] for b in batches)
+
+    def joined(parts: Sequence[Any], axis: int, fill: Any) -> jax.Array:
+        wide = []
+        for x in parts:
+            widths = [(0, 0)] * x.ndim
+            widths[axis] = (length - x.shape[axis], 0)
+            wide.append(jnp.pad(jnp.asarray(x), widths, constant_values=fill))
+        return jnp.concatenate(wide, axis - 1)
+
+    embed = nnx.jit(lambda model, batch: model.embed(batch))
+    stream = nnx.jit(lambda model, batch: model.stream(batch))
+    shown = [on_device(loaded_batch(b)) for b in batches]
+    tokens = Batch(
+        input_ids=joined([b.input_ids for b in shown], 1, 0),
+        order=joined([b.order for b in shown], 1, -1),
+        positions=joined([b.positions for b in shown], 2, 0),
+        token_class=joined([b.token_class for b in shown], 1, -1),
+        visual_index=joined([b.visual_index for b in shown], 1, -1),
+        vision=None,
+    )
+    embedded = joined([embed(student, b) for b in shown], 1, 0)
+    return embedded, joined([stream(teacher, b) for b in shown], 1, 0), tokens
+
+
 def tune(
-    student: VLM, teacher: VLM, batch: Batch, plan: Tuning, progress: Progress
+    student: VLM, teacher: VLM, batches: Sequence[Batch], plan: Tuning, progress: Progress
 ) -> tuple[Params, dict[str, float]]:
     """Learn the scales and gains of the language model.
 
     Args:
         student: the quantised model; used up.
         teacher: the float model.
-        batch: calibration prompts; what counts is what is predicted at text tokens.
+        batches: calibration prompts; what counts is what is predicted at text tokens.
 
     Returns:
         The learned arrays by tensor name (of a quantised weight: its scale), and the divergence in
         nats per token on the calibration prompts, ``first`` and ``last`` epoch.
     """
-    runner, classes = ChunkedRunner(), batch.token_class
-    embedded, target = student.embed(batch, runner), teacher.stream(batch, runner)
+    embedded, target, batch = _shown(student, teacher, batches)
+    classes = batch.token_class
     marked = student.language.classes(batch.input_ids, batch.order, classes)
     for _, node in nnx.iter_graph(student.language):
         if isinstance(node, ActQuant):

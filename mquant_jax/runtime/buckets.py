@@ -16,7 +16,7 @@ program's shape depends on two sizes where one is enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 PIECE = 64  # tokens
 # Patches or tokens that one call takes at most, as far as they are of several rows. A CPU is busy
@@ -67,6 +67,13 @@ def groups(n: int, size: int, platform: str) -> list[int]:
     return out
 
 
+def fine(n: int, multiple: int = 1) -> int:
+    """At most an eighth more than ``n``: for batches as families collate them, which calibration
+    runs as they are."""
+    step = max(multiple, 1 << max(0, n.bit_length() - 4))
+    return -(-n // step) * step
+
+
 def pieces(tokens: int) -> int:
     """Pieces that hold so many tokens."""
     return -(-tokens // PIECE)
@@ -79,7 +86,7 @@ def feature_pieces(needed: int, rows: int, tokens: int) -> int:
     return usual if needed <= usual else 1 << (needed - 1).bit_length()
 
 
-def up_to(most: int, size) -> Iterator[int]:
+def up_to(most: int, size: Callable[[int], int]) -> Iterator[int]:
     """Every size, as :func:`prompt` and its siblings make them, for 1 to ``most``."""
     n = 1
     while True:

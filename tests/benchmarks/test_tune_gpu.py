@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ def test_without_a_gpu(capsys, monkeypatch) -> None:
     assert "timing needs an NVIDIA GPU" in capsys.readouterr().err
     assert run_cli(tune_gpu._run, ["--rows", "0"]) == 2
     assert "--rows must be 1 or more" in capsys.readouterr().err
+    assert run_cli(tune_gpu._run, ["--seconds", "nan"]) == 2
+    assert "--seconds must be more than 0" in capsys.readouterr().err
 
 
 def test_shapes() -> None:
@@ -31,22 +35,47 @@ def test_shapes() -> None:
 @pytest.mark.parametrize(("rows", "path"), [(2, gpu.FEW), (33, gpu.MANY)])
 def test_timing(monkeypatch, rows, path) -> None:
     """Every candidate is held against XLA's product before it counts."""
-    for name in ("matmul", "partial_sums"):
-        kernel = getattr(pallas_gpu, name)
-        monkeypatch.setattr(
-            tune_gpu, name, lambda *args, kernel=kernel, **kw: kernel(*args, interpret=True, **kw)
-        )
     small = pallas_gpu.Blocks(64, 16, 32, 4, 2, 1)
-    monkeypatch.setattr(tune_gpu, "candidates", lambda many, rows: [small])
+    monkeypatch.setattr(tune_gpu, "ordered", lambda *shape: [small])
     times = iter([2.0, 1.0])
     monkeypatch.setattr(tune_gpu, "seconds", lambda *a: next(times))
-    found = tune_gpu.timed(rows, 70, 96)
-    assert [entry["path"] for entry in found] == [path, gpu.XLA]
-    assert pallas_gpu.Blocks(*found[0]["blocks"]) == small
-    monkeypatch.setattr(tune_gpu, "_form", lambda many, blocks: lambda x, w: np.zeros((rows, 70)))
+    found = list(tune_gpu.timed(rows, 70, 96, interpret=True))
+    assert [entry["path"] for entry in found] == [gpu.XLA, path]
+    assert pallas_gpu.Blocks(*found[1]["blocks"]) == small
+    monkeypatch.setattr(
+        tune_gpu, "_form", lambda many, blocks, interpret: lambda x, w: np.zeros((rows, 70))
+    )
     times = iter([2.0, 1.0])
     with pytest.raises(tune_gpu.UserError, match="computes something else"):
-        tune_gpu.timed(rows, 70, 96)
+        list(tune_gpu.timed(rows, 70, 96, interpret=True))
+
+
+def test_the_cut_in_use_comes_first() -> None:
+    for rows in (1, 1024):
+        found = tune_gpu.ordered(rows, 3584, 3584)
+        assert dataclasses.astuple(found[0]) == gpu.choose(rows, 3584, 3584).blocks
+        assert len(found) == len(set(found)) > 1
+
+
+def test_products_take_turns(monkeypatch, tmp_path) -> None:
+    """Every product has an entry when time is up, and the file holds the fastest so far."""
+    turns: list[tuple[int, float]] = []
+
+    def timed(rows, out, k, interpret):
+        for us in (3.0, 1.0, 2.0):
+            turns.append((rows, us))
+            yield {"path": gpu.XLA, "us": us * rows}
+
+    monkeypatch.setattr(tune_gpu, "timed", timed)
+    products, saved = [(1, 8, 8), (2, 8, 8)], tmp_path / "table.json"
+    whole = tune_gpu.time_all(products, math.inf, saved)
+    assert [us for _, us in turns] == [3.0, 3.0, 1.0, 1.0, 2.0, 2.0]
+    assert [e["us"] for e in whole["shapes"]] == [1.0, 2.0] and "Every" in whole["origin"]
+    assert json.loads(saved.read_text()) == whole
+    clock = iter([0.0, 1.0, 2.0, 3.0, 9.0])
+    monkeypatch.setattr(tune_gpu.time, "perf_counter", lambda: next(clock))
+    part = tune_gpu.time_all(products, 5.0, saved)
+    assert [e["us"] for e in part["shapes"]] == [1.0, 6.0] and "Time was up" in part["origin"]
 
 
 def test_timing_runs_every_layer(monkeypatch) -> None:

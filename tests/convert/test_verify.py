@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import hf_to_flax
-from convert.verify import errors, judge, main
+from convert.verify import main
+from mquant_jax.eval.reference import errors, judge
 from tests.hf_folders import GOLDENS, hf_folder
 
 

@@ -183,6 +183,6 @@ def test_what_is_not_handled_is_said(changes, word) -> None:
     with pytest.raises(UserError, match=word):
         CogVLM2Config.from_hf(changed_config(CASE, **changes))
     hf = changed_config(CASE)
-    del hf["rms_norm_eps"]
-    with pytest.raises(UserError, match="rms_norm_eps"):
+    del hf["vision_config"]["num_positions"]
+    with pytest.raises(UserError, match="vision_config.num_positions is missing"):
         CogVLM2Config.from_hf(hf)

@@ -59,7 +59,7 @@ def test_configs_of_both_generations() -> None:
     [
         ({"use_sliding_window": True}, "sliding"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -154,6 +154,6 @@ def test_what_is_not_handled_is_said(changes, word) -> None:
     with pytest.raises(UserError, match=word):
         MiniCPMVConfig.from_hf(changed_config(**changes))
     hf = changed_config()
-    del hf["vocab_size"]
-    with pytest.raises(UserError, match="vocab_size"):
+    del hf["version"]
+    with pytest.raises(UserError, match="version is missing"):
         MiniCPMVConfig.from_hf(hf)

@@ -10,8 +10,8 @@ from benchmarks.outliers import with_outliers
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import METHODS
 from mquant_jax.ptq.balance import balance_params
-from mquant_jax.ptq.pipeline import float_model, quantize_params, untied
-from mquant_jax.ptq.statistics import StatisticsRunner
+from mquant_jax.ptq.pipeline import float_model, looked, quantize_params, untied
+from mquant_jax.ptq.statistics import Statistics
 from mquant_jax.recipe import Recipe, Tuning
 from tests.helpers import golden_qwen2_vl, quantised, relative
 
@@ -28,29 +28,27 @@ def hard():
     return config, params, batch, real, outputs["logits"][real]
 
 
-def looked(config, params, batch) -> StatisticsRunner:
-    look = StatisticsRunner(columns=True)
-    float_model(FAMILY, config, Recipe(), params)(batch, look)
-    return look
+def seen(config, params, batch) -> Statistics:
+    return looked(FAMILY, config, Recipe(), params, batch)
 
 
 def test_the_function_stays_and_a_second_time_changes_nothing(hard) -> None:
     config, params, batch, real, expected = hard
     streams = FAMILY.streams(config)
-    even, left = balance_params(params, streams, looked(config, params, batch))
+    even, left = balance_params(params, streams, seen(config, params, batch))
     got = np.asarray(float_model(FAMILY, config, Recipe(), even)(batch))[real]
     assert relative(got, expected) < 1e-4
     # One channel in fifty was made 10 to 100 times larger: that is most of what there was.
     assert max(left.values()) < 0.15
     assert {name.split("/")[-1] for name in left} == {"o_proj", "down_proj"}
-    assert not balance_params(even, streams, looked(config, even, batch))[1]
+    assert not balance_params(even, streams, seen(config, even, batch))[1]
 
 
 def test_values_lose_their_mean_where_biases_let_them(hard) -> None:
     config, params, batch, _, _ = hard
-    even, _ = balance_params(params, FAMILY.streams(config), looked(config, params, batch))
+    even, _ = balance_params(params, FAMILY.streams(config), seen(config, params, batch))
     for of, largest in ((params, 1.0), (even, 0.1)):
-        look = looked(config, of, batch)
+        look = seen(config, of, batch)
         rows = look.samples["vision/layers/0/attn_out"].rows
         mean = np.abs(rows.mean(0)) / rows.std(0)
         assert (mean.max() > largest) == (of is params)

@@ -46,3 +46,10 @@ def test_features_of_many_small_pictures_find_room() -> None:
     assert buckets.feature_pieces(3, 1, 64) == buckets.feature_pieces(0, 1, 64)
     needed = np.arange(1, 100)
     assert all(buckets.feature_pieces(int(n), 1, 64) >= n for n in needed)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_fine_buckets_waste_little(multiple) -> None:
+    for n in range(1, 500):
+        size = buckets.fine(n, multiple)
+        assert size % multiple == 0 and n <= size <= max(n * 1.125 + 1, n + multiple)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mquant_jax as mq
-from mquant_jax.checkpoint.store import load_params
+from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.cli import COMMANDS, main
 from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.ops.dense import select_path

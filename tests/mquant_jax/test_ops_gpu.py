@@ -30,7 +30,7 @@ from mquant_jax.ops import (
 from mquant_jax.ops.dense import held, quantized_dot, reads_stacks, select_path, target_platform
 from mquant_jax.presets import PRESETS
 from mquant_jax.recipe import Section
-from tests.helpers import golden, random_quantised, relative
+from tests.helpers import golden, on_cpu, random_quantised, relative
 
 INTERPRET = jax.default_backend() != "gpu"
 EXACT = 1e-6  # relative: integers are exact, the scales are float32
@@ -128,7 +128,8 @@ def test_the_door(interpreted, rows, bias) -> None:
     rng = np.random.default_rng(0)
     gate, residual = (jnp.asarray(rng.normal(size=(2, rows // 2, out)), jnp.float32),) * 2
     shift = jnp.asarray(rng.normal(size=out), jnp.float32) if bias else None
-    expected = quantized_dot(q, weight, shift, residual, jnp.float32, gate)
+    with on_cpu():
+        expected = quantized_dot(q, weight, shift, residual, jnp.float32, gate)
     with target_platform("gpu"):
         assert held(weight).storage == "packed" and held(weight.native()).storage == "packed"
         got = quantized_dot(q, held(weight), shift, residual, jnp.float32, gate)
@@ -157,7 +158,8 @@ def test_what_stays_with_xla(monkeypatch) -> None:
     x, w, x_scale, w_scale = operands(3, 64, 5)
     q = QTensor(jnp.asarray(x), jnp.asarray(x_scale))
     weight = QWeight(jnp.asarray(w[0]), jnp.asarray(w_scale[0]), 64, 4, "int8")
-    expected = quantized_dot(q, weight)
+    with on_cpu():
+        expected = quantized_dot(q, weight)
     grouped = dataclasses.replace(weight, scale=jnp.repeat(weight.scale, 4, 1))
     with target_platform("gpu"):
         assert held(grouped).storage == "int4" and not reads_stacks(held(grouped))
@@ -185,8 +187,10 @@ def test_layers_are_read_in_their_stack(interpreted) -> None:
     stack.dense.kernel.set_value(packed)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 32)), jnp.float32)
     run = Runner().layers
-    expected = run("layers", stack, x, None)
-    assert "u8[32,16]" in str(jax.make_jaxpr(lambda x: run("layers", stack, x, None))(x))
+    with on_cpu():
+        expected = run("layers", stack, x, None)
+        text = str(jax.make_jaxpr(lambda x: run("layers", stack, x, None))(x))
+    assert "u8[32,16]" in text
     with target_platform("gpu"):
         assert reads_stacks(packed)
         got = run("layers", stack, x, None)
@@ -199,11 +203,13 @@ def test_a_decode_step(interpreted) -> None:
     """A whole decoder on its cache, as a GPU runs it, against the CPU's."""
     hf, inputs, _ = golden("qwen2_vl", "public")
     config = Qwen2VLConfig.from_hf(hf)
-    model, batch = random_quantised(config, PRESETS["w4a8"]), reference_batch(config, inputs)
+    batch = reference_batch(config, inputs)
     rows, length = batch.input_ids.shape
-    cache = jax.jit(lambda m, b: m.prefill(b, m.language.init_cache(rows, length + 2)))(
-        model, batch
-    )[1]
+    with on_cpu():
+        model = random_quantised(config, PRESETS["w4a8"])
+        cache = jax.jit(lambda m, b: m.prefill(b, m.language.init_cache(rows, length + 2)))(
+            model, batch
+        )[1]
     ids, at = jnp.zeros((rows,), jnp.int32), jnp.full((rows,), length, jnp.int32)
 
     def step():
@@ -213,9 +219,10 @@ def test_a_decode_step(interpreted) -> None:
         text = str(jax.make_jaxpr(fresh)(model, cache))
         return jax.jit(fresh)(model, cache), text.count("pallas_call[")
 
-    expected, kernels = step()
+    with on_cpu():
+        expected, kernels = step()
     assert kernels == 0
-    with target_platform("gpu"):
+    with target_platform("gpu"), jax.default_matmul_precision("highest"):  # no TF32
         got, kernels = step()
     assert kernels == 7 and relative(got, expected) < 1e-4
 
@@ -261,7 +268,8 @@ def test_attention(shape, in_order) -> None:
     mask[..., 0] = True
     mask &= np.tri(t, s, dtype=bool) if in_order else True
     mask[:, 5] = False
-    exact = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)), jnp.asarray(mask))
+    with on_cpu():
+        exact = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)), jnp.asarray(mask))
     got = np.array(
         flash_gpu.attend(q, k, v, jnp.asarray(mask), in_order, interpret=INTERPRET), float
     )
@@ -289,7 +297,8 @@ def test_attention_to_a_cache(interpreted, shape, narrow) -> None:
     def run(q, cache, seen):
         return attention.attend_cache(q, cache, jnp.int32(1), jnp.asarray(seen))
 
-    exact = run(q.astype(jnp.float32), float32, seen)
+    with on_cpu():
+        exact = run(q.astype(jnp.float32), float32, seen)
     with target_platform("gpu"):
         got = run(q, cache, seen)
         unseen = run(q, cache, seen & (np.arange(b) > 0)[:, None, None])
@@ -320,8 +329,9 @@ def test_the_chosen_attention(interpreted) -> None:
         return "pallas_call" in str(jax.make_jaxpr(fresh)(*args))
 
     seen = jnp.ones((1, 1, 64), bool)
-    plain = attention.attend(*heads(64), seen)
-    assert not kernel(*heads(64), seen)
+    with on_cpu():
+        plain = attention.attend(*heads(64), seen)
+        assert not kernel(*heads(64), seen)
     prefix = jnp.zeros((1, 3, 16), jnp.bfloat16)
     q, k, v = heads(64)
     cached = [quantize_dynamic(k, axis=-2), quantize_dynamic(v)]

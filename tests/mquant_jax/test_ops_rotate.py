@@ -1,5 +1,5 @@
-"""The rotation kernels of TPU and GPU, interpreted, and the CPU's blocks of rows against the plain
-form; the choice of one."""
+"""The rotation kernels of TPU and GPU, interpreted where their device is not here, and the CPU's
+blocks of rows, against the plain form; the choice of one."""
 
 from __future__ import annotations
 
@@ -13,40 +13,51 @@ from mquant_jax.numerics import quantize_dynamic, quantize_static
 from mquant_jax.ops import pallas_tpu, rotate_gpu
 from mquant_jax.ops.dense import target_platform
 from mquant_jax.ops.rotate import rotate, rotate_quantize, select_path
+from tests.helpers import on_cpu
+
+BACKENDS = {pallas_tpu: "tpu", rotate_gpu: "gpu"}
+
+
+def interpreted(kernels) -> bool:
+    """Whether a kernel's device is not here."""
+    return jax.default_backend() != BACKENDS[kernels]
 
 
 @pytest.mark.parametrize(
     ("kernels", "rows", "outer"),
     [(pallas_tpu, rows, outer) for rows, outer in ((1, 2), (64, 12), (65, 20), (130, 1))]
     + [(rotate_gpu, rows, outer) for rows, outer in ((3, 20), (2, 1))],
+    ids=lambda value: BACKENDS.get(value),
 )
 def test_kernel(kernels, rows, outer) -> None:
     rng = np.random.default_rng(0)
     n = 128 * outer
+    how = {"interpret": interpreted(kernels)}
     x = jnp.asarray(rng.normal(size=(rows, n)), jnp.bfloat16)
     scale = jnp.asarray(rng.uniform(0.005, 0.05, (rows, 1)), jnp.float32)
     matrix = np.kron(hadamard(outer), hadamard(128)) * n**-0.5
     exact = np.asarray(x, np.float64) @ matrix
-    got = np.asarray(kernels.rotate(x, outer, interpret=True), np.float64)
+    got = np.asarray(kernels.rotate(x, outer, **how), np.float64)
     assert np.abs(got - exact).max() < 0.02 * np.abs(exact).max()  # bfloat16 on the way
-    q = kernels.rotate(x, outer, scale, interpret=True)
+    q = kernels.rotate(x, outer, scale, **how)
     assert q.dtype == jnp.int8 and q.shape == (rows, n)
     expected = np.clip(exact / np.asarray(scale), -128, 127)
     # Half a step of rounding, and bfloat16's error in front of it.
     assert np.abs(np.asarray(q) - expected).max() < 0.5 + 0.02 * 128
 
 
-@pytest.mark.parametrize("kernels", [pallas_tpu, rotate_gpu])
+@pytest.mark.parametrize("kernels", BACKENDS, ids=BACKENDS.values())
 def test_kernel_pads(kernels) -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 10 * 128)), jnp.bfloat16)
-    whole = kernels.rotate(jnp.pad(x, ((0, 0), (0, 256))), 12, interpret=True)
-    np.testing.assert_array_equal(kernels.rotate(x, 12, interpret=True), whole)
+    how = {"interpret": interpreted(kernels)}
+    whole = kernels.rotate(jnp.pad(x, ((0, 0), (0, 256))), 12, **how)
+    np.testing.assert_array_equal(kernels.rotate(x, 12, **how), whole)
 
 
-@pytest.mark.parametrize("kernels", [pallas_tpu, rotate_gpu])
+@pytest.mark.parametrize("kernels", BACKENDS, ids=BACKENDS.values())
 def test_kernel_saturates(kernels) -> None:
     x = jnp.zeros((1, 128), jnp.bfloat16).at[0, 1].set(1e4)  # a column with both signs
-    q = np.asarray(kernels.rotate(x, 1, jnp.full((1, 1), 0.1), interpret=True))
+    q = np.asarray(kernels.rotate(x, 1, jnp.full((1, 1), 0.1), interpret=interpreted(kernels)))
     assert set(q.ravel().tolist()) == {-128, 127}
 
 
@@ -65,7 +76,7 @@ def test_blocks_of_rows_on_cpu(lead) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(*lead, 44)), jnp.float32)
     scale = jnp.asarray(rng.uniform(0.01, 0.05, (*lead, 1)), jnp.float32)
-    with target_platform("cpu"):
+    with on_cpu():
         form = select_path(rotation, x.size // 44, x.dtype)
         assert form == ("xla" if lead == (1, 40) else "blocks")
         got, whole = rotate(x, rotation), rotation(x)
@@ -84,16 +95,19 @@ def test_blocks_of_rows_on_cpu(lead) -> None:
     [("tpu", None, 12), ("tpu", 3, 12), ("tpu", 3, 128), ("gpu", None, 12), ("gpu", 3, 128)],
 )
 def test_forms_agree(monkeypatch, platform, seed, padding) -> None:
-    """The whole path that an accelerator takes, with the kernel interpreted."""
+    """The whole path that an accelerator takes."""
     rotation = Rotation(512, 1, 4, 128, seed, padding)
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(2, 40, rotation.inputs)), jnp.bfloat16)
     scale = jnp.asarray(rng.uniform(0.02, 0.05, (2, 40, 1)), jnp.float32)
-    plain, q = rotate(x, rotation), rotate_quantize(x, rotation, scale)
-    np.testing.assert_array_equal(q.values, quantize_static(rotation(x), scale).values)
+    with on_cpu():
+        plain, q = rotate(x, rotation), rotate_quantize(x, rotation, scale)
+        np.testing.assert_array_equal(q.values, quantize_static(rotation(x), scale).values)
+        exact = quantize_static(rotation(x.astype(jnp.float32)), scale)
     kernels = {"tpu": pallas_tpu, "gpu": rotate_gpu}[platform]
     kernel = kernels.rotate
-    monkeypatch.setattr(kernels, "rotate", lambda *a: kernel(*a, interpret=True))
+    how = {"interpret": interpreted(kernels)}
+    monkeypatch.setattr(kernels, "rotate", lambda *a: kernel(*a, **how))
     with target_platform(platform):
         assert select_path(rotation, 80, x.dtype) == f"pallas_{platform}"
         theirs, shared = rotate(x, rotation), rotate_quantize(x, rotation, jnp.float32(0.03))
@@ -101,7 +115,6 @@ def test_forms_agree(monkeypatch, platform, seed, padding) -> None:
     assert theirs.dtype == plain.dtype and theirs.shape == (2, 40, 512)
     np.testing.assert_allclose(theirs.astype(float), plain.astype(float), atol=0.05)
     # Against float32: what rounds to bfloat16 on the way may be off by as much itself.
-    exact = quantize_static(rotation(x.astype(jnp.float32)), scale)
     off = np.abs(per_row.values.astype(int) - exact.values.astype(int))
     assert off.max() <= 1 and per_row.scale is scale
     assert shared.values.dtype == jnp.int8
@@ -109,7 +122,8 @@ def test_forms_agree(monkeypatch, platform, seed, padding) -> None:
 
 def test_the_chosen_form() -> None:
     wide, narrow = plan_rotation(18944), plan_rotation(1536)
-    assert select_path(wide, 1024, jnp.bfloat16) == "blocks"  # on CPU
+    with on_cpu():
+        assert select_path(wide, 1024, jnp.bfloat16) == "blocks"
     with target_platform("tpu"):
         assert select_path(wide, 1024, jnp.bfloat16) == "pallas_tpu"
         assert select_path(wide, 1, jnp.bfloat16) == "xla"

@@ -10,10 +10,12 @@ from mquant_jax.models.base import Batch
 from mquant_jax.models.text import collate, text_prompt
 
 from mquant_jax.errors import UserError
+from mquant_jax.lazy import lazy
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import float_model, quantize_params, untied
+from mquant_jax.ptq.pipeline import abstract_float, float_model, quantize_params, untied
 from mquant_jax.ptq.prefix import prefix_ids, prefix_params
+from mquant_jax.ptq.states import States
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import Generator
 from tests.helpers import forward, golden_model, quantised, relative
@@ -27,12 +29,16 @@ def texts(rows) -> Batch:
     return jax.tree.map(jnp.asarray, collate([text_prompt(list(r)) for r in rows]))
 
 
+def keys_of(family, config, params, ids):
+    return prefix_params(abstract_float(family, config, Recipe()), lazy(params), ids, States())
+
+
 @pytest.fixture(scope="module", params=["llama/public", "qwen2_vl/public"])
 def models(request):
     """Family, config, the float model without and with a prefix."""
     family, plain, config, _, _ = golden_model(request.param)
     params = get_params(plain)
-    extra = prefix_params(plain, PREFIX)
+    extra = keys_of(family, config, params, PREFIX)
     return family, config, plain, float_model(family, config, RECIPE, params | extra)
 
 
@@ -70,7 +76,7 @@ def test_a_quantised_model_has_one() -> None:
     assert out[name].shape == (config.language.num_kv_heads, 1, head_dim)
     assert np.abs(out[name]).max() > 0
     got = quantised(family, config, recipe, out, batch)
-    extra = prefix_params(float_model(family, config, Recipe(), params), report["prefix"])
+    extra = keys_of(family, config, params, report["prefix"])
     model = float_model(family, config, Recipe(prefix_sinks=1), params | extra)
     real = np.asarray(batch.token_class) >= 0
     expected = np.asarray(forward(model, batch))
@@ -79,6 +85,6 @@ def test_a_quantised_model_has_one() -> None:
 
 def test_too_few_sinks_are_named() -> None:
     batch = texts(ROWS)
-    assert prefix_ids([0], [4, 11], batch, 2) in ([11, 4], [8, 4])
+    assert prefix_ids([0], [4, 11], [batch], 2) in ([11, 4], [8, 4])
     with pytest.raises(UserError, match="prefix_sinks is 3, but calibration shows 2"):
-        prefix_ids([0], [4], batch, 3)
+        prefix_ids([0], [4], [batch], 3)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from mquant_jax.models.qwen2_vl import FAMILY
@@ -12,10 +11,10 @@ from mquant_jax.nn.params import get_params
 from mquant_jax.numerics import QWeight, quantize_weight
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.observe import Histogram
-from mquant_jax.ptq.pipeline import no_progress, quantize_params, section_of
+from mquant_jax.ptq.pipeline import Conversion, quantize_params, section_of
 from mquant_jax.ptq.scales import clip_search, mse_clip
-from mquant_jax.ptq.sequential import QuantizingRunner
-from mquant_jax.recipe import Recipe, Section, Weights
+from mquant_jax.ptq.sequential import Quantiser
+from mquant_jax.recipe import Calibration, Recipe, Section, Weights
 from tests.helpers import golden_qwen2_vl, quantised, relative
 
 
@@ -42,31 +41,52 @@ def _quantised_logits(golden, recipe: Recipe):
     return quantised(FAMILY, config, recipe, params, batch)[real], params, report
 
 
-def test_a_runner_without_quantisation_changes_nothing(golden) -> None:
-    model, config, batch, real, logits = golden
-    runner = QuantizingRunner(model, Recipe(), section_of, no_progress, chunk=1)
-    got = model(jax.tree.map(jax.numpy.asarray, batch), runner)
-    assert relative(np.asarray(got)[real], logits[real]) < 1e-5
-    assert not runner.params
+def walked(golden, recipe: Recipe, batches) -> Quantiser:
+    """A quantiser that was shown the golden's float model, and keeps nothing."""
+    model, config, _, _, _ = golden
+    job = Conversion(FAMILY, config, recipe, get_params(model), batches)
+    quantiser = Quantiser(job.target, recipe, section_of, {}, job.states, lambda *_: {})
+    job._walk("round", recipe, quantiser)
+    return quantiser
 
 
 def test_every_point_is_seen_and_padding_is_not(golden) -> None:
-    model, config, batch, _, _ = golden
+    _, config, batch, _, _ = golden
     report = quantised_logits(golden, PRESETS["w4a8"])[2]["points"]
     blocks = config.vision.num_layers + config.language.num_layers
     assert len(report) == 4 * blocks + 4  # patch embedding, two in the merger, head
-    runner = QuantizingRunner(model, Recipe(), section_of, no_progress)
-    seen: list = []
-    runner._point = lambda part, point, readers: seen.append(
-        (point, runner._watch(part, point, False).hists)
-    )
-    runner.recipe = dataclasses.replace(Recipe(), language=Section(16, None, "static"))
-    model(jax.tree.map(jax.numpy.asarray, batch), runner)
+    recipe = Recipe(language=Section(16, None, "static"))
+    counts: dict[str, list[float]] = {}
+    watch = Quantiser._watch
+
+    def watching(self, work, point, with_hessian):
+        seen = watch(self, work, point, with_hessian)
+        counts[f"{work.part.name}/{point}"] = [h.counts.sum() for h in seen.hists]
+        return seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Quantiser, "_watch", watching)
+        walked(golden, recipe, batch)
     width = config.language.hidden_size
     tokens = [(batch.token_class == c).sum() for c in range(2)]
-    point, hists = seen[0]
-    counts = [h.counts.sum() for h in hists]
-    assert point == "attn_in" and counts == [*(n * width for n in tokens), 0]
+    assert counts["language/layers/0/attn_in"] == [*(n * width for n in tokens), 0]
+
+
+def test_chunks_are_calibrated_as_one_batch_is(golden) -> None:
+    """Prompts in batches of their own, padded alike or not, give the same scales and weights."""
+    _, config, _, _, _ = golden
+    prompts = [FAMILY.example_prompt(config, n, side) for n, side in ((5, 56), (9, 56), (7, 0))]
+    recipe = dataclasses.replace(PRESETS["w8a8"], calibration=Calibration(observer="minmax"))
+    params = get_params(golden[0])
+    together, _ = quantize_params(FAMILY, config, recipe, params, FAMILY.collate(config, prompts))
+    apart = [FAMILY.collate(config, [p]) for p in prompts]
+    alone, _ = quantize_params(FAMILY, config, recipe, params, apart)
+    for name, value in together.items():
+        if name.endswith("act_scale"):
+            np.testing.assert_allclose(alone[name], value, rtol=0.1, err_msg=name)
+        if name.endswith("kernel"):
+            changed = np.mean(alone[name].unpacked().values != value.unpacked().values)
+            assert changed < 0.05, name
 
 
 @pytest.mark.parametrize(("name", "error"), [("w8a8", 0.12), ("w4a8-rtn", 0.6), ("w4a8", 0.45)])

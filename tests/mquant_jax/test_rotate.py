@@ -9,6 +9,7 @@ from flax import nnx
 from mquant_jax.models.qwen2_vl import FAMILY
 
 from mquant_jax.hadamard import plan_rotation, stream_rotation
+from mquant_jax.nn.flow import run
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
@@ -58,7 +59,7 @@ def test_no_layer_norm_is_left_and_the_stream_has_no_mean(case) -> None:
     model = float_model(FAMILY, config, ROTATED, rotated)
     assert not [m for _, m in nnx.iter_modules(model) if isinstance(m, LayerNorm)]
     assert all(np.all(v == 1) for k, v in rotated.items() if k.endswith("norm/weight"))
-    x = model.vision.features(batch.vision)
+    x = run(model.vision.features(batch.vision))
     assert abs(np.asarray(rotated["vision/patch_embed/proj/kernel"])).max() > 0
     width = config.vision.hidden_size
     matrix = times(np.eye(width), stream_rotation(width, 3, "vision"))

@@ -1,0 +1,173 @@
+"""Checks of a whole checkpoint: that it is what was written, and that it can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mquant_jax.checkpoint.manifest import MANIFEST, load_manifest
+from mquant_jax.checkpoint.provenance import source_misfits
+from mquant_jax.checkpoint.reader import (
+    Sink,
+    file_misfits,
+    load_params,
+    stored_names,
+    stream_misfits,
+)
+from mquant_jax.checkpoint.source import SIDE_FILES
+from mquant_jax.checkpoint.tensor_file import Entry
+from mquant_jax.cli_support import warn
+from mquant_jax.errors import CheckpointError, UserError
+from mquant_jax.loading import check_tensors, describe, held_bytes, load_model
+from mquant_jax.models.base import Family, Processor, abstract_model
+from mquant_jax.nn.params import abstract_params
+from mquant_jax.numerics import QWeight
+
+_WEIGHTS = ("kernel", "embedding")  # tensors that cannot be zero as a whole
+_TOKENIZERS = [name for name in SIDE_FILES if "token" in name or name == "vocab.json"]
+_SPARE = 1 << 30  # bytes that trying a model takes beside its weights
+_QUESTION = "Hello"
+
+
+def examine(folder: Path, source: Path | None = None) -> list[str]:
+    """Everything that is wrong with a checkpoint folder; the model is not run.
+
+    Files and hashes, tensors against config and recipe, weight scales finite and positive, float
+    tensors finite, weights not all zero.
+
+    Args:
+        source: the model folder that it is claimed to be made from.
+
+    Raises:
+        UserError: no checkpoint folder, or no source folder.
+    """
+    if not (folder / MANIFEST).is_file():
+        load_manifest(folder)  # says what is missing
+    try:
+        manifest = load_manifest(folder)
+    except CheckpointError as e:
+        return [str(e)]
+    found = list(file_misfits(folder, manifest, True))
+    found += _model_misfits(folder, manifest)
+    if not found:
+        found += _tensor_misfits(folder, manifest)
+    if source is not None:
+        found += source_misfits(manifest.get("source", {}), source)
+    return found
+
+
+def _model_misfits(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """What of the tensors' shapes does not fit config and recipe."""
+    try:
+        family, config, recipe, _ = describe(folder, manifest)
+        model = abstract_model(family, config, recipe)
+        check_tensors(manifest, abstract_params(model), folder)
+    except (UserError, ValueError) as e:
+        return [str(e)]
+    return []
+
+
+def _tensor_misfits(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    values = _Values(manifest)
+    if manifest["format_version"] == 2:
+        try:
+            params, _ = load_params(folder)
+        except CheckpointError as e:
+            return [str(e)]
+        for name, value in params.items():
+            leaves = [value.values, value.scale] if isinstance(value, QWeight) else [value]
+            stored = stored_names(name, manifest["tensors"][name])
+            for leaf, leaf_name in zip(leaves, stored, strict=True):
+                values.see(leaf_name, 0, np.asarray(leaf))
+        return values.misfits()
+    found = stream_misfits(folder, manifest, values.sink_for)
+    return found + values.misfits()
+
+
+class _Values:
+    """Looks at tensors block by block."""
+
+    def __init__(self, manifest: dict[str, Any]):
+        self._scales: set[str] = set()
+        self._zero: set[str] = set()  # weights of which no other value was seen yet
+        self._bad: dict[str, str] = {}
+        for name, entry in manifest["tensors"].items():
+            stored = stored_names(name, entry)
+            self._scales.update(stored[1:])
+            if name.rpartition("/")[2] in _WEIGHTS and entry["bytes"]:
+                self._zero.add(stored[0])
+
+    def sink_for(self, entries: Mapping[str, Entry]) -> Sink:
+        return self.see
+
+    def see(self, name: str, row: int, block: np.ndarray) -> None:
+        if name in self._zero and np.any(block):
+            self._zero.discard(name)
+        if block.dtype.kind in "iub":
+            return
+        if not np.isfinite(block).all():
+            self._bad[name] = "holds NaN or Inf"
+        elif name in self._scales and not (block > 0).all():
+            self._bad[name] = "holds scales that are not positive"
+
+    def misfits(self) -> list[str]:
+        zero = dict.fromkeys(self._zero, "is zero everywhere")
+        return [f"tensor {name} {text}" for name, text in sorted((zero | self._bad).items())]
+
+
+def check_result(
+    folder: Path, family: Family, config: Any, processor: Processor | None = None
+) -> None:
+    """Read a checkpoint back and have it generate one token.
+
+    Where memory is too short for the whole model, a warning says that it was not run; its files
+    are read and compared with their hashes all the same.
+
+    Args:
+        folder: the folder as written, before it becomes DST.
+        config: the family's config object.
+        processor: that of ``folder``; by default it is made, where the folder has a tokenizer.
+
+    Raises:
+        UserError: the files are not what was written, the processor cannot be made, or the model
+            gives NaN.
+    """
+    manifest = load_manifest(folder)
+    if processor is None and any(name in manifest["files"] for name in _TOKENIZERS):
+        processor = family.processor(folder, config)
+    needed, free = held_bytes(folder) + _SPARE, available_memory()
+    if free is not None and needed > free:
+        misfits = examine(folder)
+        if misfits:
+            raise CheckpointError(f"{folder}: {'; '.join(misfits)}")
+        warn(f"the result was read back but not run: it needs {needed / 2**30:.1f} GiB of memory, "
+             f"{free / 2**30:.1f} GiB are free")  # fmt: skip
+        return
+    model = load_model(folder).model
+    prompt = (
+        family.example_prompt(config, 4, 0) if processor is None else processor.prompt(_QUESTION)
+    )
+    batch = jax.tree.map(jnp.asarray, family.collate(config, [prompt]))
+    logits = np.asarray(jax.jit(lambda model, batch: model(batch))(model, batch))[0, -1]
+    if not np.isfinite(logits).all():
+        raise UserError(
+            f"{folder}: the converted model gives NaN or Inf; the source is damaged or the recipe "
+            "does not suit it"
+        )
+    if processor is not None:
+        processor.decode([int(np.argmax(logits))])
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take, where the system says so."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            lines = dict(line.split(":", 1) for line in f)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

@@ -1,0 +1,180 @@
+"""The place where a conversion writes: what is at DST, what is left of stopped conversions.
+
+Nothing here writes, except for :func:`put_back`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mquant_jax.checkpoint.rename import rename_new
+from mquant_jax.errors import UserError
+
+SUFFIX = ".work"
+MAGIC = "mquant_jax conversion, process "
+_DEEPEST = 160  # characters that the longest path inside the work folder may need
+Identity = tuple[int, int, int, int]
+
+
+def check_destination(
+    dst: str | Path,
+    marker: str,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+) -> None:
+    """Fail early where :func:`workspace` would fail; nothing is written.
+
+    Raises:
+        UserError: as there.
+    """
+    real = real_path(Path(dst))
+    check_place(real)
+    with turn(real.parent):
+        check_running(real)
+        if resume and is_published(real):
+            return
+        check_existing(Path(dst), real, marker, overwrite)
+        check_stale(real, resume, restart)
+
+
+def work_folder(dst: Path) -> Path:
+    """``DST.work``."""
+    return dst.with_name(dst.name + SUFFIX)
+
+
+def real_path(dst: Path) -> Path:
+    """The absolute path that ``dst`` means, links resolved."""
+    text = os.fspath(dst)
+    if "\0" in text:
+        raise UserError(f"{text!r}: a path cannot hold a NUL character")
+    try:
+        os.fsencode(text)
+        real = dst.resolve()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{text!r}: this name cannot be written in the file system") from e
+    except (OSError, RuntimeError) as e:  # RuntimeError: links that lead back to themselves
+        raise UserError(f"{dst}: cannot be used: {getattr(e, 'strerror', None) or e}") from e
+    if os.path.islink(dst) and not os.path.exists(real):
+        raise UserError(f"{dst}: is a link that leads nowhere; remove it or choose another DST")
+    return real
+
+
+def check_place(dst: Path) -> None:
+    """The parent can be written and the names fit."""
+    parent = dst.parent
+    if not dst.name:
+        raise UserError(f"{dst}: is the root of the file system; choose another DST")
+    try:
+        if not parent.is_dir():
+            raise UserError(f"{parent}: no such folder; create it before converting into it")
+        limits = os.pathconf(parent, "PC_NAME_MAX"), os.pathconf(parent, "PC_PATH_MAX")
+    except OSError as e:
+        raise UserError(f"{parent}: cannot be used: {e.strerror}") from e
+    name, path = (len(os.fsencode(p)) for p in (work_folder(dst).name, work_folder(dst)))
+    if name > limits[0]:
+        raise UserError(
+            f"{dst}: the name of its work folder, {SUFFIX} added, would take {name} bytes; "
+            f"{limits[0]} are allowed: choose a shorter name"
+        )
+    if path + _DEEPEST >= limits[1]:
+        raise UserError(f"{dst}: the path is too long ({path} bytes); choose a shorter one")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{parent}: cannot be written; choose another DST")
+
+
+def check_existing(given: Path, dst: Path, marker: str, overwrite: bool) -> None:
+    if not os.path.lexists(dst):
+        return
+    if not overwrite:
+        raise UserError(f"{given}: exists already; choose another DST or pass --overwrite")
+    if not (dst / marker).is_file():
+        raise UserError(
+            f"{given}: is no checkpoint of ours, hence not overwritten; remove it first"
+        )
+
+
+def check_running(dst: Path) -> None:
+    """No other conversion is at work on ``dst``."""
+    lock = work_folder(dst) / "lock"
+    if not lock.is_file():
+        return
+    fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        holder = os.pread(fd, 200, 0).decode(errors="replace").removeprefix(MAGIC).strip()
+        raise UserError(
+            f"{dst}: another conversion to it is running (process {holder}); wait for it or choose "
+            "another DST"
+        ) from e
+    finally:
+        os.close(fd)
+
+
+def check_stale(dst: Path, resume: bool, restart: bool) -> None:
+    folder = work_folder(dst)
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir() or not _is_ours(folder):
+        raise UserError(f"{folder}: is in the way and is no work folder of ours; move it away")
+    if not (resume or restart):
+        raise UserError(
+            f"{folder}: is left of a conversion that was stopped; --resume continues it, "
+            "--restart begins anew"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder was made by :func:`workspace`; one with no more than the beginning of a lock
+    may have been, by one that was killed then."""
+    try:
+        text = (folder / "lock").read_text("utf-8", errors="replace")
+    except OSError:
+        text = ""
+    others = any(path.name != "lock" for path in folder.iterdir())
+    return text.startswith(MAGIC) or (MAGIC.startswith(text) and not others)
+
+
+def is_published(dst: Path) -> bool:
+    """Whether DST is the result of the work folder beside it, which was then not removed."""
+    note = work_folder(dst) / "publishing"
+    return note.is_file() and dst.is_dir() and note.read_text("utf-8") == inode(dst)
+
+
+def put_back(dst: Path) -> None:
+    """Undo half an exchange: a kill came between two renames (:meth:`Workspace._replace`)."""
+    old = work_folder(dst) / "old"
+    if not os.path.lexists(dst) and old.is_dir():
+        rename_new(old, dst)
+
+
+def identity(dst: Path, marker: str) -> Identity | None:
+    """What tells one checkpoint folder from another that has its name."""
+    try:
+        folder, file = os.stat(dst), os.stat(dst / marker)
+    except OSError:
+        return None
+    return folder.st_dev, folder.st_ino, file.st_ino, file.st_mtime_ns
+
+
+def inode(folder: Path) -> str:
+    info = os.stat(folder)
+    return f"{info.st_dev} {info.st_ino}"
+
+
+@contextlib.contextmanager
+def turn(parent: Path) -> Iterator[None]:
+    """One process at a time looks at work folders in ``parent`` and makes or removes them."""
+    fd = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system that cannot lock folders
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

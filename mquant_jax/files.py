@@ -1,0 +1,102 @@
+"""Files that somebody else wrote: regular, of bounded size, UTF-8, JSON objects."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from mquant_jax.errors import UserError
+
+MOST_BYTES = 64 << 20  # of a JSON or text file; the largest index of a published model has 10 MB
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file, or a link to one, is there; a name that no file can have is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text, its byte order mark left out.
+
+    Raises:
+        UserError: no such file, not a regular one, larger than :data:`MOST_BYTES`, unreadable, or
+            not UTF-8.
+    """
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such file") from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{path}: larger than {MOST_BYTES >> 20} MiB; expected a small text file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not valid UTF-8: {e}") from e
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: as :func:`read_text`; not JSON, nested too deeply, or not an object.
+    """
+    text = read_text(path)
+    try:
+        data = json.loads(text)
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON: {e}") from e
+    except RecursionError as e:
+        raise UserError(f"{path}: not valid JSON: nested too deeply") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def read_json_if_any(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no such file.
+
+    Raises:
+        UserError: as :func:`read_json`.
+    """
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def check_regular(path: Path) -> None:
+    """A file, or a link to one: no folder, device, pipe or socket, reading which may never end.
+
+    Raises:
+        UserError: another kind of file.
+        OSError: no such file.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        raise UserError(f"{path}: is {kind}; expected a regular file")
+
+
+def check_inside(path: Path) -> None:
+    """The file is in its folder, or in the hub cache's store of the same model.
+
+    The hub's cache has links ``snapshots/<revision>/x -> ../../blobs/<hash>``.
+
+    Raises:
+        UserError: a link to somewhere else, or another kind of file.
+        OSError: no such file.
+    """
+    check_regular(path)
+    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    if target.is_relative_to(folder):
+        return
+    if folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs":
+        return
+    raise UserError(f"{path}: is a link to {target}, outside its folder; copy the file here")

@@ -1,0 +1,321 @@
+"""A model part by part over all calibration prompts, with the weights of one part in memory.
+
+Every chunk of prompts has a flow (:mod:`mquant_jax.nn.flow`) of its own. The walk carries out one
+call of all of them, then the next; a stack is walked block by block. A visitor is shown each part
+with its weights and inputs, and says what goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mquant_jax.errors import UserError
+from mquant_jax.lazy import Tensors
+from mquant_jax.models.base import VLM, Batch
+from mquant_jax.nn.flow import Call, EmbeddingCall, StackCall
+from mquant_jax.nn.params import assign, variables
+from mquant_jax.nn.stack import num_layers
+from mquant_jax.ptq.ledger import Ledger
+from mquant_jax.ptq.states import Spool, States, loaded
+
+Progress = Callable[[Iterable, str], Iterable]
+LAST = "language/head_in"  # what comes after it, the head, needs no calibration
+SMALL = 1 << 22  # elements of a tensor that may stay in memory through a walk
+
+
+def no_progress(items: Iterable, label: str) -> Iterable:
+    """The items, without a bar."""
+    return items
+
+
+def working(value: np.ndarray) -> jax.Array:
+    """A tensor as calibration computes with it: integers as they are, the rest float32."""
+    integer = np.issubdtype(value.dtype, np.integer)
+    return jnp.asarray(value, value.dtype if integer else jnp.float32)
+
+
+def filled(module: nnx.Module, name: str, params: Tensors) -> nnx.Module:
+    """A copy of an abstract module with its tensors, those below ``name``."""
+    copy = jax.tree.map(lambda leaf: leaf, module)
+    for path, _ in variables(module):
+        assign(copy, path, working(params["/".join((name, *path))].load()))
+    return copy
+
+
+def block_of(stack: nnx.Module) -> nnx.Module:
+    """One abstract block of an abstract stack."""
+    graphdef, state = nnx.split(stack)
+    one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), state)
+    return nnx.merge(graphdef, one)
+
+
+@dataclasses.dataclass
+class Inputs(Sequence):
+    """The arguments of a module, chunk by chunk."""
+
+    x: Sequence[Any]
+    contexts: Sequence[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, n: int) -> tuple:
+        if not 0 <= n < len(self):
+            raise IndexError(n)
+        x = loaded(self.x[n])
+        x = tuple(map(jnp.asarray, x)) if isinstance(x, tuple) else jnp.asarray(x)
+        return (x,) if self.contexts is None else (x, self.contexts[n])
+
+
+@dataclasses.dataclass
+class Part:
+    """A module in hand.
+
+    Attributes:
+        name: path of its parameters, ``language/layers/3``.
+        module: the float module with its weights.
+        inputs: its arguments, chunk by chunk.
+        classes: int32, token class of each row, chunk by chunk.
+        twin: its arguments in the float model, where the walk carries that along.
+    """
+
+    name: str
+    module: nnx.Module
+    inputs: Inputs
+    classes: Sequence[jax.Array]
+    twin: Inputs | None = None
+
+
+Outputs = Iterable[Any]
+
+
+class Visitor(Protocol):
+    """Who is shown the parts."""
+
+    def visit(self, part: Part) -> tuple[Outputs, Outputs | None]:
+        """What the part makes of its inputs, chunk by chunk, and of its twin's inputs."""
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What was learned of a part (JSON), once all that it makes has been taken."""
+
+    def restore(self, name: str, record: dict[str, Any]) -> None:
+        """Take the record of a part that an earlier process has visited."""
+
+
+class Walk:
+    """One pass over the parts of a model.
+
+    Args:
+        model: abstract; tensors that belong to no part, such as positions, are filled in.
+        params: its tensors.
+        batches: calibration prompts, chunk by chunk; their patches may be stored.
+        states: where what goes from part to part is kept.
+        ledger: what an earlier process has finished, and where parts are reported.
+        twin: carry the float model's activations along.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: VLM,
+        params: Tensors,
+        batches: Sequence[Batch],
+        states: States,
+        ledger: Ledger,
+        *,
+        twin: bool = False,
+        progress: Progress = no_progress,
+    ):
+        self.name, self.model, self.params = name, model, params
+        self.batches, self.states, self.ledger = batches, states, ledger
+        self.twin, self.progress = twin, progress
+        for path, variable in variables(model):
+            key = "/".join(path)
+            if key in params and np.prod(variable.get_value().shape) <= SMALL:
+                assign(model, path, working(params[key].load()))
+
+    def run(self, visitor: Visitor) -> None:
+        """Show the visitor every part in the order in which the model runs them."""
+        batches = [on_device(b) for b in self.batches]
+        flows = [self.model.flow(b) for b in batches]
+        twins = [self.model.flow(b) for b in batches] if self.twin else []
+        calls = [_Calls(flow) for flow in (*flows, *twins)]
+        count = len(flows)
+        while any(c.call is not None for c in calls):
+            name = _next(calls)
+            at = [i for i in range(count) if calls[i].name == name]
+            here = [calls[i] for i in at]
+            there = [calls[count + i] for i in at] if self.twin else None
+            if isinstance(here[0].call, EmbeddingCall):
+                for c in [*here, *(there or [])]:
+                    c.send(self._embedded(c.call))
+                continue
+            outs, twin_outs = self._carry_out(name, here, there, visitor)
+            for n, c in enumerate(here):
+                c.send(jnp.asarray(outs[n]) if outs is not None else None)
+            for n, c in enumerate(there or []):
+                c.send(jnp.asarray(twin_outs[n]) if twin_outs is not None else None)
+
+    def _embedded(self, call: EmbeddingCall) -> jax.Array:
+        """Rows of the token embedding: only those that calibration needs are read."""
+        table = self.params[call.name]
+        ids, back = np.unique(np.asarray(call.ids), return_inverse=True)
+        rows = np.concatenate([table.read(int(i), int(i) + 1) for i in ids])
+        return working(rows)[back.reshape(call.ids.shape)]
+
+    def _carry_out(
+        self, name: str, here: list[_Calls], there: list[_Calls] | None, visitor: Visitor
+    ) -> tuple[Spool | None, Spool | None]:
+        calls = [c.call for c in here]
+        twins = None if there is None else [c.call for c in there]
+        if isinstance(calls[0], StackCall):
+            return self._stack(name, calls, twins, visitor)
+
+        def part() -> Part:
+            return Part(
+                name,
+                filled(calls[0].module, name, self.params),
+                Inputs([c.x for c in calls]),
+                [c.classes for c in calls],
+                None if twins is None else Inputs([c.x for c in twins]),
+            )
+
+        made = self._visit(visitor, name, part, None)
+        return made if name != LAST else (None, None)
+
+    def _stack(self, name: str, calls, twins, visitor: Visitor):
+        stack, contexts = calls[0].module, [c.context for c in calls]
+        classes = [c.context.token_class for c in calls]
+        block, depth = block_of(stack), num_layers(stack)
+        done = [self.ledger.done(self._key(f"{name}/{i}")) for i in range(depth)]
+        first = next((i for i, record in enumerate(done) if record is None), depth)
+        for i in range(first):
+            visitor.restore(f"{name}/{i}", done[i])
+        if first:
+            states = self._found(f"{name}/{first - 1}", len(calls))
+        else:
+            states = self._spooled([c.x for c in calls]), None
+            if twins is not None:
+                states = states[0], self._spooled([c.x for c in twins])
+        for i in self.progress(range(first, depth), name):
+            here, there = states
+
+            def part(i=i, here=here, there=there) -> Part:
+                return Part(
+                    f"{name}/{i}",
+                    filled(block, f"{name}/{i}", self.params),
+                    Inputs(here, contexts),
+                    classes,
+                    None if there is None else Inputs(there, contexts),
+                )
+
+            states = self._visit(visitor, f"{name}/{i}", part, states)
+        return states
+
+    def _visit(self, visitor: Visitor, name: str, part: Callable[[], Part], before: Any):
+        """Show one part, or take up what an earlier process made of it.
+
+        ``before``: spools that nobody needs any more once the part is done.
+        """
+        key = self._key(name)
+        record = self.ledger.done(key)
+        if record is not None:
+            visitor.restore(name, record)
+            return self._found(name, record["chunks"])
+        outs, twin_outs = visitor.visit(part())
+        made = self._kept(outs, key), None
+        if twin_outs is not None:
+            made = made[0], self._kept(twin_outs, f"{key}.float")
+        for spool in made:
+            if spool is not None:
+                spool.sync()
+        self.ledger.commit(key, {**visitor.record(name), "chunks": len(made[0])})
+        for spool in before or ():
+            if spool is not None:
+                spool.clear()
+        return made
+
+    def _found(self, name: str, count: int) -> tuple[Spool | None, Spool | None]:
+        """The states behind a part that an earlier process has finished."""
+        key = self._key(name)
+        found = self.states.found(key, count)
+        if found is None:
+            raise UserError(
+                f"{self.states.folder}: the states behind {name} are missing; begin anew with "
+                "--restart"
+            )
+        return found, self.states.found(f"{key}.float", count)
+
+    def _kept(self, outs: Outputs, key: str) -> Spool:
+        spool = self.states.spool(key)
+        for x in outs:
+            spool.append(x)
+        return spool
+
+    def _spooled(self, arrays: Sequence[Any]) -> Spool:
+        spool = self.states.spool()
+        for x in arrays:
+            spool.append(x)
+        return spool
+
+    def _key(self, part: str) -> str:
+        return f"{self.name}/{part}"
+
+
+class _Calls:
+    """A flow and the call that it waits for; ``None`` at its end."""
+
+    def __init__(self, flow):
+        self.flow = flow
+        self.call: Call | None = next(flow, None)
+
+    @property
+    def name(self) -> str | None:
+        return None if self.call is None else self.call.name
+
+    def send(self, value: Any) -> None:
+        """Answer the call; with ``None``, nothing more is wanted of the flow."""
+        if value is None:
+            self.flow.close()
+            self.call = None
+            return
+        try:
+            self.call = self.flow.send(value)
+        except StopIteration:
+            self.call = None
+
+
+def _next(calls: Sequence[_Calls]) -> str:
+    """The call that comes first: chunks without pictures wait for those that have some."""
+    names = [c.name for c in calls if c.name is not None]
+    return next((n for n in names if not n.startswith("language/")), names[0])
+
+
+def on_device(batch: Batch) -> Batch:
+    """A batch as JAX arrays; stored patches stay where they are."""
+    return jax.tree.map(lambda x: x if hasattr(x, "load") else jnp.asarray(x), batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(graphdef, state, *args):
+    return nnx.merge(graphdef, state)(*args)
+
+
+def loaded_batch(batch: Batch) -> Batch:
+    """A batch with what is stored read."""
+    return jax.tree.map(loaded, batch)
+
+
+def outputs(module: nnx.Module, inputs: Inputs) -> Iterator[jax.Array]:
+    """What a module makes of its inputs, chunk by chunk."""
+    graphdef, state = nnx.split(module)
+    for args in inputs:
+        yield _run(graphdef, state, *args)

@@ -1,0 +1,215 @@
+"""The tables of config.json: published configs, published defaults, hostile values."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from mquant_jax.models.config_keys import read_tables
+from mquant_jax.models.language_config import SCHEMAS
+from mquant_jax.models.registry import family_for
+
+from benchmarks.aot.sizes import MODELS
+from mquant_jax.errors import UserError
+from tests.helpers import GOLDENS
+from tests.models import (
+    test_cogvlm2_sizes,
+    test_glm4v_sizes,
+    test_internvl_sizes,
+    test_qwen_vl_sizes,
+)
+
+GOLDEN = {
+    str(path.parent.relative_to(GOLDENS)): json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(GOLDENS.glob("*/*/config.json"))
+}
+FULL = {
+    **MODELS,
+    "cogvlm2": test_cogvlm2_sizes.PUBLISHED,
+    "glm4v": test_glm4v_sizes.PUBLISHED,
+    "internvl3-8b": test_internvl_sizes.INTERNVL3_8B,
+    "internvl3-38b": test_internvl_sizes.INTERNVL3_38B,
+    "qwen_vl": test_qwen_vl_sizes.PUBLISHED,
+}
+
+
+def config_of(hf: dict[str, Any]) -> Any:
+    return family_for(hf).config_from_hf(hf)
+
+
+@pytest.mark.parametrize("name", [*GOLDEN, *FULL])
+def test_published_configs_have_no_unknown_keys(name) -> None:
+    hf = (GOLDEN | FULL)[name]
+    assert family_for(hf).unknown_keys(hf) == []
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("diff", [False, True])
+def test_defaults_of_language_models_are_those_of_transformers(name, diff) -> None:
+    import transformers
+
+    published = getattr(transformers, f"{name}Config")()
+    schema = SCHEMAS[name.lower()]
+    saved = json.loads(published.to_json_string(use_diff=diff))
+    assert schema.unknown(saved) == []
+    assert_defaults(schema.read({}, "config.json"), published)
+
+
+def assert_defaults(values: dict[str, Any], published: Any) -> None:
+    for key, value in values.items():
+        if value is not None and hasattr(published, key):
+            assert value == getattr(published, key), key
+
+
+def test_defaults_of_qwen2_vl_are_those_of_transformers() -> None:
+    import transformers
+
+    published = transformers.Qwen2VLConfig()
+    assert published.text_config.rope_parameters["rope_theta"] == 1e6
+    saved = json.loads(published.to_json_string(use_diff=False))
+    saved["vision_config"]["hidden_size"] = 8192  # the class's own halves do not fit each other
+    config = config_of(saved)
+    assert family_for(saved).unknown_keys(saved) == []
+    assert config.language.rope_theta == 1e6 and config.vision.rope_theta == 10000.0
+    bare = {"model_type": "qwen2_vl", "vision_config": {"hidden_size": 8192}}
+    assert config_of(bare) == config
+    tables = read_tables(family_for(bare).config_tables(bare))
+    assert_defaults(tables[""], published.text_config)
+    tables["vision_config"].pop("hidden_size")
+    assert_defaults(tables["vision_config"], published.vision_config)
+
+
+def test_defaults_of_internvl_are_those_of_transformers() -> None:
+    import transformers
+
+    published = transformers.InternVLConfig()
+    saved = json.loads(published.to_json_string(use_diff=False))
+    assert family_for(saved).unknown_keys(saved) == []
+    bare = {"model_type": "internvl"}
+    tables = read_tables(family_for(bare).config_tables(bare))
+    tables["vision_config"].update(image_size=(448, 448), patch_size=(14, 14))
+    assert_defaults(tables["vision_config"], published.vision_config)
+    assert_defaults(tables["text_config"], published.text_config)
+    assert_defaults(tables[""], published)
+    with_tie = {"tie_word_embeddings": True, "model_type": "internvl"}
+    assert config_of(saved) == config_of(with_tie)
+
+
+def test_a_fine_tune_saved_as_differences() -> None:
+    """``vision_config`` of a published Qwen2-VL fine-tune holds four keys."""
+    hf = {k: v for k, v in FULL["qwen2_vl-2b"].items() if k != "rope_theta"}
+    hf["vision_config"] = {
+        "hidden_size": 1536, "in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14,
+    }  # fmt: skip
+    assert config_of(hf) == config_of(FULL["qwen2_vl-2b"])
+    assert family_for(hf).unknown_keys(hf) == []
+
+
+def test_the_language_model_of_internvl_is_known_by_its_type_as_well() -> None:
+    for case in ("internvl2/public", "internvl2/public_qwen2"):
+        hf = copy.deepcopy(GOLDEN[case])
+        del hf["llm_config"]["architectures"]
+        assert config_of(hf) == config_of(GOLDEN[case])
+
+
+def test_minicpmv_without_a_tower_has_the_published_one() -> None:
+    hf = {k: v for k, v in FULL["minicpmv-2.6"].items() if k not in ("vision_config", "query_num")}
+    assert config_of(hf) == config_of(FULL["minicpmv-2.6"])
+
+
+@pytest.mark.parametrize(
+    ("case", "path", "key", "value"),
+    [
+        ("llama/public", "", "num_local_experts", 8),
+        ("llama/public", "", "final_logit_softcapping", 30.0),
+        ("llama/public", "", "alibi", True),
+        ("qwen2/public", "", "partial_rotary_factor", 0.5),
+        ("qwen2_vl/public", "", "embedding_multiplier", 12.0),
+        ("qwen2_vl/public", "vision_config", "in_chans", 1),
+        ("qwen2_vl/public", "vision_config", "in_channels", 4),
+        ("internvl2/public", "", "use_llm_lora", 16),
+        ("internvl2/public", "", "pad2square", True),
+        ("internvl2/public", "llm_config", "attn_logit_softcapping", 50.0),
+        ("internvl/public", "vision_config", "use_absolute_position_embeddings", False),
+        ("minicpmv2_6/public", "", "scale_emb", 12),
+        ("minicpmv2_6/public", "", "slice_mode", False),
+        ("glm4v/public", "", "quantization_bit", 4),
+        ("glm4v/public", "", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("cogvlm2/public", "", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("qwen_vl/public", "", "rope_scaling", {"type": "yarn", "factor": 2.0}),
+    ],
+)
+def test_keys_that_change_numbers_are_refused_by_name(case, path, key, value) -> None:
+    hf = copy.deepcopy(GOLDEN[case])
+    (hf[path] if path else hf)[key] = value
+    with pytest.raises(UserError, match=f"{path}.*{key}"):
+        config_of(hf)
+
+
+def test_neutral_values_are_no_matter() -> None:
+    hf = GOLDEN["llama/public"] | {
+        "partial_rotary_factor": 1.0,
+        "num_experts": None,
+        "alibi": False,
+    }
+    assert config_of(hf) == config_of(GOLDEN["llama/public"])
+
+
+def test_other_keys_are_named() -> None:
+    hf = copy.deepcopy(GOLDEN["qwen2_vl/public"])
+    hf["my_note"] = 1
+    hf["vision_config"]["colour"] = "blue"
+    assert family_for(hf).unknown_keys(hf) == ["my_note", "vision_config.colour"]
+
+
+HOSTILE = (
+    None, True, -1, 0, 1, 3, 0.5, -0.0, 1e30, 1e308, float("nan"), float("inf"), 2**31, 2**70,
+    10**5000, "", "wide", "1", [], [[]], [1, 2], {}, {"a": {"b": []}}, "\ud800", [None] * 3,
+)  # fmt: skip
+
+
+def places(data: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Paths of all keys of an object and of the objects in it."""
+    for key, value in data.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("case", [*GOLDEN, "qwen2_vl-7b"])
+def test_hostile_values_are_refused_in_one_line_that_names_the_key(case) -> None:
+    """Each key of each golden with each of many values: a config or one clear line."""
+    published = (GOLDEN | FULL)[case]
+    refused = 0
+    for path in places(published):
+        for value in HOSTILE:
+            hf = copy.deepcopy(published)
+            at = hf
+            for key in path[:-1]:
+                at = at[key]
+            at[path[-1]] = value
+            try:
+                family = family_for(hf)
+                config = family.config_from_hf(hf)
+                assert len(family.weight_rules(config)) < 2**17
+            except UserError as e:
+                refused += 1
+                assert "\n" not in str(e) and len(str(e)) < 500, e
+                assert "config.json" in str(e)
+    assert refused > 200
+
+
+def test_nested_without_end() -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    for key in ("vision_config", "hidden_size", "rope_scaling", "architectures", "model_type"):
+        hf = GOLDEN["qwen2_vl/public"] | {key: deep}
+        if key == "architectures":
+            assert config_of(hf)
+            continue
+        with pytest.raises(UserError, match=key):
+            config_of(hf)
