@@ -355,6 +355,9 @@ class Processor(Protocol):
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
 
+    def vocabulary_warning(self) -> str | None:
+        """What a conversion says of a tokenizer with ids that the model does not have."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -406,6 +409,12 @@ class Family:
     def unknown_keys(self, hf_config: dict[str, Any]) -> list[str]:
         """Keys of a config.json that no table names, with the paths of their objects."""
         return unknown_keys(self.config_tables(hf_config))
+
+    def check_processor(self, folder: Any, config: Any) -> str | None:
+        """See :func:`mquant_jax.models.trial.try_processor`."""
+        from mquant_jax.models.trial import try_processor
+
+        return try_processor(self, folder, config)
 
     def processor(self, folder: Any, config: Any) -> Processor:
         """The processor of a checkpoint folder."""

@@ -66,6 +66,8 @@ def convert(
     todo = plan(family, config, reader)
     _check_recipe(family, todo, recipe)
     check_ties(config, todo, reader)
+    if warning := family.check_processor(reader.folder, todo.config):
+        warn(warning)
     ledger: JournalLedger | None = None
 
     def worth_keeping() -> bool:
