@@ -47,22 +47,22 @@ def inverse_factor(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
         ``U`` float32 ``[K, K]`` with ``U^T U = (H + lambda I)^-1``, and the relative damping used.
     """
     k = hessian.shape[0]
-    mean = jnp.mean(jnp.diagonal(hessian))
+    mean, one = jnp.mean(jnp.diagonal(hessian)), jnp.eye(k, dtype=jnp.float32)
 
     def attempt(carry):
         growths, _ = carry
         damping = DAMPING * DAMPING_GROWTH**growths
-        damped = hessian + (damping * mean) * jnp.eye(k)
+        damped = hessian + (damping * mean) * one
         # With rows and columns from last to first, H = R R^T of an upper R, and so U = R^-1.
         root = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-        return growths + 1, jax.scipy.linalg.solve_triangular(root, jnp.eye(k))
+        return growths + 1, jax.scipy.linalg.solve_triangular(root, one)
 
     def bad(carry):
         growths, factor = carry
         return ~jnp.all(jnp.isfinite(factor)) & (growths <= MOST_GROWTHS)
 
     # The first attempt is the loop's as well: compiling it is what takes long.
-    growths, factor = jax.lax.while_loop(bad, attempt, (0.0, jnp.full((k, k), jnp.nan)))
+    growths, factor = jax.lax.while_loop(bad, attempt, (jnp.float32(0), one * jnp.nan))
     return factor, DAMPING * DAMPING_GROWTH ** (growths - 1)
 
 
@@ -73,7 +73,7 @@ def _round_block(block, factor, scale, qmax):
         int8 values ``[out, B]`` and errors over the diagonal ``[out, B]``.
     """
     out, width = block.shape
-    columns = jnp.arange(width)
+    columns = jnp.arange(width, dtype=jnp.int32)
 
     def column(i, carry):
         values, errors = carry
@@ -121,10 +121,11 @@ def prepare(hessian: jax.Array, cross: jax.Array | None = None, act_order: bool 
         cross: float32 ``[K, K]``, ``sum (x_float - x) x^T``, or ``None``.
         act_order: columns with the largest inputs first.
     """
-    k = hessian.shape[0]
+    k, hessian = hessian.shape[0], hessian.astype(jnp.float32)
     dead = jnp.diagonal(hessian) <= 0
-    hessian = hessian + jnp.diag(jnp.where(dead, 1.0, 0.0))
+    hessian = hessian + jnp.diag(dead.astype(jnp.float32))
     order = jnp.argsort(-jnp.diagonal(hessian)) if act_order else jnp.arange(k)
+    cross = None if cross is None else cross.astype(jnp.float32)
     factor, damping = inverse_factor(hessian[order][:, order])
     shift = None
     if cross is not None:
@@ -154,7 +155,8 @@ def gptq(weight: jax.Array, inputs: Inputs, scale: jax.Array, bits: int) -> QWei
     padded = -(-k // size) * size
     pad = padded - k
     w = jnp.pad(weight.astype(jnp.float32)[:, order], ((0, 0), (0, pad)))
-    u = jnp.pad(inputs.factor, ((0, pad), (0, pad))) + jnp.diag((jnp.arange(padded) >= k) * 1.0)
+    beyond = (jnp.arange(padded) >= k).astype(jnp.float32)
+    u = jnp.pad(inputs.factor, ((0, pad), (0, pad))) + jnp.diag(beyond)
     group = order // (k // scale.shape[1])
     s = jnp.pad(scale[:, group], ((0, 0), (0, pad)), constant_values=1.0)
 
