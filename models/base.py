@@ -86,7 +86,8 @@ class Config(Protocol):
 class VLM(nnx.Module):
     """A vision module in front of a decoder. Families subclass it and name their vision module.
 
-    ``vision(VisionInput, runner) -> [N, M, hidden]`` gives the visual tokens of each row. A family
+    ``vision(VisionInput, runner) -> [N, M, hidden]`` gives the visual tokens of each row, and
+    ``vision.tokens(P)`` is ``M`` (:class:`mquant_jax.nn.vit.ViT`). A family
     without pictures names none: ``vision`` stays ``None``, as in all its batches.
     """
 
@@ -178,6 +179,18 @@ class VLM(nnx.Module):
         Returns:
             Logits of each row's last token, float32 ``[B, vocab]``, and the cache.
         """
+        hidden, cache = self.read(batch, cache, fresh=fresh, visual=visual)
+        return self.language.logits(hidden), cache
+
+    def read(
+        self,
+        batch: Batch,
+        cache: KVCache,
+        *,
+        fresh: bool = True,
+        visual: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """:meth:`prefill` without the head: each row's last hidden state, ``[B, hidden]``."""
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
         x, cache = self.language.step(
             self.embed(batch, visual=visual), batch.positions, batch.order, classes, cache,
@@ -185,8 +198,7 @@ class VLM(nnx.Module):
         )  # fmt: skip
         # Break ties to the right: a masked token shares the order of the real token before it.
         last = batch.order.shape[1] - 1 - jnp.argmax(batch.order[:, ::-1], axis=1)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return self.language.logits(x), cache
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], cache
 
     def decode(
         self, tokens: jax.Array, order: jax.Array, position: jax.Array, cache: KVCache
@@ -429,9 +441,3 @@ def abstract_model(family: Family, config: Config, recipe: Recipe, dtype=jnp.flo
         ValueError: shapes and recipe do not fit together.
     """
     return nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
-
-
-def bucket(n: int, multiple: int) -> int:
-    """The padded size for ``n``: at most an eighth more, so that few programs are compiled."""
-    step = max(multiple, 1 << max(0, n.bit_length() - 4))
-    return -(-n // step) * step

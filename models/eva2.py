@@ -174,6 +174,9 @@ class EVA2Vision(ViT):
         self.merger = Adapter(c, place, rngs=rngs)
         self.ends = Ends(c, dtype)
 
+    def tokens(self, patches: int) -> int:
+        return patches // MERGE**2 + 2
+
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Pictures -> visual tokens ``[N, P/4 + 2, hidden]``; the class token is left behind."""
         x = (yield from self.features(vision))[:, 1:]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Batch",
     "CheckpointError",
     "ImageError",
     "Model",
@@ -16,10 +17,17 @@ __all__ = [
     "Recipe",
     "Sampling",
     "UserError",
+    "decode",
+    "extend",
     "load",
+    "prefill",
 ]
 
 _HOMES = {
+    "Batch": "mquant_jax.models.base",
+    "decode": "mquant_jax.runtime.steps",
+    "extend": "mquant_jax.runtime.steps",
+    "prefill": "mquant_jax.runtime.steps",
     "Model": "mquant_jax.api",
     "load": "mquant_jax.api",
     "PRESETS": "mquant_jax.presets",
@@ -41,9 +49,11 @@ if TYPE_CHECKING:
         PromptTooLong,
         UserError,
     )
+    from mquant_jax.models.base import Batch
     from mquant_jax.presets import PRESETS
     from mquant_jax.recipe import Recipe
     from mquant_jax.runtime.sampling import Sampling
+    from mquant_jax.runtime.steps import decode, extend, prefill
 
 
 def __getattr__(name: str) -> Any:

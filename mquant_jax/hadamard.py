@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.numerics import along_last
+
 
 def has_hadamard(n: int) -> bool:
     """Whether :func:`hadamard` knows a matrix of order ``n``."""
@@ -170,7 +172,7 @@ class Rotation:
 
     def signed(self, x: jax.Array) -> jax.Array:
         """``x [..., inputs]`` with the signs."""
-        return x if self.seed is None else x * jnp.asarray(self.signs, x.dtype)
+        return x if self.seed is None else x * along_last(jnp.asarray(self.signs, x.dtype), x)
 
     def padded(self, x: jax.Array) -> jax.Array:
         """``x [..., inputs]`` padded with zeros to ``[..., n]``."""

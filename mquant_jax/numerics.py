@@ -30,6 +30,12 @@ _ALIGNED = 64
 _TINY = 1e-30  # below this a scale would overflow 1/scale in float32
 
 
+def along_last(v: AnyArray, x: AnyArray) -> Any:
+    """``v [K]`` or ``[J, K]`` with unit axes in front, as many axes as ``x`` has. Users may forbid
+    JAX to add them (``jax_numpy_rank_promotion``)."""
+    return v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class QTensor:

@@ -16,7 +16,7 @@ FLOORS = (
      "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.sample_rows", "mquant_jax.schema",
      "mquant_jax.files", "mquant_jax.validate", "mquant_jax.cli_support",
      "mquant_jax.compile_cache", "mquant_jax.cpu_features", "mquant_jax.stages",
-     "mquant_jax.lazy"),
+     "mquant_jax.lazy", "mquant_jax.runtime.buckets"),
     ("mquant_jax.ops",),
     ("mquant_jax.nn",),
     ("mquant_jax.models",),

@@ -64,6 +64,9 @@ class InternVLVision(ViT):
         super().__init__(config.vision, Placement.of(recipe, "vision", dtype), rngs=rngs)
         self.merger = Projector(config, Placement.of(recipe, "connector", dtype), rngs=rngs)
 
+    def tokens(self, patches: int) -> int:
+        return patches // self.merger.merge**2
+
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Tiles -> visual tokens ``[N, P/merge^2, hidden]``; the class token is left behind."""
         x = (yield from self.features(vision))[:, 1:]

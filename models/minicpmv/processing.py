@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from mquant_jax.models.base import Batch, Prompt, bucket
+from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.slices import Slicing
 from mquant_jax.models.prompts import check_prompts
@@ -15,6 +15,7 @@ from mquant_jax.models.text import collate as collate_text
 
 from mquant_jax.errors import PromptError
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.runtime.buckets import fine
 
 VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
 MASKED = 0  # the published code takes this id for padding wherever it stands: "!" is never seen
@@ -51,8 +52,7 @@ def pack_vision(patches: np.ndarray, sizes: Sequence[tuple[int, int]], grid: int
         sizes: rows and columns of patches of each slice.
         grid: side of the table of learned positions.
     """
-    width = bucket(max(h * w for h, w in sizes), multiple=1)
-    rows = bucket(len(sizes), multiple=1)
+    width, rows = fine(max(h * w for h, w in sizes)), fine(len(sizes))
     out = np.zeros((rows, width, patches.shape[-1]), np.float32)
     coords = np.zeros((rows, width, 2), np.int32)
     valid = np.zeros((rows, width), bool)

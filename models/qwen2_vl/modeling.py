@@ -50,6 +50,13 @@ class Qwen2VLVision(ViT):
         super().__init__(config.vision, Placement.of(recipe, "vision", dtype), rngs=rngs)
         self.merger = PatchMerger(config, Placement.of(recipe, "connector", dtype), rngs=rngs)
 
+    @property
+    def patches_per_token(self) -> int:
+        return self.merger.block
+
+    def tokens(self, patches: int) -> int:
+        return patches // self.merger.block
+
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Patches -> visual tokens ``[N, P/4, hidden]`` of the decoder."""
         x = yield from self.features(vision)

@@ -57,10 +57,17 @@ def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor)
         new = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
 
     def put(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
-        return jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, 0, *at))
+        return put_at(old, new[None], (layer, 0, 0, *at))
 
     keys = jax.tree.map(lambda old, new: put(old, new, (0, cursor)), cache[0], new[0])
     return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], new[1])
+
+
+def put_at(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
+    """``old`` with ``new`` from index ``at`` on, in the type of ``old``."""
+    # One index type, whatever JAX makes of a Python number.
+    at = tuple(jnp.asarray(i, jnp.int32) for i in at)
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
 
 
 def empty_cache(

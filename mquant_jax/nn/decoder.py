@@ -48,8 +48,8 @@ class Decoder(nnx.Module):
         self, cfg: DecoderConfig, place: Placement, head: Section = FLOAT, *, rngs: nnx.Rngs
     ):
         self.cfg, self.dtype = cfg, place.dtype
-        table = jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.hidden_size)) * 0.02
-        own: Any = table.astype(place.dtype)
+        table = jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.hidden_size), jnp.float32)
+        own: Any = (0.02 * table).astype(place.dtype)
         if cfg.tied_head and head.quantised:
             own = empty_qweight(cfg.vocab_size, cfg.hidden_size, head)
         self.embedding = nnx.Param(own)
@@ -190,8 +190,9 @@ class Decoder(nnx.Module):
         Returns:
             Residual stream before the final norm, and the cache with the tokens in it.
         """
-        at = (0, cache.cursor)
-        slots = jax.lax.dynamic_update_slice(cache.order, key_order(order, token_class), at)
+        slots = jax.lax.dynamic_update_slice_in_dim(
+            cache.order, key_order(order, token_class), cache.cursor, axis=1
+        )
         keys = None if fresh else slots
         span = jnp.max(positions, axis=(0, 2)) + 1
         span = jnp.where(cache.cursor == 0, span, cache.span)

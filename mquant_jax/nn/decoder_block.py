@@ -17,7 +17,7 @@ from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, YarnScaling, apply_rope
-from mquant_jax.numerics import QTensor
+from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import (
     attend,
     attend_cache,
@@ -212,7 +212,9 @@ class DecoderBlock(Projections):
 
     def angles(self, ctx: DecoderContext) -> jax.Array:
         """Rotary angles float32 ``[B, T, rotary slots]``."""
-        return ctx.angles * self.frequencies.get_value() if self.cfg.stored_rope else ctx.angles
+        if not self.cfg.stored_rope:
+            return ctx.angles
+        return ctx.angles * along_last(self.frequencies.get_value(), ctx.angles)
 
     def heads(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext) -> Heads:
         """Normed and rotated ``q [B, heads, T, d]``, ``k [B, kv, d, T]``; and ``v [B, kv, T, d]``,

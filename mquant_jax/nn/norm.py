@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Tap
-from mquant_jax.numerics import QTensor
+from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.dense import early_tpu, platform
 
 FEWEST_ROWS = 64  # that the kernel is for
@@ -23,7 +23,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * self.weight.get_value()).astype(self.dtype)
+        return (x * along_last(self.weight.get_value(), x)).astype(self.dtype)
 
     def into(
         self, point: ActQuant, x: jax.Array, token_class: jax.Array | None, tap: Tap | None
@@ -55,7 +55,8 @@ class ProjectedNorm(nnx.Module):
         self.weight = nnx.Param(jnp.full((features,), features**-0.5, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x, along = x.astype(jnp.float32), self.weight.get_value().astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        along = along_last(self.weight.get_value().astype(jnp.float32), x)
         x = x - jnp.sum(x * along, axis=-1, keepdims=True) * along
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return x.astype(self.dtype)
@@ -73,4 +74,5 @@ class LayerNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * self.weight.get_value() + self.bias.get_value()).astype(self.dtype)
+        weight, bias = (along_last(p.get_value(), x) for p in (self.weight, self.bias))
+        return (x * weight + bias).astype(self.dtype)

@@ -17,6 +17,7 @@ from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.vit import TowerNorm, VisionInput, ViT, ViTConfig, tower_norm
+from mquant_jax.numerics import along_last
 from mquant_jax.ops.attention import attend
 from mquant_jax.recipe import Recipe
 
@@ -57,7 +58,8 @@ def sincos(coords: jax.Array, width: int) -> jax.Array:
     The first half encodes the column, the second the row; each holds sines, then cosines.
     """
     rates = 10000.0 ** -(jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
-    angles = coords[..., ::-1, None].astype(jnp.float32) * rates  # [N, P, 2, width / 4]
+    places = coords[..., ::-1, None].astype(jnp.float32)
+    angles = places * along_last(rates, places)  # [N, P, 2, width / 4]
     halves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return halves.reshape(*coords.shape[:-1], width)
 
@@ -104,7 +106,7 @@ class Keys(nnx.Module):
         if self.cfg.projects:
             features = self.kv_proj(self.kv_in(features, None, tap))
         h = self.norm(features)
-        placed = h + self._places(coords).astype(h.dtype)
+        placed = h + along_last(self._places(coords).astype(h.dtype), h)
         k = self.k_proj(self.k_in(placed, None, tap))
         return jnp.concatenate([k, self.v_proj(self.v_in(h, None, tap))], axis=-1)
 
@@ -140,7 +142,7 @@ class Queries(nnx.Module):
         """``[1, Q, width]``, and so is what comes out."""
         h = self.norm(query)
         if self.placed:
-            h = h + self.positions.get_value()
+            h = h + self.positions.get_value()[None]
         return self.q_proj(self.q_in(h, None, tap))
 
 
@@ -195,6 +197,9 @@ class ResampledViT(ViT):
         self.keys = Keys(cfg, place, rngs=rngs)
         self.queries = Queries(cfg, place, rngs=rngs)
         self.merger = Resampler(cfg, place, rngs=rngs)
+
+    def tokens(self, patches: int) -> int:
+        return self.query.get_value().shape[0]
 
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Pictures -> visual tokens ``[N, Q, width]`` of the decoder."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mquant_jax.numerics import AnyArray
+from mquant_jax.numerics import AnyArray, along_last
 from mquant_jax.ops.attention_xla import turned
 from mquant_jax.ops.dense import platform
 
@@ -129,7 +129,7 @@ class SteppedScaling:
         bounds = self.original * 2 ** np.arange(doublings, dtype=np.int64)
         bases = (theta * (2.0 ** (k + 1) - 1) ** (dim / (dim - 2)) for k in range(doublings + 1))
         table = np.stack([frequencies(dim, base) for base in bases])
-        step = jnp.sum(length[:, None] > bounds.astype(np.int32), axis=1)
+        step = jnp.sum(length[:, None] > bounds.astype(np.int32)[None], axis=1)
         return jnp.asarray(table)[step]
 
 
@@ -174,7 +174,7 @@ def multi_axis_angles(
         freq = scaling(length, dim, theta)[:, None]
     else:
         freq = frequencies(dim, theta, scaling)
-    return per_slot * freq
+    return per_slot * along_last(freq, per_slot)
 
 
 def slot_positions(positions: jax.Array, sections: tuple[int, ...]) -> jax.Array:
@@ -194,7 +194,8 @@ def grid_angles(coords: AnyArray, dim: int, theta: float) -> jax.Array:
         float32 ``[N, P, dim/2]``: row angles, then column angles.
     """
     freq = frequencies(dim // 2, theta)
-    angles = coords.astype(jnp.float32)[..., None] * freq  # [N, P, 2, dim/4]
+    places = coords.astype(jnp.float32)[..., None]
+    angles = places * along_last(freq, places)  # [N, P, 2, dim/4]
     return angles.reshape(*coords.shape[:-1], dim // 2)
 
 

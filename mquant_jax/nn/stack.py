@@ -46,7 +46,7 @@ def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start
     leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QWeight))
     whole = [isinstance(leaf, QWeight) and reads_stacks(leaf) for leaf in leaves]
     cut = [None if stays else leaf for leaf, stays in zip(leaves, whole, strict=True)]
-    numbers = jnp.arange(num_layers(stack)) if any(whole) else None
+    numbers = jnp.arange(num_layers(stack), dtype=jnp.int32) if any(whole) else None
     cut, restored = joined(cut) if platform() == "tpu" else (cut, lambda parts: parts)
 
     def step(carry, layer):

@@ -21,7 +21,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
-from mquant_jax.numerics import AnyArray, QTensor
+from mquant_jax.numerics import AnyArray, QTensor, along_last
 from mquant_jax.ops.attention import attend, attend_rows, select_path, split_heads
 
 
@@ -272,7 +272,9 @@ class ViTBlock(nnx.Module):
         y = dense(h)
         if self.cfg.post_norm:
             y = getattr(self, f"{half}_norm")(y)
-        return x + (y * getattr(self, f"{half}_gain").get_value() if self.has_gains else y)
+        if self.has_gains:
+            y = y * along_last(getattr(self, f"{half}_gain").get_value(), y)
+        return x + y
 
 
 class InputNorm(nnx.Module):
@@ -307,7 +309,8 @@ class FinalNorm(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Patch embedding and blocks. A family's vision module adds its connector and is the
+    """Patch embedding and blocks. A family's vision module adds its connector and
+    ``tokens(patches) -> int``, the visual tokens that it makes of a row of patches. It is the
     model's ``vision``: the names passed to the runner are parameter paths.
     """
 
@@ -324,6 +327,16 @@ class ViT(nnx.Module):
             self.input = InputNorm(cfg, place)
         if cfg.final_norm:
             self.final = FinalNorm(cfg, place)
+
+    @property
+    def patches_per_token(self) -> int:
+        """Rows of patches are padded to a multiple of this."""
+        return 1
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether a row may be padded with patches; else its number of patches is its size."""
+        return self.cfg.position_grid == 0
 
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """What the vision module hands to the decoder: its whole :meth:`flow`."""
@@ -348,7 +361,7 @@ class ViT(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
             classes = jnp.concatenate([jnp.max(classes, axis=1, keepdims=True), classes], axis=1)
         if cfg.position_grid:
-            x = x + self._positions(vision)
+            x = x + along_last(self._positions(vision), x)
         if cfg.input_norm:
             x = yield ModuleCall("vision/input", self.input, x, classes)
         x = yield StackCall("vision/layers", self.layers, x, VisionContext(angles, classes))

@@ -180,7 +180,7 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
         )
         return _attend(own, k, v, seen, prefix)
 
-    out = jax.lax.map(some, jnp.arange(count))
+    out = jax.lax.map(some, jnp.arange(count, dtype=jnp.int32))
     return jnp.moveaxis(out, 0, 3).reshape(1, 1, g, count * size, d)[..., :t, :]
 
 

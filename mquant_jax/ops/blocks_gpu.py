@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 LEAST = 16  # rows of a matrix unit's operand, and channels that it can sum over
@@ -20,10 +23,15 @@ def parts(d: int) -> list[tuple[int, int]]:
     return out
 
 
+def block_of(start: int, size: int) -> Any:
+    """A slice whose start has the type of other indices, not that of a Python number."""
+    return pl.ds(jnp.int32(start), size)
+
+
 def within(start, count: int, end: int) -> jax.Array | None:
     """Which of ``count`` indices from ``start``, a multiple of it, on are below ``end``; ``None``:
     all of them, in every block."""
-    return None if end % count == 0 else start + jnp.arange(count) < end
+    return None if end % count == 0 else start + jnp.arange(count, dtype=jnp.int32) < end
 
 
 def sides(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int]):

@@ -105,7 +105,7 @@ def _moved(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
     moved = jax.lax.bitcast_convert_type(x, jnp.uint8) ^ jnp.uint8(_OFFSET)
     offset = jnp.full((1, x.shape[1]), _OFFSET, jnp.uint8)
     sums = _u8_by_s8.bind(jnp.concatenate([moved, offset]), w)
-    return sums[:-1] - sums[-1]
+    return sums[:-1] - sums[-1:]
 
 
 _byte_dot.def_abstract_eval(_shape)

@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops.blocks_gpu import LEAST, load, parts, sides, within
+from mquant_jax.ops.blocks_gpu import LEAST, block_of, load, parts, sides, within
 from mquant_jax.ops.flash_gpu import NEVER
+from mquant_jax.ops.loops import blocks_of, int32_loop
 
 KEYS = 64  # of a block's step
 _BLOCKS = 264  # that fill the chip: two for each multiprocessor of an H100
@@ -58,7 +59,7 @@ def attend_one(
     group = heads // kv_heads
     rows = max(LEAST, 1 << (group - 1).bit_length())
     q = jnp.pad(q.reshape(b, kv_heads, group, d), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
-    ends = jnp.max(jnp.where(seen, jnp.arange(1, s + 1), 1), axis=1)
+    ends = jnp.max(jnp.where(seen, jnp.arange(1, s + 1, dtype=jnp.int32), 1), axis=1)
     splits = max(1, min(_BLOCKS // (b * kv_heads), pl.cdiv(s, KEYS)))
     read = sum(x.size * x.dtype.itemsize for x in operands) // len(operands[0])
     written = splits * b * kv_heads * rows * (d + 2) * 4
@@ -82,7 +83,7 @@ def attend_one(
         interpret=interpret,
         name="attend_one",
     )(layer.reshape(1), ends, q, seen, *operands)
-    share = jnp.exp2(top - jnp.max(top, axis=0))
+    share = jnp.exp2(top - jnp.max(top, axis=0, keepdims=True))
     out = jnp.sum(share[..., None] * sums, axis=0) / jnp.sum(share * total, axis=0)[..., None]
     return out[:, :, :group].reshape(b, heads * d).astype(q.dtype)
 
@@ -93,10 +94,10 @@ def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float
     splits, _, _, rows, d = sums_ref.shape
     s = v_ref.shape[3]
     split, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    layer, steps = layer_ref[0], pl.cdiv(end_ref[row], KEYS)
+    layer, steps = layer_ref[0], blocks_of(end_ref[row], KEYS)
     sizes = [size for _, size in parts(d)]
-    columns = [pl.ds(*part) for part in parts(d)]
-    q = [plgpu.load(q_ref.at[row, head, :, at]) for at in columns]
+    columns = [block_of(*part) for part in parts(d)]
+    q = [plgpu.load(q_ref.at[row, head, block_of(0, rows), at]) for at in columns]
 
     def add(i, carry):
         sums, top, total = carry
@@ -127,9 +128,9 @@ def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float
         jnp.full((rows,), NEVER, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
     )
-    own = jnp.maximum(pl.cdiv(steps - split, splits), 0)
-    sums, top, total = jax.lax.fori_loop(0, own, add, start)
+    own = jnp.maximum(blocks_of(steps - split, splits), 0)
+    sums, top, total = int32_loop(0, own, add, start)
     for part, at in zip(sums, columns, strict=True):
-        plgpu.store(sums_ref.at[split, row, head, :, at], part)
-    plgpu.store(top_ref.at[split, row, head], top)
-    plgpu.store(total_ref.at[split, row, head], total)
+        plgpu.store(sums_ref.at[split, row, head, block_of(0, rows), at], part)
+    plgpu.store(top_ref.at[split, row, head, block_of(0, rows)], top)
+    plgpu.store(total_ref.at[split, row, head, block_of(0, rows)], total)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mquant_jax.ops.blocks_gpu import LEAST, load, parts, sides, store, within
+from mquant_jax.ops.blocks_gpu import LEAST, block_of, load, parts, sides, store, within
+from mquant_jax.ops.loops import int32_loop
 
 QUERIES, KEYS = 128, 64  # of a block
 _WARPS, _STAGES = 8, 2
@@ -72,7 +73,7 @@ def _block(q_ref, k_ref, v_ref, mask_ref, o_ref, *, group: int, gain: float, in_
     first, head, row = pl.program_id(0) * QUERIES, pl.program_id(1), pl.program_id(2)
     at_q, some_q, shared = pl.ds(first, QUERIES), within(first, QUERIES, t), head // group
     sizes = [size for _, size in parts(d)]
-    columns = [pl.ds(*part) for part in parts(d)]
+    columns = [block_of(*part) for part in parts(d)]
     masks = [sides(some_q, None, (QUERIES, size)) for size in sizes]
     q = [
         load(q_ref.at[row, head, at_q, at], some)
@@ -107,7 +108,7 @@ def _block(q_ref, k_ref, v_ref, mask_ref, o_ref, *, group: int, gain: float, in_
         jnp.full((QUERIES,), NEVER, jnp.float32),
         jnp.zeros((QUERIES,), jnp.float32),
     )
-    sums, _, total = jax.lax.fori_loop(0, blocks, add, start)
+    sums, _, total = int32_loop(0, blocks, add, start)
     for out, at, some in zip(sums, columns, masks, strict=True):
         out = (out / total[:, None]).astype(o_ref.dtype)
         store(o_ref.at[row, at_q, head, at], out, some)

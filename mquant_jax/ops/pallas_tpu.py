@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mquant_jax.hadamard import LANES, hadamard
+from mquant_jax.ops.loops import repeat
 
 _SUBLANES = 8
 BLOCK = 64  # rows at a time; the int8 tile wants a multiple of 32
@@ -96,13 +97,12 @@ def _rotate(x_ref, right_ref, left_ref, inverse_ref, out_ref, part_ref, *, fille
         rest = (tall - filled) * _STRIDE
         part_ref[pl.ds(filled * _STRIDE, rest), :] = jnp.zeros((rest, LANES), jnp.float32)
 
-    def mix(row, carry):
+    def mix(row):
         at = pl.ds(row, tall, stride=_STRIDE)
         part = part_ref[at, :].astype(left.dtype)
         part_ref[at, :] = jnp.dot(left, part, preferred_element_type=jnp.float32)
-        return carry
 
-    jax.lax.fori_loop(0, BLOCK, mix, 0, unroll=8)
+    repeat(BLOCK, mix, unroll=8)
     inverse = inverse_ref[...]
     for o in range(outer):
         y = part_ref[pl.ds(o * _STRIDE, BLOCK), :]

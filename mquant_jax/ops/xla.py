@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mquant_jax.numerics import QTensor, QWeight
+from mquant_jax.numerics import QTensor, QWeight, along_last
 
 MANY_ROWS = 64
 _LAST_ON_LAST = (((1,), (1,)), ((), ()))
@@ -44,7 +44,7 @@ def int_dot(
     w = w if w.storage in ("int4", "parts") else w.unpacked()
     if w.groups == 1:
         acc = functools.reduce(jnp.add, (product(*run) for run in _runs(x.values, w)))
-        return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
+        return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0][None])
     rows, size = x.values.shape[0], w.in_features // w.groups
     if rows >= MANY_ROWS:
 
@@ -54,10 +54,10 @@ def int_dot(
             b = jax.lax.dynamic_slice_in_dim(w.values, at, size, axis=1)
             acc = product(a, b)
             scale = jax.lax.dynamic_index_in_dim(w.scale, group, axis=1, keepdims=False)
-            return total + acc.astype(jnp.float32) * scale, None
+            return total + acc.astype(jnp.float32) * scale[None], None
 
         start = jnp.zeros((rows, w.out_features), jnp.float32)
-        return jax.lax.scan(add, start, jnp.arange(w.groups))[0] * x.scale
+        return jax.lax.scan(add, start, jnp.arange(w.groups, dtype=jnp.int32))[0] * x.scale
     xg = x.values.reshape(rows, w.groups, size)
     wg = w.values.reshape(w.out_features, w.groups, size)
     acc = jax.lax.dot_general(
@@ -103,7 +103,7 @@ def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
     else:
         values, weights = paired(x.values, w)
         acc = s8_dot(values, weights.astype(jnp.int8))
-    return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
+    return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0][None])
 
 
 def packed_weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
@@ -140,7 +140,7 @@ def _float_sums(x: jax.Array, w: QWeight) -> jax.Array:
 def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     """Float activations by quantised weights (W4A16): float ``[rows, in]`` -> float32."""
     if w.groups == 1:
-        return _float_sums(x, w) * w.scale[:, 0]
+        return _float_sums(x, w) * w.scale[:, 0][None]
     dense = w.dequantize().astype(x.dtype)
     return jax.lax.dot_general(x, dense, _LAST_ON_LAST, preferred_element_type=jnp.float32)
 
@@ -149,7 +149,7 @@ def simulated_dot(x: QTensor, w: QWeight) -> jax.Array:
     """:func:`int_dot` of integers that are held as float32, with gradients: with one scale per
     channel the same to the bit, as float32 holds sums below 2^24."""
     if w.groups == 1:
-        return _float_sums(x.values, w) * (x.scale * w.scale[:, 0])
+        return _float_sums(x.values, w) * (x.scale * w.scale[:, 0][None])
     return weight_only_dot(x.values, w) * x.scale
 
 
@@ -168,7 +168,7 @@ def finish(
     gate: jax.Array | None = None,
 ) -> jax.Array:
     """``y + bias`` in ``dtype``, times the SiLU of ``gate``, plus ``residual``."""
-    y = y if bias is None else y + bias
+    y = y if bias is None else y + along_last(bias, y)
     y = y.astype(dtype)
     y = y if gate is None else jax.nn.silu(gate) * y
     return y if residual is None else residual + y

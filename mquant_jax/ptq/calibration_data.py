@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Batch, Processor, Prompt, bucket
+from mquant_jax.models.base import Batch, Processor, Prompt
 from mquant_jax.ptq.states import States, loaded
+from mquant_jax.runtime.buckets import fine
 from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, each, read_samples
 
 CHUNK_TOKENS = 4096  # tokens or patches that run at a time
@@ -89,7 +90,7 @@ def calibration_chunks(
     packed, digest, batches, tokens = states.spool(), hashlib.sha256(), [], 0
     for group in grouped(prompts):
         group = [dataclasses.replace(p, patches=loaded(p.patches)) for p in group]
-        batch = processor.collate(group, pad_to=bucket(max(len(p.input_ids) for p in group), 64))
+        batch = processor.collate(group, pad_to=fine(max(len(p.input_ids) for p in group), 64))
         for leaf in jax.tree.leaves(batch):
             digest.update(np.ascontiguousarray(leaf).data)
         if batch.vision is not None:

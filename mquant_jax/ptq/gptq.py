@@ -28,7 +28,8 @@ _ROWS = 1024  # of a [K, K] array that are moved at a time
 
 def empty_gram(k: int) -> Any:
     """Zeros ``[k, k]`` to :func:`accumulate` in: in host memory on CPU, else on the device."""
-    return np.zeros((k, k), np.float32) if jax.default_backend() == "cpu" else jnp.zeros((k, k))
+    xp = np if jax.default_backend() == "cpu" else jnp
+    return xp.zeros((k, k), np.float32)
 
 
 def accumulate(gram: Any, x: jax.Array, weight: jax.Array, y: jax.Array | None = None) -> Any:
@@ -143,6 +144,8 @@ def prepare(
         _gather(hessian, order[::-1], left_out, damping * float(sizes.mean()), root)
         if _inverted(root):
             break
+    else:
+        raise ValueError("calibration's inputs hold NaN or Inf, or are too large for float32")
     cross = None if cross is None else np.asarray(cross)
     return Inputs(hessian, root, order.astype(np.int32), cross, damping)
 

@@ -65,7 +65,7 @@ def split_weight(
     leads = jnp.bincount(jnp.argmax(jnp.abs(weight), axis=1), length=weight.shape[1])
     index = int(jnp.argmax(leads))
     led = float(leads[index]) / weight.shape[0]
-    metric = jnp.eye(weight.shape[1]) if hessian is None else hessian
+    metric = jnp.eye(weight.shape[1], dtype=jnp.float32) if hessian is None else hessian
 
     def error(q: Any) -> float:
         return float(jnp.sum(output_error(weight, q, metric)))
@@ -77,7 +77,7 @@ def split_weight(
 
     whole = round_(weight, None)
     report = {"channel": index, "rows_led": led, "error": error(whole)}
-    zero = column_of(jnp.zeros(weight.shape[0]))
+    zero = column_of(jnp.zeros(weight.shape[0], jnp.float32))
     kept = SplitWeight(whole, np.int32(0), zero, report | {"split": False})
     if split.criterion == "paper" and led < 0.5:
         return kept

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mquant_jax.models.base import bucket
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.processing import (
     mrope_positions,
@@ -318,10 +317,3 @@ def test_reference_prompts_are_unpadded() -> None:
     prompts = list(reference_prompts(inputs, CONFIG))
     assert [len(p.input_ids) for p in prompts] == inputs["attention_mask"].sum(1).tolist()
     assert sum(len(p.grids) for p in prompts) == 3
-
-
-def test_buckets_waste_little() -> None:
-    for n in range(1, 500):
-        for multiple in (1, 4):
-            size = bucket(n, multiple)
-            assert size % multiple == 0 and n <= size <= max(n * 1.125 + 1, n + multiple)

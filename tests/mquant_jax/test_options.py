@@ -59,11 +59,12 @@ def test_numbers(name) -> None:
 
 
 def test_the_smallest_values_still_sample() -> None:
-    from mquant_jax.runtime.sampling import sample
+    from mquant_jax.runtime.sampling import per_row, sample
 
     logits = jnp.array([[1000.0, 999.0, -1000.0]])
     for how in (Sampling(1e-6), Sampling(1.0, top_p=1e-6), Sampling(1e6), Sampling(1e-6, 2, 1e-6)):
-        tokens = [int(sample(logits, jax.random.key(i), how)[0]) for i in range(4)]
+        rows = [per_row(how, jax.random.key(i), 1) for i in range(4)]
+        tokens = [int(sample(logits, row, jnp.zeros(1, jnp.int32))[0]) for row in rows]
         assert set(tokens) == {0} or how.temperature == 1e6
 
 
