@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import io
 import os
 import signal
@@ -133,8 +134,31 @@ def _handled(signals: Iterable[int], handler: Callable[..., Any]) -> Iterator[No
             signal.signal(number, old)
 
 
-def warn(message: str) -> None:
-    """One ``warning:`` line on stderr."""
+WARNINGS = ("calibration", "config", "memory", "tokenizer")
+_STRICT: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("strict", default=())
+
+
+@contextlib.contextmanager
+def strict(kinds: Sequence[str]) -> Iterator[None]:
+    """Warnings of these kinds are errors inside the block."""
+    token = _STRICT.set(tuple(kinds))
+    try:
+        yield
+    finally:
+        _STRICT.reset(token)
+
+
+def warn(message: str, kind: str) -> None:
+    """One ``warning:`` line on stderr.
+
+    Args:
+        kind: one of :data:`WARNINGS`.
+
+    Raises:
+        UserError: :func:`strict` makes this kind an error.
+    """
+    if kind in _STRICT.get():
+        raise UserError(f"{message} (an error by --strict {kind})")
     print("warning: " + " ".join(message.split()), file=sys.stderr)
 
 

@@ -145,7 +145,7 @@ def prepare(
         if _inverted(root):
             break
     else:
-        raise ValueError("calibration's inputs hold NaN or Inf, or are too large for float32")
+        raise FloatingPointError("their products have no Cholesky factor")
     cross = None if cross is None else np.asarray(cross)
     return Inputs(hessian, root, order.astype(np.int32), cross, damping)
 
