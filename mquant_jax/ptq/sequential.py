@@ -8,9 +8,10 @@ next.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -200,7 +201,8 @@ class Quantiser:
             return
         inputs = None
         if seen.hessian is not None:
-            inputs = prepare(seen.hessian, seen.cross, self.recipe.weights.act_order)
+            with named(path):
+                inputs = prepare(seen.hessian, seen.cross, self.recipe.weights.act_order)
         whole = [r for r in readers if not getattr(find(work.target, r), "has_split", False)]
         together = self._round_together(whole, kernels, inputs, section)
         for reader, kernel in kernels.items():
@@ -213,6 +215,10 @@ class Quantiser:
             else:
                 rounded = self._round_split(work, name, weight, seen, inputs, section)
             before = np.asarray(weight, np.float32)
+            if before.any() and not rounded.any():
+                raise UserError(
+                    f"{name}: the recipe rounds every weight to zero; choose more bits or groups"
+                )
             error = np.linalg.norm(rounded - before) / (np.linalg.norm(before) + 1e-30)
             work.report["weights"][f"{name}/kernel"] = float(error)
             kernel.set_value(jnp.asarray(rounded.astype(weight.dtype)))
@@ -293,7 +299,8 @@ class Quantiser:
             cls = np.asarray(classes_at(part.module, point, args, part.classes[n]))
             array = np.asarray(value)
             for c, hist in enumerate(seen.hists):
-                hist.add(array[cls == c])
+                with named(f"{part.name}/{point}"):
+                    hist.add(array[cls == c])
                 if sampling and (cls == c).any():
                     seen.samples[c].add(array[cls == c])
             if with_hessian:
@@ -359,6 +366,18 @@ class Quantiser:
         weight = inputs.target(weight)
         scale = clip_search(weight, bits, group_size)
         return fitted(weight, inputs, scale, bits, options.refit)
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Say where numbers stopped being numbers."""
+    try:
+        yield
+    except FloatingPointError as e:
+        raise UserError(
+            f"{path}: activations hold NaN or Inf, or are too large for float32 ({e}); the source "
+            "is damaged, or its activations outgrow the numbers it is computed with"
+        ) from e
 
 
 def _copy(module: nnx.Module) -> tuple[Any, Any]:
