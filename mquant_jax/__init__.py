@@ -17,10 +17,12 @@ __all__ = [
     "Recipe",
     "Sampling",
     "UserError",
+    "convert",
     "decode",
     "extend",
     "load",
     "prefill",
+    "quantize",
 ]
 
 _HOMES = {
@@ -29,7 +31,9 @@ _HOMES = {
     "extend": "mquant_jax.runtime.steps",
     "prefill": "mquant_jax.runtime.steps",
     "Model": "mquant_jax.api",
+    "convert": "mquant_jax.api",
     "load": "mquant_jax.api",
+    "quantize": "mquant_jax.api",
     "PRESETS": "mquant_jax.presets",
     "Recipe": "mquant_jax.recipe",
     "Sampling": "mquant_jax.runtime.sampling",
@@ -41,7 +45,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from mquant_jax.api import Model, load
+    from mquant_jax.api import Model, convert, load, quantize
     from mquant_jax.errors import (
         CheckpointError,
         ImageError,

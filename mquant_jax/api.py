@@ -12,11 +12,14 @@ import jax
 from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import PromptTooLong, UserError
-from mquant_jax.models.base import VLM, Batch, Processor, Prompt, longest
+from mquant_jax.models.base import VLM, Batch, Family, Processor, Prompt, longest
+from mquant_jax.presets import resolve_recipe
+from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.options import Options, sampling_key
 from mquant_jax.runtime.prompts import padded
 from mquant_jax.runtime.sampling import Sampling
+from mquant_jax.samples import Sample
 from mquant_jax.validate import kind, listed, path
 
 
@@ -31,6 +34,7 @@ class Model:
         processor: pictures and text to batches, tokens to text.
         layout: where visual tokens stand while a prompt runs, see :class:`Generator`.
         kv_cache: ``float`` or ``int8``.
+        family: the model family.
     """
 
     module: VLM
@@ -39,6 +43,7 @@ class Model:
     processor: Processor
     layout: str = "auto"
     kv_cache: str = "float"
+    family: Family | None = None
     _generator: Generator | None = None
 
     @property
@@ -251,4 +256,78 @@ def load(
         processor,
         options.layout,
         options.kv_cache,
+        loaded.family,
+    )
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    recipe: str | Path | Recipe = "float",
+    calibration: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+) -> dict[str, Any]:
+    """Convert a Hugging Face model folder into a checkpoint folder, part by part.
+
+    Args:
+        src: the folder, or a hub name that is in the local cache.
+        dst: the folder to write; it appears when it is complete.
+        recipe: a preset's name, the path of a JSON file, or a :class:`Recipe`.
+        calibration: a JSONL file of samples; by default the bundled set.
+        overwrite: replace the checkpoint at ``dst``.
+        resume, restart: what to do with ``DST.work``, where a stopped conversion left its work: go
+            on with it, or remove it.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: bad input; ``dst`` is as it was.
+    """
+    from mquant_jax.ptq.convert import convert
+
+    keep_compiled_programs()
+    return convert(
+        path(src, "src"),
+        path(dst, "dst"),
+        recipe if isinstance(recipe, Recipe) else resolve_recipe(str(recipe)),
+        None if calibration is None else path(calibration, "calibration"),
+        overwrite,
+        resume=resume,
+        restart=restart,
+    )
+
+
+def quantize(
+    model: Model,
+    recipe: str | Path | Recipe,
+    samples: str | Path | Sequence[Sample | Prompt] | None = None,
+) -> Model:
+    """A quantised copy of a float model, in memory: both models are there at the end.
+
+    Args:
+        model: a float model, from :func:`load`.
+        recipe: a preset's name, the path of a JSON file, or a :class:`Recipe`.
+        samples: calibration data: a JSONL file, :class:`~mquant_jax.samples.Sample` or ``Prompt``
+            objects; by default the bundled set.
+
+    Raises:
+        UserError: the model is quantised already; bad samples or recipe.
+    """
+    from mquant_jax.ptq.quantize import quantize_model
+
+    keep_compiled_programs()
+    recipe = recipe if isinstance(recipe, Recipe) else resolve_recipe(str(recipe))
+    family = model.family
+    if family is None:
+        raise UserError("model: expected one from mq.load, which knows its family")
+    module, config, report = quantize_model(
+        model.module, model.config, family, model.processor, recipe, samples
+    )
+    manifest = {"family": family.name, "recipe": recipe.to_json(), "report": report}
+    return dataclasses.replace(
+        model, module=module, config=config, manifest=manifest, _generator=None
     )

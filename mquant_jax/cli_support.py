@@ -148,11 +148,11 @@ def strict(kinds: Sequence[str]) -> Iterator[None]:
         _STRICT.reset(token)
 
 
-def warn(message: str, kind: str) -> None:
+def warn(message: str, kind: str = "") -> None:
     """One ``warning:`` line on stderr.
 
     Args:
-        kind: one of :data:`WARNINGS`.
+        kind: one of :data:`WARNINGS`, or none of them.
 
     Raises:
         UserError: :func:`strict` makes this kind an error.

@@ -96,7 +96,10 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
             samples.append(_sample(row, where))
     _raise(bad, str(path))
     if reader.ignored:
-        warn(f"{path}: keys without a meaning here are ignored: {', '.join(reader.ignored)}")
+        warn(
+            f"{path}: keys without a meaning here are ignored: {', '.join(reader.ignored)}",
+            "calibration",
+        )
     if not samples:
         raise UserError(f"{path}: holds no samples")
     return samples

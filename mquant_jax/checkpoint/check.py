@@ -146,7 +146,7 @@ def check_result(
         if misfits:
             raise CheckpointError(f"{folder}: {'; '.join(misfits)}")
         warn(f"the result was read back but not run: it needs {needed / 2**30:.1f} GiB of memory, "
-             f"{free / 2**30:.1f} GiB are free")  # fmt: skip
+             f"{free / 2**30:.1f} GiB are free", "memory")  # fmt: skip
         return
     model = load_model(folder).model
     prompt = (

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mquant_jax.cli_support import OK, Parser
+from mquant_jax.cli_support import OK, WARNINGS, Parser, strict
 from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.presets import METHODS, PRESETS, resolve_recipe
 from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import SECTIONS
+from mquant_jax.validate import choice
 
 
 def presets_table() -> str:
@@ -58,8 +59,18 @@ exit status: 0 success, 2 bad usage or input
                         "conversion of the same inputs left in DST.work")  # fmt: skip
     parser.add_argument("--restart", action="store_true",
                         help="remove what a stopped conversion left, and begin anew")  # fmt: skip
+    parser.add_argument("--strict", nargs="?", const=",".join(WARNINGS), default="",
+                        metavar="KIND,...", help="warnings of these kinds are errors: "
+                        f"{', '.join(WARNINGS)}; all of them where none is named")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
+
+
+def _strict_kinds(text: str) -> list[str]:
+    kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+    for kind in kinds:
+        choice(kind, "--strict", WARNINGS)
+    return kinds
 
 
 def _summary(dst: Path, manifest: dict[str, Any]) -> str:
@@ -76,10 +87,11 @@ def main(argv: list[str]) -> int:
     args: argparse.Namespace = _parser().parse_args(argv)
     recipe = resolve_recipe(args.recipe)
     keep_compiled_programs()
-    manifest = convert(
-        args.src, args.dst, recipe, args.calibration, args.overwrite,
-        resume=args.resume, restart=args.restart,
-    )  # fmt: skip
+    with strict(_strict_kinds(args.strict)):
+        manifest = convert(
+            args.src, args.dst, recipe, args.calibration, args.overwrite,
+            resume=args.resume, restart=args.restart,
+        )  # fmt: skip
     if args.json:
         keys = ("family", "tied_head", "recipe", "total_bytes", "dtype_counts")
         print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}}))

@@ -86,7 +86,13 @@ def calibration_chunks(
         stored: Any = whole.append(prompt.patches)  # loaded again batch by batch
         return dataclasses.replace(prompt, patches=stored)
 
-    prompts = load_calibration(path, processor, limit, pictures, keep)
+    chunks = chunked(load_calibration(path, processor, limit, pictures, keep), processor, states)
+    whole.clear()
+    return chunks
+
+
+def chunked(prompts: Sequence[Prompt], processor: Processor, states: States) -> Chunks:
+    """Prompts, whose patches may be stored, in batches of a few thousand tokens."""
     packed, digest, batches, tokens = states.spool(), hashlib.sha256(), [], 0
     for group in grouped(prompts):
         group = [dataclasses.replace(p, patches=loaded(p.patches)) for p in group]
@@ -99,7 +105,6 @@ def calibration_chunks(
             batch = dataclasses.replace(batch, vision=vision)
         batches.append(batch)
         tokens += int((np.asarray(batch.token_class) >= 0).sum())
-    whole.clear()
     return Chunks(batches, digest.hexdigest(), tokens)
 
 

@@ -67,7 +67,7 @@ def convert(
     _check_recipe(family, todo, recipe)
     check_ties(config, todo, reader)
     if warning := family.check_processor(reader.folder, todo.config):
-        warn(warning)
+        warn(warning, "tokenizer")
     ledger: JournalLedger | None = None
 
     def worth_keeping() -> bool:
@@ -156,8 +156,9 @@ def read_config(family: Family, reader: Reader) -> Config:
     config = family.config_from_hf(reader.config)
     if unknown := family.unknown_keys(reader.config):
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        names = ", ".join(map(shown, unknown[:_SHOWN])) + more
         warn(f"{reader.folder / 'config.json'}: ignored, because no {family.name} model is known "
-             f"to have such keys: {', '.join(map(shown, unknown[:_SHOWN]))}{more}")  # fmt: skip
+             f"to have such keys: {names}", "config")  # fmt: skip
     return config
 
 
@@ -185,7 +186,7 @@ def check_ties(config: Config, todo: Plan, reader: Reader) -> None:
     """
     if todo.tied_head and reader.config.get("tie_word_embeddings") is False:
         warn("config.json says the head is not tied, but the checkpoint has no head of its own; "
-             "the embedding is used")  # fmt: skip
+             "the embedding is used", "config")  # fmt: skip
     if todo.tied_head or not config.language.tied_head:
         return
     params = todo.tensors(reader)
@@ -211,7 +212,7 @@ def _calibration(
     """Calibration data, read before the weights so that bad data fails early."""
     if not recipe.needs_calibration:
         if path is not None:
-            warn(f"--calibration is not used: recipe {recipe.name!r} needs no data")
+            warn(f"--calibration is not used: recipe {recipe.name!r} needs no data", "calibration")
         return None
     processor = family.processor(reader.folder, todo.config)
     limit = recipe.calibration.max_samples
