@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mquant_jax.models.chat_files import TOKENIZERS
 
+from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
 from mquant_jax.files import is_file
 
@@ -23,7 +24,8 @@ _SIDE = 56  # pixels of the picture that is tried
 def try_processor(family: Family, folder: Path, config: Any) -> None:
     """Make prompts of each kind that the family takes, and text of tokens.
 
-    A folder without any tokenizer is left alone: its weights convert, and take token ids.
+    A folder without any tokenizer is left alone: its weights convert, and take token ids. A warning
+    says how many tokens a tokenizer has that the model does not know.
 
     Raises:
         UserError: the folder's files make no working processor.
@@ -35,6 +37,8 @@ def try_processor(family: Family, folder: Path, config: Any) -> None:
                             f"{', '.join(TOKENIZERS)}")  # fmt: skip
         return
     processor = family.processor(folder, config)
+    if said := processor.vocabulary_warning():
+        warn(said)
     picture = np.full((_SIDE, _SIDE, 3), 128, np.uint8)
     prompts = [processor.prompt("Hello")]
     if family.pictures:

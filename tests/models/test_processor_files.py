@@ -295,3 +295,11 @@ def test_a_tokenizer_that_was_forgotten(folder, tmp_path, capsys) -> None:
     assert "tokenizer_config.json, but no tokenizer" in capsys.readouterr().err
     (folder / "tokenizer_config.json").unlink()
     assert hf_to_flax.main([str(folder), str(tmp_path / "dst")]) == 0  # weights alone
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_said(folder, tmp_path, capsys) -> None:
+    more = [f"<more {i}>" for i in range(9)]
+    write_tokenizer(folder, (*SPECIAL, *more), first=384, eos_token="<|im_end|>")
+    assert hf_to_flax.main([str(folder), str(tmp_path / "dst")]) == 0
+    err = capsys.readouterr().err
+    assert "2 ids outside the model's vocabulary of 400" in err and err.count("\n") == 1
