@@ -129,7 +129,7 @@ def error(got: np.ndarray, expected: np.ndarray) -> float:
 
 def parity(case: str) -> dict[str, Any]:
     """The golden case in float, and rotated in float."""
-    hf = json.loads((GOLDENS / case / "config.json").read_text())
+    hf = json.loads((GOLDENS / case / "config.json").read_text(encoding="utf-8"))
     family = family_for(hf, case)
     config = family.config_from_hf(hf)
     arrays = {n: load_file(GOLDENS / case / f"{n}.safetensors")
@@ -161,7 +161,7 @@ def parity(case: str) -> dict[str, Any]:
 
 def widened(case: str) -> dict[str, float]:
     """Relative logits error of every method on the widened case."""
-    hf = json.loads((GOLDENS / case / "config.json").read_text())
+    hf = json.loads((GOLDENS / case / "config.json").read_text(encoding="utf-8"))
     hf = merged(hf, WIDE[case])
     family = family_for(hf, case)
     config = family.config_from_hf(hf)
@@ -242,14 +242,16 @@ def _run(argv: list[str]) -> int:
     cases = args.case or [c for c in WIDE if (GOLDENS / c).is_dir()]
     known: dict[str, dict[str, Any]] = {}
     if args.save and args.save.is_file():
-        known = {r["case"]: r for r in json.loads(args.save.read_text())["rows"]}
+        known = {r["case"]: r for r in json.loads(args.save.read_text(encoding="utf-8"))["rows"]}
     for case in progress(cases, "families"):
         known[case] = {"case": case, **parity(case), **widened(case)}
         if args.save:
-            args.save.write_text(json.dumps({"rows": list(known.values())}, indent=1) + "\n")
+            args.save.write_text(
+                json.dumps({"rows": list(known.values())}, indent=1) + "\n", "utf-8"
+            )
     rows = [known[c] for c in WIDE if c in known]
     if args.docs:
-        args.docs.write_text(DOCS + table(rows) + "\n")
+        args.docs.write_text(DOCS + table(rows) + "\n", "utf-8")
     print(json.dumps({"rows": rows}) if args.json else table(rows))
     return OK
 

@@ -48,7 +48,7 @@ def convert(source: Path, dst: Path, recipe: str, limit: float | None = None) ->
 
 def content(folder: Path) -> dict[str, Any]:
     """What two conversions must agree in."""
-    manifest = json.loads((folder / "mquant.json").read_text())
+    manifest = json.loads((folder / "mquant.json").read_text(encoding="utf-8"))
     return {key: manifest[key] for key in ("tensors", "parts", "files", "recipe", "source")}
 
 

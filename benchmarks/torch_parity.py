@@ -35,7 +35,7 @@ def torch_answers(folder: Path, model: Model, samples: list[Sample]):
 
     reference = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     for sample in progress(samples, "torch"):
-        prompt = model.processor.prompt(sample.question, sample.images)
+        prompt = sample.prompt(model.processor)
         ids = torch.tensor([prompt.input_ids])
         inputs = {
             "input_ids": ids,
@@ -66,7 +66,7 @@ def _compare(folder: Path, model: Model, samples: list[Sample]) -> dict:
     for sample, (tokens, logits) in zip(
         samples, torch_answers(folder, model, samples), strict=True
     ):
-        prompt = model.processor.prompt(sample.question, sample.images)
+        prompt = sample.prompt(model.processor)
         ours = model.generate_prompts([prompt], NEW_TOKENS).tokens[0]
         mine = np.asarray(run(model.module, model.collate([prompt]), 64)[0][0])
         worst = max(worst, float(np.linalg.norm(mine - logits) / np.linalg.norm(logits)))

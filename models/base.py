@@ -18,6 +18,7 @@ from flax import nnx
 from mquant_jax.models.config_keys import Tables, unknown_keys
 from mquant_jax.models.streams import Streams
 
+from mquant_jax.errors import PromptError
 from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
@@ -295,11 +296,39 @@ class Prompt:
     patches: np.ndarray
 
 
+def longest(prompts: Any) -> int:
+    """Tokens of the longest prompt.
+
+    Raises:
+        PromptError: no sequence of prompts, none at all, or one without tokens.
+    """
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise PromptError("prompts: expected a list of Prompt objects, one at least")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, Prompt):
+            raise PromptError(f"prompt {i}: expected a Prompt, found {type(prompt).__name__}; "
+                              "make it with the processor's prompt()")  # fmt: skip
+        if len(prompt.input_ids) == 0:
+            raise PromptError(f"prompt {i}: no tokens; a model needs one at least")
+    return max(len(prompt.input_ids) for prompt in prompts)
+
+
 class Processor(Protocol):
     """From pictures and text to a :class:`Batch`, and from tokens back to text."""
 
     def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
         """Apply the chat template and preprocess the pictures."""
+
+    def messages(
+        self,
+        messages: Sequence[Any],
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+    ) -> Prompt:
+        """A whole conversation, answered next by the assistant."""
+
+    def continued(self, prompt: Prompt, text: str) -> Prompt:
+        """The prompt followed by the beginning of its answer."""
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""

@@ -8,12 +8,18 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mquant_jax.errors import UserError
+import numpy as np
+from mquant_jax.models.base import Prompt
+from mquant_jax.models.prompts import check_ids
+
+from mquant_jax.errors import PromptError, UserError
 from mquant_jax.files import read_json_if_any as read_json
+from mquant_jax.validate import listed
+from mquant_jax.validate import text as checked_text
 
 KINDS = ("image", "video")
 Message = Mapping[str, Any]
@@ -21,6 +27,8 @@ Message = Mapping[str, Any]
 
 class ChatFolder:
     """Chats to text and tokens, tokens to text, as the files of a folder say.
+
+    Families bring ``messages(messages, images, videos) -> Prompt``.
 
     Args:
         folder: holds tokenizer.json or (SentencePiece) tokenizer.model, and as published
@@ -34,6 +42,9 @@ class ChatFolder:
     NEEDED: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
     # What will do in the place of a needed file.
     INSTEAD: ClassVar[Mapping[str, str]] = {"tokenizer.json": "tokenizer.model"}
+    ROLES: ClassVar[tuple[str, ...]] = ("system", "user", "assistant", "tool")
+    # What stands in prompts for a visual token, where no id of the vocabulary does.
+    PLACEHOLDER: ClassVar[int | None] = None
 
     def __init__(self, folder: str | Path, config: Any):
         self.folder, self.config = Path(folder), config
@@ -109,6 +120,107 @@ class ChatFolder:
         """Text of generated tokens, special tokens removed."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
+        """One user turn.
+
+        Args:
+            text: pictures stand in front of it, or where :meth:`turn` says.
+            images: what :func:`mquant_jax.models.images.load_image` takes.
+            videos: sequences of frames, each like an image.
+
+        Raises:
+            UserError: as :meth:`messages`.
+        """
+        text = checked_text(text, "prompt")
+        images = listed(images, "images", "pictures", ndim=4)
+        videos = listed(videos, "videos", "clips", ndim=5)
+        content = self.turn(text, images, videos)
+        return self.messages([{"role": "user", "content": content}], images, videos)
+
+    def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
+        """The parts of one user message: pictures, then the text."""
+        pictures = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
+        return [*pictures, {"type": "text", "text": text}]
+
+    def messages(
+        self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Prompt:
+        """A whole conversation, answered next by the assistant."""
+        raise NotImplementedError
+
+    def conversation(
+        self,
+        messages: Any,
+        images: Any = (),
+        videos: Any = (),
+        placed: re.Pattern[str] | None = None,
+    ) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
+        """What :meth:`messages` was given, checked: messages with parts, pictures, clips.
+
+        Args:
+            placed: see :func:`normalised`.
+
+        Raises:
+            UserError: no messages, or malformed ones; pictures that are no sequence.
+        """
+        found = type(messages).__name__
+        if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+            raise UserError(f"messages: expected a list of messages, found {found}")
+        chat = [normalised(message, i, placed, self.ROLES) for i, message in enumerate(messages)]
+        if not chat:
+            raise UserError("messages: the list is empty; a conversation must end with a message "
+                            "of role 'user'")  # fmt: skip
+        return (
+            chat,
+            listed(images, "images", "pictures", ndim=4),
+            listed(videos, "videos", "clips", ndim=5),
+        )
+
+    def made(
+        self,
+        ids: Sequence[int],
+        grids: Sequence[tuple[int, int, int]] = (),
+        patches: np.ndarray | None = None,
+    ) -> Prompt:
+        """A prompt of these ids and patches.
+
+        Raises:
+            UserError: no ids, or one that the model does not know.
+        """
+        if not ids:
+            raise PromptError("the prompt is empty; this model needs one token at least")
+        vocab = self.config.language.vocab_size
+        check_ids(ids, vocab, self.PLACEHOLDER, f"{self.folder}: tokenizer")
+        patches = np.zeros((0, 0), np.float32) if patches is None else patches
+        return Prompt(list(ids), list(grids), patches)
+
+    def continued(self, prompt: Prompt, text: str) -> Prompt:
+        """The prompt followed by the beginning of its answer.
+
+        Raises:
+            UserError: as :meth:`made`.
+        """
+        ids = [*prompt.input_ids, *self.encode(checked_text(text, "answer"))]
+        return self.made(ids, prompt.grids, prompt.patches)
+
+    @property
+    def unknown_tokens(self) -> list[str]:
+        """Tokens of the tokenizer whose ids are outside the model's vocabulary, by id."""
+        vocab = self.config.language.vocab_size
+        known = self.tokenizer.get_vocab()
+        return sorted((t for t, i in known.items() if i >= vocab), key=known.__getitem__)
+
+    def vocabulary_warning(self) -> str | None:
+        """What a conversion says of a tokenizer that is larger than the embedding."""
+        unknown, vocab = self.unknown_tokens, self.config.language.vocab_size
+        if not unknown:
+            return None
+        shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+        return (
+            f"{self.folder}: the tokenizer has {len(unknown)} ids outside the model's vocabulary "
+            f"of {vocab} ({shown}); prompts with them will be refused"
+        )
+
     def render(self, chat: list[dict[str, Any]], template: str) -> str:
         """The text of a chat that the assistant is to go on with.
 
@@ -133,33 +245,45 @@ def import_transformers():
     return transformers
 
 
-def normalised(message: Any, index: int, placed: re.Pattern[str] | None) -> dict[str, Any]:
+def normalised(
+    message: Any,
+    index: int,
+    placed: re.Pattern[str] | None = None,
+    roles: Sequence[str] = ChatFolder.ROLES,
+) -> dict[str, Any]:
     """The message with its content as parts, placeholders in texts turned into parts.
 
     Args:
         index: its number, for error messages.
         placed: finds placeholders; its first group is the kind of part, ``image`` or ``video``.
             ``None``: texts stay whole.
+        roles: those that the model knows.
 
     Raises:
-        UserError: it is no message.
+        UserError: it is no message, or of an unknown role.
     """
     where = f"message {index}"
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise UserError(f'{where}: expected an object with "role" and "content"')
-    content = message["content"]
+    role, content = message["role"], message["content"]
+    if role not in roles:
+        raise UserError(f"{where}: role {role!r} is not one of {', '.join(roles)}")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple):
+        found = type(content).__name__
+        raise UserError(f"{where}: content must be text or a list of parts, found {found}")
     parts: list[dict[str, Any]] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in KINDS:
             parts.append({"type": kind})
-        elif kind == "text" and isinstance(part.get("text"), str):
-            parts.extend(_split(part["text"], placed) if placed else [dict(part)])
+        elif kind == "text" and "text" in part:
+            text = checked_text(part["text"], where)
+            parts.extend(_split(text, placed) if placed else [{"type": "text", "text": text}])
         else:
             raise UserError(f"{where}: a part must be text, image or video, found {part!r}")
-    return {"role": message["role"], "content": parts}
+    return {"role": role, "content": parts}
 
 
 def _split(text: str, placed: re.Pattern[str]) -> Iterator[dict[str, Any]]:
@@ -172,6 +296,11 @@ def _split(text: str, placed: re.Pattern[str]) -> Iterator[dict[str, Any]]:
         at = match.end()
     if at < len(text):
         yield {"type": "text", "text": text[at:]}
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text parts of a message together."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def check_count(who: str, kind: str, places: int, pictures: Sequence[Any]) -> None:

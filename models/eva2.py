@@ -17,10 +17,12 @@ import numpy as np
 from flax import nnx
 from mquant_jax.models.base import Batch, Prompt, Rows, WeightRule
 from mquant_jax.models.language import dense_rules, direct
+from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.squares import pack_vision
 from mquant_jax.models.streams import Hidden, ValueOutput
 from mquant_jax.models.text import collate as collate_text
 
+from mquant_jax.errors import PromptError
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.flow import Flow, ModuleCall
@@ -258,21 +260,27 @@ def eva2_hiddens(c: EVA2Config) -> tuple[Hidden, ...]:
 
 
 def collate(
-    c: EVA2Config | None, prompts: Sequence[Prompt], pad_id: int, pad_to: int | None = None
+    config: Any, prompts: Sequence[Prompt], pad_id: int, pad_to: int | None = None
 ) -> Batch:
     """Left-pad prompts to one length and pack all their pictures, one grid each.
 
     All of a picture's vectors are visual tokens; positions count tokens.
 
+    Args:
+        config: the family's, with ``language`` and (``None`` for text alone) ``vision``.
+
     Raises:
-        ValueError: placeholders and pictures do not match, or a picture has another size.
+        PromptError: ids that the model does not know, placeholders and pictures that differ, or a
+            picture of another size.
     """
+    check_prompts(prompts, config.language.vocab_size, VISUAL)
+    c: EVA2Config | None = config.vision
     for i, p in enumerate(prompts):
         if p.grids and (c is None or set(p.grids) != {(1, c.side, c.side)}):
-            raise ValueError(f"prompt {i}: pictures are not {c and c.side} patches square")
+            raise PromptError(f"prompt {i}: pictures are not {c and c.side} patches square")
         wanted = len(p.grids) * c.tokens if c else 0
         if (found := p.input_ids.count(VISUAL)) != wanted:
-            raise ValueError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+            raise PromptError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
     batch = collate_text(prompts, pad_id, pad_to)
     if c is None or not any(p.grids for p in prompts):
         return batch

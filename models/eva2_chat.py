@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mquant_jax.models.base import Prompt
-from mquant_jax.models.chat import ChatFolder, Message, check_count, normalised
-from mquant_jax.models.eva2 import EVA2Config
+from mquant_jax.models.chat import ChatFolder, Message, check_count
+from mquant_jax.models.eva2 import VISUAL, EVA2Config
 from mquant_jax.models.images import load_image
 from mquant_jax.models.squares import patchify, squeeze
 
@@ -16,35 +15,20 @@ from mquant_jax.errors import UserError
 
 
 class OnePictureChat(ChatFolder):
-    """A :class:`ChatFolder` of a model that takes one picture per conversation.
+    """A :class:`ChatFolder` of a model that takes one picture per conversation."""
 
-    Families bring ``messages(messages, images, videos) -> Prompt``.
-    """
-
-    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
-        """One user turn.
-
-        Args:
-            text: the picture stands in front of it.
-            images: none or one: a PIL image, a uint8 ``[H, W, 3]`` array or a path.
-            videos: none.
-
-        Raises:
-            UserError: as ``messages``.
-        """
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-        return self.messages([{"role": "user", "content": content}], images, videos)
+    PLACEHOLDER = VISUAL
 
     def checked(
         self, messages: Sequence[Message], images: Sequence[Any], videos: Sequence[Any]
-    ) -> list[dict[str, Any]]:
-        """The messages with their content as parts.
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
+        """The messages with their content as parts, and the pictures.
 
         Raises:
             UserError: pictures and places differ in number; several pictures, or videos, or a
                 picture for a model that takes none; a malformed message.
         """
-        chat = [normalised(message, i, None) for i, message in enumerate(messages)]
+        chat, images, videos = self.conversation(messages, images, videos)
         kinds = [part["type"] for message in chat for part in message["content"]]
         if "video" in kinds or len(videos):
             raise UserError(f"{self.folder}: this model takes no videos")
@@ -56,12 +40,7 @@ class OnePictureChat(ChatFolder):
         if places > 1:
             raise UserError(f"{self.folder}: this model takes one picture per conversation, "
                             f"{places} were given")  # fmt: skip
-        return chat
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """The text parts of a message together."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+        return chat, images
 
 
 def pixels_of(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.prompts import check_patches
 
 
 def text_prompt(ids: Sequence[int]) -> Prompt:
@@ -15,6 +16,7 @@ def text_prompt(ids: Sequence[int]) -> Prompt:
 
 def collate(prompts: Sequence[Prompt], pad_id: int = 0, pad_to: int | None = None) -> Batch:
     """Left-pad prompts to one length; positions are ``[1, B, T]``, every real token is text."""
+    check_patches(prompts)
     lengths = np.array([len(p.input_ids) for p in prompts])
     t = max(pad_to or 0, *lengths)
     order = np.arange(t, dtype=np.int32) - (t - lengths[:, None]).astype(np.int32)

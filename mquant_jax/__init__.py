@@ -6,7 +6,18 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Model", "PRESETS", "Recipe", "Sampling", "UserError", "load"]
+__all__ = [
+    "CheckpointError",
+    "ImageError",
+    "Model",
+    "PRESETS",
+    "PromptError",
+    "PromptTooLong",
+    "Recipe",
+    "Sampling",
+    "UserError",
+    "load",
+]
 
 _HOMES = {
     "Model": "mquant_jax.api",
@@ -15,11 +26,21 @@ _HOMES = {
     "Recipe": "mquant_jax.recipe",
     "Sampling": "mquant_jax.runtime.sampling",
     "UserError": "mquant_jax.errors",
+    "CheckpointError": "mquant_jax.errors",
+    "ImageError": "mquant_jax.errors",
+    "PromptError": "mquant_jax.errors",
+    "PromptTooLong": "mquant_jax.errors",
 }
 
 if TYPE_CHECKING:
     from mquant_jax.api import Model, load
-    from mquant_jax.errors import UserError
+    from mquant_jax.errors import (
+        CheckpointError,
+        ImageError,
+        PromptError,
+        PromptTooLong,
+        UserError,
+    )
     from mquant_jax.presets import PRESETS
     from mquant_jax.recipe import Recipe
     from mquant_jax.runtime.sampling import Sampling
@@ -32,3 +53,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,10 +11,12 @@ import jax
 
 from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.compile_cache import keep_compiled_programs
-from mquant_jax.errors import UserError
-from mquant_jax.models.base import VLM, Batch, Processor, Prompt, bucket
+from mquant_jax.errors import PromptTooLong, UserError
+from mquant_jax.models.base import VLM, Batch, Processor, Prompt, bucket, longest
 from mquant_jax.runtime.generate import Generation, Generator
+from mquant_jax.runtime.options import Options, sampling_key
 from mquant_jax.runtime.sampling import Sampling
+from mquant_jax.validate import kind, listed, path
 
 
 @dataclasses.dataclass
@@ -55,15 +57,17 @@ class Model:
         """Prompts as one batch, padded to a bucket of prompt length.
 
         Raises:
-            UserError: a prompt does not fit the context.
+            PromptTooLong: a prompt does not fit the context.
+            PromptError: no prompts; ids that the model does not know, or placeholders and pictures
+                that differ.
         """
-        longest = max(len(p.input_ids) for p in prompts)
-        if longest >= self.max_positions:
-            raise UserError(
-                f"prompt has {longest} tokens, the model's context is {self.max_positions}: "
+        tokens = longest(prompts)
+        if tokens >= self.max_positions:
+            raise PromptTooLong(
+                f"prompt has {tokens} tokens, the model's context is {self.max_positions}: "
                 "shorten the text or use smaller pictures"
             )
-        return self.processor.collate(prompts, pad_to=bucket(longest, 16))
+        return self.processor.collate(prompts, pad_to=bucket(tokens, 16))
 
     def generate(
         self,
@@ -81,8 +85,9 @@ class Model:
         """Answer one prompt, or a batch of them.
 
         Args:
-            images: for one prompt, its pictures (paths, PIL images or uint8 ``[H, W, 3]``); for a
-                list of prompts, one such list per prompt.
+            images: for one prompt, its pictures, each whatever
+                :func:`mquant_jax.models.images.load_image` takes (a path, PIL image, array,
+                bytes, ...); for a list of prompts, one such list per prompt.
             prompt: the question, or a list of questions.
             videos: like ``images``; each video is a sequence of frames.
             max_new_tokens: the longest answer, in tokens.
@@ -94,28 +99,41 @@ class Model:
             The answer, or a list of answers.
 
         Raises:
-            UserError: a picture that is none, placeholders and pictures that do not match, a
-                prompt longer than the context, a bad option.
+            ImageError: a picture that cannot be read, or no list of pictures.
+            PromptTooLong: a prompt longer than the context.
+            UserError: placeholders and pictures that do not match, a bad option.
         """
+        options = Options(max_new_tokens, Sampling(temperature, top_k, top_p))
         single = isinstance(prompt, str)
-        texts = [prompt] if single else list(prompt)
-        per_prompt = [images] if single else (list(images) or [()] * len(texts))
-        clips = [videos] if single else (list(videos) or [()] * len(texts))
-        if not len(texts) == len(per_prompt) == len(clips):
-            raise UserError(
-                f"{len(texts)} prompts but {len(per_prompt)} lists of images and "
-                f"{len(clips)} of videos"
-            )
-        if stream is not None and not single:
-            raise UserError("stream works with one prompt, not with a batch")
-        prompts = [
-            self.processor.prompt(t, i, v) for t, i, v in zip(texts, per_prompt, clips, strict=True)
-        ]
-        out = self.generate_prompts(
-            prompts, max_new_tokens, Sampling(temperature, top_k, top_p), key, stream
-        )
+        if stream is not None and not (single and callable(stream)):
+            raise UserError("stream works with one prompt, not with a batch, and is a function "
+                            "of the new text")  # fmt: skip
+        made = self._prompts(prompt, images, videos)
+        out = self.generate_prompts(made, options.max_new_tokens, options.sampling, key, stream)
         answers = [self.processor.decode(ids) for ids in out.tokens]
         return answers[0] if single else answers
+
+    def _prompts(self, prompt: Any, images: Any, videos: Any) -> list[Prompt]:
+        """The prompts of one call of :meth:`generate`."""
+        if isinstance(prompt, str):
+            return [self.processor.prompt(prompt, images, videos)]
+        if not isinstance(prompt, list | tuple) or not prompt:
+            raise UserError("prompt: expected text, or a list of texts, one at least; found "
+                            f"{kind(prompt)}")  # fmt: skip
+        n = len(prompt)
+        pictures = listed(images, "images", "lists of pictures", ndim=5) or [()] * n
+        clips = listed(videos, "videos", "lists of clips", ndim=6) or [()] * n
+        if not n == len(pictures) == len(clips):
+            raise UserError(
+                f"{n} prompts but {len(pictures)} lists of images and {len(clips)} of videos"
+            )
+        made = []
+        for i, given in enumerate(zip(prompt, pictures, clips, strict=True)):
+            try:
+                made.append(self.processor.prompt(*given))
+            except UserError as e:
+                raise type(e)(f"prompt {i}: {e}") from e
+        return made
 
     def generate_prompts(
         self,
@@ -125,13 +143,17 @@ class Model:
         key: jax.Array | None = None,
         stream: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Like :meth:`generate` for prompts already made; returns ids and timings."""
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+        """Like :meth:`generate` for prompts already made; returns ids and timings.
+
+        Raises:
+            UserError: as :meth:`collate`, or a bad option.
+        """
+        options = Options(max_new_tokens, how)
+        key = sampling_key(key)
         batch = self.collate(prompts)
-        room = self.max_positions - max(len(p.input_ids) for p in prompts)
+        limit = min(options.max_new_tokens, self.max_positions - longest(prompts))
         on_tokens = None if stream is None else _TextStream(self.processor, stream)
-        return self.generator.generate(batch, min(max_new_tokens, room), how, key, on_tokens)
+        return self.generator.generate(batch, limit, options.sampling, key, on_tokens)
 
 
 class _TextStream:
@@ -175,13 +197,20 @@ def load(
 
     Raises:
         UserError: no such folder, not a checkpoint, another format version, damaged or edited
-            files.
+            files, or a bad option.
     """
+    options = Options(dtype=dtype, layout=layout, kv_cache=kv_cache)
+    place = path(folder, "folder")
     from mquant_jax.loading import load_model
 
     keep_compiled_programs()
-    loaded = load_model(Path(folder), dtype, verify=verify)
-    processor = loaded.family.processor(folder, loaded.config)
-    model = Model(loaded.model, loaded.config, loaded.manifest, processor, layout, kv_cache)
-    _ = model.generator  # a bad option is refused here, not at the first answer
-    return model
+    loaded = load_model(place, options.dtype, verify=verify)
+    processor = loaded.family.processor(place, loaded.config)
+    return Model(
+        loaded.model,
+        loaded.config,
+        loaded.manifest,
+        processor,
+        options.layout,
+        options.kv_cache,
+    )

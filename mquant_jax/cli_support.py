@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import os
 import signal
 import sys
 import threading
@@ -52,6 +54,9 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
         after an interrupt (Ctrl-C, SIGTERM, SIGHUP).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may not fit the locale's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         with terminate_as_interrupt():
             return main(argv)
@@ -62,6 +67,15 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
             traceback.print_exc()
         print("error: " + _one_line(e), file=sys.stderr)
         return INTERRUPTED if isinstance(e, KeyboardInterrupt) else USAGE
+
+
+def utf8(argument: str) -> str:
+    """A text from the command line, which is UTF-8 whatever the locale says.
+
+    Raises:
+        ValueError: it is not (argparse makes it a readable error).
+    """
+    return os.fsencode(argument).decode("utf-8")
 
 
 def _one_line(e: BaseException) -> str:

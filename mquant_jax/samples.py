@@ -1,29 +1,42 @@
 """Picture-and-question samples: the one format for calibration and evaluation data.
 
-A JSONL file, one sample per line::
+A JSONL file in UTF-8, one sample per line, in any of three forms::
 
     {"image": "photos/cat.png", "question": "What animal is this?", "answer": "cat"}
+    {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                           {"from": "gpt", "value": "cat"}]}
+    {"images": ["cat.png"], "messages": [{"role": "user", "content": "<image>What is it?"},
+                                         {"role": "assistant", "content": "cat"}]}
 
-``image`` (or ``images``, a list) is a path relative to the JSONL file, or the number of a row of
-the array ``images`` (uint8 ``[N, H, W, 3]``) in the ``.npz`` file of the same stem beside it. A
-text-only sample has neither. ``answer`` and ``task`` are optional.
+``image`` (or ``images``, a list) is a path relative to the JSONL file, a picture in base64 (a
+``data:`` URL, or bare), or the number of a row of the array ``images`` (uint8 ``[N, H, W, 3]``) in
+the ``.npz`` file of the same stem beside it. A text-only sample has neither, or null. ``answer``
+(text or a number) and ``task`` are optional. A conversation's last answer is the expected one.
+Other keys are ignored with a warning.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import stat
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
+from mquant_jax.sample_rows import Row, RowReader
+from mquant_jax.validate import count
+from mquant_jax.validate import path as checked_path
 
 DEMO_ASSETS = Path(__file__).parent / "assets" / "demo"
 BUNDLED_CALIBRATION = DEMO_ASSETS / "calibration.jsonl"
 BUNDLED_HELDOUT = DEMO_ASSETS / "heldout.jsonl"
-_KEYS = {"image", "images", "question", "answer", "task"}
+_LISTED = 10  # bad samples that an error message names
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,38 +44,82 @@ class Sample:
     """One question about zero or more pictures.
 
     Attributes:
-        images: uint8 arrays ``[H, W, 3]`` or paths.
-        question: the text.
+        images: whatever :func:`mquant_jax.models.images.load_image` takes: arrays, paths, bytes.
+        question: the text; of a conversation, that of the last turn.
         answer: the expected answer, or "".
         task: a label to group results by, or "".
+        messages: the whole conversation up to the answer, where one question does not say it.
+        where: file and line, for error messages.
     """
 
     images: tuple[Any, ...]
     question: str
     answer: str = ""
     task: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    where: str = ""
+
+    def prompt(self, processor: Any) -> Any:
+        """The :class:`~mquant_jax.models.base.Prompt` that a processor makes of the question.
+
+        Raises:
+            UserError: as the processor's.
+        """
+        if self.messages:
+            return processor.messages(self.messages, self.images)
+        return processor.prompt(self.question, self.images)
 
 
 def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
-    """Read a JSONL file of samples.
+    """Read a JSONL file of samples, to its end.
+
+    Args:
+        limit: keep the first samples only; the rest of the file is still checked.
 
     Raises:
-        UserError: no such file, a line that is not a sample, a picture that is not there.
+        UserError: no such file, no UTF-8, no samples; or lines that are no sample, or whose
+            picture is not there: the first ten are named.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected JSONL with image, question and answer")
-    store = path.with_suffix(".npz")
-    pictures = np.load(store, allow_pickle=False)["images"] if store.is_file() else None
-    samples = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            samples.append(_sample(line, f"{path}:{number}", path.parent, pictures))
-        if limit and len(samples) == limit:
-            break
+    path = checked_path(path, "samples")
+    limit = None if limit is None else count(limit, "limit")
+    reader, samples, bad = RowReader(path), [], []
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            row = reader.row(line)
+        except UserError as e:
+            bad.append(f"{where}: {e}")
+            continue
+        if limit is None or len(samples) < limit:
+            samples.append(_sample(row, where))
+    _raise(bad, str(path))
+    if reader.ignored:
+        warn(f"{path}: keys without a meaning here are ignored: {', '.join(reader.ignored)}")
     if not samples:
         raise UserError(f"{path}: holds no samples")
     return samples
+
+
+def each(
+    samples: Sequence[Sample], make: Callable[[Sample], T], progress: Callable = lambda x, _: x
+) -> list[T]:
+    """``make(sample)`` of all samples, such as prompts.
+
+    Args:
+        progress: ``(items, label) -> items``.
+
+    Raises:
+        UserError: some failed; file and line of the first ten are named.
+    """
+    made, bad, kind = [], [], UserError
+    for sample in progress(samples, "read pictures"):
+        try:
+            made.append(make(sample))
+        except UserError as e:
+            kind = type(e) if not bad else kind
+            bad.append(f"{sample.where}: {e}" if sample.where else str(e))
+    _raise(bad, "samples", kind)
+    return made
 
 
 def write_samples(path: Path, samples: list[Sample]) -> None:
@@ -72,29 +129,44 @@ def write_samples(path: Path, samples: list[Sample]) -> None:
         json.dumps({"image": i, "question": s.question, "answer": s.answer, "task": s.task})
         for i, s in enumerate(samples)
     ]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _sample(line: str, where: str, folder: Path, pictures: np.ndarray | None) -> Sample:
+def _raise(bad: Sequence[str], where: str, kind: type[UserError] = UserError) -> None:
+    if len(bad) == 1:
+        raise kind(bad[0])
+    if bad:
+        more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+        raise kind(f"{where}: {len(bad)} bad samples: {'; '.join(bad[:_LISTED])}{more}")
+
+
+def _lines(path: Path) -> Iterable[tuple[int, str]]:
+    """Numbers and texts of the lines that are not blank.
+
+    Only line feeds end a line: JSON strings may hold other separators that ``str.splitlines``
+    would cut at.
+
+    Raises:
+        UserError: no such file, no regular one, or not UTF-8.
+    """
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not valid JSON: {e}") from e
-    if not isinstance(row, dict) or "question" not in row:
-        raise UserError(f'{where}: expected an object with "question" (and "image", "answer")')
-    if unknown := set(row) - _KEYS:
-        raise UserError(f"{where}: unknown key {sorted(unknown)[0]!r}; known: {sorted(_KEYS)}")
-    refs = row.get("images", [row["image"]] if "image" in row else [])
-    images = tuple(_picture(ref, where, folder, pictures) for ref in refs)
-    return Sample(images, row["question"], row.get("answer", ""), row.get("task", ""))
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path}: not a regular file; expected JSONL")
+        data = path.read_bytes()
+    except FileNotFoundError as e:
+        raise UserError(
+            f"{path}: no such file; expected JSONL with image, question and answer"
+        ) from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {data[e.start]:#04x}); save the file in "
+                        "UTF-8") from e  # fmt: skip
+    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _picture(ref: Any, where: str, folder: Path, pictures: np.ndarray | None) -> Any:
-    if isinstance(ref, str):
-        path = folder / ref
-        if not path.is_file():
-            raise UserError(f"{where}: no such picture: {path}")
-        return path
-    if isinstance(ref, int) and pictures is not None and 0 <= ref < len(pictures):
-        return pictures[ref]
-    raise UserError(f"{where}: image {ref!r} is neither a path nor a row of the .npz beside it")
+def _sample(row: Row, where: str) -> Sample:
+    return Sample(row.images, row.question, row.answer, row.task, row.messages, where)

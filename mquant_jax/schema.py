@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mquant_jax.errors import UserError
+from mquant_jax.validate import shown
 
 REQUIRED: Any = object()  # the default of a field that has none
-_SHOWN = 80  # characters of a bad value in a message
 _MISMATCH: Any = object()
 
 
@@ -116,15 +116,6 @@ class Schema:
 def inside(where: str, key: str) -> str:
     """The place of ``key`` in the object ``where``: ``config.json: vision_config.depth``."""
     return f"{where}.{key}" if ": " in where else f"{where}: {key}"
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # too deep; an integer with too many digits to print
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -13,9 +13,10 @@ USERS = [p for top in ("benchmarks", "examples", "tests") for p in (ROOT / top).
 # Lower floors first; a module may import its own floor and those below.
 FLOORS = (
     ("mquant_jax.numerics", "mquant_jax.hadamard", "mquant_jax.recipe", "mquant_jax.presets",
-     "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.schema", "mquant_jax.files",
-     "mquant_jax.cli_support", "mquant_jax.compile_cache", "mquant_jax.cpu_features",
-     "mquant_jax.stages", "mquant_jax.lazy"),
+     "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.sample_rows", "mquant_jax.schema",
+     "mquant_jax.files", "mquant_jax.validate", "mquant_jax.cli_support",
+     "mquant_jax.compile_cache", "mquant_jax.cpu_features", "mquant_jax.stages",
+     "mquant_jax.lazy"),
     ("mquant_jax.ops",),
     ("mquant_jax.nn",),
     ("mquant_jax.models",),
@@ -43,7 +44,7 @@ def module_name(path: Path) -> str:
 
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -83,6 +84,27 @@ def test_only_families_name_families() -> None:
 def test_no_torch_and_no_pickle() -> None:
     for path in SOURCES:
         assert not {"torch", "torchvision", "pickle", "requests"} & imports(path), path
+
+
+def _text_without_encoding(node: ast.AST) -> bool:
+    """A call that reads or writes text in whatever encoding the user's locale has."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = getattr(node.func, "attr", getattr(node.func, "id", None))
+    given = {k.arg for k in node.keywords}
+    if name in ("read_text", "write_text"):
+        return "encoding" not in given and len(node.args) < (1 if name == "read_text" else 2)
+    is_file = getattr(getattr(node.func, "value", None), "id", None) not in ("Image", "os")
+    texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    binary = any("b" in mode for mode in texts if set(mode) <= set("rwxabt+"))
+    return name == "open" and is_file and not binary and "encoding" not in given
+
+
+def test_text_files_have_an_encoding() -> None:
+    for path in (*SOURCES, *(p for p in USERS if not p.is_relative_to(ROOT / "tests"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        lines = [node.lineno for node in ast.walk(tree) if _text_without_encoding(node)]
+        assert not lines, f"{path}: line {lines}"
 
 
 def test_importing_the_package_is_light() -> None:

@@ -77,7 +77,7 @@ def compile_kernel(
         except jax.errors.JaxRuntimeError:
             return None
         ptx = max(glob.glob(f"{folder}/*.ptx"), key=lambda name: Path(name).stat().st_size)
-        thunks = Path(glob.glob(f"{folder}/*thunk_sequence.txt")[0]).read_text()
+        thunks = Path(glob.glob(f"{folder}/*thunk_sequence.txt")[0]).read_text(encoding="utf-8")
         return read_kernel(Path(ptx), thunks)
 
 
@@ -87,7 +87,7 @@ def read_kernel(ptx: Path, thunks: str) -> Kernel:
         [assembler(), "-arch=sm_90a", "-v", str(ptx), "-o", "/dev/null"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    said, text = done.stdout + done.stderr, ptx.read_text()
+    said, text = done.stdout + done.stderr, ptx.read_text(encoding="utf-8")
     launch = next(line for line in thunks.splitlines() if "w4a8" in line)
     return Kernel(
         threads=int(re.search(r"\.reqntid (\d+)", text).group(1)),

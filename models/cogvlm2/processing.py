@@ -49,9 +49,10 @@ def collate(config: CogVLM2Config, prompts: Sequence[Prompt], pad_to: int | None
     """Left-pad prompts to one length and pack their pictures, each row as if it stood alone.
 
     Raises:
-        ValueError: placeholders and pictures do not match, or a picture has another size.
+        PromptError: ids that the model does not know, placeholders and pictures that differ, or a
+            picture of another size.
     """
-    batch = collate_eva2(config.vision, prompts, config.placeholder, pad_to)
+    batch = collate_eva2(config, prompts, config.placeholder, pad_to)
     types = _types(batch)
     # Padding counts as text, so that a picture may come first; it takes no positions.
     places = positions(np.maximum(types, TEXT_TYPE))
@@ -99,7 +100,7 @@ def reference_batch(config: CogVLM2Config, inputs: dict[str, np.ndarray]) -> Bat
     """A golden's inputs as one batch of the same padded length."""
     width = inputs["input_ids"].shape[1]
     prompts = list(reference_prompts(config, inputs))
-    batch = collate_eva2(config.vision, prompts, config.placeholder, width)
+    batch = collate_eva2(config, prompts, config.placeholder, width)
     return _routed(batch, positions(_types(batch)))
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import Message
+from mquant_jax.models.chat import Message, text_of
 from mquant_jax.models.cogvlm2.config import CogVLM2Config
 from mquant_jax.models.cogvlm2.processing import collate
 from mquant_jax.models.eva2 import VISUAL
-from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of, text_of
+from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of
 
 from mquant_jax.errors import UserError
 
@@ -59,7 +59,7 @@ class CogVLM2Processor(OnePictureChat):
             UserError: pictures and places differ in number; several pictures, or videos, which
                 the model does not take; a picture that cannot be read; a malformed message.
         """
-        chat = self.checked(messages, images, videos)
+        chat, images = self.checked(messages, images, videos)
         for i, message in enumerate(chat):
             wanted = ("user", "assistant")[i % 2]
             if message["role"] != wanted:
@@ -70,7 +70,7 @@ class CogVLM2Processor(OnePictureChat):
         ids = [self.tokenizer.bos_token_id]
         ids += [VISUAL] * (len(images) * self.config.vision.tokens)
         ids += self.encode(render([text_of(message) for message in chat], self.config.template))
-        return Prompt(ids, *pixels_of(self.config.vision, images))
+        return self.made(ids, *pixels_of(self.config.vision, images))
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""

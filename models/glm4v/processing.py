@@ -24,9 +24,10 @@ def collate(
     A picture takes three positions: its first vector, all its patches together, its last.
 
     Raises:
-        ValueError: placeholders and pictures do not match, or a picture has another size.
+        PromptError: ids that the model does not know, placeholders and pictures that differ, or a
+            picture of another size.
     """
-    batch = collate_eva2(config.vision, prompts, pad_id, pad_to)
+    batch = collate_eva2(config, prompts, pad_id, pad_to)
     if batch.vision is None:
         return batch
     place = batch.visual_index % config.vision.tokens  # within its picture

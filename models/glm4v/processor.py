@@ -6,18 +6,19 @@ Nothing here touches the network or runs code from the folder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import Message, import_transformers, read_json
+from mquant_jax.models.chat import Message, import_transformers, read_json, text_of
 from mquant_jax.models.eva2 import VISUAL
-from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of, text_of
+from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of
 from mquant_jax.models.glm4v.config import GLM4VConfig
 from mquant_jax.models.glm4v.processing import collate
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
 
 from mquant_jax.errors import UserError
+from mquant_jax.validate import text as checked_text
 
 # What a word is to the tokenizer; in the published code, and in no file.
 PATTERN = (
@@ -47,6 +48,7 @@ class GLM4VProcessor(OnePictureChat):
     """
 
     config: GLM4VConfig
+    ROLES = ROLES
 
     @functools.cached_property
     def tokenizer(self):
@@ -97,13 +99,11 @@ class GLM4VProcessor(OnePictureChat):
             UserError: pictures and places differ in number; several pictures, or videos, which
                 the model does not take; a picture that cannot be read; a malformed message.
         """
-        chat = self.checked(messages, images, videos)
+        messages = list(messages) if isinstance(messages, Iterable) else messages
+        chat, images = self.checked(messages, images, videos)
         token = self.tokenizer.convert_tokens_to_ids
         ids = token(list(_PREFIX))
         for i, (message, given) in enumerate(zip(chat, messages, strict=True)):
-            if message["role"] not in ROLES:
-                raise UserError(f"message {i}: role {message['role']!r} is not one of "
-                                f"{', '.join(ROLES)}")  # fmt: skip
             if given.get("tools"):
                 raise UserError(f"message {i}: tools are not supported; say them in the text")
             text = text_of(message)
@@ -111,11 +111,12 @@ class GLM4VProcessor(OnePictureChat):
             if not text and not picture:
                 continue
             # Each piece is encoded on its own: a text's first line break joins no other.
-            ids += [token(f"<|{message['role']}|>"), *self.encode(f"{given.get('metadata', '')}\n")]
+            metadata = checked_text(given.get("metadata", ""), f"message {i}: metadata")
+            ids += [token(f"<|{message['role']}|>"), *self.encode(f"{metadata}\n")]
             ids += [VISUAL] * self.config.vision.tokens if picture else []
             ids += self.encode(text)
         ids.append(token("<|assistant|>"))
-        return Prompt(ids, *pixels_of(self.config.vision, images))
+        return self.made(ids, *pixels_of(self.config.vision, images))
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.internvl.config import InternVLConfig
+from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.squares import pack_vision, patchify
 from mquant_jax.models.text import collate as collate_text
+
+from mquant_jax.errors import PromptError
 
 
 def collate(
@@ -25,17 +28,19 @@ def collate(
     A grid ``(t, h, w)`` of a prompt is a picture of ``t`` tiles, the thumbnail among them.
 
     Raises:
-        ValueError: placeholders and tiles do not match, or tiles are of several sizes.
+        PromptError: ids that the model does not know, placeholders and tiles that differ, or tiles
+            of several sizes.
     """
-    batch = collate_text(prompts, pad_id, pad_to)
+    check_prompts(prompts, config.language.vocab_size)
     grids = [grid for p in prompts for grid in p.grids]
     if len({grid[1:] for grid in grids} | {(g[2], g[1]) for g in grids}) > 1:
-        raise ValueError("tiles are not squares of one size")
+        raise PromptError("tiles are not squares of one size")
     for i, p in enumerate(prompts):
         wanted = sum(t * h * w for t, h, w in p.grids) // config.merge**2
         found = p.input_ids.count(image_token)
         if wanted != found:
-            raise ValueError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+            raise PromptError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+    batch = collate_text(prompts, pad_id, pad_to)
     if not grids:
         return batch
     visual = (batch.order >= 0) & (batch.input_ids == image_token)

@@ -8,13 +8,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import ChatFolder, Message, check_count, normalised, read_json
-from mquant_jax.models.images import load_image
+from mquant_jax.models.chat import ChatFolder, Message, check_count, read_json
+from mquant_jax.models.images import load_frames, load_image
 from mquant_jax.models.internvl.config import CHAT, InternVLConfig
 from mquant_jax.models.internvl.processing import collate
 from mquant_jax.models.internvl.tiles import MEAN, STD, Tiling
@@ -114,26 +113,11 @@ class InternVLProcessor(ChatFolder):
             tuple(settings.get("image_std") or STD),
         )
 
-    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
-        """One user turn in the chat template.
-
-        Args:
-            text: pictures stand in front of it, or where it says ``<image>`` or ``<video>``.
-            images: PIL images, uint8 ``[H, W, 3]`` arrays or paths.
-            videos: sequences of frames, each like an image.
-
-        Raises:
-            UserError: as :meth:`messages`.
-        """
-        text = _inline(text)
-        content = [
-            {"type": kind}
-            for kind, pictures in (("image", images), ("video", videos))
-            if MARKS[kind] not in text
-            for _ in pictures
-        ]
-        content.append({"type": "text", "text": text})
-        return self.messages([{"role": "user", "content": content}], images, videos)
+    def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
+        """Pictures stand in front of the text, or where it says ``<image>`` or ``<video>``."""
+        text, given = _inline(text), (("image", images), ("video", videos))
+        content = [{"type": kind} for kind, some in given if MARKS[kind] not in text for _ in some]
+        return [*content, {"type": "text", "text": text}]
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
@@ -150,7 +134,7 @@ class InternVLProcessor(ChatFolder):
             UserError: pictures and places differ in number (both are named); a picture that
                 cannot be read; a malformed message.
         """
-        chat = [normalised(message, i, None) for i, message in enumerate(messages)]
+        chat, images, videos = self.conversation(messages, images, videos)
         for part in (part for message in chat for part in message["content"]):
             if part["type"] == "text":
                 part["text"] = _inline(part["text"])
@@ -192,7 +176,7 @@ class InternVLProcessor(ChatFolder):
         patches = [patchify(x, self.config.patch_size) for x in pixels]
         flat = [x.reshape(-1, x.shape[-1]) for x in patches]
         empty = np.zeros((0, self.config.vision.patch_dim), np.float32)
-        return Prompt(
+        return self.made(
             list(ids["input_ids"]),
             [(len(x), edge, edge) for x in patches],
             np.concatenate([empty, *flat]),
@@ -206,10 +190,7 @@ class InternVLProcessor(ChatFolder):
         """Tiles ``[n, 3, S, S]`` of a picture, or one tile of each frame of a clip."""
         if kind == "image":
             return [self.tiling.pixels(load_image(picture, name))]
-        if isinstance(picture, str | Path) or len(picture) == 0:
-            raise UserError(f"{name}: expected a sequence of frames, one at least")
-        frames = [load_image(f, f"{name}, frame {i}") for i, f in enumerate(picture)]
-        return [self.tiling.whole().pixels(frame) for frame in frames]
+        return [self.tiling.whole().pixels(frame) for frame in load_frames(picture, name)]
 
 
 def _inline(text: str) -> str:

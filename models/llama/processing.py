@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.text import collate, text_prompt
+
+
+def batch_of(
+    config: LlamaConfig, prompts: Sequence[Prompt], pad_id: int = 0, pad_to: int | None = None
+) -> Batch:
+    """Left-pad prompts to one length.
+
+    Raises:
+        PromptError: ids that the model does not know.
+    """
+    check_prompts(prompts, config.language.vocab_size)
+    return collate(prompts, pad_id, pad_to)
 
 
 def reference_prompts(inputs: dict[str, np.ndarray]) -> list[Prompt]:
@@ -16,7 +31,7 @@ def reference_prompts(inputs: dict[str, np.ndarray]) -> list[Prompt]:
 
 def reference_batch(config: LlamaConfig, inputs: dict[str, np.ndarray]) -> Batch:
     """A golden's inputs as one batch of the same padded length."""
-    return collate(reference_prompts(inputs), pad_to=inputs["input_ids"].shape[1])
+    return batch_of(config, reference_prompts(inputs), pad_to=inputs["input_ids"].shape[1])
 
 
 def example_prompt(config: LlamaConfig, text_tokens: int, side: int) -> Prompt:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import ChatFolder
+from mquant_jax.models.chat import ChatFolder, Message, text_of
 from mquant_jax.models.llama.config import LlamaConfig
-from mquant_jax.models.llama.processing import collate, text_prompt
+from mquant_jax.models.llama.processing import batch_of
 
 from mquant_jax.errors import UserError
+from mquant_jax.validate import listed
+from mquant_jax.validate import text as checked_text
 
 
 class LlamaProcessor(ChatFolder):
@@ -24,47 +26,48 @@ class LlamaProcessor(ChatFolder):
         Raises:
             UserError: pictures were given, or as :meth:`messages`.
         """
-        if len(images) or len(videos):
-            raise UserError(
-                f"{self.folder}: this is a language model without a vision part; "
-                f"leave the pictures out (images: {len(images)}, videos: {len(videos)})"
-            )
-        if self.chat_template is None:
-            return self._checked(self.tokenizer(text)["input_ids"])
-        return self.messages([{"role": "user", "content": text}])
+        if self.chat_template is not None:
+            return super().prompt(text, images, videos)
+        self._refuse(
+            listed(images, "images", "pictures", ndim=4), listed(videos, "videos", "clips", ndim=5)
+        )
+        return self.made(self.tokenizer(checked_text(text, "prompt"))["input_ids"])
 
-    def messages(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+    def messages(
+        self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Prompt:
         """A whole conversation, answered next by the assistant.
 
         Args:
-            messages: ``{"role": ..., "content": text}``.
+            messages: ``{"role": ..., "content": text or text parts}``; the chat template sees
+                their other keys, too.
+            images, videos: none.
 
         Raises:
-            UserError: the model has no chat template; a malformed message.
+            UserError: the model has no chat template; a malformed message; pictures.
         """
         if self.chat_template is None:
             raise UserError(
                 f"{self.folder}: no chat template; give the folder a chat_template.jinja, or use "
                 "a plain prompt"
             )
-        for i, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-                raise UserError(f'message {i}: expected an object with "role" and a text "content"')
-        chat = [dict(m) for m in messages]
-        return self._checked(self.encode(self.render(chat, self.chat_template)))
+        given = list(messages) if isinstance(messages, Iterable) else messages
+        chat, images, videos = self.conversation(given, images, videos)
+        self._refuse(images, videos)
+        for i, message in enumerate(chat):
+            if any(part["type"] != "text" for part in message["content"]):
+                raise UserError(f"message {i}: this is a language model without a vision part; "
+                                "expected text alone")  # fmt: skip
+        texts = [{**m, "content": text_of(c)} for m, c in zip(given, chat, strict=True)]
+        return self.made(self.encode(self.render(texts, self.chat_template)))
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts to one length."""
-        return collate(prompts, self.pad_id, pad_to)
+        return batch_of(self.config, prompts, self.pad_id, pad_to)
 
-    def _checked(self, ids: Sequence[int]) -> Prompt:
-        """The ids as a prompt, if the model knows them all and there are any."""
-        vocab = self.config.language.vocab_size
-        if not ids:
-            raise UserError("the prompt is empty; this model needs one token at least")
-        if max(ids) >= vocab:
+    def _refuse(self, images: list[Any], videos: list[Any]) -> None:
+        if len(images) or len(videos):
             raise UserError(
-                f"{self.folder / 'tokenizer.json'}: token {max(ids)} is outside the model's "
-                f"vocabulary of {vocab}; the tokenizer is of another model"
+                f"{self.folder}: this is a language model without a vision part; "
+                f"leave the pictures out (images: {len(images)}, videos: {len(videos)})"
             )
-        return text_prompt(ids)

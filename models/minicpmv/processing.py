@@ -10,8 +10,10 @@ import numpy as np
 from mquant_jax.models.base import Batch, Prompt, bucket
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.slices import Slicing
+from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.text import collate as collate_text
 
+from mquant_jax.errors import PromptError
 from mquant_jax.nn.vit import VisionInput
 
 VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
@@ -75,12 +77,13 @@ def collate(config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | Non
     is predicted from one that stands last.
 
     Raises:
-        ValueError: placeholders and slices do not match.
+        PromptError: ids that the model does not know, or placeholders and slices that differ.
     """
+    check_prompts(prompts, config.language.vocab_size, VISUAL)
     for i, p in enumerate(prompts):
         wanted, found = len(p.grids) * config.queries, p.input_ids.count(VISUAL)
         if wanted != found:
-            raise ValueError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+            raise PromptError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
     batch = collate_text(prompts, MASKED, pad_to)
     real, visual = batch.input_ids != MASKED, batch.input_ids == VISUAL
     order = np.cumsum(real, axis=1, dtype=np.int32) - 1

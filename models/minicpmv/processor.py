@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import ChatFolder, Message, check_count, normalised, read_json
-from mquant_jax.models.images import load_image
+from mquant_jax.models.chat import ChatFolder, Message, check_count, read_json
+from mquant_jax.models.images import load_frames, load_image
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.processing import MASKED, VISUAL, collate
 from mquant_jax.models.minicpmv.slices import MEAN, STD, Slicing
@@ -46,6 +45,7 @@ class MiniCPMVProcessor(ChatFolder):
     """
 
     config: MiniCPMVConfig
+    PLACEHOLDER = VISUAL
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -107,21 +107,9 @@ class MiniCPMVProcessor(ChatFolder):
         """Text of generated tokens. Those of id 0, "!", are dropped, as the published code does."""
         return super().decode([i for i in ids if int(i) != MASKED])
 
-    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
-        """One user turn in the chat template.
-
-        Args:
-            text: pictures stand in front of it, or images where it says ``(<image>./</image>)``.
-            images: PIL images, uint8 ``[H, W, 3]`` arrays or paths.
-            videos: sequences of frames, each like an image.
-
-        Raises:
-            UserError: as :meth:`messages`.
-        """
-        content = [] if MARK in text else [{"type": "image"} for _ in images]
-        content += [{"type": "video"} for _ in videos]
-        content.append({"type": "text", "text": text})
-        return self.messages([{"role": "user", "content": content}], images, videos)
+    def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
+        """Pictures stand in front of the text, or images where it says ``(<image>./</image>)``."""
+        return super().turn(text, [] if MARK in text else images, videos)
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
@@ -138,7 +126,7 @@ class MiniCPMVProcessor(ChatFolder):
             UserError: pictures and places differ in number (both are named); a picture that
                 cannot be read; a malformed message.
         """
-        chat = [normalised(message, i, None) for i, message in enumerate(messages)]
+        chat, images, videos = self.conversation(messages, images, videos)
         parts = [part for message in chat for part in message["content"]]
         text_marks = sum(part["text"].count(MARK) for part in parts if part["type"] == "text")
         kinds = [part["type"] for part in parts]
@@ -146,7 +134,7 @@ class MiniCPMVProcessor(ChatFolder):
         for kind, given in (("image", images), ("video", videos)):
             check_count(f"the prompt has {counts[kind]}", kind, counts[kind], given)
         loaded = iter([load_image(x, f"image {i}") for i, x in enumerate(images)])
-        clips = iter([_frames(x, f"video {i}") for i, x in enumerate(videos)])
+        clips = iter([load_frames(x, f"video {i}") for i, x in enumerate(videos)])
         turns, pictures = [], []
         for message in chat:
             lines = []
@@ -188,7 +176,7 @@ class MiniCPMVProcessor(ChatFolder):
             numbered = not is_frame and self.settings.get("use_image_id", self.config.use_image_id)
             ids += self._picture_ids(number if numbered else None, grid)
             ids += self.encode(chunk)
-        return Prompt(ids, grids, np.concatenate(patches))
+        return self.made(ids, grids, np.concatenate(patches))
 
     def _picture_ids(self, number: int | None, grid: tuple[int, int] | None) -> list[int]:
         """Ids of one picture's text: its number, the whole, then slices row by row."""
@@ -212,12 +200,6 @@ def _line(part: dict[str, Any], clip: list[Image.Image] | None) -> str:
     if clip is not None:
         return "\n".join([MARK] * len(clip))
     return MARK if part["type"] == "image" else part["text"]
-
-
-def _frames(video: Any, name: str) -> list[Image.Image]:
-    if isinstance(video, str | Path) or len(video) == 0:
-        raise UserError(f"{name}: expected a sequence of frames, one at least")
-    return [load_image(frame, f"{name}, frame {i}") for i, frame in enumerate(video)]
 
 
 def render_published(chat: Sequence[Message]) -> str:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 from mquant_jax.models.base import Batch, Prompt, bucket
+from mquant_jax.models.prompts import check_patches, check_prompts
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 
+from mquant_jax.errors import PromptError
 from mquant_jax.nn.vit import VisionInput
 
 Grid = tuple[int, int, int]
@@ -67,7 +69,7 @@ def mrope_positions(
         int32 ``[3, n]``, and int32 ``[n]``: index into ``grids``, -1 for text.
 
     Raises:
-        ValueError: placeholders and grids do not match.
+        PromptError: placeholders and grids do not match.
     """
     visual = np.isin(ids, (config.image_token_id, config.video_token_id))
     positions = np.zeros((3, len(ids)), np.int32)
@@ -79,24 +81,30 @@ def mrope_positions(
             at, i = at + 1, i + 1
             continue
         if used == len(grids):
-            raise ValueError(f"placeholder {i} has no picture: {len(grids)} given")
+            raise PromptError(f"placeholder {i} has no picture: {len(grids)} given")
         t, h, w = grids[used]
         mh, mw = h // config.merge_size, w // config.merge_size
         n = t * mh * mw
         if not visual[i : i + n].all() or i + n > len(ids):
-            raise ValueError(f"picture {used} needs {n} placeholders in a row from token {i}")
+            raise PromptError(f"picture {used} needs {n} placeholders in a row from token {i}")
         positions[:, i : i + n] = at + np.indices((t, mh, mw)).reshape(3, n)
         owner[i : i + n] = used
         at, i, used = at + max(t, mh, mw), i + n, used + 1
     if used < len(grids):
-        raise ValueError(f"{len(grids)} pictures given, placeholders for {used}")
+        raise PromptError(f"{len(grids)} pictures given, placeholders for {used}")
     return positions, owner
 
 
 def collate(
     prompts: Sequence[Prompt], config: Qwen2VLConfig, pad_id: int, pad_to: int | None = None
 ) -> Batch:
-    """Left-pad prompts to one length and pack all their pictures."""
+    """Left-pad prompts to one length and pack all their pictures.
+
+    Raises:
+        PromptError: ids that the model does not know, or placeholders and pictures that differ.
+    """
+    check_prompts(prompts, config.language.vocab_size)
+    check_patches(prompts)
     lengths = [len(p.input_ids) for p in prompts]
     b, t = len(prompts), max(pad_to or 0, *lengths)
     ids = np.full((b, t), pad_id, np.int32)

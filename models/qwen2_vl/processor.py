@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import ChatFolder, Message, check_count, import_transformers, normalised
-from mquant_jax.models.images import load_image
+from mquant_jax.models.chat import ChatFolder, Message, check_count, import_transformers
+from mquant_jax.models.images import load_frames, load_image
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.processing import Grid, collate
 from PIL import Image
@@ -76,27 +75,13 @@ class Qwen2VLProcessor(ChatFolder):
                 )
         return processor
 
-    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
-        """One user turn in the chat template.
-
-        Args:
-            text: pictures stand in front of it, or where it says ``<|image_pad|>`` or
-                ``<|video_pad|>`` (with or without the markers around).
-            images: PIL images, uint8 ``[H, W, 3]`` arrays or paths.
-            videos: sequences of frames, each like an image.
-
-        Raises:
-            UserError: as :meth:`messages`.
-        """
+    def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
+        """Pictures stand in front of the text, or where it says ``<|image_pad|>`` or
+        ``<|video_pad|>`` (with or without the markers around)."""
         placed = [m[1] for m in _PLACED.finditer(text)]
-        content = [
-            {"type": kind}
-            for kind, pictures in (("image", images), ("video", videos))
-            if kind not in placed
-            for _ in pictures
-        ]
-        content.append({"type": "text", "text": text})
-        return self.messages([{"role": "user", "content": content}], images, videos)
+        given = (("image", images), ("video", videos))
+        content = [{"type": kind} for kind, some in given if kind not in placed for _ in some]
+        return [*content, {"type": "text", "text": text}]
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
@@ -112,7 +97,7 @@ class Qwen2VLProcessor(ChatFolder):
             UserError: pictures and places differ in number (both are named); a picture that
                 cannot be read; a malformed message.
         """
-        chat = [normalised(message, i, _PLACED) for i, message in enumerate(messages)]
+        chat, images, videos = self.conversation(messages, images, videos, _PLACED)
         kinds = [p["type"] for m in chat for p in m["content"] if p["type"] != "text"]
         given = {"image": images, "video": videos}
         for kind, pictures in given.items():
@@ -148,7 +133,7 @@ class Qwen2VLProcessor(ChatFolder):
             out.extend([token] * repeats)
         patches = [np.zeros((0, self.config.vision.patch_dim), np.float32)]
         patches.extend(part for _, part in used)
-        return Prompt(out, [grid for grid, _ in used], np.concatenate(patches))
+        return self.made(out, [grid for grid, _ in used], np.concatenate(patches))
 
     def _frames(self, frames: list[Image.Image], name: str) -> tuple[np.ndarray, np.ndarray]:
         """Patches of pictures, each as a still: float32 ``[sum(h*w), patch_dim]``, and grids."""
@@ -165,9 +150,7 @@ class Qwen2VLProcessor(ChatFolder):
     def _video(self, video: Sequence[Any], index: int) -> Picture:
         """A clip: the last frame is repeated until temporal patches are full."""
         name = f"video {index}"
-        if isinstance(video, str | Path) or len(video) == 0:
-            raise UserError(f"{name}: expected a sequence of frames, one at least")
-        frames = [load_image(f, f"{name}, frame {i}") for i, f in enumerate(video)]
+        frames = load_frames(video, name)
         sizes = {f.size for f in frames}
         if len(sizes) > 1:
             raise UserError(f"{name}: frames differ in size: {sorted(sizes)}")

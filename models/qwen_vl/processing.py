@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
 from mquant_jax.models.squares import pack_vision, patchify
 from mquant_jax.models.text import collate as collate_text
+
+from mquant_jax.errors import PromptError
 
 VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
 
@@ -23,12 +26,13 @@ def collate(config: QwenVLConfig, prompts: Sequence[Prompt], pad_to: int | None 
     padding of a batch; see :func:`reference_batch`.)
 
     Raises:
-        ValueError: placeholders and pictures do not match.
+        PromptError: ids that the model does not know, or placeholders and pictures that differ.
     """
+    check_prompts(prompts, config.language.vocab_size, VISUAL)
     for i, p in enumerate(prompts):
         wanted, found = len(p.grids) * config.resampler.queries, p.input_ids.count(VISUAL)
         if wanted != found:
-            raise ValueError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
+            raise PromptError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens")
     batch = collate_text(prompts, config.image_pad_id, pad_to)
     visual = (batch.order >= 0) & (batch.input_ids == VISUAL)
     index = batch.visual_index.copy()

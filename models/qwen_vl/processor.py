@@ -18,12 +18,11 @@ from mquant_jax.models.chat import (
     Message,
     check_count,
     import_transformers,
-    normalised,
     read_json,
 )
 from mquant_jax.models.images import load_image
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
-from mquant_jax.models.qwen_vl.processing import collate, picture_ids
+from mquant_jax.models.qwen_vl.processing import VISUAL, collate, picture_ids
 from mquant_jax.models.squares import patchify, squeeze
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
 
@@ -58,6 +57,7 @@ class QwenVLProcessor(ChatFolder):
     """
 
     config: QwenVLConfig
+    PLACEHOLDER = VISUAL
     NEEDED = ("qwen.tiktoken",)
     INSTEAD = {"qwen.tiktoken": "tokenizer.json"}
 
@@ -131,21 +131,10 @@ class QwenVLProcessor(ChatFolder):
         kept = [int(i) for i in ids if int(i) not in self._chat_ids]
         return self.tokenizer.decode(kept, skip_special_tokens=False).strip()
 
-    def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
-        """One user turn.
-
-        Args:
-            text: pictures stand in front of it, or where it says ``<img></img>`` (a file's name
-                between the two is skipped: it may be a published prompt).
-            images: PIL images, uint8 ``[H, W, 3]`` arrays or paths.
-            videos: none.
-
-        Raises:
-            UserError: as :meth:`messages`.
-        """
-        content = [] if _PLACED.search(text) else [{"type": "image"} for _ in images]
-        content.append({"type": "text", "text": text})
-        return self.messages([{"role": "user", "content": content}], images, videos)
+    def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
+        """Pictures stand in front of the text, or where it says ``<img></img>`` (a file's name
+        between the two is skipped: it may be a published prompt)."""
+        return super().turn(text, [] if _PLACED.search(text) else images, videos)
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
@@ -166,7 +155,7 @@ class QwenVLProcessor(ChatFolder):
                 cannot be read; a malformed message, or tags that do not pair up; videos; more
                 than one message, where the model is none for chats.
         """
-        chat = [normalised(message, i, None) for i, message in enumerate(messages)]
+        chat, images, videos = self.conversation(messages, images, videos)
         parts = [part for message in chat for part in message["content"]]
         if len(videos) or any(part["type"] == "video" for part in parts):
             raise UserError(f"{self.folder}: Qwen-VL takes no videos; give frames as images")
@@ -183,7 +172,7 @@ class QwenVLProcessor(ChatFolder):
             ids, kept = self._with_pictures(0, texts[0]), [0]
         owners = np.repeat(np.arange(len(chat)), counts)
         seen = [i for i, owner in enumerate(owners) if owner in kept]
-        return Prompt(ids, *self._pictures({i: images[i] for i in seen}))
+        return self.made(ids, *self._pictures({i: images[i] for i in seen}))
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""

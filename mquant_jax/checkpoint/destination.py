@@ -134,7 +134,7 @@ def _is_ours(folder: Path) -> bool:
     """Whether a folder was made by :func:`workspace`; one with no more than the beginning of a lock
     may have been, by one that was killed then."""
     try:
-        text = (folder / "lock").read_text(errors="replace")
+        text = (folder / "lock").read_text("utf-8", errors="replace")
     except OSError:
         text = ""
     others = any(path.name != "lock" for path in folder.iterdir())
@@ -144,7 +144,7 @@ def _is_ours(folder: Path) -> bool:
 def is_published(dst: Path) -> bool:
     """Whether DST is the result of the work folder beside it, which was then not removed."""
     note = work_folder(dst) / "publishing"
-    return note.is_file() and dst.is_dir() and note.read_text() == inode(dst)
+    return note.is_file() and dst.is_dir() and note.read_text("utf-8") == inode(dst)
 
 
 def put_back(dst: Path) -> None:

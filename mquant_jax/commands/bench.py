@@ -16,6 +16,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import float_twin, measure, summary
 from mquant_jax.eval.speed import table as speed_table
 from mquant_jax.loading import load_model
+from mquant_jax.validate import count
 
 EPILOG = """\
 The float baselines have the same layer shapes and the original structure, without rotations.
@@ -25,7 +26,7 @@ picture and ends with the first token; memory is what it holds, weights and cach
 analysis of the compiled program.
 """
 
-
+_MOST = 1 << 20  # of any count: more could not be run, and would fail for memory
 # Instructions that decide how fast integers are on a CPU.
 _TELLING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
             "asimddp", "i8mm")  # fmt: skip
@@ -59,8 +60,8 @@ def main(argv: list[str]) -> int:
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     for name in ("text_tokens", "batch", "new_tokens", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
+        count(getattr(args, name), f"--{name.replace('_', '-')}", most=_MOST)
+    count(args.image_side, "--image-side", least=0, most=_MOST)
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     family, config, recipe = loaded.family, loaded.config, loaded.manifest["recipe"]["name"]
     prompt = family.example_prompt(config, args.text_tokens, args.image_side)

@@ -16,6 +16,7 @@ from mquant_jax.eval.speed import measure, summary
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.convert import convert
 from mquant_jax.report.contact_sheet import Card, contact_sheet
+from mquant_jax.runtime.options import Options
 from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, Sample, read_samples
 
 EPILOG = """\
@@ -31,11 +32,11 @@ def converted(out: Path, recipe: str) -> Path:
     source, folder = DEMO_ASSETS / "model", out / recipe
     stamp = {"size": (source / "model.safetensors").stat().st_size}
     marker = folder / "demo_source.json"
-    if marker.is_file() and json.loads(marker.read_text()) == stamp:
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == stamp:
         load_manifest(folder)
         return folder
     convert(source, folder, PRESETS[recipe], overwrite=True, restart=True)
-    marker.write_text(json.dumps(stamp))
+    marker.write_text(json.dumps(stamp), encoding="utf-8")
     return folder
 
 
@@ -59,7 +60,7 @@ def cards(samples: list[Sample], results: dict[str, ExactMatch], count: int) -> 
 def speeds(models: dict[str, Model], sample: Sample, rows: int) -> tuple[list[dict], dict]:
     """Prefill and decode of ``rows`` copies of one prompt, variants taking turns."""
     first = next(iter(models.values()))
-    prompt = first.processor.prompt(sample.question, sample.images)
+    prompt = sample.prompt(first.processor)
     batch = first.collate([prompt] * rows)
     timings = measure({n: (m.module, batch) for n, m in models.items()}, 16, 5)
     return summary(timings, rows, len(prompt.input_ids), 16, "w4a8")
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> int:
     add("--limit", type=int, metavar="N", help="use the first N held-out questions (default all)")
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
+    limit = Options(limit=args.limit).limit
     say = (lambda text: None) if args.json else print
     started = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ def main(argv: list[str]) -> int:
         folder = converted(args.out, name)
         models[name] = load(folder)
         sizes[name] = models[name].manifest["total_bytes"]
-    samples = read_samples(BUNDLED_HELDOUT, args.limit)
+    samples = read_samples(BUNDLED_HELDOUT, limit)
     results = {}
     for name, model in models.items():
         say(f"answering {len(samples)} held-out questions with {name} ...")

@@ -9,11 +9,13 @@ from mquant_jax.api import load
 from mquant_jax.cli_support import OK, Parser, add_no_verify, progress
 from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.runtime.generate import KV_CACHES
+from mquant_jax.runtime.options import Options
 from mquant_jax.samples import BUNDLED_HELDOUT, read_samples
 
 EPILOG = """\
 The samples are JSONL, one {"image": "cat.png", "question": "...", "answer": "..."} per line,
-pictures relative to the file. By default the held-out set bundled with the demo model is used.
+pictures relative to the file or in base64; conversations in LLaVA's form and chat "messages" are
+read, too. By default the held-out set bundled with the demo model is used.
 """
 
 
@@ -30,12 +32,18 @@ def main(argv: list[str]) -> int:
     add_no_verify(parser)
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    samples = read_samples(args.samples, args.limit)
-    result = evaluate(
-        load(args.checkpoint, kv_cache=args.kv_cache, verify=args.verify),
-        samples,
+    options = Options(
+        args.max_new_tokens,
         batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
+        limit=args.limit,
+        kv_cache=args.kv_cache,
+    )
+    samples = read_samples(args.samples, options.limit)
+    result = evaluate(
+        load(args.checkpoint, kv_cache=options.kv_cache, verify=args.verify),
+        samples,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
         progress=progress,
     )
     if args.json:

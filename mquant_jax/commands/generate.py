@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
 
 from mquant_jax.api import load
-from mquant_jax.cli_support import OK, Parser, add_no_verify
+from mquant_jax.cli_support import OK, Parser, add_no_verify, utf8
 from mquant_jax.runtime.generate import KV_CACHES
+from mquant_jax.runtime.options import Options
+from mquant_jax.runtime.sampling import Sampling
 
 EPILOG = """\
 examples:
@@ -24,7 +27,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("checkpoint", help="folder written by convert.hf_to_flax")
     add("--image", action="append", default=[], metavar="FILE", help="a picture (repeatable)")
-    add("--prompt", required=True, help="the question")
+    add("--prompt", required=True, type=utf8, help="the question")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
@@ -35,16 +38,20 @@ def main(argv: list[str]) -> int:
     add_no_verify(parser)
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    model = load(args.checkpoint, kv_cache=args.kv_cache, verify=args.verify)
+    options = Options(
+        args.max_new_tokens,
+        Sampling(args.temperature, args.top_k, args.top_p),
+        seed=args.seed,
+        kv_cache=args.kv_cache,
+    )
+    model = load(args.checkpoint, kv_cache=options.kv_cache, verify=args.verify)
     stream = None if args.json else lambda text: print(text, end="", flush=True)
     answer = model.generate(
         args.image,
         args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        key=jax.random.key(args.seed),
+        max_new_tokens=options.max_new_tokens,
+        **dataclasses.asdict(options.sampling),
+        key=jax.random.key(options.seed),
         stream=stream,
     )
     print(json.dumps({"prompt": args.prompt, "answer": answer}) if args.json else "")

@@ -17,6 +17,7 @@ from mquant_jax.ptq.pipeline import section_of
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import KV_CACHES
 from mquant_jax.runtime.memory import ACCELERATORS, checkpoint_plan
+from mquant_jax.validate import count
 
 
 def layer_paths(model, recipe: Recipe) -> list[dict]:
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> int:
         return _memory(args)
     if args.context is not None or args.batch != 1 or args.device is not None:
         raise UserError("--context, --batch and --device go with --memory")
+    points = count(args.points, "--points", least=0)
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
@@ -96,17 +98,16 @@ def main(argv: list[str]) -> int:
     for r in rows:
         forms = f"{r['one_row']} / {r['many_rows']}" if "one_row" in r else "float dot"
         print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
-    if args.points:
-        print("\n" + _points(Path(args.checkpoint), args.points))
+    if points:
+        print("\n" + _points(Path(args.checkpoint), points))
     return OK
 
 
 def _memory(args: argparse.Namespace) -> int:
-    if args.batch < 1:
-        raise UserError(f"--batch {args.batch}: expected 1 or more")
+    batch = count(args.batch, "--batch")
     devices = [args.device] if args.device else list(ACCELERATORS)
     options = {
-        "context": args.context, "batch": args.batch, "int8_cache": args.kv_cache == "int8"
+        "context": args.context, "batch": batch, "int8_cache": args.kv_cache == "int8"
     }  # fmt: skip
     plans = [checkpoint_plan(Path(args.checkpoint), device, **options) for device in devices]
     if args.json:
@@ -127,4 +128,4 @@ def _points(folder: Path, count: int) -> str:
     path = folder / REPORT
     if not path.is_file():
         raise UserError(f"{path}: no such file; only quantised checkpoints have a report")
-    return worst_points(json.loads(path.read_text()), count)
+    return worst_points(json.loads(path.read_text(encoding="utf-8")), count)

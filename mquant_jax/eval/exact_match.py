@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from mquant_jax.api import Model
-from mquant_jax.samples import Sample
+from mquant_jax.errors import UserError
+from mquant_jax.runtime.options import Options
+from mquant_jax.samples import Sample, each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +51,23 @@ def evaluate(
 
     Batches are cut from the samples sorted by prompt length, so that little is padding and few
     programs are compiled; the results come in the order of ``samples``.
+
+    Raises:
+        UserError: a bad option; no samples, or samples that cannot be made prompts, each named.
     """
-    prompts = [model.processor.prompt(s.question, s.images) for s in samples]
+    options = Options(max_new_tokens, batch_size=batch_size)
+    if not samples:
+        raise UserError("no samples to evaluate")
+    batch_size = min(options.batch_size, len(samples))
+    prompts = each(samples, lambda sample: sample.prompt(model.processor), progress)
     by_length = sorted(range(len(samples)), key=lambda i: len(prompts[i].input_ids))
     answers = [""] * len(samples)
     starts = range(0, len(samples), batch_size)
     for start in progress(starts, "answer"):
         rows = by_length[start : start + batch_size]
         # A short last batch is filled up with repeats: no second program for its size.
-        filled = [rows[i % len(rows)] for i in range(min(batch_size, len(samples)))]
-        out = model.generate_prompts([prompts[i] for i in filled], max_new_tokens)
+        filled = [rows[i % len(rows)] for i in range(batch_size)]
+        out = model.generate_prompts([prompts[i] for i in filled], options.max_new_tokens)
         for i, ids in zip(rows, out.tokens, strict=False):
             answers[i] = model.processor.decode(ids)
     correct = [a.strip() == s.answer.strip() for a, s in zip(answers, samples, strict=True)]

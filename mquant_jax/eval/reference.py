@@ -23,6 +23,7 @@ from mquant_jax.loading import Loaded, load_model
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.stack import Runner
 from mquant_jax.recipe import SECTIONS
+from mquant_jax.validate import number
 
 FLOAT_RTOL = 1e-3
 _BY_PICTURE = ("vision", "vision_pre", "vision_conv")
@@ -223,8 +224,9 @@ def verify_reference(
     """Run the comparison; see :func:`compare`, with ``ok`` added.
 
     Raises:
-        UserError: bad checkpoint or reference.
+        UserError: bad tolerance, checkpoint or reference.
     """
+    rtol = None if rtol is None else number(rtol, "--rtol", least=0)
     inputs, outputs = read_reference(reference)
     loaded = load_model(checkpoint, jnp.float32, verify=verify)
     with jax.default_matmul_precision("highest"):  # no TF32 on GPUs

@@ -39,7 +39,7 @@ class Choice:
 @functools.cache
 def table() -> dict[str, Any]:
     """The table as its file has it."""
-    return json.loads((files("mquant_jax") / TABLE).read_text())
+    return json.loads((files("mquant_jax") / TABLE).read_text(encoding="utf-8"))
 
 
 @functools.cache

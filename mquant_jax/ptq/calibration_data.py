@@ -13,7 +13,7 @@ import numpy as np
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import Batch, Processor, Prompt, bucket
 from mquant_jax.ptq.states import States
-from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, read_samples
+from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, each, read_samples
 
 CHUNK_TOKENS = 4096  # tokens or patches that run at a time
 
@@ -43,10 +43,10 @@ def load_calibration(
     samples = read_samples(path or BUNDLED_CALIBRATION, limit)
     if pictures and not any(s.images for s in samples):
         raise UserError(
-            f"{path}: no sample has a picture; a multimodal model calibrated on text alone "
-            "loses its visual accuracy, so add samples with images"
+            f"{path or BUNDLED_CALIBRATION}: no sample has a picture; a multimodal model "
+            "calibrated on text alone loses its visual accuracy, so add samples with images"
         )
-    return [keep(with_answer(s, processor)) for s in samples]
+    return each(samples, lambda sample: keep(with_answer(sample, processor)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,4 @@ def _size(prompts: Sequence[Prompt]) -> int:
 
 def with_answer(sample: Sample, processor: Processor) -> Prompt:
     """The prompt followed by its answer: decoding steps belong to what is calibrated."""
-    prompt = processor.prompt(sample.question, sample.images)
-    ids = [*prompt.input_ids, *processor.encode(sample.answer)]
-    return Prompt(ids, prompt.grids, prompt.patches)
+    return processor.continued(sample.prompt(processor), sample.answer)

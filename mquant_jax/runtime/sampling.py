@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.errors import UserError
+from mquant_jax.validate import count, number
+
+LEAST = 1e-6  # of what is divided by or compared with in float32: smaller values underflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +18,13 @@ class Sampling:
     """How the next token is drawn.
 
     Attributes:
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: 0 is greedy; otherwise (from 1e-6) logits are divided by it.
         top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches it; 1 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches it, from 1e-6; 1 keeps
+            all.
+
+    Raises:
+        UserError: a value of another type or range.
     """
 
     temperature: float = 0.0
@@ -25,12 +32,15 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
+        temperature, top_p = number(self.temperature, "temperature"), number(self.top_p, "top_p")
+        if temperature != 0 and not LEAST <= temperature <= 1 / LEAST:
+            raise UserError(f"temperature is {temperature}; expected 0 (greedy) or "
+                            f"{LEAST:g} to {1 / LEAST:g}")  # fmt: skip
+        if not LEAST <= top_p <= 1:
+            raise UserError(f"top_p is {top_p}; expected {LEAST:g} to 1 (all tokens)")
+        object.__setattr__(self, "temperature", temperature)
+        object.__setattr__(self, "top_k", count(self.top_k, "top_k", least=0))
+        object.__setattr__(self, "top_p", top_p)
 
 
 def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:

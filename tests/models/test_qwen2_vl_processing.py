@@ -209,8 +209,8 @@ def test_pictures_that_cannot_be_read(processor, tmp_path) -> None:
     for bad, message in (
         (text, "notes.txt"),
         (tmp_path / "absent.png", "absent.png"),
-        (np.zeros((4, 4, 3), np.float32), "float32"),
-        (np.zeros((4, 4), np.uint8), "uint8"),
+        (np.full((4, 4, 3), 1.5, np.float32), "float32"),
+        (np.zeros((4, 4, 2), np.uint8), "uint8"),
         (np.zeros((0, 4, 3), np.uint8), "uint8"),
         (3, "int"),
     ):

@@ -17,6 +17,7 @@ from mquant_jax.models.qwen_vl.weights import ignored, weight_rules
 from mquant_jax.models.registry import family_for
 
 from mquant_jax.errors import UserError
+from mquant_jax.nn.flow import run
 from mquant_jax.nn.params import get_params
 from mquant_jax.nn.rope import SteppedScaling, frequencies, multi_axis_angles
 from tests.family_checks import (
@@ -65,7 +66,7 @@ def test_what_the_verifier_does_not_look_at(case) -> None:
 @nnx.jit
 def pooled(tower, vision):
     """The resampler's output in front of its last norm."""
-    kv = tower.keys((tower.features(vision), vision.coords))
+    kv = tower.keys((run(tower.features(vision)), vision.coords))
     q = tower.queries(tower.query.get_value()[None])
     return tower.merger.pool((jnp.broadcast_to(q, (len(kv), *q.shape[1:])), kv, vision.valid))
 

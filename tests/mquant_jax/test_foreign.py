@@ -232,8 +232,7 @@ def test_a_byte_order_mark_is_no_matter(folder) -> None:
 
 def test_cogvlm2_without_stored_frequencies(tmp_path, capsys) -> None:
     """They are those of base 500000, in float32."""
-    from mquant_jax.checkpoint.store import load_params
-
+    from mquant_jax.checkpoint.reader import load_params
     from tests.helpers import GOLDENS
 
     src = tmp_path / "src"

@@ -1,0 +1,60 @@
+"""Prompts as they come in, made by a processor or by hand: ids and pictures that a model can run.
+
+JAX clamps indices: an id beyond the vocabulary would silently run as the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from mquant_jax.models.base import Prompt, longest
+
+from mquant_jax.errors import PromptError
+
+
+def check_prompts(prompts: Sequence[Prompt], vocab: int, placeholder: int | None = None) -> None:
+    """Refuse prompts with tokens that a model of ``vocab`` tokens does not have.
+
+    Args:
+        placeholder: the number that stands for a visual token, where it is no id.
+
+    Raises:
+        PromptError: as :func:`longest`; an id that is no integer or outside the vocabulary.
+    """
+    longest(prompts)
+    for i, prompt in enumerate(prompts):
+        check_ids(prompt.input_ids, vocab, placeholder, f"prompt {i}")
+
+
+def check_patches(prompts: Sequence[Prompt]) -> None:
+    """
+    Raises:
+        PromptError: patches that are not as many as the grids say. Without grids none are used.
+    """
+    for i, prompt in enumerate(prompts):
+        wanted = sum(math.prod(grid) for grid in prompt.grids)
+        if prompt.grids and len(prompt.patches) != wanted:
+            raise PromptError(f"prompt {i}: {len(prompt.patches)} patches, but its grids "
+                              f"{list(prompt.grids)} have {wanted}")  # fmt: skip
+
+
+def check_ids(ids: Sequence[int], vocab: int, placeholder: int | None, where: str) -> None:
+    """
+    Raises:
+        PromptError: an id that is no integer, or outside the vocabulary.
+    """
+    odd = [i for i in ids if isinstance(i, bool) or not isinstance(i, int | np.integer)]
+    if not isinstance(ids, list) or odd:
+        found = f"{odd[0]!r} in it" if odd else type(ids).__name__
+        raise PromptError(f"{where}: token ids must be a list of integers, found {found}")
+    array = np.array(ids)
+    outside = (array < 0) | (array >= vocab)
+    if placeholder is not None:
+        outside &= array != placeholder
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise PromptError(f"{where}: token {array[at]} at position {at} is outside the model's "
+                          f"vocabulary of {vocab}; the tokenizer is of another model, or has "
+                          "tokens that were added after training")  # fmt: skip
