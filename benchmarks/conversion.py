@@ -3,9 +3,9 @@
     python -m benchmarks.conversion [--model qwen2_vl-2b] [--layers 4] [--recipe w4a8] [--json]
     python -m benchmarks.conversion --source DIR [...]
 
-Without ``--source`` the source is a random checkpoint of a published model's layer shapes (see
-benchmarks/random_checkpoint.py), or with ``--model demo`` the bundled demo model. Calibration data
-is the bundled set. With ``--save`` the file is rewritten after every stage, so that a run that is
+Without ``--source`` the source is a random checkpoint of a published model's layer shapes, or with
+``--model demo`` of the demo model's (see benchmarks/random_checkpoint.py). Calibration data is the
+bundled set. With ``--save`` the file is rewritten after every stage, so that a run that is
 stopped leaves the stages it finished.
 """
 
@@ -17,25 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import add_output_options, deliver, peak_bytes, save
-from benchmarks.random_checkpoint import QWEN2_VL, write
+from benchmarks.random_checkpoint import DEMO, QWEN2_VL, write
 from mquant_jax.cli_support import OK, Parser, run_cli
 from mquant_jax.commands.bench import machine
 from mquant_jax.errors import UserError
 from mquant_jax.presets import resolve_recipe
 from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import Recipe
-from mquant_jax.samples import DEMO_ASSETS
 from mquant_jax.stages import listening
-
-DEMO = "demo"
-
-
-def source_for(model: str, layers: int, vocab: int, folder: Path) -> Path:
-    """The folder to convert: the demo model, or a random one written below ``folder``."""
-    if model == DEMO:
-        return DEMO_ASSETS / "model"
-    write(folder / "source", model, layers, vocab)
-    return folder / "source"
 
 
 def timed(source: Path, target: Path, recipe: Recipe, file: Path | None) -> dict[str, Any]:
@@ -90,7 +79,9 @@ def _run(argv: list[str]) -> int:
     recipe = resolve_recipe(args.recipe)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        source = args.source or source_for(args.model, args.layers, args.vocab, folder)
+        source = args.source or folder / "source"
+        if args.source is None:
+            write(source, args.model, args.layers, args.vocab)
         deliver(timed(source, folder / "converted", recipe, args.save), args, table)
     return OK
 

@@ -24,11 +24,15 @@ from mquant_jax.errors import UserError
 from mquant_jax.samples import DEMO_ASSETS
 
 QWEN2_VL = ("qwen2_vl-2b", "qwen2_vl-7b")
+DEMO = "demo"  # the shapes of the bundled model, which has four million parameters
 
 
 def cut_config(model: str, layers: int, vocab: int) -> dict:
-    """A published Qwen2-VL config, both towers cut to ``layers``, the vocabulary to ``vocab``."""
+    """A published Qwen2-VL config, both towers cut to ``layers``, the vocabulary to ``vocab``; the
+    demo model's as it is."""
     demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text(encoding="utf-8"))
+    if model == DEMO:
+        return demo
     ids = {k: v for k, v in demo.items() if k.endswith("token_id")}
     full = MODELS[model]
     tower = full["vision_config"] | {"depth": layers}
@@ -74,7 +78,7 @@ def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.random_checkpoint", __doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument(
-        "--model", choices=QWEN2_VL, default=QWEN2_VL[0], help="default %(default)s"
+        "--model", choices=(*QWEN2_VL, DEMO), default=QWEN2_VL[0], help="default %(default)s"
     )
     parser.add_argument("--layers", type=int, default=4, help="layers of each tower (default 4)")
     parser.add_argument("--vocab", type=int, default=151936, help="default 151936")

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -22,10 +23,12 @@ from mquant_jax.errors import PromptError
 from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.flow import EmbeddingCall, Flow, run
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.numerics import AnyArray
 from mquant_jax.recipe import Recipe
 
 
@@ -52,11 +55,11 @@ class Batch:
             hold none (AIFS, ``runtime/tokens.py``); ``None``: they stand as they were written.
     """
 
-    input_ids: jax.Array
-    order: jax.Array
-    positions: jax.Array
-    token_class: jax.Array
-    visual_index: jax.Array
+    input_ids: AnyArray
+    order: AnyArray
+    positions: AnyArray
+    token_class: AnyArray
+    visual_index: AnyArray
     vision: VisionInput | None
     visual_slots: int | None = None
 
@@ -71,6 +74,15 @@ class Batch:
         return jnp.max(self.order, axis=1) + 1
 
 
+class Config(Protocol):
+    """What the package needs of a family's config object, a frozen dataclass: the decoder's."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def language(self) -> DecoderConfig: ...
+
+
 class VLM(nnx.Module):
     """A vision module in front of a decoder. Families subclass it and name their vision module.
 
@@ -78,13 +90,13 @@ class VLM(nnx.Module):
     without pictures names none: ``vision`` stays ``None``, as in all its batches.
     """
 
-    VISION: ClassVar[Callable[..., nnx.Module] | None] = None  # (config, recipe, dtype, rngs=)
-    vision: nnx.Module | None = None
+    VISION: ClassVar[Callable[..., Any] | None] = None  # (config, recipe, dtype, rngs=)
+    vision: Any = None  # a module with ``flow(VisionInput)``
     language: Decoder
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         recipe: Recipe | None = None,
         dtype=jnp.float32,
         *,
@@ -103,7 +115,7 @@ class VLM(nnx.Module):
 
     def visual_flow(self, batch: Batch) -> Flow[jax.Array | None]:
         """The same as a flow."""
-        if batch.vision is None:
+        if batch.vision is None or self.vision is None:
             return None
         features = yield from self.vision.flow(batch.vision)
         return features.reshape(-1, features.shape[-1])
@@ -171,7 +183,7 @@ class VLM(nnx.Module):
             self.embed(batch, visual=visual), batch.positions, batch.order, classes, cache,
             fresh=fresh, **_layout(batch, batch.vision if visual is None else visual),
         )  # fmt: skip
-        # Of equals the rightmost: a masked token stands behind the real one whose order it has.
+        # Break ties to the right: a masked token shares the order of the real token before it.
         last = batch.order.shape[1] - 1 - jnp.argmax(batch.order[:, ::-1], axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         return self.language.logits(x), cache
@@ -343,6 +355,9 @@ class Processor(Protocol):
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
 
+    def vocabulary_warning(self) -> str | None:
+        """What a conversion says of a tokenizer with ids that the model does not have."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -350,8 +365,8 @@ class Family:
 
     Attributes:
         name: our name of the family.
-        config_from_hf: Hugging Face config dictionary -> the family's config object, which has a
-            field ``language: DecoderConfig``.
+        config_from_hf: Hugging Face config dictionary -> the family's :class:`Config`, which all
+            other callables here are given.
         model: the family's :class:`VLM`.
         weight_rules: ``config -> rules``.
         ignored: whether a checkpoint tensor of this name is known and not needed.
@@ -372,7 +387,7 @@ class Family:
     """
 
     name: str
-    config_from_hf: Callable[[dict], Any]
+    config_from_hf: Callable[[dict], Config]
     model: type[VLM]
     weight_rules: Callable[[Any], list[WeightRule]]
     ignored: Callable[[str], bool]
@@ -387,7 +402,7 @@ class Family:
     most_pictures: int | None = None
     videos: bool = False
 
-    def build(self, config: Any, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
+    def build(self, config: Config, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
         """The model with fresh weights."""
         return self.model(config, recipe, dtype, rngs=rngs)
 
@@ -395,13 +410,19 @@ class Family:
         """Keys of a config.json that no table names, with the paths of their objects."""
         return unknown_keys(self.config_tables(hf_config))
 
-    def processor(self, folder: Any, config: Any) -> Processor:
+    def check_processor(self, folder: Path, config: Config) -> str | None:
+        """See :func:`mquant_jax.models.trial.try_processor`."""
+        from mquant_jax.models.trial import try_processor
+
+        return try_processor(self, folder, config)
+
+    def processor(self, folder: str | Path, config: Config) -> Processor:
         """The processor of a checkpoint folder."""
         module, _, name = self.processor_class.partition(":")
         return getattr(importlib.import_module(module), name)(folder, config)
 
 
-def abstract_model(family: Family, config: Any, recipe: Recipe, dtype=jnp.float32) -> VLM:
+def abstract_model(family: Family, config: Config, recipe: Recipe, dtype=jnp.float32) -> VLM:
     """The model's structure with shapes in place of arrays: costs no memory at any size.
 
     Raises:

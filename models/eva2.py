@@ -140,9 +140,9 @@ class Adapter(nnx.Module):
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """``[N, T, conv_width]`` -> ``[N, T, hidden]``."""
         y = gelu(self.norm(self.linear_proj(self.merger_in(x, None, tap))))
-        y = self.mlp_in(y, None, tap)
-        y = jax.nn.silu(self.gate_proj(y)) * self.up_proj(y)
-        return self.down_proj(self.merger_hidden(y, None, tap))
+        h = self.mlp_in(y, None, tap)
+        hidden = jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)
+        return self.down_proj(self.merger_hidden(hidden, None, tap))
 
 
 class Ends(nnx.Module):
@@ -286,7 +286,9 @@ def collate(
         return batch
     visual = batch.input_ids == VISUAL
     index = batch.visual_index.copy()
-    index[visual] = np.arange(visual.sum())  # pictures come in the order of their placeholders
+    index[visual] = np.arange(
+        np.count_nonzero(visual)
+    )  # pictures come in the order of their placeholders
     return dataclasses.replace(
         batch,
         input_ids=np.where(visual, pad_id, batch.input_ids).astype(np.int32),

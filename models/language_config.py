@@ -59,7 +59,7 @@ def decoder_fields(
     }
 
 
-_PARTIAL = {"partial_rotary_factor": Refused((1, 1.0))}
+_PARTIAL: dict[str, Any] = {"partial_rotary_factor": Refused((1, 1.0))}
 _WINDOWED = {
     "use_sliding_window": flag(False),
     "layer_types": items(text(), None, null=True),

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -31,7 +32,8 @@ def keep_compiled_programs() -> None:
 
     A folder that cannot be made leaves it off: programs compile as they would without it.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config  # its attributes are made at run time
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     try:
         folder = default_folder()

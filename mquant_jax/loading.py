@@ -22,7 +22,7 @@ from mquant_jax.checkpoint.reader import (
 )
 from mquant_jax.checkpoint.tensor_file import Entry
 from mquant_jax.errors import CheckpointError
-from mquant_jax.models.base import VLM, Family, abstract_model
+from mquant_jax.models.base import VLM, Config, Family, abstract_model
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import (
     STACK,
@@ -46,7 +46,7 @@ class Loaded(NamedTuple):
     Hugging Face config."""
 
     model: VLM
-    config: Any
+    config: Config
     manifest: dict[str, Any]
     family: Family
     hf_config: dict[str, Any]
@@ -94,7 +94,9 @@ def load_model(
     return Loaded(model, config, manifest, family, hf_config)
 
 
-def describe(folder: Path, manifest: dict[str, Any]) -> tuple[Family, Any, Recipe, dict[str, Any]]:
+def describe(
+    folder: Path, manifest: dict[str, Any]
+) -> tuple[Family, Config, Recipe, dict[str, Any]]:
     """Family, config, recipe and Hugging Face config of a checkpoint folder.
 
     Raises:

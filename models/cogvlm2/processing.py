@@ -67,7 +67,7 @@ def _types(batch: Batch) -> np.ndarray:
 
 def _routed(batch: Batch, places: np.ndarray) -> Batch:
     """The batch with these positions; the last vector of a run is the language expert's."""
-    visual = batch.visual_index >= 0
+    visual = np.asarray(batch.visual_index) >= 0
     followed = _shifted(visual.astype(np.int32), -1) == 1
     classes = np.where(visual & ~followed, TEXT_TYPE, batch.token_class)
     return dataclasses.replace(

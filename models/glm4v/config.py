@@ -77,6 +77,17 @@ class GLM4VConfig:
     boi: int | None = None
     eoi: int | None = None
 
+    @property
+    def tower(self) -> EVA2Config:
+        """The vision module's config.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.vision is None:
+            raise ValueError("this is a language model without a vision part")
+        return self.vision
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> GLM4VConfig:
         """Read a config.json.

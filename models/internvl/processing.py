@@ -45,7 +45,9 @@ def collate(
         return batch
     visual = (batch.order >= 0) & (batch.input_ids == image_token)
     index = batch.visual_index.copy()
-    index[visual] = np.arange(visual.sum())  # tiles come in the order of their placeholders
+    index[visual] = np.arange(
+        np.count_nonzero(visual)
+    )  # tiles come in the order of their placeholders
     return dataclasses.replace(
         batch,
         token_class=np.where(visual, 1, batch.token_class).astype(np.int32),

@@ -88,7 +88,9 @@ def collate(config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | Non
     real, visual = batch.input_ids != MASKED, batch.input_ids == VISUAL
     order = np.cumsum(real, axis=1, dtype=np.int32) - 1
     index = batch.visual_index.copy()
-    index[visual] = np.arange(visual.sum())  # slices come in the order of their placeholders
+    index[visual] = np.arange(
+        np.count_nonzero(visual)
+    )  # slices come in the order of their placeholders
     sizes = [grid[1:] for p in prompts for grid in p.grids]
     vision = None
     if sizes:
@@ -147,7 +149,7 @@ def example_prompt(config: MiniCPMVConfig, text_tokens: int, side: int) -> Promp
         return Prompt(text, [], np.zeros((0, config.vision.patch_dim), np.float32))
     p = config.patch_size
     whole, grid, size = Slicing(config.scale_size, p, config.max_slices).plan(side, side)
-    sizes = [whole] + ([size] * (grid[0] * grid[1]) if grid else [])
+    sizes = [whole] + ([size] * (grid[0] * grid[1]) if grid and size else [])
     grids = [(1, h // p, w // p) for w, h in sizes]
     total = sum(h * w for _, h, w in grids)
     patches = rng.standard_normal((total, config.vision.patch_dim), np.float32)

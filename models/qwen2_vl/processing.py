@@ -139,11 +139,11 @@ def reference_prompts(inputs: dict[str, Any], config: Qwen2VLConfig) -> Iterator
         config.video_token_id: ("pixel_values_videos", "video_grid_thw"),
     }
     queues = {}
-    for token, (pixels, grid) in kinds.items():
+    for token, (pixels, shapes) in kinds.items():
         if pixels in inputs:
-            sizes = np.prod(inputs[grid], axis=1)
+            sizes = np.prod(inputs[shapes], axis=1)
             parts = np.split(inputs[pixels], np.cumsum(sizes)[:-1])
-            grids = [tuple(map(int, g)) for g in inputs[grid]]
+            grids = [(int(t), int(h), int(w)) for t, h, w in inputs[shapes]]
             queues[token] = iter(list(zip(grids, parts, strict=True)))
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         ids = ids[mask == 1].tolist()

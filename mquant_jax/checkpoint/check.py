@@ -24,7 +24,7 @@ from mquant_jax.checkpoint.tensor_file import Entry
 from mquant_jax.cli_support import warn
 from mquant_jax.errors import CheckpointError, UserError
 from mquant_jax.loading import check_tensors, describe, held_bytes, load_model
-from mquant_jax.models.base import VLM, Batch, Family, Processor, abstract_model
+from mquant_jax.models.base import VLM, Batch, Config, Family, Processor, abstract_model
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.numerics import QWeight
 
@@ -121,7 +121,7 @@ class _Values:
 
 
 def check_result(
-    folder: Path, family: Family, config: Any, processor: Processor | None = None
+    folder: Path, family: Family, config: Config, processor: Processor | None = None
 ) -> None:
     """Read a checkpoint back and have it generate one token.
 

@@ -128,7 +128,7 @@ def load_params(folder: str | Path, verify: Verify = True) -> tuple[Params, dict
     return params, manifest
 
 
-def put_rows(out: np.ndarray, row: int, block: np.ndarray) -> None:
+def put_rows(out: Any, row: int, block: np.ndarray) -> None:
     """Put a block of rows (or a scalar) in its place, converted to the type of ``out``."""
     if block.ndim:
         out[row : row + len(block)] = block
@@ -222,7 +222,7 @@ def stored_names(name: str, entry: Mapping[str, Any]) -> list[str]:
     return [f"{name}/{VALUES}", f"{name}/{SCALE}"] if "bits" in entry else [name]
 
 
-def _assembled(name: str, entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+def _assembled(name: str, entry: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
     values, *scale = (arrays[stored] for stored in stored_names(name, entry))
     if not scale:
         return values

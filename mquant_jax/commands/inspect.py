@@ -81,11 +81,11 @@ def main(argv: list[str]) -> int:
     add_no_verify(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
+    points = count(args.points, "--points", least=0)
     if args.memory:
         return _memory(args)
     if args.context is not None or args.batch != 1 or args.device is not None:
         raise UserError("--context, --batch and --device go with --memory")
-    points = count(args.points, "--points", least=0)
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
@@ -104,10 +104,10 @@ def main(argv: list[str]) -> int:
 
 
 def _memory(args: argparse.Namespace) -> int:
-    batch = count(args.batch, "--batch")
+    count(args.batch, "--batch")
     devices = [args.device] if args.device else list(ACCELERATORS)
     options = {
-        "context": args.context, "batch": batch, "int8_cache": args.kv_cache == "int8"
+        "context": args.context, "batch": args.batch, "int8_cache": args.kv_cache == "int8"
     }  # fmt: skip
     plans = [checkpoint_plan(Path(args.checkpoint), device, **options) for device in devices]
     if args.json:

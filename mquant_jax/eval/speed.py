@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mquant_jax.models.base import VLM, Batch, Family, abstract_model, bucket
+from mquant_jax.models.base import VLM, Batch, Config, Family, abstract_model, bucket
 from mquant_jax.nn.params import Params, abstract_params, get_params, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.recipe import Recipe
@@ -26,7 +26,7 @@ from mquant_jax.runtime.sampling import Sampling
 NEVER_STOP = (-1,)
 
 
-def float_twin(family: Family, config: Any, module: VLM, dtype) -> VLM:
+def float_twin(family: Family, config: Config, module: VLM, dtype) -> VLM:
     """A float model of the same layer shapes: the baseline that ``module`` is timed against.
 
     It has the original structure, without online rotations, so a rotated checkpoint is compared
@@ -76,7 +76,7 @@ class Greedy:
         """Memory that :meth:`prefill` holds: weights, prompts, cache, and what is in between, by
         XLA's analysis of the compiled program."""
         args, static = self._start(batch)
-        m = self.generator.start.lower(*args, **static).compile().memory_analysis()
+        m: Any = self.generator.start.lower(*args, **static).compile().memory_analysis()
         return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
 
     def _start(self, batch: Batch) -> tuple[tuple, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import multi_axis_angles, slot_positions
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, scan_layers, stack_layers
-from mquant_jax.numerics import QWeight
+from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.recipe import Section
 
 
@@ -48,10 +49,10 @@ class Decoder(nnx.Module):
     ):
         self.cfg, self.dtype = cfg, place.dtype
         table = jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.hidden_size)) * 0.02
-        table = table.astype(place.dtype)
+        own: Any = table.astype(place.dtype)
         if cfg.tied_head and head.quantised:
-            table = empty_qweight(cfg.vocab_size, cfg.hidden_size, head)
-        self.embedding = nnx.Param(table)
+            own = empty_qweight(cfg.vocab_size, cfg.hidden_size, head)
+        self.embedding = nnx.Param(own)
         block = ExpertBlock if cfg.visual_expert else DecoderBlock
         self.layers = stack_layers(lambda r: block(cfg, place, rngs=r), cfg.num_layers, rngs)
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
@@ -64,7 +65,7 @@ class Decoder(nnx.Module):
                 rngs=rngs,
             )  # fmt: skip
 
-    def embed(self, ids: jax.Array) -> jax.Array:
+    def embed(self, ids: AnyArray) -> jax.Array:
         """int32 ``[B, T]`` -> ``[B, T, hidden]``."""
         table = self.embedding.get_value()
         if isinstance(table, QWeight):
@@ -82,10 +83,10 @@ class Decoder(nnx.Module):
         """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``."""
         return run(self.logits_flow(x))
 
-    def logits_flow(self, x: jax.Array, classes: jax.Array | None = None) -> Flow[jax.Array]:
+    def logits_flow(self, x: jax.Array, classes: AnyArray | None = None) -> Flow[jax.Array]:
         """The same as a flow.
 
-        A tied table that is quantised is quantised once, for lookup and head alike.
+        A quantised tied table is one array, used for lookup and head.
         """
         h = yield ModuleCall("language/head_in", self.head_in, self.norm(x), classes)
         kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()

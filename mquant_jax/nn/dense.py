@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -48,7 +50,7 @@ class SplitColumn(nnx.Module):
 
     def __init__(self, out_features: int, bits: int):
         self.index = nnx.Param(jnp.zeros((), jnp.int32))
-        column = jnp.zeros((1, out_features), jnp.float32)
+        column: Any = jnp.zeros((1, out_features), jnp.float32)
         if bits < 16:
             column = empty_qweight(1, out_features, Section(bits))
         self.column = nnx.Param(column)

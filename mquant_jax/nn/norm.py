@@ -28,8 +28,8 @@ class RMSNorm(nnx.Module):
     def into(
         self, point: ActQuant, x: jax.Array, token_class: jax.Array | None, tap: Tap | None
     ) -> jax.Array | QTensor:
-        """The same ``[..., T, K]``, by a kernel that quantises in the stead of the point behind it
-        where there is one and it may."""
+        """The normed ``[..., T, K]``, quantised in place of the point that follows where a kernel
+        exists and the point's scale is known."""
         rows = x.size // x.shape[-1]
         kernels = platform() == "tpu" and not early_tpu() and x.dtype == jnp.bfloat16
         scale = point.known_scale(token_class, tap)

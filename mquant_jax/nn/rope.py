@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.numerics import AnyArray
 from mquant_jax.ops.attention_xla import turned
 from mquant_jax.ops.dense import platform
 
@@ -106,7 +107,7 @@ class DynamicScaling:
         growth = self.factor * length / self.original - (self.factor - 1)
         growth = jnp.maximum(growth, 1.0) ** (dim / (dim - 2))
         slots = np.arange(0, dim, 2, dtype=np.float32) / dim
-        return frequencies(dim, theta) * growth**-slots
+        return jnp.asarray(frequencies(dim, theta)) * growth**-slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +166,7 @@ def multi_axis_angles(
         float32 ``[B, T, dim/2]``.
     """
     per_slot = slot_positions(positions, sections)
+    freq: AnyArray
     if isinstance(scaling, DynamicScaling):
         freq = scaling(jnp.max(positions) + 1, dim, theta)
     elif isinstance(scaling, SteppedScaling):
@@ -181,7 +183,7 @@ def slot_positions(positions: jax.Array, sections: tuple[int, ...]) -> jax.Array
     return jnp.moveaxis(positions.astype(jnp.float32)[stream], 0, -1)
 
 
-def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:
+def grid_angles(coords: AnyArray, dim: int, theta: float) -> jax.Array:
     """Angles of a vision tower's 2-D rope.
 
     Args:

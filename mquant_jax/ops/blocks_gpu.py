@@ -1,4 +1,4 @@
-"""How the kernels for NVIDIA GPUs look at parts of arrays: blocks that may reach over an edge."""
+"""Masked loads and stores of the NVIDIA GPU kernels, whose blocks may cross an array's edge."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ def within(start, count: int, end: int) -> jax.Array | None:
 
 def sides(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int]):
     """Mask of a block from those of its sides; ``None``: all of it."""
-    if row is None and column is None:
-        return None
-    if column is None:
-        return jnp.broadcast_to(row[:, None], shape)
-    mask = jnp.broadcast_to(column[None, :], shape)
-    return mask if row is None else mask & jnp.broadcast_to(row[:, None], shape)
+    by_row = None if row is None else jnp.broadcast_to(row[:, None], shape)
+    by_column = None if column is None else jnp.broadcast_to(column[None, :], shape)
+    if by_row is None or by_column is None:
+        return by_column if by_row is None else by_row
+    return by_column & by_row
 
 
 def load(ref, mask: jax.Array | None) -> jax.Array:

@@ -1,8 +1,8 @@
 """Attention of one token per prompt to the cache, as a Pallas kernel for NVIDIA GPUs.
 
-Keys and values are read where they lie in the cache of all layers, and no further than the last one
-that is seen. The slots are split between blocks, as there are too few heads to fill a chip; what
-the blocks find is put together behind the kernel (Flash-Decoding, Dao et al. 2023).
+Keys and values are read from the cache of all layers, up to the last visible slot. Blocks split the
+slots, because there are too few heads to fill a chip; their results are combined after the kernel
+(Flash-Decoding, Dao et al. 2023).
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ def attend_one(
     Returns:
         ``[B, heads * d]`` in ``q.dtype``.
     """
-    narrow = isinstance(k, QTensor)
-    operands = [k.values, v.values] if narrow else [k, v]
+    stores = (k, v)
+    operands = [x.values if isinstance(x, QTensor) else x for x in stores]
+    scales = [x.scale for x in stores if isinstance(x, QTensor)]
+    narrow = bool(scales)
     (b, heads, d), (_, _, kv_heads, s, _) = q.shape, operands[1].shape
-    if narrow:
-        operands += [x.scale.reshape(-1, b, kv_heads, s) for x in (k, v)]
+    operands += [scale.reshape(-1, b, kv_heads, s) for scale in scales]
     group = heads // kv_heads
     rows = max(LEAST, 1 << (group - 1).bit_length())
     q = jnp.pad(q.reshape(b, kv_heads, group, d), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
@@ -93,6 +94,7 @@ def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float
     s = v_ref.shape[3]
     split, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     layer, steps = layer_ref[0], pl.cdiv(end_ref[row], KEYS)
+    sizes = [size for _, size in parts(d)]
     columns = [pl.ds(*part) for part in parts(d)]
     q = [plgpu.load(q_ref.at[row, head, :, at]) for at in columns]
 
@@ -101,8 +103,8 @@ def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float
         start = (split + i * splits) * KEYS
         at_k, some = pl.ds(start, KEYS), within(start, KEYS, s)
         logits = jnp.zeros((rows, KEYS), jnp.float32)
-        for own, at in zip(q, columns, strict=True):
-            k = load(k_ref.at[layer, row, head, at, at_k], sides(None, some, (at.size, KEYS)))
+        for own, at, size in zip(q, columns, sizes, strict=True):
+            k = load(k_ref.at[layer, row, head, at, at_k], sides(None, some, (size, KEYS)))
             logits += jnp.dot(own, k.astype(own.dtype), preferred_element_type=jnp.float32)
         if narrow:
             logits *= load(scales[0].at[layer, row, head, at_k], some)[None, :]
@@ -114,14 +116,14 @@ def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float
         if narrow:
             weights *= load(scales[1].at[layer, row, head, at_k], some)[None, :]
         weights, new = weights.astype(q_ref.dtype), []
-        for old, at in zip(sums, columns, strict=True):
-            v = load(v_ref.at[layer, row, head, at_k, at], sides(some, None, (KEYS, at.size)))
+        for old, at, size in zip(sums, columns, sizes, strict=True):
+            v = load(v_ref.at[layer, row, head, at_k, at], sides(some, None, (KEYS, size)))
             part = jnp.dot(weights, v.astype(weights.dtype), preferred_element_type=jnp.float32)
             new.append(old * fade[:, None] + part)
         return tuple(new), higher, total
 
     start = (
-        tuple(jnp.zeros((rows, at.size), jnp.float32) for at in columns),
+        tuple(jnp.zeros((rows, size), jnp.float32) for size in sizes),
         jnp.full((rows,), NEVER, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
     )

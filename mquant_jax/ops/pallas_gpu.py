@@ -198,8 +198,8 @@ def _sum(layer_ref, x_ref, w_ref, n, m, first, last, k: int, blocks: Blocks, int
 
 def _whole(*refs, names: tuple[str, ...], k: int, blocks: Blocks, interpret: bool) -> None:
     """One block of :func:`matmul`."""
-    *refs, y_ref = refs
-    ref = dict(zip(names, refs, strict=True))
+    *inputs, y_ref = refs
+    ref = dict(zip(names, inputs, strict=True))
     rows, out = y_ref.shape
     n, m = pl.program_id(0) * blocks.out, pl.program_id(1) * blocks.rows
     total = _sum(

@@ -26,8 +26,8 @@ def rotate(
 ) -> jax.Array:
     """``x @ (H_outer (x) H_128) / sqrt(n)``, then int8 by ``scale`` if there is one.
 
-    XLA needs a change of layout before, between and behind the two small products; in rows of a
-    block the one between is a strided read, and the others fall away.
+    XLA changes the layout before, between and after the two small products. On rows of a block, the
+    change between them is a strided read, and the others are not needed.
 
     Args:
         x: bfloat16 ``[rows, inputs]``, ``inputs`` a multiple of 128 up to ``n = 128 * outer``; what

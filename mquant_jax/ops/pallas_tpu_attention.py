@@ -71,7 +71,8 @@ def plan(tokens: int, heads: int, kv_heads: int, d: int, ordered: bool) -> Plan 
     """The cut for a self-attention of ``tokens`` rows; ``None`` if it takes too much memory.
 
     Args:
-        ordered: many keys stand behind the queries, and small blocks leave more of them out.
+        ordered: tokens are in sequence order. Many keys then follow their queries, and smaller
+            blocks skip more of them.
     """
     g = heads // kv_heads
     fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * d % LANES == 0]
@@ -110,7 +111,7 @@ def attend_rows(
             ``k`` are turned, as two halves.
         gain: float32 ``[B, T]``, factor on the turned queries.
         scale: float32, one number or ``[B, T, 1]``; the result becomes int8 by it.
-        ordered: keys stand in their order. The cost estimate then counts what will be skipped.
+        ordered: keys are in sequence order. The cost estimate then leaves out skipped blocks.
         interpret: run without a TPU.
 
     Returns:
@@ -198,8 +199,8 @@ def _padded_column(x: jax.Array, cut: Plan) -> jax.Array:
 
 
 def _tables(angles: jax.Array, cut: Plan) -> list[jax.Array]:
-    """Cosines and sines per channel, for queries and for keys; and what exchanges the halves, with
-    the sign of the sine. No layer has a part in them, so that they are made once for all."""
+    """Cosines and sines per channel, for queries and for keys; and the matrix that swaps the
+    halves, with the sign of the sine. They do not depend on the layer and are computed once."""
     half = angles.shape[-1]
     rest = cut.d - 2 * half
     pad = ((0, 0), (0, cut.rows - angles.shape[1]), (0, rest))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,13 +62,13 @@ def rotate(
 
 
 def _row(x_ref, right_ref, left_ref, *refs) -> None:
-    """One row; the last of ``refs`` is the result, before it may stand the scale."""
+    """One row. The last of ``refs`` is the result; the scale, if there is one, precedes it."""
     *scale_ref, out_ref = refs
     row, right = pl.program_id(0), right_ref[...]
     blocks = parts(left_ref.shape[0])
 
-    def at(start: int, size: int) -> pl.Slice:
-        """A slice that may reach behind the end, which those of known start may not."""
+    def at(start: int, size: int) -> Any:
+        """A slice that may reach past the end, which a slice with a constant start may not."""
         return pl.ds(row * 0 + start, size)
 
     def some(start: int, size: int, end: int) -> jax.Array:

@@ -7,6 +7,7 @@ the byte dot-product instructions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -42,7 +43,7 @@ def int_dot(
     """
     w = w if w.storage in ("int4", "parts") else w.unpacked()
     if w.groups == 1:
-        acc = sum(product(*run) for run in _runs(x.values, w))
+        acc = functools.reduce(jnp.add, (product(*run) for run in _runs(x.values, w)))
         return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
     rows, size = x.values.shape[0], w.in_features // w.groups
     if rows >= MANY_ROWS:
@@ -79,8 +80,8 @@ def padded_int_dot(x: QTensor, w: QWeight) -> jax.Array:
 
 
 def paired(x: jax.Array, w: QWeight) -> tuple[jax.Array, jax.Array]:
-    """``x [rows, in]`` and packed weights as int4, both with columns ``j`` and ``j + half`` side by
-    side: the order in which a byte has them, so that the weights are not touched.
+    """``x [rows, in]`` and packed weights as int4, both with columns ``j`` and ``j + half``
+    adjacent: the order within a byte, so that the weights need no rearrangement.
 
     Returns:
         ``[rows, 2 * half]`` and int4 ``[out, 2 * half]``.
@@ -93,7 +94,7 @@ def paired(x: jax.Array, w: QWeight) -> tuple[jax.Array, jax.Array]:
 
 def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
     """:func:`int_dot` of packed weights with one scale per channel, which XLA's GPU backend
-    converts inside the product; of a single row it does so only by halves, in two products."""
+    converts inside the product. For a single row it does so only when each half is a product."""
     if x.values.shape[0] == 1:
         half = w.values.shape[1]
         low, high = (w.values << 4).astype(jnp.int8) >> 4, w.values.astype(jnp.int8) >> 4
@@ -106,7 +107,7 @@ def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
 
 
 def packed_weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
-    """:func:`weight_only_dot` of packed weights with one scale per channel, likewise."""
+    """:func:`weight_only_dot` of packed weights with one scale per channel."""
     x, weights = paired(x, w)
     y = jax.lax.dot_general(
         x, weights.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32
@@ -129,10 +130,11 @@ def _float_sums(x: jax.Array, w: QWeight) -> jax.Array:
     """Float ``[rows, in]`` by the integers of a weight, which are exact in any float type ->
     float32."""
     w = w if w.storage == "parts" else w.unpacked()
-    return sum(
+    parts = (
         jax.lax.dot_general(a, b.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32)
         for a, b in _runs(x, w)
     )
+    return functools.reduce(jnp.add, parts)
 
 
 def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:

@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import Batch, Processor, Prompt, bucket
-from mquant_jax.ptq.states import States
+from mquant_jax.ptq.states import States, loaded
 from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, each, read_samples
 
 CHUNK_TOKENS = 4096  # tokens or patches that run at a time
@@ -81,17 +82,18 @@ def calibration_chunks(
     whole = states.spool()
 
     def keep(prompt: Prompt) -> Prompt:
-        return dataclasses.replace(prompt, patches=whole.append(prompt.patches))
+        stored: Any = whole.append(prompt.patches)  # loaded again batch by batch
+        return dataclasses.replace(prompt, patches=stored)
 
     prompts = load_calibration(path, processor, limit, pictures, keep)
     packed, digest, batches, tokens = states.spool(), hashlib.sha256(), [], 0
     for group in grouped(prompts):
-        group = [dataclasses.replace(p, patches=p.patches.load()) for p in group]
+        group = [dataclasses.replace(p, patches=loaded(p.patches)) for p in group]
         batch = processor.collate(group, pad_to=bucket(max(len(p.input_ids) for p in group), 64))
         for leaf in jax.tree.leaves(batch):
             digest.update(np.ascontiguousarray(leaf).data)
         if batch.vision is not None:
-            stored = packed.append(batch.vision.patches)
+            stored: Any = packed.append(batch.vision.patches)
             vision = dataclasses.replace(batch.vision, patches=stored)
             batch = dataclasses.replace(batch, vision=vision)
         batches.append(batch)

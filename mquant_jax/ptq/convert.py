@@ -20,7 +20,7 @@ from mquant_jax.checkpoint.workspace import Workspace, workspace
 from mquant_jax.checkpoint.writer import CheckpointWriter, by_part
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Family, abstract_model
+from mquant_jax.models.base import Config, Family, abstract_model
 from mquant_jax.models.registry import family_for
 from mquant_jax.ptq.calibration_data import Chunks, calibration_chunks
 from mquant_jax.ptq.ledger import JournalLedger
@@ -66,6 +66,8 @@ def convert(
     todo = plan(family, config, reader)
     _check_recipe(family, todo, recipe)
     check_ties(config, todo, reader)
+    if warning := family.check_processor(reader.folder, todo.config):
+        warn(warning)
     ledger: JournalLedger | None = None
 
     def worth_keeping() -> bool:
@@ -145,7 +147,7 @@ def _fill(
     return manifest
 
 
-def read_config(family: Family, reader: Reader) -> Any:
+def read_config(family: Family, reader: Reader) -> Config:
     """The family's config object; keys that are not known are named in a warning.
 
     Raises:
@@ -171,7 +173,7 @@ def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name!r} does not fit this model: {e}") from e
 
 
-def check_ties(config: Any, todo: Plan, reader: Reader) -> None:
+def check_ties(config: Config, todo: Plan, reader: Reader) -> None:
     """Config and checkpoint agree on whether the head is the embedding.
 
     Args:

@@ -19,7 +19,7 @@ from flax import nnx
 from mquant_jax.checkpoint.writer import Rows, by_part
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy, Tensors, lazy
-from mquant_jax.models.base import VLM, Batch, Family, abstract_model
+from mquant_jax.models.base import VLM, Batch, Config, Family, abstract_model
 from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.numerics import QWeight
@@ -53,7 +53,7 @@ def section_of(name: str, recipe: Recipe) -> Section:
 
 def quantize_params(
     family: Family,
-    config: Any,
+    config: Config,
     recipe: Recipe,
     params: Mapping[str, Any],
     batches: Batches | None = None,
@@ -81,7 +81,7 @@ def quantize_params(
 
 
 def looked(
-    family: Family, config: Any, recipe: Recipe, params: Mapping[str, Any], batches: Batches
+    family: Family, config: Config, recipe: Recipe, params: Mapping[str, Any], batches: Batches
 ) -> Statistics:
     """What the float model that ``recipe`` describes shows at its points, columns and all."""
     seen = Statistics(columns=True)
@@ -117,7 +117,7 @@ class Conversion:
     def __init__(
         self,
         family: Family,
-        config: Any,
+        config: Config,
         recipe: Recipe,
         params: Mapping[str, Any],
         batches: Batches | None = None,
@@ -279,7 +279,7 @@ def sink_rule(positions: list[int], ids: list[int]) -> Params:
     }
 
 
-def abstract_float(family: Family, config: Any, recipe: Recipe) -> VLM:
+def abstract_float(family: Family, config: Config, recipe: Recipe) -> VLM:
     """The structure of the unquantised model, rotated and with a prefix if the recipe says so."""
     kept = ("rotate", "orthogonal", "online_signs", "online_reads", "seed", "prefix_sinks")
     model = abstract_model(family, config, Recipe(**{k: getattr(recipe, k) for k in kept}))
@@ -288,7 +288,7 @@ def abstract_float(family: Family, config: Any, recipe: Recipe) -> VLM:
     return model
 
 
-def float_model(family: Family, config: Any, recipe: Recipe, params: Mapping[str, Any]) -> VLM:
+def float_model(family: Family, config: Config, recipe: Recipe, params: Mapping[str, Any]) -> VLM:
     """The unquantised model in float32, whole; ``params`` stays."""
     model = abstract_float(family, config, recipe)
     tensors = of_recipe(recipe, params)
@@ -306,7 +306,7 @@ def without_prefix(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, prefix_sinks=0)
 
 
-def untied(config: Any, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def untied(config: Config, params: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
     """The same model with a head of its own.
 
     A rotation needs it: the final norm's weight goes into the head and not into the embedding.

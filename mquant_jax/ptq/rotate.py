@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def _factors(r: Rotation) -> tuple[np.ndarray, np.ndarray]:
     return hadamard(r.outer).T.astype(np.float64), hadamard(r.inner) * scale
 
 
-def expand(pattern: str, params: Params) -> Iterator[str]:
+def expand(pattern: str, params: Mapping[str, Any]) -> Iterator[str]:
     """Paths that a pattern stands for: ``*`` is every layer number."""
     if "*" not in pattern:
         yield pattern
@@ -111,7 +112,7 @@ def expand(pattern: str, params: Params) -> Iterator[str]:
         i += 1
 
 
-def norms_of(read: Read, params: Params) -> Iterator[str]:
+def norms_of(read: Read, params: Mapping[str, Any]) -> Iterator[str]:
     """The norms that a read stands for; none where the stream is read as it is."""
     return expand(read.norm, params) if read.norm is not None else iter(())
 
@@ -132,9 +133,11 @@ def _absorb(p: Params, gain: Gain) -> None:
     """Move a layer scale into the layer that writes."""
     for writer in expand(gain.writer, p):
         vector = np.asarray(p.pop(_beside(gain.vector, writer)).load(), np.float64)
-        p[f"{writer}/kernel"] = changed(p[f"{writer}/kernel"], lambda w, v=vector: w * v[:, None])
+        p[f"{writer}/kernel"] = changed(
+            p[f"{writer}/kernel"], partial(np.multiply, vector[:, None])
+        )
         if f"{writer}/bias" in p:
-            p[f"{writer}/bias"] = changed(p[f"{writer}/bias"], lambda b, v=vector: b * v)
+            p[f"{writer}/bias"] = changed(p[f"{writer}/bias"], partial(np.multiply, vector))
 
 
 def _fuse(p: Params, norm: str, read: Read) -> None:
@@ -151,7 +154,7 @@ def _fuse(p: Params, norm: str, read: Read) -> None:
             moved = np.tile(shift.load().astype(np.float64), times_each)
             p[f"{reader}/bias"] = shifted(p.get(f"{reader}/bias"), kernel, moved)
         gains = np.tile(gain, times_each)
-        p[f"{reader}/kernel"] = changed_rows(kernel, lambda w, g=gains: w * g)
+        p[f"{reader}/kernel"] = changed_rows(kernel, partial(np.multiply, gains))
     p[f"{norm}/weight"] = Lazy.of(np.ones(len(gain), np.float32))
 
 

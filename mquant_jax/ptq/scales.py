@@ -69,7 +69,7 @@ def choose_clip(
         return percentile_clip(hist)
     if observer == "mse":
         return mse_clip(hist)
-    if observer == "output" and gram is not None:
+    if observer == "output" and rows is not None and gram is not None:
         return output_clip(hist, rows, gram)
     return hist.amax
 

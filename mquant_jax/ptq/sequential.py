@@ -9,6 +9,7 @@ next.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ class Work:
     """
 
     part: Part
-    target: nnx.Module | None
+    target: Any
     twin: tuple[Any, Any] | None = None
     known: dict[str, Spool] = dataclasses.field(default_factory=dict)
     made: Params = dataclasses.field(default_factory=dict)
@@ -114,7 +115,8 @@ class Quantiser:
     def visit(self, part: Part):
         if part.name == LAST:  # a point on its own: its reader, the head, is handled elsewhere
             self._work = Work(dataclasses.replace(part, name="language"), None)
-            self._point(self._work, part.module.name, ())
+            point: Any = part.module
+            self._point(self._work, point.name, ())
             return outputs(part.module, part.inputs), None
         self._work = work = Work(part, self._target(part.name))
         if part.twin is not None:
@@ -122,18 +124,22 @@ class Quantiser:
         section = self.section_of(f"{part.name}/", self.recipe)
         quantised = part.module
         if section.quantised or section.activations != "none":
-            for point, readers in part.module.POINTS.items():
-                self._point(work, point, readers)
+            module: Any = part.module
+            for name, readers in module.POINTS.items():
+                self._point(work, name, readers)
             quantised = self._quantised(work)
         for spool in work.known.values():
             spool.clear()
         twin = None
         if part.twin is not None:
-            twin = outputs(nnx.merge(*work.twin), part.twin)
+            assert work.twin is not None, "copied above, before anything was rounded"
+            graphdef, state = work.twin
+            twin = outputs(nnx.merge(graphdef, state), part.twin)
         return outputs(quantised, part.inputs), twin
 
     def record(self, name: str) -> dict[str, Any]:
         work, self._work = self._work, None
+        assert work is not None, "a part is visited before it is recorded"
         tensors = self._tensors(work)
         record = self.sink(part_of(next(iter(tensors), name)), tensors)
         record |= {"report": work.report, "names": list(tensors)}
@@ -145,7 +151,7 @@ class Quantiser:
         for kind, entries in record["report"].items():
             self.report[kind].update(entries)
 
-    def _target(self, name: str) -> nnx.Module:
+    def _target(self, name: str) -> Any:
         """The abstract quantised form of a part."""
         stack, _, number = name.rpartition("/")
         return block_of(find(self.target, stack)) if number.isdigit() else find(self.target, name)
@@ -240,7 +246,7 @@ class Quantiser:
         """
         observer, gram = self.recipe.calibration.observer, None
         if observer == "output" and weights:
-            gram = sum(w.T @ w for w in weights)
+            gram = functools.reduce(jnp.add, (w.T @ w for w in weights))
         groups = self.class_groups(path)
         shown = any((np.asarray(c) == VISUAL).any() for c in work.part.classes)
         if self.multimodal and (VISUAL,) in groups and not shown:
@@ -252,8 +258,8 @@ class Quantiser:
         for group in groups:
             hist = Histogram.merged([seen.hists[c] for c in group])
             if not hist.empty:
-                rows = [r for c in group if (r := seen.samples[c].rows) is not None]
-                rows = np.concatenate(rows) if gram is not None else None
+                sampled = [r for c in group if (r := seen.samples[c].rows) is not None]
+                rows = np.concatenate(sampled) if gram is not None else None
                 clip = self.recipe.calibration.headroom * choose_clip(hist, observer, rows, gram)
                 clips |= dict.fromkeys(group, clip)
         if not clips:
@@ -308,7 +314,7 @@ class Quantiser:
     def _accumulate(self, work: Work, point: str, n: int, seen: Seen, value, weight) -> None:
         """Add one chunk to the Hessian, and to what the float model's inputs differ by."""
         options, twin = self.recipe.weights, None
-        if work.twin is not None:
+        if work.twin is not None and work.part.twin is not None:
             graphdef, state = work.twin
             twin = tapped(graphdef, point, state, {}, *work.part.twin[n])
         value = twin if options.inputs == "float" else value

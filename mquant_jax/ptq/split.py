@@ -25,13 +25,13 @@ class SplitWeight:
 
     Attributes:
         q: the weight; its split channel is zero.
-        index: int32 ``[]``.
+        index: int32 number.
         column: :class:`QWeight` ``[1, out]``, or float32.
         report: what was found and decided.
     """
 
     q: QWeight
-    index: np.ndarray
+    index: np.int32
     column: Any
     report: dict[str, Any]
 

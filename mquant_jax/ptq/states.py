@@ -58,7 +58,7 @@ class Spool(Sequence):
     def __len__(self) -> int:
         return len(self._held)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         held = self._held[index]
@@ -105,7 +105,8 @@ class States:
 
     def __init__(self, folder: Path | None = None, budget: int = BUDGET):
         self.keeps = folder is not None
-        self._folder, self._temporary = folder, None
+        self._folder = folder
+        self._temporary: str | None = None
         self._free = budget
         self.numbers: Iterator[int] = iter(range(1 << 62))
 

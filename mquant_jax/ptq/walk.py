@@ -67,7 +67,7 @@ class Inputs(Sequence):
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, n: int) -> tuple:
+    def __getitem__(self, n: int) -> tuple:  # type: ignore[override]  # no slices
         if not 0 <= n < len(self):
             raise IndexError(n)
         x = loaded(self.x[n])
@@ -156,6 +156,7 @@ class Walk:
             there = [calls[count + i] for i in at] if self.twin else None
             if isinstance(here[0].call, EmbeddingCall):
                 for c in [*here, *(there or [])]:
+                    assert isinstance(c.call, EmbeddingCall), "equal names are equal calls"
                     c.send(self._embedded(c.call))
                 continue
             outs, twin_outs = self._carry_out(name, here, there, visitor)
@@ -174,8 +175,8 @@ class Walk:
     def _carry_out(
         self, name: str, here: list[_Calls], there: list[_Calls] | None, visitor: Visitor
     ) -> tuple[Spool | None, Spool | None]:
-        calls = [c.call for c in here]
-        twins = None if there is None else [c.call for c in there]
+        calls: list[Any] = [c.call for c in here]
+        twins: list[Any] | None = None if there is None else [c.call for c in there]
         if isinstance(calls[0], StackCall):
             return self._stack(name, calls, twins, visitor)
 
@@ -197,8 +198,8 @@ class Walk:
         block, depth = block_of(stack), num_layers(stack)
         done = [self.ledger.done(self._key(f"{name}/{i}")) for i in range(depth)]
         first = next((i for i, record in enumerate(done) if record is None), depth)
-        for i in range(first):
-            visitor.restore(f"{name}/{i}", done[i])
+        for i, record in enumerate(done[:first]):
+            visitor.restore(f"{name}/{i}", record or {})
         if first:
             states = self._found(f"{name}/{first - 1}", len(calls))
         else:
@@ -231,7 +232,7 @@ class Walk:
             visitor.restore(name, record)
             return self._found(name, record["chunks"])
         outs, twin_outs = visitor.visit(part())
-        made = self._kept(outs, key), None
+        made: tuple[Spool, Spool | None] = self._kept(outs, key), None
         if twin_outs is not None:
             made = made[0], self._kept(twin_outs, f"{key}.float")
         for spool in made:

@@ -67,12 +67,13 @@ def arrange(
     text = real & ~visual
     n_visual, n_text = visual.sum(axis=1), text.sum(axis=1)
     if visual_slots is None:
-        visual_slots = bucket(int(n_visual.max()), 16) if n_visual.max() else 0
+        most = int(np.max(n_visual))
+        visual_slots = bucket(most, 16) if most else 0
     if text_slots is None:
-        text_slots = bucket(max(1, int(n_text.max())), 16)
+        text_slots = bucket(max(1, int(np.max(n_text))), 16)
     for name, n, slots in (("visual", n_visual, visual_slots), ("text", n_text, text_slots)):
-        if isinstance(n, np.ndarray) and n.max() > slots:
-            raise ValueError(f"{int(n.max())} {name} tokens in a row, but {slots} {name} slots")
+        if isinstance(n, np.ndarray) and np.max(n) > slots:
+            raise ValueError(f"{int(np.max(n))} {name} tokens in a row, but {slots} {name} slots")
 
     # Every row gets its own missing padding, so that both slices are full; a stable sort by slice
     # then leaves each token in its turn.
