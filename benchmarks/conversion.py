@@ -1,56 +1,92 @@
 """Time and memory of a conversion, stage by stage.
 
-    python -m benchmarks.conversion [--model qwen2_vl-2b] [--layers 4] [--recipe w4a8] [--json]
-    python -m benchmarks.conversion --source DIR [...]
+    python -m benchmarks.conversion [--model qwen2_vl-2b] [--layers N|full] [--recipe w4a8] [--json]
+    python -m benchmarks.conversion --source DIR [--calibration FILE.jsonl] [...]
 
-Without ``--source`` the source is a random checkpoint of a published model's layer shapes, or with
-``--model demo`` of the demo model's (see benchmarks/random_checkpoint.py). Calibration data is the
-bundled set. With ``--save`` the file is rewritten after every stage, so that a run that is
-stopped leaves the stages it finished.
+Without ``--source`` the source is a random checkpoint of a published model's layer shapes in
+shards (see benchmarks/random_checkpoint.py), calibrated on 16 prompts of one picture of 448 x 448
+pixels and 256 text tokens; with ``--model demo`` it has the demo model's shapes and is calibrated
+on the bundled set. The peak is that of this process, which never holds the source. With ``--save``
+the file is rewritten after every stage, so that a run that is stopped leaves those it finished.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.output import add_output_options, deliver, peak_bytes, save
-from benchmarks.random_checkpoint import DEMO, QWEN2_VL, write
+import numpy as np
+from PIL import Image
+
+from benchmarks.output import add_output_options, bytes_read, deliver, peak_bytes, save
+from benchmarks.random_checkpoint import DEMO, FULL, QWEN2_VL, layer_count, write
 from mquant_jax.cli_support import OK, Parser, run_cli
 from mquant_jax.commands.bench import machine
-from mquant_jax.errors import UserError
 from mquant_jax.presets import resolve_recipe
 from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import Recipe
 from mquant_jax.stages import listening
 
+PROMPTS, SIDE, WORDS = 16, 448, 240  # about 256 tokens with the chat template's
+SHARDS = 4
 
-def timed(source: Path, target: Path, recipe: Recipe, file: Path | None) -> dict[str, Any]:
+
+def source_for(
+    model: str, layers: int | None, vocab: int, folder: Path
+) -> tuple[Path, Path | None]:
+    """A random model to convert and its calibration file, below ``folder``; ``None`` is the bundled
+    set."""
+    small = model == DEMO
+    write(folder / "source", model, layers, vocab, shards=1 if small else SHARDS)
+    return folder / "source", None if small else write_calibration(folder / "calibration")
+
+
+def write_calibration(folder: Path, prompts: int = PROMPTS, side: int = SIDE) -> Path:
+    """A JSONL file with ``prompts`` questions about a picture of ``side`` pixels each."""
+    folder.mkdir()
+    rng, lines = np.random.default_rng(0), []
+    for i in range(prompts):
+        coarse = rng.integers(0, 256, (side // 28, side // 28, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((side, side)).save(folder / f"{i}.png")
+        words = " ".join(rng.choice(["red", "a", "two", "left", "square"], WORDS))
+        lines.append(json.dumps({"image": f"{i}.png", "question": words, "answer": "two"}))
+    path = folder / "calibration.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def timed(
+    source: Path, target: Path, recipe: Recipe, calibration: Path | None, file: Path | None
+) -> dict[str, Any]:
     """Convert ``source`` to ``target``; ``file`` gets the result after every stage.
 
     Returns:
         ``seconds`` of the whole and of each of the ``stages``, ``peak_rss_bytes`` of this process,
-        and the bytes of the tensors before and after.
+        the bytes of the tensors before and after, and how many were read from files: weights,
+        hashes and states that were spilled.
     """
     stages: dict[str, float] = {}
+    before = peak_bytes()
     result: dict[str, Any] = {
         "machine": machine(), "recipe": recipe.name, "source": source.name, "complete": False,
         "source_bytes": sum(f.stat().st_size for f in source.glob("*.safetensors")),
-        "stages": stages,
+        "stages": stages, "rss_before_bytes": before,
     }  # fmt: skip
-    start = time.perf_counter()
+    start, read = time.perf_counter(), bytes_read()
 
     def note(name: str, seconds: float) -> None:
         stages[name] = stages.get(name, 0.0) + seconds
         save(result | {"peak_rss_bytes": peak_bytes()}, file)
 
     with listening(note):
-        manifest = convert(source, target, recipe)
+        manifest = convert(source, target, recipe, calibration)
     return result | {
         "complete": True, "seconds": time.perf_counter() - start,
-        "result_bytes": manifest["total_bytes"], "peak_rss_bytes": peak_bytes(),
+        "result_bytes": manifest["total_bytes"], "bytes_read": bytes_read() - read,
+        "peak_rss_bytes": peak_bytes(),
     }  # fmt: skip
 
 
@@ -68,21 +104,22 @@ def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.conversion", __doc__ or "")
     add = parser.add_argument
     add("--model", choices=(*QWEN2_VL, DEMO), default=QWEN2_VL[0], help="default %(default)s")
-    add("--layers", type=int, default=4, metavar="N", help="layers of each tower (default 4)")
+    add("--layers", default="4", metavar=f"N|{FULL}", help="layers of each tower (default 4)")
     add("--vocab", type=int, default=151936, metavar="N", help="default 151936")
     add("--source", type=Path, metavar="DIR", help="a Hugging Face folder, in place of --model")
+    add("--calibration", type=Path, metavar="FILE.jsonl", help="samples for --source")
     add("--recipe", default="w4a8", metavar="PRESET|FILE.json", help="default w4a8")
     add_output_options(parser)
     args = parser.parse_args(argv)
-    if args.layers < 1:
-        raise UserError("--layers must be 1 or more")
+    layers = layer_count(args.layers)
     recipe = resolve_recipe(args.recipe)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        source = args.source or folder / "source"
-        if args.source is None:
-            write(source, args.model, args.layers, args.vocab)
-        deliver(timed(source, folder / "converted", recipe, args.save), args, table)
+        if args.source:
+            source, calibration = args.source, args.calibration
+        else:
+            source, calibration = source_for(args.model, layers, args.vocab, folder)
+        deliver(timed(source, folder / "converted", recipe, calibration, args.save), args, table)
     return OK
 
 

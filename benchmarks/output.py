@@ -24,6 +24,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def bytes_read() -> int:
+    """What this process has read from files so far; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
 def save(result: dict[str, Any], file: Path | None) -> None:
     """Write a result where a file is named."""
     if file:

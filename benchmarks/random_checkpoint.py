@@ -1,61 +1,69 @@
-"""Write a random Hugging Face folder of Qwen2-VL's shape, cut to a few layers.
+"""Write a random Hugging Face folder of Qwen2-VL's shape, whole or cut to a few layers.
 
-    python -m benchmarks.random_checkpoint OUT [--model qwen2_vl-2b] [--layers 4] [--vocab 151936]
+    python -m benchmarks.random_checkpoint OUT [--model qwen2_vl-2b] [--layers N|full]
+                                           [--shards N] [--vocab 151936]
 
-For speed measurements without a download: the layer shapes are those of the published model,
-the weights are noise. Tokenizer and preprocessor files are those of the bundled demo model.
+For measurements without a download: the layer shapes are those of the published model, the weights
+are noise, written block by block, so that a large model needs no more memory than a small one.
+Tokenizer and preprocessor files are those of the bundled demo model.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.weights import weight_rules
-from safetensors.numpy import save_file
 
 from benchmarks.aot.sizes import MODELS
+from mquant_jax.checkpoint.tensor_file import TensorFileWriter
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.samples import DEMO_ASSETS
 
 QWEN2_VL = ("qwen2_vl-2b", "qwen2_vl-7b")
 DEMO = "demo"  # the shapes of the bundled model, which has four million parameters
+FULL = "full"
+_BLOCK = 1 << 24  # values that are made at a time
+Shapes = dict[str, tuple[int, ...]]
 
 
-def cut_config(model: str, layers: int, vocab: int) -> dict:
-    """A published Qwen2-VL config, both towers cut to ``layers``, the vocabulary to ``vocab``; the
-    demo model's as it is."""
+def cut_config(model: str, layers: int | None, vocab: int) -> dict[str, Any]:
+    """A published Qwen2-VL config, the vocabulary cut to ``vocab`` and both towers to ``layers``
+    (``None``: as published); the demo model's as it is."""
     demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text(encoding="utf-8"))
     if model == DEMO:
         return demo
     ids = {k: v for k, v in demo.items() if k.endswith("token_id")}
-    full = MODELS[model]
-    tower = full["vision_config"] | {"depth": layers}
-    cut = {"num_hidden_layers": layers, "vocab_size": vocab, "vision_config": tower}
-    return full | ids | cut
+    cut = MODELS[model] | ids | {"vocab_size": vocab}
+    if layers is None:
+        return cut
+    tower = cut["vision_config"] | {"depth": layers}
+    return cut | {"num_hidden_layers": layers, "vision_config": tower}
 
 
-def random_tensors(config: Qwen2VLConfig, seed: int) -> dict[str, np.ndarray]:
-    """bf16 noise of every published shape, scaled so that activations stay near one."""
-    rng = np.random.default_rng(seed)
-    shapes = {r.src: r.src_shape for r in weight_rules(config)}
-    out = {}
-    for name, shape in progress(list(shapes.items()), "random weights"):
-        x = rng.standard_normal(shape, dtype=np.float32)
+def noise(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Blocks of rows of bf16 noise, scaled so that activations stay near one."""
+    rows = max(1, _BLOCK // int(np.prod(shape[1:])))
+    is_norm = "norm" in name or "ln_q" in name
+    for start in range(0, shape[0], rows):
+        x = rng.standard_normal((min(rows, shape[0] - start), *shape[1:]), dtype=np.float32)
         if len(shape) == 1:
-            x = 0.1 * x + ("norm" in name or "ln_q" in name) * (not name.endswith("bias"))
+            x = 0.1 * x + (is_norm and not name.endswith("bias"))
         else:
             x *= 0.02 if "embed_tokens" in name else np.prod(shape[1:]) ** -0.5
-        out[name] = x.astype(ml_dtypes.bfloat16)
-    return out
+        yield x.astype(ml_dtypes.bfloat16)
 
 
-def write(out: Path, model: str, layers: int, vocab: int, seed: int = 0) -> int:
+def write(
+    out: Path, model: str, layers: int | None, vocab: int, seed: int = 0, shards: int = 1
+) -> int:
     """Write the folder; the size of its tensors in bytes.
 
     Raises:
@@ -64,14 +72,44 @@ def write(out: Path, model: str, layers: int, vocab: int, seed: int = 0) -> int:
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
     hf = cut_config(model, layers, vocab)
-    tensors = random_tensors(Qwen2VLConfig.from_hf(hf), seed)
+    shapes = {r.src: r.src_shape for r in weight_rules(Qwen2VLConfig.from_hf(hf))}
     out.mkdir(parents=True)
     for file in (DEMO_ASSETS / "model").iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             shutil.copy(file, out)
-    save_file(tensors, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(hf, indent=2), encoding="utf-8")
-    return sum(t.nbytes for t in tensors.values())
+    _write_tensors(out, shapes, np.random.default_rng(seed), shards)
+    return 2 * sum(int(np.prod(s)) for s in shapes.values())
+
+
+def _write_tensors(out: Path, shapes: Shapes, rng: np.random.Generator, shards: int) -> None:
+    names = np.array_split(np.array(list(shapes)), shards)
+    files = {f"model-{i:05}-of-{shards:05}.safetensors": part for i, part in enumerate(names, 1)}
+    if shards == 1:
+        files = {"model.safetensors": names[0]}
+    else:
+        table = {str(name): file for file, part in files.items() for name in part}
+        index = json.dumps({"metadata": {}, "weight_map": table})
+        (out / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    for file, part in progress(list(files.items()), "random weights"):
+        specs = {str(name): (shapes[name], np.dtype(ml_dtypes.bfloat16)) for name in part}
+        with TensorFileWriter(out / file, specs) as target:
+            for name, (shape, _) in specs.items():
+                for block in noise(name, shape, rng):
+                    target.write(name, block)
+
+
+def layer_count(text: str) -> int | None:
+    """``--layers``: a number, or ``full``.
+
+    Raises:
+        UserError: neither.
+    """
+    if text == FULL:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--layers {text}: expected a number, 1 or more, or {FULL}")
+    return int(text)
 
 
 def _run(argv: list[str]) -> int:
@@ -80,11 +118,14 @@ def _run(argv: list[str]) -> int:
     parser.add_argument(
         "--model", choices=(*QWEN2_VL, DEMO), default=QWEN2_VL[0], help="default %(default)s"
     )
-    parser.add_argument("--layers", type=int, default=4, help="layers of each tower (default 4)")
+    parser.add_argument("--layers", default="4", metavar=f"N|{FULL}",
+                        help="layers of each tower (default 4)")  # fmt: skip
+    parser.add_argument("--shards", type=int, default=1, help="files of tensors (default 1)")
     parser.add_argument("--vocab", type=int, default=151936, help="default 151936")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    size = write(args.out, args.model, args.layers, args.vocab, args.seed)
+    layers = layer_count(args.layers)
+    size = write(args.out, args.model, layers, args.vocab, args.seed, max(1, args.shards))
     print(f"wrote {args.out} ({size / 1e6:.0f} MB)")
     return OK
 

@@ -58,7 +58,6 @@ class Reader:
         folder: the model's folder.
         config: content of config.json.
         tensors: name -> :class:`TensorInfo`, sorted by name.
-        bytes_read: of tensors, so far.
     """
 
     def __init__(self, folder: str | Path):
@@ -73,7 +72,6 @@ class Reader:
         self.config = read_json(self.folder / "config.json")
         refuse_quantised(self.config, self.folder / "config.json")
         self._open: dict[Path, TensorFile] = {}
-        self.bytes_read = 0
         self.tensors = dict(sorted(self._scan().items()))
         refuse_foreign_names(self.tensors, self.folder)
 
@@ -125,9 +123,7 @@ class Reader:
         Raises:
             UserError: it cannot be read.
         """
-        values = self._open[self.tensors[name].file].read(name, start, stop)
-        self.bytes_read += values.nbytes
-        return values
+        return self._open[self.tensors[name].file].read(name, start, stop)
 
     def side_files(self) -> list[Path]:
         """Tokenizer, preprocessor and generation files that exist here."""

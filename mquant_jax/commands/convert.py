@@ -37,7 +37,11 @@ examples:
   python -m mquant_jax convert Qwen2-VL-2B-Instruct out/w4a8 --recipe w4a8 --calibration my.jsonl
   python -m convert.verify out/float --reference goldens/qwen2_vl/public
 
-exit status: 0 success, 2 bad usage or input. DST appears only when it is complete.
+DST appears only when it is complete. Until then finished parts, a journal and hidden states are in
+DST.work: after a kill, a full disk or Ctrl-C the same command with --resume goes on from there.
+Memory depends on the widest layer, not on the number of layers.
+
+exit status: 0 success, 2 bad usage or input
 """
     parser = Parser("python -m mquant_jax convert", __doc__ or "", epilog)
     parser.add_argument("src", metavar="SRC", type=Path, help="folder with config.json and "

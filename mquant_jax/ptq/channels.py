@@ -86,9 +86,9 @@ def links(params: Mapping[str, Any], streams: Streams) -> Iterator[Link]:
 def scale(params: Params, link: Link, gains: np.ndarray) -> None:
     """Multiply the channels by ``gains`` (float64 ``[width]``) and divide where they are read."""
     for name in link.sources:
-        column = gains.reshape(-1, *[1] * (params[name].ndim - 1))
+        column = gains.reshape(-1, *[1] * (params[name].ndim - 1)).astype(np.float32)
         params[name] = changed(params[name], partial(np.multiply, column))
-    columns = gains[link.columns]
+    columns = gains[link.columns].astype(np.float32)
     for reader in link.readers:
         name = f"{reader}/kernel"
         params[name] = changed_rows(params[name], lambda w: w / columns)
@@ -104,7 +104,7 @@ def shift(params: Params, link: Link, offsets: np.ndarray) -> None:
     """Add ``offsets`` (float64 ``[width]``) to the channels; take them off behind the readers."""
     for name in link.sources:
         if name.endswith("/bias"):
-            params[name] = changed(params[name], lambda b: b + offsets)
+            params[name] = changed(params[name], lambda b: b + offsets.astype(np.float32))
     for reader in link.readers:
         kernel, bias = params[f"{reader}/kernel"], f"{reader}/bias"
-        params[bias] = shifted(params[bias], kernel, -offsets[link.columns])
+        params[bias] = shifted(params[bias], kernel, -offsets[link.columns].astype(np.float32))

@@ -23,7 +23,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.nn.act_quant import SINK, TEXT, TOKEN_CLASSES, VISUAL
 from mquant_jax.nn.params import Params, assign, find, variables
 from mquant_jax.numerics import INT_MAX, QWeight
-from mquant_jax.ptq.gptq import Inputs, accumulate, fitted, prepare
+from mquant_jax.ptq.gptq import Inputs, accumulate, empty_gram, fitted, prepare
 from mquant_jax.ptq.observe import Histogram, tapped
 from mquant_jax.ptq.scales import choose_clip, clip_search, point_report, round_weight
 from mquant_jax.ptq.split import split_weight
@@ -319,11 +319,11 @@ class Quantiser:
             twin = tapped(graphdef, point, state, {}, *work.part.twin[n])
         value = twin if options.inputs == "float" else value
         if seen.hessian is None:
-            seen.hessian = jnp.zeros((value.shape[-1],) * 2, jnp.float32)
+            seen.hessian = empty_gram(value.shape[-1])
         seen.hessian = accumulate(seen.hessian, value, weight)
         if options.asymmetry and options.inputs == "quantised":
             if seen.cross is None:
-                seen.cross = jnp.zeros_like(seen.hessian)
+                seen.cross = empty_gram(value.shape[-1])
             difference = options.asymmetry * (twin - value)
             seen.cross = accumulate(seen.cross, value, weight, difference)
 
@@ -331,17 +331,17 @@ class Quantiser:
         self, work: Work, name: str, weight, seen: Seen, inputs: Inputs | None, section: Section
     ) -> np.ndarray:
         """Round a weight that may lose a channel; returns it as float."""
-        hessian = None if inputs is None else seen.hessian
-        if inputs is not None and inputs.shift is not None:
-            weight = weight + weight @ inputs.shift
-            inputs = dataclasses.replace(inputs, shift=None)
+        hessian = None
+        if inputs is not None:
+            hessian = inputs.hessian
+            weight = jnp.asarray(inputs.target(weight))
+            inputs = dataclasses.replace(inputs, cross=None)
 
         def round_(w: jax.Array, left_out: int | None) -> QWeight:
             known = inputs
             if hessian is not None and left_out is not None:
-                # Without the channel in the Hessian nothing is pushed onto it: it stays zero.
-                rest = hessian.at[left_out].set(0.0).at[:, left_out].set(0.0)
-                known = prepare(rest, None, self.recipe.weights.act_order)
+                order = self.recipe.weights.act_order
+                known = prepare(hessian, None, order, left_out)
             return self._round(w, known, section)
 
         out = split_weight(weight, hessian, round_, self.recipe.split)
@@ -356,10 +356,9 @@ class Quantiser:
         bits, group_size, options = section.w_bits, section.group_size, self.recipe.weights
         if inputs is None:
             return round_weight(weight, bits, group_size, options.clip).unpacked()
-        if inputs.shift is not None:
-            weight = weight + weight @ inputs.shift
+        weight = inputs.target(weight)
         scale = clip_search(weight, bits, group_size)
-        return jax.tree.map(np.asarray, fitted(weight, inputs, scale, bits, options.refit))
+        return fitted(weight, inputs, scale, bits, options.refit)
 
 
 def _copy(module: nnx.Module) -> tuple[Any, Any]:

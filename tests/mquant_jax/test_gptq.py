@@ -5,9 +5,21 @@ import numpy as np
 import pytest
 
 from mquant_jax.numerics import QWeight, quantize_weight
-from mquant_jax.ptq.gptq import accumulate, fitted, gptq, output_error, prepare
+from mquant_jax.ptq.gptq import (
+    accumulate,
+    complete,
+    empty_gram,
+    fitted,
+    gptq,
+    output_error,
+    prepare,
+)
 from mquant_jax.ptq.scales import clip_search
 from tests.helpers import relative
+
+
+def gram(x, weight=None, y=None):
+    return accumulate(empty_gram(x.shape[1]), x, np.ones(len(x)) if weight is None else weight, y)
 
 
 def layer(out: int, k: int, seed: int = 0):
@@ -16,7 +28,7 @@ def layer(out: int, k: int, seed: int = 0):
     mix = np.diag(rng.uniform(0.2, 3, k)) + 0.1 * rng.standard_normal((k, k))
     x = (rng.standard_normal((4 * k, k)) @ mix).astype(np.float32)
     weight = jax.numpy.asarray(rng.standard_normal((out, k)), jax.numpy.float32)
-    return weight, x, accumulate(jax.numpy.zeros((k, k)), x, jax.numpy.ones(len(x)))
+    return weight, x, gram(x)
 
 
 def error_on(weight, q: QWeight, x) -> float:
@@ -47,7 +59,7 @@ def test_gptq_survives_singular_and_dead_inputs() -> None:
     weight, x, _ = layer(16, 96)
     x[:, 7] = 0
     x[:, 50:] = x[:, :1]
-    hessian = accumulate(jax.numpy.zeros((96, 96)), x[:20], jax.numpy.ones(20))
+    hessian = gram(x[:20])
     inputs, scale = prepare(hessian), clip_search(weight, 4)
     q = gptq(weight, inputs, scale, 4)
     assert np.isfinite(np.asarray(q.dequantize())).all() and np.isfinite(float(inputs.damping))
@@ -59,14 +71,19 @@ def test_gptq_survives_singular_and_dead_inputs() -> None:
 def test_padding_has_no_weight_in_the_hessian() -> None:
     _, x, _ = layer(4, 8)
     mask = np.arange(len(x)) < 10
-    full = accumulate(jax.numpy.zeros((8, 8)), x, jax.numpy.asarray(mask, jax.numpy.float32))
+    weight = mask.astype(np.float32)
+    full = gram(x, weight)
+    complete(full)
     assert relative(full, x[:10].T @ x[:10]) < 1e-6
+    on_device = accumulate(jax.numpy.zeros((8, 8)), x, jax.numpy.asarray(weight))
+    assert relative(on_device, full) < 1e-6
 
 
 @pytest.mark.parametrize("group", [None, 20])
 def test_refitted_scales_lower_the_error_of_every_channel(group) -> None:
     weight, x, hessian = layer(24, 100)
     inputs, scale = prepare(hessian), clip_search(weight, 4, group)
+    hessian = inputs.hessian
     errors = [
         np.asarray(output_error(weight, fitted(weight, inputs, scale, 4, rounds), hessian))
         for rounds in (0, 2)
@@ -80,11 +97,9 @@ def test_the_shift_makes_up_for_inputs_that_differ() -> None:
     weight, x, _ = layer(24, 64)
     rng = np.random.default_rng(5)
     seen = (x + 0.3 * rng.standard_normal(x.shape) + 0.2 * x[:, ::-1]).astype(np.float32)
-    ones = jax.numpy.ones(len(x))
-    hessian = accumulate(jax.numpy.zeros((64, 64)), seen, ones)
-    cross = accumulate(jax.numpy.zeros((64, 64)), seen, ones, x - seen)
+    hessian, cross = gram(seen), gram(seen, None, x - seen)
     wanted = x @ np.asarray(weight).T
-    moved = np.asarray(weight + weight @ prepare(hessian, cross).shift)
+    moved = prepare(hessian, cross).target(weight)
     best = np.linalg.lstsq(seen, wanted, rcond=None)[0].T
     errors = [relative(seen @ w.T, wanted) for w in (np.asarray(weight), moved, best)]
     assert errors[1] < 0.6 * errors[0] and errors[1] < 1.05 * errors[2]
