@@ -28,11 +28,8 @@ _ROWS = 1024  # of a [K, K] array that are moved at a time
 
 def empty_gram(k: int) -> Any:
     """Zeros ``[k, k]`` to :func:`accumulate` in: in host memory on CPU, else on the device."""
-    return (
-        np.zeros((k, k), np.float32)
-        if jax.default_backend() == "cpu"
-        else jnp.zeros((k, k), jnp.float32)
-    )
+    zeros = np.zeros if jax.default_backend() == "cpu" else jnp.zeros
+    return zeros((k, k), np.float32)
 
 
 def accumulate(gram: Any, x: jax.Array, weight: jax.Array, y: jax.Array | None = None) -> Any:
