@@ -422,11 +422,11 @@ class Family:
         """Keys of a config.json that no table names, with the paths of their objects."""
         return unknown_keys(self.config_tables(hf_config))
 
-    def check_processor(self, folder: Path, config: Config) -> str | None:
+    def check_processor(self, folder: Path, config: Config) -> None:
         """See :func:`mquant_jax.models.trial.try_processor`."""
         from mquant_jax.models.trial import try_processor
 
-        return try_processor(self, folder, config)
+        try_processor(self, folder, config)
 
     def processor(self, folder: str | Path, config: Config) -> Processor:
         """The processor of a checkpoint folder."""

@@ -30,16 +30,17 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_readable(folder: Path) -> None:
-    """The files that transformers reads by itself are regular ones.
+    """The files that transformers reads by itself are regular ones, of the right form.
 
     Raises:
-        UserError: one is a pipe or device, which might never end.
+        UserError: one is a pipe or device, which might never end; no JSON object; no template.
     """
     for name in ("tokenizer.json", "chat_template.jinja"):
         if os.path.lexists(folder / name):
             check_regular(folder / name)
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
         read_json_if_any(folder / name)
+    chat_template(folder)
 
 
 def settings_of(folder: Path, own: str, key: str) -> tuple[Path, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mquant_jax.models.chat_files import TOKENIZERS
 
+from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
 from mquant_jax.files import is_file
 
@@ -20,13 +21,11 @@ _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens
 _SIDE = 56  # pixels of the picture that is tried
 
 
-def try_processor(family: Family, folder: Path, config: Config) -> str | None:
+def try_processor(family: Family, folder: Path, config: Config) -> None:
     """Make prompts of each kind that the family takes, and text of tokens.
 
-    A folder without any tokenizer is left alone: its weights convert, and take token ids.
-
-    Returns:
-        What to warn of, if anything: a tokenizer with ids that the model does not have.
+    A folder without any tokenizer is left alone: its weights convert, and take token ids. A warning
+    says how many tokens a tokenizer has that the model does not know.
 
     Raises:
         UserError: the folder's files make no working processor.
@@ -36,8 +35,10 @@ def try_processor(family: Family, folder: Path, config: Config) -> str | None:
         if left:
             raise UserError(f"{folder}: holds {left[0]}, but no tokenizer; expected one of "
                             f"{', '.join(TOKENIZERS)}")  # fmt: skip
-        return None
+        return
     processor = family.processor(folder, config)
+    if said := processor.vocabulary_warning():
+        warn(said, "tokenizer")
     picture = np.full((_SIDE, _SIDE, 3), 128, np.uint8)
     prompts = [processor.prompt("Hello")]
     if family.pictures:
@@ -49,4 +50,3 @@ def try_processor(family: Family, folder: Path, config: Config) -> str | None:
     processor.decode(processor.encode("Hello"))
     for stop in processor.stop_ids:
         processor.decode([stop])
-    return processor.vocabulary_warning()

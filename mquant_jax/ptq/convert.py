@@ -66,8 +66,7 @@ def convert(
     todo = plan(family, config, reader)
     _check_recipe(family, todo, recipe)
     check_ties(config, todo, reader)
-    if warning := family.check_processor(reader.folder, todo.config):
-        warn(warning, "tokenizer")
+    family.check_processor(reader.folder, todo.config)
     ledger: JournalLedger | None = None
 
     def worth_keeping() -> bool:

@@ -70,8 +70,10 @@ def _prompts(
     taken = list(samples)[:limit]
     if not taken:
         raise UserError("samples: expected one at least")
-    if all(isinstance(s, Prompt) for s in taken):
-        return taken
-    if not all(isinstance(s, Sample) for s in taken):
+    prompts = [s for s in taken if isinstance(s, Prompt)]
+    given = [s for s in taken if isinstance(s, Sample)]
+    if len(taken) == len(prompts):
+        return prompts
+    if len(taken) != len(given):
         raise UserError("samples: expected a JSONL file, or Sample or Prompt objects")
-    return each(taken, lambda sample: with_answer(sample, processor))
+    return each(given, lambda sample: with_answer(sample, processor))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mquant_jax.numerics import QWeight, quantize_weight
+from mquant_jax.numerics import AnyArray, QWeight, quantize_weight
 from mquant_jax.ptq.gptq import output_error
 from mquant_jax.recipe import Split
 
@@ -48,7 +48,7 @@ def _float(column: Any) -> Any:
 
 def split_weight(
     weight: jax.Array,
-    hessian: jax.Array | None,
+    hessian: AnyArray | None,
     round_: Callable[[jax.Array, int | None], QWeight],
     split: Split,
 ) -> SplitWeight:
