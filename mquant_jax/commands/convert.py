@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mquant_jax.cli_support import OK, WARNINGS, Parser, strict
+from mquant_jax.cli_support import OK, WARNINGS, Parser, peak_bytes, strict
 from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.presets import METHODS, PRESETS, resolve_recipe
 from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import SECTIONS
+from mquant_jax.stages import listening
 from mquant_jax.validate import choice
 
 
@@ -82,19 +83,32 @@ def _summary(dst: Path, manifest: dict[str, Any]) -> str:
     )
 
 
+def _cost(stages: dict[str, float]) -> str:
+    """Time by stage and peak memory as a line of text."""
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
+    return f"{sum(stages.values()):.1f} s ({parts}), peak memory {peak_bytes() / 2**30:.2f} GiB"
+
+
 def main(argv: list[str]) -> int:
     """Convert; print a summary, or with ``--json`` one object."""
     args: argparse.Namespace = _parser().parse_args(argv)
     recipe = resolve_recipe(args.recipe)
     keep_compiled_programs()
-    with strict(_strict_kinds(args.strict)):
+    stages: dict[str, float] = {}
+
+    def note(name: str, seconds: float) -> None:
+        stages[name] = stages.get(name, 0.0) + seconds
+
+    with strict(_strict_kinds(args.strict)), listening(note):
         manifest = convert(
             args.src, args.dst, recipe, args.calibration, args.overwrite,
             resume=args.resume, restart=args.restart,
         )  # fmt: skip
     if args.json:
         keys = ("family", "tied_head", "recipe", "total_bytes", "dtype_counts")
-        print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}}))
+        cost = {"seconds": stages, "peak_rss_bytes": peak_bytes()}
+        print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}, **cost}))
     else:
         print(_summary(args.dst, manifest))
+        print(_cost(stages))
     return OK

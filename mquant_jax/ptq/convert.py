@@ -23,7 +23,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.models.base import Config, Family, abstract_model
 from mquant_jax.models.registry import family_for
 from mquant_jax.ptq.calibration_data import Chunks, calibration_chunks
-from mquant_jax.ptq.ledger import JournalLedger
+from mquant_jax.ptq.ledger import LEARNED, JournalLedger
 from mquant_jax.ptq.pipeline import Conversion, untied
 from mquant_jax.ptq.states import States
 from mquant_jax.recipe import Recipe
@@ -73,14 +73,14 @@ def convert(
         return recipe.needs_calibration and ledger is not None and bool(ledger.records)
 
     with workspace(dst, MANIFEST, **options, keep=worth_keeping) as work:
-        if work.published:
-            return load_manifest(dst)
         states = States(work.states)
         with stage("read calibration"):
             chunks = _calibration(family, todo, recipe, reader, calibration, states)
         with stage("hash source"):
             source = hash_files(source_files(reader))
         ledger = JournalLedger(Journal(work.journal), _header(source, recipe, chunks))
+        if work.published:  # and stopped before DST.work was removed
+            return load_manifest(dst)
         manifest = _fill(work, family, todo, recipe, reader, chunks, states, ledger, source)
         with stage("read back"):
             check_result(work.result, family, todo.config)
@@ -120,11 +120,10 @@ def _fill(
         family, config, recipe, params, batches, states=states, ledger=ledger, progress=progress
     )
     report = job.run(writer.write_part)
-    records = {record["part"]: record for record in ledger.records if "file" in record}
 
     def finish() -> dict[str, Any]:
         return writer.finish(
-            records.values(),
+            ledger.files().values(),
             family=family.name,
             hf_config=reader.config,
             recipe=recipe,
@@ -134,16 +133,26 @@ def _fill(
             source=source,
         )
 
-    manifest = finish()
     if recipe.learns:
-        with stage("learn scales"):
-            made, _ = load_params(work.result, verify=False)
-            learned, report["tuning"] = job.learned(made)
-        for part, tensors in by_part(made | learned).items():
-            if tensors.keys() & learned.keys():
-                records[part] = writer.write_part(part, tensors)
-        manifest = finish()
-    return manifest
+        if ledger.done(f"{LEARNED}/all") is None:
+            finish()
+            _learn(job, work, writer, ledger)
+        report["tuning"] = (ledger.done(f"{LEARNED}/all") or {})["tuning"]
+    return finish()
+
+
+def _learn(
+    job: Conversion, work: Workspace, writer: CheckpointWriter, ledger: JournalLedger
+) -> None:
+    """Learn the scales of the model that was written; parts that change get files of their own, so
+    that a kill leaves those they had."""
+    made, _ = load_params(work.result, verify=False)
+    with stage("learn scales"):
+        learned, report = job.learned(made)
+    for part, tensors in by_part(made | learned).items():
+        if tensors.keys() & learned.keys():
+            ledger.commit(f"{LEARNED}/{part}", writer.write_part(f"{part}.{LEARNED}", tensors))
+    ledger.commit(f"{LEARNED}/all", {"tuning": report})
 
 
 def read_config(family: Family, reader: Reader) -> Config:

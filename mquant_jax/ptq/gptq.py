@@ -23,7 +23,7 @@ from mquant_jax.numerics import INT_MAX, AnyArray, QWeight
 
 DAMPING, DAMPING_GROWTH, MOST_GROWTHS = 0.01, 10.0, 5
 BLOCK = 128
-_ROWS = 1024  # of a [K, K] array that are moved at a time
+_ROWS = 256  # of a [K, K] array that are moved at a time
 
 
 def empty_gram(k: int) -> Any:

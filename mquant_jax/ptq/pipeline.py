@@ -39,6 +39,9 @@ from mquant_jax.recipe import Recipe, Section
 from mquant_jax.stages import stage
 
 Batches = Batch | Sequence[Batch]
+# Parts that no walk visits: tables and single vectors.
+OUTSIDE = ("language.embedding", "language.norm", "language.head", "language.sinks",
+           "vision.class_token", "vision.positions", "vision.query")  # fmt: skip
 
 
 def section_of(name: str, recipe: Recipe) -> Section:
@@ -139,11 +142,13 @@ class Conversion:
         self.target = abstract_model(family, config, recipe)
         self._shapes = abstract_params(self.target)
         self._written: set[str] = set()
+        self._bar: Iterator[Any] = iter(())
         self.report: dict[str, Any] = {"weights": {}, "points": {}}
 
     def run(self, sink: Sink) -> dict[str, Any]:
         """Make every tensor and hand it, part by part, to ``sink``; returns the report."""
         recipe, streams = self.recipe, self.family.streams
+        self._bar = iter(self.progress(range(self._visits()), "convert"))
         if recipe.balance:
             look = Statistics(columns=True, sample=0)
             self._walk("balance", Recipe(), look)
@@ -162,7 +167,16 @@ class Conversion:
         if recipe.needs_calibration:
             self._calibrate(sink)
         self._rest(sink)
+        for _ in self._bar:  # parts that calibration did not reach, without pictures say
+            pass
         return self.report
+
+    def _visits(self) -> int:
+        """How many parts are visited, once per pass over the model."""
+        parts, recipe = by_part(self._shapes), self.recipe
+        inner = [p for p in parts if p not in OUTSIDE]
+        walks = recipe.balance + recipe.smooth + recipe.finds_sinks + recipe.needs_calibration
+        return walks * len(inner) + len(parts) - (len(inner) if walks else 0)
 
     def _walk(self, name: str, recipe: Recipe, visitor: Visitor, twin: bool = False) -> None:
         """One pass over the float model that ``recipe`` describes."""
@@ -171,7 +185,7 @@ class Conversion:
         with stage(name):
             Walk(
                 name, model, params, self.batches, self.states, self.ledger, twin=twin,
-                progress=self.progress,
+                advance=lambda: next(self._bar, None),
             ).run(visitor)  # fmt: skip
 
     def _calibrate(self, sink: Sink) -> None:
@@ -210,7 +224,7 @@ class Conversion:
     def _rest(self, sink: Sink) -> None:
         """The tensors that no walk has made: large tables, and all, where nothing is calibrated."""
         left = [n for n in abstract_params(self.target) if n not in self._written]
-        for part, names in self.progress(list(by_part(dict.fromkeys(left)).items()), "write"):
+        for part, names in by_part(dict.fromkeys(left)).items():
             key = f"rest/{part}"
             record = self.ledger.done(key)
             if record is None:
@@ -219,6 +233,7 @@ class Conversion:
                 record["report"] = {"weights": errors}
                 self.ledger.commit(key, record)
             self.report["weights"].update(record["report"]["weights"])
+            next(self._bar, None)
 
     def _made(self, name: str, errors: dict[str, float]) -> Any:
         """A tensor as the checkpoint holds it, block by block of rows; ``errors`` gets a rounded

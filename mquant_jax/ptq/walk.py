@@ -120,6 +120,7 @@ class Walk:
         states: where what goes from part to part is kept.
         ledger: what an earlier process has finished, and where parts are reported.
         twin: carry the float model's activations along.
+        advance: called when a part is done.
     """
 
     def __init__(
@@ -132,11 +133,11 @@ class Walk:
         ledger: Ledger,
         *,
         twin: bool = False,
-        progress: Progress = no_progress,
+        advance: Callable[[], None] = lambda: None,
     ):
         self.name, self.model, self.params = name, model, params
         self.batches, self.states, self.ledger = batches, states, ledger
-        self.twin, self.progress = twin, progress
+        self.twin, self.advance = twin, advance
         for path, variable in variables(model):
             key = "/".join(path)
             if key in params and np.prod(variable.get_value().shape) <= SMALL:
@@ -144,6 +145,15 @@ class Walk:
 
     def run(self, visitor: Visitor) -> None:
         """Show the visitor every part in the order in which the model runs them."""
+        if self.ledger.done(self._key(LAST)) is not None:
+            for part, record in self.ledger.below(self.name):
+                visitor.restore(part, record)
+                self.advance()
+        else:
+            self._run(visitor)
+        self.states.forget(self.name)
+
+    def _run(self, visitor: Visitor) -> None:
         batches = [on_device(b) for b in self.batches]
         flows = [self.model.flow(b) for b in batches]
         twins = [self.model.flow(b) for b in batches] if self.twin else []
@@ -159,11 +169,12 @@ class Walk:
                     assert isinstance(c.call, EmbeddingCall), "equal names are equal calls"
                     c.send(self._embedded(c.call))
                 continue
-            outs, twin_outs = self._carry_out(name, here, there, visitor)
-            for n, c in enumerate(here):
-                c.send(jnp.asarray(outs[n]) if outs is not None else None)
-            for n, c in enumerate(there or []):
-                c.send(jnp.asarray(twin_outs[n]) if twin_outs is not None else None)
+            made = self._carry_out(name, here, there, visitor)
+            for outs, waiting in zip(made, (here, there or []), strict=True):
+                for n, c in enumerate(waiting):
+                    c.send(None if outs is None else jnp.asarray(outs[n]))
+                if outs is not None:
+                    outs.release()
 
     def _embedded(self, call: EmbeddingCall) -> jax.Array:
         """Rows of the token embedding: only those that calibration needs are read."""
@@ -200,13 +211,14 @@ class Walk:
         first = next((i for i, record in enumerate(done) if record is None), depth)
         for i, record in enumerate(done[:first]):
             visitor.restore(f"{name}/{i}", record or {})
+            self.advance()
         if first:
             states = self._found(f"{name}/{first - 1}", len(calls))
         else:
             states = self._spooled([c.x for c in calls]), None
             if twins is not None:
                 states = states[0], self._spooled([c.x for c in twins])
-        for i in self.progress(range(first, depth), name):
+        for i in range(first, depth):
             here, there = states
 
             def part(i=i, here=here, there=there) -> Part:
@@ -230,6 +242,7 @@ class Walk:
         record = self.ledger.done(key)
         if record is not None:
             visitor.restore(name, record)
+            self.advance()
             return self._found(name, record["chunks"])
         outs, twin_outs = visitor.visit(part())
         made: tuple[Spool, Spool | None] = self._kept(outs, key), None
@@ -242,6 +255,7 @@ class Walk:
         for spool in before or ():
             if spool is not None:
                 spool.clear()
+        self.advance()
         return made
 
     def _found(self, name: str, count: int) -> tuple[Spool | None, Spool | None]:
