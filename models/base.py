@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.config_keys import Tables, unknown_keys
-from mquant_jax.models.streams import Streams
 
 from mquant_jax.errors import PromptError
+from mquant_jax.models.config_keys import Tables, unknown_keys
+from mquant_jax.models.streams import Streams
 from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder

@@ -8,7 +8,6 @@ from mquant_jax.models.base import Rows, WeightRule
 from mquant_jax.models.eva2 import eva2_rules
 from mquant_jax.models.glm4v.config import GLM4VConfig
 from mquant_jax.models.language import dense_rules, direct
-
 from mquant_jax.nn.decoder_block import DecoderConfig
 
 
