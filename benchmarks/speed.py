@@ -38,9 +38,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.base import VLM, Batch, Family, abstract_model
-from mquant_jax.models.qwen2_vl import FAMILY
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 
 from benchmarks.aot.sizes import MODELS
 from benchmarks.output import add_output_options, deliver, save
@@ -50,6 +47,9 @@ from mquant_jax.commands.bench import machine
 from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import measure, summary
 from mquant_jax.eval.speed import table as speed_table
+from mquant_jax.models.base import VLM, Batch, Family, abstract_model
+from mquant_jax.models.qwen2_vl import FAMILY
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import held

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.base import Batch, Prompt, Rows, WeightRule
+
+from mquant_jax.errors import PromptError
+from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.language import dense_rules, direct
 from mquant_jax.models.prompts import check_prompts
+from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.models.squares import pack_vision
 from mquant_jax.models.streams import Hidden, ValueOutput
 from mquant_jax.models.text import collate as collate_text
-
-from mquant_jax.errors import PromptError
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.flow import Flow, ModuleCall

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from mquant_jax.errors import UserError
-from mquant_jax.schema import shown
+from mquant_jax.validate import shown
 
 SECTIONS = ("vision", "connector", "language", "head")
 _CHOICES = {

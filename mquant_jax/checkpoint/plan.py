@@ -11,7 +11,8 @@ from mquant_jax.checkpoint.source import FLOAT_DTYPES, Reader
 from mquant_jax.checkpoint.tensor_file import DTYPES
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy
-from mquant_jax.models.base import Config, Family, WeightRule
+from mquant_jax.models.base import Config, Family
+from mquant_jax.models.rules import WeightRule
 
 _HEAD = "language/head/"
 _SHOWN = 10

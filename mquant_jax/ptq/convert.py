@@ -27,8 +27,8 @@ from mquant_jax.ptq.ledger import LEARNED, JournalLedger
 from mquant_jax.ptq.pipeline import Conversion, untied
 from mquant_jax.ptq.states import States
 from mquant_jax.recipe import Recipe
-from mquant_jax.schema import shown
 from mquant_jax.stages import stage
+from mquant_jax.validate import shown
 
 _SHOWN = 10  # unknown keys that a warning names
 

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from benchmarks.aot.devices import DEVICES
 from benchmarks.aot.sizes import MODELS
 from mquant_jax.commands import inspect
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.presets import PRESETS
 from mquant_jax.runtime.memory import ACCELERATORS, memory_plan
 from tests.helpers import GOLDENS, fails
