@@ -5,9 +5,9 @@
 
 Without ``--source`` the source is a random checkpoint of a published model's layer shapes in
 shards (see benchmarks/random_checkpoint.py), calibrated on 16 prompts of one picture of 448 x 448
-pixels and 256 text tokens; ``--model demo`` is the bundled demo model and the bundled calibration
-set. The peak is that of this process, which never holds the source. With ``--save`` the file is
-rewritten after every stage, so that a run that is stopped leaves the stages it finished.
+pixels and 256 text tokens; with ``--model demo`` it has the demo model's shapes and is calibrated
+on the bundled set. The peak is that of this process, which never holds the source. With ``--save``
+the file is rewritten after every stage, so that a run that is stopped leaves those it finished.
 """
 
 from __future__ import annotations
@@ -21,28 +21,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.output import add_output_options, bytes_read, deliver, peak_bytes, save
-from benchmarks.random_checkpoint import FULL, QWEN2_VL, layer_count, write
-from mquant_jax.cli_support import OK, Parser, run_cli
+from benchmarks.output import add_output_options, bytes_read, deliver, save
+from benchmarks.random_checkpoint import DEMO, FULL, QWEN2_VL, layer_count, write
+from mquant_jax.cli_support import OK, Parser, peak_bytes, run_cli
 from mquant_jax.commands.bench import machine
 from mquant_jax.presets import resolve_recipe
 from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import Recipe
-from mquant_jax.samples import DEMO_ASSETS
 from mquant_jax.stages import listening
 
-DEMO = "demo"
 PROMPTS, SIDE, WORDS = 16, 448, 240  # about 256 tokens with the chat template's
 SHARDS = 4
 
 
-def source_for(model: str, layers: int | None, vocab: int, folder: Path) -> tuple[Path, Any]:
-    """The folder to convert and its calibration file: the demo model, or a random one below
-    ``folder``."""
-    if model == DEMO:
-        return DEMO_ASSETS / "model", None
-    write(folder / "source", model, layers, vocab, shards=SHARDS)
-    return folder / "source", write_calibration(folder / "calibration")
+def source_for(
+    model: str, layers: int | None, vocab: int, folder: Path
+) -> tuple[Path, Path | None]:
+    """A random model to convert and its calibration file, below ``folder``; ``None`` is the bundled
+    set."""
+    small = model == DEMO
+    write(folder / "source", model, layers, vocab, shards=1 if small else SHARDS)
+    return folder / "source", None if small else write_calibration(folder / "calibration")
 
 
 def write_calibration(folder: Path, prompts: int = PROMPTS, side: int = SIDE) -> Path:

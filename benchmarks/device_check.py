@@ -112,8 +112,7 @@ STEPS = (
     Step(
         "conversion", 90,
         _benchmark("conversion", "conversion.json", "--layers", "4"),
-        _benchmark("conversion", "conversion.json", "--layers", "1", "--vocab", "4096",
-                   "--recipe", "w4a8-rtn"),
+        _benchmark("conversion", "conversion.json", "--model", "demo", "--recipe", "w4a8-rtn"),
         "conversion.json",
     ),
 )  # fmt: skip

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,8 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well")
 
 
-def peak_bytes() -> int:
-    """The peak resident memory of this process; Linux counts in KiB, macOS in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def bytes_read() -> int:
-    """What this process has read from files so far; 0 where the system does not say (Linux does)."""
+    """What this process has read from files so far; 0 where the system does not say."""
     try:
         lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -18,16 +18,17 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.models.qwen2_vl.weights import weight_rules
 
 from benchmarks.aot.sizes import MODELS
 from mquant_jax.checkpoint.tensor_file import TensorFileWriter
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.weights import weight_rules
 from mquant_jax.samples import DEMO_ASSETS
 
 QWEN2_VL = ("qwen2_vl-2b", "qwen2_vl-7b")
+DEMO = "demo"  # the shapes of the bundled model, which has four million parameters
 FULL = "full"
 _BLOCK = 1 << 24  # values that are made at a time
 Shapes = dict[str, tuple[int, ...]]
@@ -35,8 +36,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 def cut_config(model: str, layers: int | None, vocab: int) -> dict[str, Any]:
     """A published Qwen2-VL config, the vocabulary cut to ``vocab`` and both towers to ``layers``
-    (``None``: as published)."""
+    (``None``: as published); the demo model's as it is."""
     demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text(encoding="utf-8"))
+    if model == DEMO:
+        return demo
     ids = {k: v for k, v in demo.items() if k.endswith("token_id")}
     cut = MODELS[model] | ids | {"vocab_size": vocab}
     if layers is None:
@@ -113,7 +116,7 @@ def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.random_checkpoint", __doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument(
-        "--model", choices=QWEN2_VL, default=QWEN2_VL[0], help="default %(default)s"
+        "--model", choices=(*QWEN2_VL, DEMO), default=QWEN2_VL[0], help="default %(default)s"
     )
     parser.add_argument("--layers", default="4", metavar=f"N|{FULL}",
                         help="layers of each tower (default 4)")  # fmt: skip

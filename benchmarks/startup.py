@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,11 @@ PARTS = ("import", "load", "compile_prefill", "compile_decode", "first_token")
 
 def write(folder: Path, layers: int) -> int:
     """Write the checkpoint; its size in bytes."""
-    from mquant_jax.models.qwen2_vl import FAMILY
-
     from benchmarks.aot.sizes import MODELS
     from benchmarks.random_checkpoint import cut_config
     from benchmarks.speed import random_model
     from mquant_jax.checkpoint.writer import save
+    from mquant_jax.models.qwen2_vl import FAMILY
     from mquant_jax.nn.params import get_params
     from mquant_jax.presets import PRESETS
 
@@ -64,27 +64,24 @@ def write(folder: Path, layers: int) -> int:
 def start(folder: Path, began: float) -> dict[str, float]:
     """One start, in this process: seconds of each of the :data:`PARTS`."""
     from mquant_jax.compile_cache import keep_compiled_programs
+    from mquant_jax.eval.speed import Greedy
     from mquant_jax.loading import load_model
-    from mquant_jax.runtime.generate import Generator
-    from mquant_jax.runtime.sampling import Sampling
 
     times = [began, time.time()]
     keep_compiled_programs()
     loaded = load_model(folder)
     jax.block_until_ready(jax.tree.leaves(loaded.model))
     times.append(time.time())
-    generator = Generator(loaded.model, (-1,))
+    greedy = Greedy(loaded.model, NEW_TOKENS - 1)
     prompt = loaded.family.example_prompt(loaded.config, TEXT_TOKENS, IMAGE_SIDE)
     batch = jax.tree.map(jnp.asarray, loaded.family.collate(loaded.config, [prompt]))
-    slots = len(prompt.input_ids) + NEW_TOKENS
-    args = generator.params, batch, jax.random.key(0)
-    how = {"slots": slots, "limit": NEW_TOKENS, "how": Sampling()}
-    first = generator.start.lower(*args, **how).compile()
+    slots = greedy.slots(batch)
+    first = greedy.start.lower(greedy.params, batch, slots=slots).compile()
     times.append(time.time())
-    loop = jax.eval_shape(generator.start, *args, **how)
-    generator.run.lower(generator.params, loop, jnp.int32(NEW_TOKENS), how=Sampling()).compile()
+    answers = jax.eval_shape(partial(greedy.start, slots=slots), greedy.params, batch)
+    greedy.go_on.lower(greedy.params, answers, jnp.int32(NEW_TOKENS)).compile()
     times.append(time.time())
-    jax.block_until_ready(first(*args))
+    jax.block_until_ready(first(greedy.params, batch))
     times.append(time.time())
     return {name: b - a for name, a, b in zip(PARTS, times[:-1], times[1:], strict=True)}
 

@@ -1,6 +1,6 @@
 """What every model is made of, and what a family must bring.
 
-``ptq``, ``runtime`` and ``convert`` know models through this module alone.
+The rest of the package knows families through this module, their streams and weight rules.
 """
 
 from __future__ import annotations
@@ -9,24 +9,28 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.config_keys import Tables, unknown_keys
-from mquant_jax.models.streams import Streams
 
 from mquant_jax.errors import PromptError
+from mquant_jax.models.config_keys import Tables, unknown_keys
+from mquant_jax.models.rules import WeightRule
+from mquant_jax.models.streams import Streams
 from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.flow import EmbeddingCall, Flow, run
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.numerics import AnyArray
 from mquant_jax.recipe import Recipe
 from mquant_jax.sections import check_rules
 
@@ -54,11 +58,11 @@ class Batch:
             hold none (AIFS, ``runtime/tokens.py``); ``None``: they stand as they were written.
     """
 
-    input_ids: jax.Array
-    order: jax.Array
-    positions: jax.Array
-    token_class: jax.Array
-    visual_index: jax.Array
+    input_ids: AnyArray
+    order: AnyArray
+    positions: AnyArray
+    token_class: AnyArray
+    visual_index: AnyArray
     vision: VisionInput | None
     visual_slots: int | None = None
 
@@ -73,20 +77,30 @@ class Batch:
         return jnp.max(self.order, axis=1) + 1
 
 
+class Config(Protocol):
+    """What the package needs of a family's config object, a frozen dataclass: the decoder's."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def language(self) -> DecoderConfig: ...
+
+
 class VLM(nnx.Module):
     """A vision module in front of a decoder. Families subclass it and name their vision module.
 
-    ``vision(VisionInput, runner) -> [N, M, hidden]`` gives the visual tokens of each row. A family
+    ``vision(VisionInput, runner) -> [N, M, hidden]`` gives the visual tokens of each row, and
+    ``vision.tokens(P)`` is ``M`` (:class:`mquant_jax.nn.vit.ViT`). A family
     without pictures names none: ``vision`` stays ``None``, as in all its batches.
     """
 
-    VISION: ClassVar[Callable[..., nnx.Module] | None] = None  # (config, recipe, dtype, rngs=)
-    vision: nnx.Module | None = None
+    VISION: ClassVar[Callable[..., Any] | None] = None  # (config, recipe, dtype, rngs=)
+    vision: Any = None  # a module with ``flow(VisionInput)``
     language: Decoder
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         recipe: Recipe | None = None,
         dtype=jnp.float32,
         *,
@@ -112,7 +126,7 @@ class VLM(nnx.Module):
 
     def visual_flow(self, batch: Batch) -> Flow[jax.Array | None]:
         """The same as a flow."""
-        if batch.vision is None:
+        if batch.vision is None or self.vision is None:
             return None
         features = yield from self.vision.flow(batch.vision)
         return features.reshape(-1, features.shape[-1])
@@ -175,15 +189,26 @@ class VLM(nnx.Module):
         Returns:
             Logits of each row's last token, float32 ``[B, vocab]``, and the cache.
         """
+        hidden, cache = self.read(batch, cache, fresh=fresh, visual=visual)
+        return self.language.logits(hidden), cache
+
+    def read(
+        self,
+        batch: Batch,
+        cache: KVCache,
+        *,
+        fresh: bool = True,
+        visual: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """:meth:`prefill` without the head: each row's last hidden state, ``[B, hidden]``."""
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
         x, cache = self.language.step(
             self.embed(batch, visual=visual), batch.positions, batch.order, classes, cache,
             fresh=fresh, **_layout(batch, batch.vision if visual is None else visual),
         )  # fmt: skip
-        # Of equals the rightmost: a masked token stands behind the real one whose order it has.
+        # Break ties to the right: a masked token shares the order of the real token before it.
         last = batch.order.shape[1] - 1 - jnp.argmax(batch.order[:, ::-1], axis=1)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return self.language.logits(x), cache
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], cache
 
     def decode(
         self, tokens: jax.Array, order: jax.Array, position: jax.Array, cache: KVCache
@@ -209,84 +234,6 @@ def _layout(batch: Batch, pictures: Any) -> dict[str, Any]:
     """What a decoder is told of where visual tokens stand; nowhere, without pictures."""
     slots = batch.visual_slots if pictures is not None else 0
     return {"visual_slots": slots, "visual": batch.token_class == VISUAL}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Some rows of a fused source, whose first axis is seen as ``[groups, of, size]``.
-
-    Attributes:
-        start, stop: the slices taken of each group.
-        of: equal slices in a group.
-        groups: groups that follow each other; a fused ``[q; k; v]`` is one group of three.
-    """
-
-    start: int
-    stop: int
-    of: int
-    groups: int = 1
-
-    def view(self, source: np.ndarray) -> np.ndarray:
-        """The rows, a view: ``[groups, stop - start, size, ...]``."""
-        groups = source.reshape(self.groups, self.of, -1, *source.shape[1:])
-        return groups[:, self.start : self.stop]
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightRule:
-    """One tensor of our model and where it comes from.
-
-    Attributes:
-        dst: our name, layers separate: ``language/layers/0/q_proj/kernel``.
-        src: name in the Hugging Face checkpoint.
-        shape: shape of our tensor.
-        src_shape: shape that the source must have.
-        rows: the part of the source that is ours; ``None``: all of it.
-        transposed: the source, a matrix, stands the other way round (``x @ W``).
-        order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
-        otherwise: values where the checkpoint holds no such tensor; ``None``: it must.
-    """
-
-    dst: str
-    src: str
-    shape: tuple[int, ...]
-    src_shape: tuple[int, ...]
-    rows: Rows | None = None
-    transposed: bool = False
-    order: tuple[int, ...] | None = None
-    otherwise: tuple[float, ...] | None = None
-
-    def apply(self, source: np.ndarray) -> np.ndarray:
-        """The source's part of our tensor, in our shape."""
-        source = source.T if self.transposed else source
-        source = source if self.rows is None else self.rows.view(source)
-        source = source.reshape(self.shape)
-        if self.order is None:
-            return source
-        return source.reshape(-1, len(self.order), *self.shape[1:])[:, self.order].reshape(
-            self.shape
-        )
-
-    def run(self) -> tuple[int, int | None]:
-        """The first source row of ours and how many follow each other, where our rows are a run of
-        the source's and each is as it stands there; else ``(0, None)``."""
-        if self.transposed or self.order is not None or not self.shape:
-            return 0, None
-        if self.rows is None:
-            same = self.shape[0] == self.src_shape[0]
-            return (0, self.shape[0]) if same else (0, None)
-        if self.rows.groups > 1:
-            return 0, None
-        return self.rows.start * (self.src_shape[0] // self.rows.of), self.shape[0]
-
-    def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
-        """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
-        source = source.T if self.transposed else source
-        part = source if self.rows is None else self.rows.view(source)
-        if self.order is not None:
-            back = np.argsort(self.order)
-            ours = ours.reshape(-1, len(back), *self.shape[1:])[:, back]
-        part[...] = ours.reshape(part.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,6 +299,9 @@ class Processor(Protocol):
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
 
+    def vocabulary_warning(self) -> str | None:
+        """What a conversion says of a tokenizer with ids that the model does not have."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -359,8 +309,8 @@ class Family:
 
     Attributes:
         name: our name of the family.
-        config_from_hf: Hugging Face config dictionary -> the family's config object, which has a
-            field ``language: DecoderConfig``.
+        config_from_hf: Hugging Face config dictionary -> the family's :class:`Config`, which all
+            other callables here are given.
         model: the family's :class:`VLM`.
         weight_rules: ``config -> rules``.
         ignored: whether a checkpoint tensor of this name is known and not needed.
@@ -381,7 +331,7 @@ class Family:
     """
 
     name: str
-    config_from_hf: Callable[[dict], Any]
+    config_from_hf: Callable[[dict], Config]
     model: type[VLM]
     weight_rules: Callable[[Any], list[WeightRule]]
     ignored: Callable[[str], bool]
@@ -396,7 +346,7 @@ class Family:
     most_pictures: int | None = None
     videos: bool = False
 
-    def build(self, config: Any, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
+    def build(self, config: Config, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
         """The model with fresh weights."""
         return self.model(config, recipe, dtype, rngs=rngs)
 
@@ -404,13 +354,19 @@ class Family:
         """Keys of a config.json that no table names, with the paths of their objects."""
         return unknown_keys(self.config_tables(hf_config))
 
-    def processor(self, folder: Any, config: Any) -> Processor:
+    def check_processor(self, folder: Path, config: Config) -> None:
+        """See :func:`mquant_jax.models.trial.try_processor`."""
+        from mquant_jax.models.trial import try_processor
+
+        try_processor(self, folder, config)
+
+    def processor(self, folder: str | Path, config: Config) -> Processor:
         """The processor of a checkpoint folder."""
         module, _, name = self.processor_class.partition(":")
         return getattr(importlib.import_module(module), name)(folder, config)
 
 
-def abstract_model(family: Family, config: Any, recipe: Recipe, dtype=jnp.float32) -> VLM:
+def abstract_model(family: Family, config: Config, recipe: Recipe, dtype=jnp.float32) -> VLM:
     """The model's structure with shapes in place of arrays: costs no memory at any size.
 
     Raises:
@@ -419,14 +375,7 @@ def abstract_model(family: Family, config: Any, recipe: Recipe, dtype=jnp.float3
     return nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
 
 
-def with_head(config: Any, tied: bool) -> Any:
+def with_head(config: Config, tied: bool) -> Config:
     """A family's config whose head is the embedding, or is not."""
-    return dataclasses.replace(
-        config, language=dataclasses.replace(config.language, tied_head=tied)
-    )
-
-
-def bucket(n: int, multiple: int) -> int:
-    """The padded size for ``n``: at most an eighth more, so that few programs are compiled."""
-    step = max(multiple, 1 << max(0, n.bit_length() - 4))
-    return -(-n // step) * step
+    language = dataclasses.replace(config.language, tied_head=tied)
+    return dataclasses.replace(config, language=language)

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from mquant_jax.models.base import Prompt
-from mquant_jax.models.prompts import check_ids
 
 from mquant_jax.errors import PromptError, UserError
-from mquant_jax.files import read_json_if_any as read_json
+from mquant_jax.files import is_file, read_json_if_any
+from mquant_jax.models import chat_files
+from mquant_jax.models.base import Prompt
+from mquant_jax.models.prompts import check_ids
+from mquant_jax.models.template import ChatTemplate
 from mquant_jax.validate import listed
 from mquant_jax.validate import text as checked_text
 
+_LONGEST_ERROR, _ANY_LENGTH = 300, 10**9
 KINDS = ("image", "video")
 Message = Mapping[str, Any]
 
@@ -31,8 +34,8 @@ class ChatFolder:
     Families bring ``messages(messages, images, videos) -> Prompt``.
 
     Args:
-        folder: holds tokenizer.json or (SentencePiece) tokenizer.model, and as published
-            tokenizer_config.json, generation_config.json and the chat template.
+        folder: holds tokenizer.json, (SentencePiece) tokenizer.model, or vocab.json and merges.txt;
+            and as published tokenizer_config.json, generation_config.json and the chat template.
         config: the model's config.
 
     Raises:
@@ -41,7 +44,9 @@ class ChatFolder:
 
     NEEDED: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
     # What will do in the place of a needed file.
-    INSTEAD: ClassVar[Mapping[str, str]] = {"tokenizer.json": "tokenizer.model"}
+    INSTEAD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tokenizer.json": ("tokenizer.model", "vocab.json"),
+    }
     ROLES: ClassVar[tuple[str, ...]] = ("system", "user", "assistant", "tool")
     # What stands in prompts for a visual token, where no id of the vocabulary does.
     PLACEHOLDER: ClassVar[int | None] = None
@@ -49,8 +54,8 @@ class ChatFolder:
     def __init__(self, folder: str | Path, config: Any):
         self.folder, self.config = Path(folder), config
         for name in self.NEEDED:
-            names = (name, self.INSTEAD.get(name, name))
-            if not any((self.folder / n).is_file() for n in names):
+            names = (name, *self.INSTEAD.get(name, ()))
+            if not any(is_file(self.folder / n) for n in names):
                 raise UserError(f"{self.folder / name}: no such file (the processor needs it)")
 
     @functools.cached_property
@@ -61,48 +66,60 @@ class ChatFolder:
         parts of it, such as how digits are split, by the name in tokenizer_config.json.
         """
         kind = import_transformers().PreTrainedTokenizerFast
-        if not (self.folder / "tokenizer.json").is_file():
-            return self._sentencepiece(kind)
+        path = self.folder / "tokenizer.json"
+        if not is_file(path):
+            sentencepiece = is_file(self.folder / "tokenizer.model")
+            return (
+                self._sentencepiece(kind)
+                if sentencepiece
+                else chat_files.bpe_tokenizer(self.folder, kind)
+            )
+        chat_files.check_readable(self.folder)
         try:
-            return kind.from_pretrained(self.folder, local_files_only=True)
+            # The length is the model's matter: the tokenizer's own would only be warned about.
+            return kind.from_pretrained(
+                self.folder, local_files_only=True, model_max_length=_ANY_LENGTH
+            )
         except Exception as e:  # the tokenizers library raises bare Exception
-            raise UserError(f"{self.folder / 'tokenizer.json'}: cannot be loaded: {e}") from e
+            raise UserError(f"{path}: cannot be loaded: {one_line(e)}") from e
 
     def _sentencepiece(self, kind: Any):
         """The tokenizer of a folder with tokenizer.model alone."""
-        from mquant_jax.models.sentencepiece import added_tokens, build_tokenizer, read_pieces
+        from mquant_jax.models.sentencepiece import build_tokenizer, read_pieces
 
-        config = read_json(self.folder / "tokenizer_config.json")
-        special = read_json(self.folder / "special_tokens_map.json") | config
-        names = {}
-        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = special.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                names[key] = token
-        added = added_tokens(config, read_json(self.folder / "added_tokens.json"))
+        config = read_json_if_any(self.folder / chat_files.TOKENIZER_CONFIG)
+        names = chat_files.special_tokens(self.folder)
         pieces = read_pieces(self.folder / "tokenizer.model")
         bos = names.get("bos_token", "<s>") if config.get("add_bos_token", True) else None
-        tokenizer = kind(tokenizer_object=build_tokenizer(pieces, added, bos), **names)
-        tokenizer.chat_template = config.get("chat_template")
-        return tokenizer
+        added = chat_files.added_tokens(self.folder)
+        return kind(tokenizer_object=build_tokenizer(pieces, added, bos), **names)
 
     @functools.cached_property
-    def chat_template(self) -> str | None:
-        """The folder's Jinja template; ``None`` when it has none."""
-        if self.tokenizer.chat_template:
-            return self.tokenizer.chat_template
-        template = read_json(self.folder / "chat_template.json").get("chat_template")
-        return template if isinstance(template, str) else None
+    def chat_template(self) -> ChatTemplate | None:
+        """The folder's chat template; ``None`` when it has none.
+
+        Raises:
+            UserError: it is none that could be rendered.
+        """
+        found = chat_files.chat_template(self.folder)
+        if found is None:
+            return None
+        path, source = found
+        try:
+            return ChatTemplate(source)
+        except Exception as e:  # jinja2 and Python's compiler raise many kinds
+            raise UserError(f"{path}: the chat template cannot be used: {one_line(e)}") from e
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: generation_config.json, config.json, then the tokenizer."""
-        for name in ("generation_config.json", "config.json"):
-            data = read_json(self.folder / name)
-            eos = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
-            if eos is not None:
-                return (eos,) if isinstance(eos, int) else tuple(eos)
+        """Tokens that end an answer: generation_config.json, config.json, then the tokenizer.
+
+        Raises:
+            UserError: a file names what is no token id of the model.
+        """
+        found = chat_files.stop_ids(self.folder, self.config.language.vocab_size)
+        if found is not None:
+            return found
         eos = self.tokenizer.eos_token_id
         return () if eos is None else (eos,)
 
@@ -221,20 +238,25 @@ class ChatFolder:
             f"of {vocab} ({shown}); prompts with them will be refused"
         )
 
-    def render(self, chat: list[dict[str, Any]], template: str) -> str:
+    def render(self, chat: list[dict[str, Any]], template: ChatTemplate) -> str:
         """The text of a chat that the assistant is to go on with.
 
         Raises:
-            UserError: the template fails.
+            UserError: the template fails, takes too long, or makes too much.
         """
-        from jinja2 import TemplateError
-
+        tokens = self.tokenizer.special_tokens_map
         try:
-            return self.tokenizer.apply_chat_template(
-                chat, chat_template=template, add_generation_prompt=True, tokenize=False
-            )
-        except TemplateError as e:
-            raise UserError(f"{self.folder}: the chat template fails: {e}") from e
+            text = template.render(chat, **tokens, add_generation_prompt=True)
+            text.encode()  # fails for half of a surrogate pair
+            return text
+        except Exception as e:  # whatever the template raises
+            raise UserError(f"{self.folder}: the chat template fails: {one_line(e)}") from e
+
+
+def one_line(e: BaseException) -> str:
+    """An error of somebody else's code as one short line."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text if len(text) <= _LONGEST_ERROR else text[: _LONGEST_ERROR - 3] + "..."
 
 
 def import_transformers():

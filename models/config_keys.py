@@ -23,6 +23,7 @@ _BOOKKEEPING = """
     _flash_attn_2_enabled _name_or_path _vocab_size add_cross_attention architectures
     attn_implementation auto_map chunk_size_feed_forward cross_attention_hidden_size dtype
     finetuning_task id2label initializer_factor initializer_range is_decoder is_encoder_decoder
+    is_llama_config
     label2id max_sequence_length max_window_layers model_max_length model_type num_labels
     output_attentions output_hidden_states output_router_logits output_scores pretraining_tp
     problem_type
@@ -60,6 +61,9 @@ REFUSED = {
     "logit_scale": Refused((1, 1.0)),
     "logits_scaling": Refused((1, 1.0)),
     "no_rope_layers": Refused(([],)),
+    "attention_chunk_size": Refused(),
+    "moe_config": Refused(({},), _OTHER),
+    "n_routed_experts": Refused((0,), _OTHER),
     "num_experts": Refused((0,), _OTHER),
     "num_local_experts": Refused((0,), _OTHER),
     "parallel_attn": Refused((False,)),
@@ -70,7 +74,11 @@ REFUSED = {
     "rope_interleaved": Refused((False,)),
     "scale_depth": Refused((1, 1.0)),
     "scale_emb": Refused((1, 1.0)),
+    "sliding_window_pattern": Refused(),
+    "use_moe": Refused((False,), _OTHER),
+    "use_mrope": Refused((False,)),
     "use_parallel_residual": Refused((False,)),
+    "use_qk_norm": Refused((False,)),
 }
 
 

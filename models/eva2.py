@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.base import Batch, Prompt, Rows, WeightRule
+
+from mquant_jax.errors import PromptError
+from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.language import dense_rules, direct
 from mquant_jax.models.prompts import check_prompts
+from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.models.squares import pack_vision
 from mquant_jax.models.streams import Hidden, ValueOutput
 from mquant_jax.models.text import collate as collate_text
-
-from mquant_jax.errors import PromptError
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.norm import LayerNorm
@@ -134,9 +135,9 @@ class Adapter(nnx.Module):
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """``[N, T, conv_width]`` -> ``[N, T, hidden]``."""
         y = gelu(self.norm(self.linear_proj(self.merger_in(x, None, tap))))
-        y = self.mlp_in(y, None, tap)
-        y = jax.nn.silu(self.gate_proj(y)) * self.up_proj(y)
-        return self.down_proj(self.merger_hidden(y, None, tap))
+        h = self.mlp_in(y, None, tap)
+        hidden = jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)
+        return self.down_proj(self.merger_hidden(hidden, None, tap))
 
 
 class Ends(nnx.Module):
@@ -167,6 +168,9 @@ class EVA2Vision(ViT):
         self.conv = Convolution(c, conv, rngs=rngs)
         self.merger = Adapter(c, merger, rngs=rngs)
         self.ends = Ends(c, dtype)
+
+    def tokens(self, patches: int) -> int:
+        return patches // MERGE**2 + 2
 
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Pictures -> visual tokens ``[N, P/4 + 2, hidden]``; the class token is left behind."""
@@ -280,7 +284,9 @@ def collate(
         return batch
     visual = batch.input_ids == VISUAL
     index = batch.visual_index.copy()
-    index[visual] = np.arange(visual.sum())  # pictures come in the order of their placeholders
+    index[visual] = np.arange(
+        np.count_nonzero(visual)
+    )  # pictures come in the order of their placeholders
     return dataclasses.replace(
         batch,
         input_ids=np.where(visual, pad_id, batch.input_ids).astype(np.int32),

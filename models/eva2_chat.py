@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.chat import ChatFolder, Message, check_count
 from mquant_jax.models.eva2 import VISUAL, EVA2Config
 from mquant_jax.models.images import load_image
 from mquant_jax.models.squares import patchify, squeeze
-
-from mquant_jax.errors import UserError
 
 
 class OnePictureChat(ChatFolder):
@@ -51,8 +51,8 @@ def pixels_of(
     Raises:
         UserError: a picture that cannot be read.
     """
-    pixels = [squeeze(load_image(x, f"image {i}"), c.image_size) for i, x in enumerate(images)]
-    if not pixels:
+    if len(images) == 0 or c is None:
         return [], np.zeros((0, 0), np.float32)
+    pixels = [squeeze(load_image(x, f"image {i}"), c.image_size) for i, x in enumerate(images)]
     patches = patchify(np.stack(pixels), c.patch_size)
     return [(1, c.side, c.side)] * len(pixels), patches.reshape(-1, patches.shape[-1])

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mquant_jax.errors import UserError
+from mquant_jax.files import read_bytes
+
+_LONGEST = 1024  # characters in a piece; merges are found by trying all its splits
 
 BPE = 2  # trainer_spec.model_type
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # types of pieces
@@ -44,11 +47,12 @@ def read_pieces(path: Path) -> Pieces:
     Raises:
         UserError: not such a file.
     """
+    data = read_bytes(path)
     try:
         names, scores, kinds = [], [], []
         trainer: dict[int, Any] = {}
         normaliser: dict[int, Any] = {}
-        for field, value in _fields(path.read_bytes()):
+        for field, value in _fields(data):
             if field == 1:
                 piece = dict(_fields(value))
                 names.append(piece[1].decode())
@@ -62,6 +66,9 @@ def read_pieces(path: Path) -> Pieces:
         raise UserError(f"{path}: not a SentencePiece model: {e!r}") from e
     if not names:
         raise UserError(f"{path}: not a SentencePiece model: it holds no pieces")
+    longest = max(map(len, names))
+    if longest > _LONGEST:
+        raise UserError(f"{path}: a piece of {longest} characters; expected {_LONGEST} at most")
     return Pieces(
         names, scores, kinds, trainer.get(3, 1), normaliser.get(2, b""), bool(normaliser.get(3, 1))
     )
@@ -73,6 +80,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     while at < len(data):
         key, at = _varint(data, at)
         kind = key & 7
+        value: int | bytes
         if kind == 0:
             value, at = _varint(data, at)
         elif kind in (1, 2, 5):
@@ -109,14 +117,6 @@ def merges_of(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[s
 
 def _by_score(entry: tuple) -> tuple:
     return entry[:4]
-
-
-def added_tokens(config: Mapping[str, Any], added: Mapping[str, int]) -> dict[int, dict[str, Any]]:
-    """Id -> token, from tokenizer_config.json and added_tokens.json."""
-    out = {i: {"content": name, "special": True} for name, i in added.items()}
-    for i, token in (config.get("added_tokens_decoder") or {}).items():
-        out[int(i)] = dict(token)
-    return out
 
 
 def build_tokenizer(pieces: Pieces, added: Mapping[int, Mapping[str, Any]], bos: str | None):
@@ -156,9 +156,9 @@ def build_tokenizer(pieces: Pieces, added: Mapping[int, Mapping[str, Any]], bos:
     tokenizer.normalizer = tk.normalizers.Sequence(steps)
     tokenizer.decoder = tk.decoders.Sequence(back)
     _add(tokenizer, pieces, names, added)
-    if bos is not None and (i := tokenizer.token_to_id(bos)) is not None:
+    if bos is not None and (first := tokenizer.token_to_id(bos)) is not None:
         tokenizer.post_processor = tk.processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, i)]
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, first)]
         )
     return tokenizer
 

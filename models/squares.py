@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from mquant_jax.models.base import bucket
 from PIL import Image
 
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.runtime.buckets import fine
 
 # The colours that CLIP was trained with, for values between 0 and 1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,7 +41,7 @@ def pack_vision(patches: np.ndarray, side: int) -> VisionInput:
         side: patches along a square.
     """
     tiles = patches.reshape(-1, side * side, patches.shape[-1])
-    rows = bucket(len(tiles), multiple=1)
+    rows = fine(len(tiles))
     out = np.zeros((rows, *tiles.shape[1:]), np.float32)
     out[: len(tiles)] = tiles
     valid = np.zeros((rows, side * side), bool)

@@ -14,7 +14,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from mquant_jax.errors import UserError
+from mquant_jax.files import read_bytes
+from mquant_jax.schema import whole
 
+_LONGEST = 2048  # letters of base64 in a token; merges are found by trying all its splits
+_ID = whole(low=0, high=2**24)
 Ranks = dict[bytes, int]
 
 
@@ -24,19 +28,18 @@ def read_ranks(path: Path) -> Ranks:
     Raises:
         UserError: no such file, or a line of another form.
     """
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from e
     ranks: Ranks = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as e:
+            ranks[base64.b64decode(token, validate=True)] = _ID.read(int(rank), "rank")
+        except (ValueError, binascii.Error, UserError) as e:
             raise UserError(f"{path}:{number}: expected a token in base64 and its rank") from e
+        if len(token) > _LONGEST:
+            raise UserError(f"{path}:{number}: a token of {len(token)} letters of base64; "
+                            f"expected {_LONGEST} at most")  # fmt: skip
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing or len(set(ranks.values())) < len(ranks):
         raise UserError(f"{path}: not a tiktoken vocabulary: a byte is missing or a rank is double")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Batch",
     "CheckpointError",
     "ImageError",
     "Model",
@@ -16,12 +17,23 @@ __all__ = [
     "Recipe",
     "Sampling",
     "UserError",
+    "convert",
+    "decode",
+    "extend",
     "load",
+    "prefill",
+    "quantize",
 ]
 
 _HOMES = {
+    "Batch": "mquant_jax.models.base",
+    "decode": "mquant_jax.runtime.steps",
+    "extend": "mquant_jax.runtime.steps",
+    "prefill": "mquant_jax.runtime.steps",
     "Model": "mquant_jax.api",
+    "convert": "mquant_jax.api",
     "load": "mquant_jax.api",
+    "quantize": "mquant_jax.api",
     "PRESETS": "mquant_jax.presets",
     "Recipe": "mquant_jax.recipe",
     "Sampling": "mquant_jax.runtime.sampling",
@@ -33,7 +45,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from mquant_jax.api import Model, load
+    from mquant_jax.api import Model, convert, load, quantize
     from mquant_jax.errors import (
         CheckpointError,
         ImageError,
@@ -41,9 +53,11 @@ if TYPE_CHECKING:
         PromptTooLong,
         UserError,
     )
+    from mquant_jax.models.base import Batch
     from mquant_jax.presets import PRESETS
     from mquant_jax.recipe import Recipe
     from mquant_jax.runtime.sampling import Sampling
+    from mquant_jax.runtime.steps import decode, extend, prefill
 
 
 def __getattr__(name: str) -> Any:

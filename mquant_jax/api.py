@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ import jax
 from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import PromptTooLong, UserError
-from mquant_jax.models.base import VLM, Batch, Processor, Prompt, bucket, longest
+from mquant_jax.models.base import VLM, Batch, Family, Processor, Prompt, longest
+from mquant_jax.presets import resolve_recipe
+from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.options import Options, sampling_key
+from mquant_jax.runtime.prompts import padded
 from mquant_jax.runtime.sampling import Sampling
+from mquant_jax.samples import Sample
 from mquant_jax.validate import kind, listed, path
 
 
@@ -30,6 +34,7 @@ class Model:
         processor: pictures and text to batches, tokens to text.
         layout: where visual tokens stand while a prompt runs, see :class:`Generator`.
         kv_cache: ``float`` or ``int8``.
+        family: the model family.
     """
 
     module: VLM
@@ -38,6 +43,7 @@ class Model:
     processor: Processor
     layout: str = "auto"
     kv_cache: str = "float"
+    family: Family | None = None
     _generator: Generator | None = None
 
     @property
@@ -54,20 +60,24 @@ class Model:
         return self.config.language.max_positions
 
     def collate(self, prompts: Sequence[Prompt]) -> Batch:
-        """Prompts as one batch, padded to a bucket of prompt length.
+        """Prompts as one batch, for programs of your own: prompts and pictures are padded to the
+        sizes of :mod:`mquant_jax.runtime.buckets`, so that few are compiled.
 
         Raises:
             PromptTooLong: a prompt does not fit the context.
             PromptError: no prompts; ids that the model does not know, or placeholders and pictures
                 that differ.
         """
+        return padded(self.module, self._collate(prompts))
+
+    def _collate(self, prompts: Sequence[Prompt]) -> Batch:
         tokens = longest(prompts)
         if tokens >= self.max_positions:
             raise PromptTooLong(
                 f"prompt has {tokens} tokens, the model's context is {self.max_positions}: "
                 "shorten the text or use smaller pictures"
             )
-        return self.processor.collate(prompts, pad_to=bucket(tokens, 16))
+        return self.processor.collate(prompts)
 
     def generate(
         self,
@@ -113,6 +123,37 @@ class Model:
         answers = [self.processor.decode(ids) for ids in out.tokens]
         return answers[0] if single else answers
 
+    def warm_up(
+        self,
+        *,
+        batch: int = 1,
+        prompt_tokens: int = 512,
+        picture_patches: int = 1024,
+        new_tokens: int = 128,
+        progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
+    ) -> int:
+        """Compile before the first request what requests up to these sizes need.
+
+        Args:
+            batch: prompts at once.
+            prompt_tokens: tokens of the longest prompt, its pictures' included.
+            picture_patches: patches of the largest picture; a patch is 14 pixels square in most
+                families.
+            new_tokens: tokens of the longest answer.
+            progress: wraps the list of programs, say as a progress bar.
+
+        Returns:
+            The number of compiled programs that the process holds;
+            :data:`mquant_jax.runtime.programs.LIMIT` is the most.
+        """
+        return self.generator.warm_up(
+            rows=batch,
+            prompt=min(prompt_tokens, self.max_positions),
+            picture=picture_patches,
+            new_tokens=new_tokens,
+            progress=progress,
+        )
+
     def _prompts(self, prompt: Any, images: Any, videos: Any) -> list[Prompt]:
         """The prompts of one call of :meth:`generate`."""
         if isinstance(prompt, str):
@@ -150,7 +191,7 @@ class Model:
         """
         options = Options(max_new_tokens, how)
         key = sampling_key(key)
-        batch = self.collate(prompts)
+        batch = self._collate(prompts)
         limit = min(options.max_new_tokens, self.max_positions - longest(prompts))
         on_tokens = None if stream is None else _TextStream(self.processor, stream)
         return self.generator.generate(batch, limit, options.sampling, key, on_tokens)
@@ -193,7 +234,9 @@ def load(
         verify: ``True``: every file must be what the conversion wrote; ``"tensors"``: edited JSON
             files (config.json, say) are accepted; ``False``: only file sizes are compared.
 
-    Compiled programs are kept on disk for the next start, see :mod:`mquant_jax.compile_cache`.
+    Compiled programs are kept on disk for the next start, unless the user has set or turned off
+    JAX's compilation cache (:mod:`mquant_jax.compile_cache`). No other configuration of the process
+    is changed.
 
     Raises:
         UserError: no such folder, not a checkpoint, another format version, damaged or edited
@@ -213,4 +256,78 @@ def load(
         processor,
         options.layout,
         options.kv_cache,
+        loaded.family,
+    )
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    recipe: str | Path | Recipe = "float",
+    calibration: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+) -> dict[str, Any]:
+    """Convert a Hugging Face model folder into a checkpoint folder, part by part.
+
+    Args:
+        src: the folder, or a hub name that is in the local cache.
+        dst: the folder to write; it appears when it is complete.
+        recipe: a preset's name, the path of a JSON file, or a :class:`Recipe`.
+        calibration: a JSONL file of samples; by default the bundled set.
+        overwrite: replace the checkpoint at ``dst``.
+        resume, restart: what to do with ``DST.work``, where a stopped conversion left its work: go
+            on with it, or remove it.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: bad input; ``dst`` is as it was.
+    """
+    from mquant_jax.ptq.convert import convert
+
+    keep_compiled_programs()
+    return convert(
+        path(src, "src"),
+        path(dst, "dst"),
+        recipe if isinstance(recipe, Recipe) else resolve_recipe(str(recipe)),
+        None if calibration is None else path(calibration, "calibration"),
+        overwrite,
+        resume=resume,
+        restart=restart,
+    )
+
+
+def quantize(
+    model: Model,
+    recipe: str | Path | Recipe,
+    samples: str | Path | Sequence[Sample | Prompt] | None = None,
+) -> Model:
+    """A quantised copy of a float model, in memory: both models are there at the end.
+
+    Args:
+        model: a float model, from :func:`load`.
+        recipe: a preset's name, the path of a JSON file, or a :class:`Recipe`.
+        samples: calibration data: a JSONL file, :class:`~mquant_jax.samples.Sample` or ``Prompt``
+            objects; by default the bundled set.
+
+    Raises:
+        UserError: the model is quantised already; bad samples or recipe.
+    """
+    from mquant_jax.ptq.quantize import quantize_model
+
+    keep_compiled_programs()
+    recipe = recipe if isinstance(recipe, Recipe) else resolve_recipe(str(recipe))
+    family = model.family
+    if family is None:
+        raise UserError("model: expected one from mq.load, which knows its family")
+    module, config, report = quantize_model(
+        model.module, model.config, family, model.processor, recipe, samples
+    )
+    manifest = {"family": family.name, "recipe": recipe.to_json(), "report": report}
+    return dataclasses.replace(
+        model, module=module, config=config, manifest=manifest, _generator=None
     )

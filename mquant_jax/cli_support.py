@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import io
 import os
+import resource
 import signal
 import sys
 import threading
@@ -133,8 +135,31 @@ def _handled(signals: Iterable[int], handler: Callable[..., Any]) -> Iterator[No
             signal.signal(number, old)
 
 
-def warn(message: str) -> None:
-    """One ``warning:`` line on stderr."""
+WARNINGS = ("calibration", "config", "memory", "tokenizer")
+_STRICT: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("strict", default=())
+
+
+@contextlib.contextmanager
+def strict(kinds: Sequence[str]) -> Iterator[None]:
+    """Warnings of these kinds are errors inside the block."""
+    token = _STRICT.set(tuple(kinds))
+    try:
+        yield
+    finally:
+        _STRICT.reset(token)
+
+
+def warn(message: str, kind: str = "") -> None:
+    """One ``warning:`` line on stderr.
+
+    Args:
+        kind: one of :data:`WARNINGS`, or none of them.
+
+    Raises:
+        UserError: :func:`strict` makes this kind an error.
+    """
+    if kind in _STRICT.get():
+        raise UserError(f"{message} (an error by --strict {kind})")
     print("warning: " + " ".join(message.split()), file=sys.stderr)
 
 
@@ -145,3 +170,9 @@ def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> It
     from tqdm import tqdm
 
     return tqdm(items, desc=desc, total=total, leave=False, file=sys.stderr)
+
+
+def peak_bytes() -> int:
+    """The peak resident memory of this process; Linux counts in KiB, macOS in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,7 +10,7 @@ from typing import Any
 
 from mquant_jax.errors import UserError
 
-MOST_BYTES = 64 << 20  # of a JSON or text file; the largest index of a published model has 10 MB
+MOST_BYTES = 64 << 20  # of a file read whole; the largest index of a published model has 10 MB
 
 
 def is_file(path: Path) -> bool:
@@ -21,25 +21,33 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 text, its byte order mark left out.
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A file's content.
 
     Raises:
-        UserError: no such file, not a regular one, larger than :data:`MOST_BYTES`, unreadable, or
-            not UTF-8.
+        UserError: no such file, not a regular one, larger than ``most`` bytes, or unreadable.
     """
     try:
         check_regular(path)
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(most + 1)
     except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file") from e
+        raise UserError(f"{path}: cannot be read: no such file") from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{path}: larger than {MOST_BYTES >> 20} MiB; expected a small text file")
+    if len(data) > most:
+        raise UserError(f"{path}: larger than {most >> 20} MiB; expected a smaller file")
+    return data
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text, its byte order mark left out.
+
+    Raises:
+        UserError: as :func:`read_bytes`; not UTF-8.
+    """
     try:
-        return data.decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not valid UTF-8: {e}") from e
 

@@ -16,14 +16,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.numerics import along_last
+
+
+def has_hadamard(n: int) -> bool:
+    """Whether :func:`hadamard` knows a matrix of order ``n``."""
+    return _build(n) is not None
+
+
+def hadamard(n: int) -> np.ndarray:
+    """A matrix of ``+-1``, int8 ``[n, n]``, with ``H H^T = n I``.
+
+    Raises:
+        ValueError: no construction here gives that order.
+    """
+    matrix = _build(n)
+    if matrix is None:
+        raise ValueError(f"no Hadamard matrix of order {n} can be built")
+    return matrix
+
 
 @functools.lru_cache(maxsize=64)
-def hadamard(n: int) -> np.ndarray | None:
-    """A matrix of ``+-1``, int8 ``[n, n]``, with ``H H^T = n I``; ``None`` if none can be built.
-
-    The smallest construction that fits is used: order 1 and 2, Paley I (``q + 1``, q = 3 mod 4),
-    Paley II (``2 (q + 1)``, q = 1 mod 4), then products of two orders.
-    """
+def _build(n: int) -> np.ndarray | None:
+    """The matrix by the smallest construction that fits: order 1 and 2, Paley I (``q + 1``, q = 3
+    mod 4), Paley II (``2 (q + 1)``, q = 1 mod 4), then products of two orders."""
     if n in (1, 2):
         return np.array([[1]] if n == 1 else [[1, 1], [1, -1]], np.int8)
     if n % 4:
@@ -34,7 +50,7 @@ def hadamard(n: int) -> np.ndarray | None:
     if direct is not None:
         return direct
     for a in (2, *range(4, int(n**0.5) + 1, 4)):
-        if n % a == 0 and hadamard(a) is not None and hadamard(n // a) is not None:
+        if n % a == 0 and has_hadamard(a) and has_hadamard(n // a):
             return np.kron(hadamard(a), hadamard(n // a)).astype(np.int8)
     return None
 
@@ -156,10 +172,10 @@ class Rotation:
 
     def signed(self, x: jax.Array) -> jax.Array:
         """``x [..., inputs]`` with the signs."""
-        return x if self.seed is None else x * jnp.asarray(self.signs, x.dtype)
+        return x if self.seed is None else x * along_last(jnp.asarray(self.signs, x.dtype), x)
 
     def padded(self, x: jax.Array) -> jax.Array:
-        """``x [..., inputs]`` with zeros behind: ``[..., n]``."""
+        """``x [..., inputs]`` padded with zeros to ``[..., n]``."""
         if not self.padding:
             return x
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.padding)])
@@ -213,7 +229,7 @@ def stream_rotation(
     return (Orthogonal if orthogonal else plan_rotation)(n, seed_of(seed, name))
 
 
-# A block at least so wide mixes well enough; narrower ones make way for a padded width.
+# A block at least so wide mixes well enough; narrower ones are replaced by a padded width.
 WIDE_BLOCK = 128
 MOST_PADDING = 0.04
 # A TPU's registers hold rows of so many channels: an inner factor of this order moves no data.
@@ -243,7 +259,7 @@ def plan_rotation(n: int, seed: int | None = 0, may_pad: bool = False) -> Rotati
     lanes = _padded_to_lanes(n, exact) if may_pad and exact else None
     if lanes:
         return lanes
-    if not may_pad or (exact and (exact.blocks == 1 or n // exact.blocks >= WIDE_BLOCK)):
+    if exact and (not may_pad or exact.blocks == 1 or n // exact.blocks >= WIDE_BLOCK):
         return exact
     for width in range(n + n % 2, int(n * (1 + MOST_PADDING)) + 1, 2):
         wider = _exact(width, seed)
@@ -259,7 +275,7 @@ def _exact(n: int, seed: int | None) -> Rotation:
         size = n // blocks
         for outer in (d for d in range(1, int(size**0.5) + 1) if size % d == 0):
             inner = size // outer
-            if inner > 256 or hadamard(outer) is None or hadamard(inner) is None:
+            if inner > 256 or not has_hadamard(outer) or not has_hadamard(inner):
                 continue
             if best is None or inner < best.inner:
                 best = Rotation(n, blocks, outer, inner, seed)
@@ -271,7 +287,7 @@ def _exact(n: int, seed: int | None) -> Rotation:
 def _in_lanes(even: Rotation) -> Rotation | None:
     """The split of the same blocks with an inner factor of ``LANES``, if there is a cheap one."""
     outer, rest = divmod(even.outer * even.inner, LANES)
-    if rest or outer > 256 or hadamard(outer) is None:
+    if rest or outer > 256 or not has_hadamard(outer):
         return None
     if outer + LANES > LANES_WORTH * (even.outer + even.inner):
         return None

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.checkpoint import orbax_format
 from mquant_jax.checkpoint.manifest import CONFIG, Verify, load_json, load_manifest, refuse
 from mquant_jax.checkpoint.reader import (
     Sink,
     check_files,
-    load_params,
     put_rows,
     stored_names,
     stream,
 )
 from mquant_jax.checkpoint.tensor_file import Entry
 from mquant_jax.errors import CheckpointError
-from mquant_jax.models.base import VLM, Family, abstract_model, with_head
+from mquant_jax.models.base import VLM, Config, Family, abstract_model, with_head
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import (
     STACK,
@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
     Hugging Face config."""
 
     model: VLM
-    config: Any
+    config: Config
     manifest: dict[str, Any]
     family: Family
     hf_config: dict[str, Any]
@@ -86,13 +86,16 @@ def load_model(
     check_tensors(manifest, abstract_params(model), folder)
     hold = {None: held, True: QWeight.packed, False: QWeight.unpacked}[keep_packed]
     if manifest["format_version"] == 2:
-        set_params(model, load_params(folder, verify)[0], lambda x, like: _converted(x, like, hold))
+        params = orbax_format.read(folder, manifest, bool(verify))
+        set_params(model, params, lambda x, like: _converted(x, like, hold))
     else:
         _Filler(model, manifest, hold).fill(folder, verify)
     return Loaded(model, config, manifest, family, hf_config)
 
 
-def describe(folder: Path, manifest: dict[str, Any]) -> tuple[Family, Any, Recipe, dict[str, Any]]:
+def describe(
+    folder: Path, manifest: dict[str, Any]
+) -> tuple[Family, Config, Recipe, dict[str, Any]]:
     """Family, config, recipe and Hugging Face config of a checkpoint folder.
 
     Raises:
@@ -199,7 +202,9 @@ class _Filler:
 
     def _held(self, value: QWeight) -> QWeight:
         """The form in which a weight is held, as shapes; one in parts is in its form already."""
-        return value if value.storage == "parts" else jax.eval_shape(self.hold, value)
+        # A new function each time: JAX would remember what another platform wanted.
+        form = jax.eval_shape(lambda w: self.hold(w), value)
+        return value if value.storage == "parts" else form
 
     def _add(self, name: str, value: Any) -> None:
         stored = stored_names(name, self.manifest["tensors"][name])

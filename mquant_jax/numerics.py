@@ -17,16 +17,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+AnyArray = jax.Array | np.ndarray  # NumPy on the host, jax.Array inside a program
 Storage = Literal["packed", "int8", "parts", "int4"]
 INT_MAX = {4: 7, 8: 127}
 _ALIGNED = 64
 _TINY = 1e-30  # below this a scale would overflow 1/scale in float32
+
+
+def along_last(v: AnyArray, x: AnyArray) -> Any:
+    """``v [K]`` or ``[J, K]`` with unit axes in front, as many axes as ``x`` has. Users may forbid
+    JAX to add them (``jax_numpy_rank_promotion``)."""
+    return v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
@@ -111,7 +118,7 @@ class QWeight:
             values = unpack_int4(self.values, self.in_features)
         return dataclasses.replace(self, values=values, storage="int8")
 
-    def rows(self, index: jax.Array) -> QWeight:
+    def rows(self, index: AnyArray) -> QWeight:
         """Some rows of one matrix: int ``[n]`` -> a weight ``[n, in]``."""
         values = jnp.take(self.values, index, axis=-2)
         return dataclasses.replace(self, values=values, scale=self.scale[index])
@@ -173,7 +180,7 @@ def pack_int4(values):
     return low | (high << 4)
 
 
-def unpack_int4(packed, in_features: int, out: np.ndarray | None = None):
+def unpack_int4(packed, in_features: int, out: Any = None):
     """uint8 ``[..., ceil(K/2)]`` -> int8 ``[..., K]``. NumPy in, NumPy out, into ``out`` if it is
     given."""
     # Sign extension of a nibble: shift it to the top of a signed byte and back.

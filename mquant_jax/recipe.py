@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from mquant_jax.errors import UserError
 from mquant_jax.recipe_fields import read
-from mquant_jax.schema import shown
 from mquant_jax.sections import SECTIONS, Rule, Section, section_name
+from mquant_jax.validate import shown
 
 VERSION = 2  # of the JSON form; 1 had no rules and no embedding section
 

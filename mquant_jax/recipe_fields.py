@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from mquant_jax.errors import UserError
-from mquant_jax.schema import shown
+from mquant_jax.validate import shown
 
 CHOICES = {
     "w_bits": (4, 8, 16),

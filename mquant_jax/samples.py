@@ -82,7 +82,9 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
     """
     path = checked_path(path, "samples")
     limit = None if limit is None else count(limit, "limit")
-    reader, samples, bad = RowReader(path), [], []
+    reader = RowReader(path)
+    samples: list[Any] = []
+    bad: list[str] = []
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
@@ -94,7 +96,10 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
             samples.append(_sample(row, where))
     _raise(bad, str(path))
     if reader.ignored:
-        warn(f"{path}: keys without a meaning here are ignored: {', '.join(reader.ignored)}")
+        warn(
+            f"{path}: keys without a meaning here are ignored: {', '.join(reader.ignored)}",
+            "calibration",
+        )
     if not samples:
         raise UserError(f"{path}: holds no samples")
     return samples
@@ -111,7 +116,9 @@ def each(
     Raises:
         UserError: some failed; file and line of the first ten are named.
     """
-    made, bad, kind = [], [], UserError
+    made: list[Any] = []
+    bad: list[str] = []
+    kind = UserError
     for sample in progress(samples, "read pictures"):
         try:
             made.append(make(sample))

@@ -62,7 +62,14 @@ class Refused:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """The keys of one JSON object."""
+    """The keys of one JSON object.
+
+    Attributes:
+        fields: keys that are read.
+        harmless: keys that change nothing.
+        refused: keys that would change the numbers; one that stands in another table as well is
+            what that table says.
+    """
 
     fields: Mapping[str, Field]
     harmless: frozenset[str] = frozenset()
@@ -81,7 +88,7 @@ class Schema:
         """
         data = self._object(data, where)
         for key, refused in self.refused.items():
-            value = data.get(key)
+            value = None if key in self.fields or key in self.harmless else data.get(key)
             if value is not None and not any(_same(value, n) for n in refused.neutral):
                 raise UserError(f"{inside(where, key)} {shown(value)}: {refused.reason}")
         out = {}

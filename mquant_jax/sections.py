@@ -16,7 +16,7 @@ from typing import Any
 
 from mquant_jax.errors import UserError
 from mquant_jax.recipe_fields import read
-from mquant_jax.schema import shown
+from mquant_jax.validate import shown
 
 SECTIONS = ("vision", "connector", "language", "head", "embedding")
 _NEAR = 3  # paths that an error names

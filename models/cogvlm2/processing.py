@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.cogvlm2.config import CogVLM2Config
 from mquant_jax.models.eva2 import VISUAL
@@ -67,7 +68,7 @@ def _types(batch: Batch) -> np.ndarray:
 
 def _routed(batch: Batch, places: np.ndarray) -> Batch:
     """The batch with these positions; the last vector of a run is the language expert's."""
-    visual = batch.visual_index >= 0
+    visual = np.asarray(batch.visual_index) >= 0
     followed = _shifted(visual.astype(np.int32), -1) == 1
     classes = np.where(visual & ~followed, TEXT_TYPE, batch.token_class)
     return dataclasses.replace(

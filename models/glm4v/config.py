@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -22,8 +23,6 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.eva2 import EVA2Config
 from mquant_jax.models.eva2_config import VISION, eva2_config
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.schema import REQUIRED, Refused, flag, real, table, whole
 
@@ -76,6 +75,17 @@ class GLM4VConfig:
     vision: EVA2Config | None = None
     boi: int | None = None
     eoi: int | None = None
+
+    @property
+    def tower(self) -> EVA2Config:
+        """The vision module's config.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.vision is None:
+            raise ValueError("this is a language model without a vision part")
+        return self.vision
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> GLM4VConfig:

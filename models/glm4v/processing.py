@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.eva2 import VISUAL
 from mquant_jax.models.eva2 import collate as collate_eva2
@@ -30,8 +31,8 @@ def collate(
     batch = collate_eva2(config, prompts, pad_id, pad_to)
     if batch.vision is None:
         return batch
-    place = batch.visual_index % config.vision.tokens  # within its picture
-    last = config.vision.tokens - 1
+    place = batch.visual_index % config.tower.tokens  # within its picture
+    last = config.tower.tokens - 1
     waits = (batch.visual_index >= 0) & (place > 1) & (place < last)
     positions = np.cumsum((batch.order >= 0) & ~waits, axis=1) - 1
     return dataclasses.replace(batch, positions=np.maximum(positions, 0)[None].astype(np.int32))
@@ -44,19 +45,20 @@ def expand(config: GLM4VConfig, ids: Sequence[int]) -> list[int]:
         ValueError: the first begin and the first end do not stand around one token.
     """
     ids = list(ids)
-    if config.boi not in ids and config.eoi not in ids:
+    boi, eoi = config.boi, config.eoi
+    if boi is None or eoi is None or (boi not in ids and eoi not in ids):
         return ids
-    begin = ids.index(config.boi)
-    end = ids.index(config.eoi)
+    begin, end = ids.index(boi), ids.index(eoi)
     if end - begin != PICTURE - 1:
         raise ValueError(f"begin and end of the picture stand {end - begin} tokens apart, not 2")
-    return [*ids[:begin], *[VISUAL] * config.vision.tokens, *ids[end + 1 :]]
+    return [*ids[:begin], *[VISUAL] * config.tower.tokens, *ids[end + 1 :]]
 
 
 def reference_prompts(config: GLM4VConfig, inputs: dict[str, Any]) -> Iterator[Prompt]:
     """The rows of a golden's inputs as prompts, the padding in front left out."""
-    c, pictures = config.vision, None
+    pictures = None
     if (pixels := inputs.get("pixel_values")) is not None:
+        c = config.tower
         if pixels.shape[2:] != (c.image_size, c.image_size):
             raise ValueError(f"pictures of {pixels.shape[2:]} pixels, not of {c.image_size}")
         pictures = patchify(pixels, c.patch_size)
@@ -68,14 +70,15 @@ def reference_prompts(config: GLM4VConfig, inputs: dict[str, Any]) -> Iterator[P
         if pictures is None:
             yield Prompt(ids, [], np.zeros((0, 0), np.float32))
         else:
-            yield Prompt(expand(config, ids), [(1, c.side, c.side)], pictures[i])
+            side = config.tower.side
+            yield Prompt(expand(config, ids), [(1, side, side)], pictures[i])
 
 
 def reference_batch(config: GLM4VConfig, inputs: dict[str, np.ndarray]) -> Batch:
     """A golden's inputs as one batch; its rows, padding included, grow by their pictures."""
     width = inputs["input_ids"].shape[1]
     if "pixel_values" in inputs:
-        width += config.vision.tokens - PICTURE
+        width += config.tower.tokens - PICTURE
     return collate(config, list(reference_prompts(config, inputs)), pad_to=width)
 
 

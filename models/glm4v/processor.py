@@ -9,15 +9,15 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mquant_jax.errors import UserError
+from mquant_jax.models import chat_files
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import Message, import_transformers, read_json, text_of
+from mquant_jax.models.chat import Message, import_transformers, text_of
 from mquant_jax.models.eva2 import VISUAL
 from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of
 from mquant_jax.models.glm4v.config import GLM4VConfig
 from mquant_jax.models.glm4v.processing import collate
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
-
-from mquant_jax.errors import UserError
 from mquant_jax.validate import text as checked_text
 
 # What a word is to the tokenizer; in the published code, and in no file.
@@ -57,10 +57,10 @@ class GLM4VProcessor(OnePictureChat):
             tokenizer = super().tokenizer
         else:
             ranks = read_ranks(self.folder / "tokenizer.model")
-            added = read_json(self.folder / "tokenizer_config.json").get("added_tokens_decoder")
+            added = chat_files.added_tokens(self.folder)
             special = {token: len(ranks) + i for i, token in enumerate(_SPECIAL)}
             if added:
-                special = {token["content"]: int(i) for i, token in added.items()}
+                special = {token["content"]: i for i, token in added.items()}
             raw = build_tokenizer(ranks, PATTERN, special)
             kind = import_transformers().PreTrainedTokenizerFast
             tokenizer = kind(tokenizer_object=raw, eos_token=END, pad_token=END)
@@ -113,7 +113,7 @@ class GLM4VProcessor(OnePictureChat):
             # Each piece is encoded on its own: a text's first line break joins no other.
             metadata = checked_text(given.get("metadata", ""), f"message {i}: metadata")
             ids += [token(f"<|{message['role']}|>"), *self.encode(f"{metadata}\n")]
-            ids += [VISUAL] * self.config.vision.tokens if picture else []
+            ids += [VISUAL] * self.config.tower.tokens if picture else []
             ids += self.encode(text)
         ids.append(token("<|assistant|>"))
         return self.made(ids, *pixels_of(self.config.vision, images))

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -24,11 +25,10 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
-from mquant_jax.schema import Refused, choice, flag, real, shown, square, table, text, whole
+from mquant_jax.schema import Refused, Schema, choice, flag, real, square, table, text, whole
+from mquant_jax.validate import shown
 
 CHAT, NATIVE = "internvl_chat", "internvl"
 # Language models by the class that config.json names, or by model_type.
@@ -40,6 +40,8 @@ _CHAT_LANGUAGE = {
 }
 _NATIVE_LANGUAGE = ("llama", "qwen2", "qwen3")
 _MERGE_FIRST = "unmerged LoRA weights are not supported; merge them into the model first"
+# How the language models of InternVL 3.5 were trained.
+_TRAINED = Schema({}, frozenset("debug ep_size micro_forward skip_checkpoint use_deepep".split()))
 _CHAT_TOP = common(
     {
         "llm_config": table(),
@@ -55,6 +57,7 @@ _CHAT_TOP = common(
         "template": text(None, null=True),
     },
     "hidden_size img_context_token_id system_message tie_word_embeddings vocab_size",
+    image_fold=Refused(),
     pad2square=Refused((False,)),
     use_backbone_lora=Refused((0, False), _MERGE_FIRST),
     use_llm_lora=Refused((0, False), _MERGE_FIRST),
@@ -90,6 +93,10 @@ _CHAT_VISION = common(
         "qk_normalization": flag(True),
         "qkv_bias": flag(False),
     },
+    # Sizes of experts that no released tower has: use_moe is false in all of them.
+    "capacity_factor eval_capacity_factor laux_allreduce moe_coeff_ratio moe_intermediate_size "
+    "moe_output_scale noisy_gate_policy num_experts num_routed_experts num_shared_experts "
+    "shared_expert_intermediate_size use_residual use_rts use_weighted_residual",
 )
 _NATIVE_VISION = common(
     _TOWER
@@ -166,7 +173,7 @@ def config_tables(hf: dict[str, Any]) -> Tables:
     return {
         "": (_CHAT_TOP if chat else _NATIVE_TOP, hf),
         "vision_config": (_CHAT_VISION if chat else _NATIVE_VISION, hf.get("vision_config") or {}),
-        key: (SCHEMAS[_language_kind(language, chat)], language),
+        key: (SCHEMAS[_language_kind(language, chat)] | _TRAINED, language),
     }
 
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import jax
 from flax import nnx
+
 from mquant_jax.models.base import VLM
 from mquant_jax.models.internvl.config import InternVLConfig
-
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
@@ -61,6 +61,9 @@ class InternVLVision(ViT):
     def __init__(self, config: InternVLConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
         super().__init__(config.vision, Placement.of(recipe, "vision", dtype), rngs=rngs)
         self.merger = Projector(config, Placement.of(recipe, "vision/merger", dtype), rngs=rngs)
+
+    def tokens(self, patches: int) -> int:
+        return patches // self.merger.merge**2
 
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Tiles -> visual tokens ``[N, P/merge^2, hidden]``; the class token is left behind."""

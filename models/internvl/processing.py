@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import PromptError
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.internvl.config import InternVLConfig
 from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.squares import pack_vision, patchify
 from mquant_jax.models.text import collate as collate_text
-
-from mquant_jax.errors import PromptError
 
 
 def collate(
@@ -45,7 +45,9 @@ def collate(
         return batch
     visual = (batch.order >= 0) & (batch.input_ids == image_token)
     index = batch.visual_index.copy()
-    index[visual] = np.arange(visual.sum())  # tiles come in the order of their placeholders
+    index[visual] = np.arange(
+        np.count_nonzero(visual)
+    )  # tiles come in the order of their placeholders
     return dataclasses.replace(
         batch,
         token_class=np.where(visual, 1, batch.token_class).astype(np.int32),

@@ -11,15 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import UserError
+from mquant_jax.models import chat_files, image_settings
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import ChatFolder, Message, check_count, read_json
+from mquant_jax.models.chat import ChatFolder, Message, check_count
 from mquant_jax.models.images import load_frames, load_image
 from mquant_jax.models.internvl.config import CHAT, InternVLConfig
 from mquant_jax.models.internvl.processing import collate
 from mquant_jax.models.internvl.tiles import MEAN, STD, Tiling
 from mquant_jax.models.squares import patchify
-
-from mquant_jax.errors import UserError
+from mquant_jax.schema import Schema, table, whole
 
 START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"
 MARKS = {"image": CONTEXT, "video": "<video>"}  # one per picture in a chat's text
@@ -41,6 +43,18 @@ _TEMPLATES = {
     "internvl2_5": (_V2_5, f"{_STOP}\n"),
     "": (None, f"{_STOP}\n"),
 }
+
+
+_SIZE = Schema({"height": whole(low=1, high=2**13), "width": whole(low=1, high=2**13)})
+_SETTINGS = Schema(
+    {
+        "size": table(None, null=True),
+        "min_patches": whole(None, 1, 1024, null=True),
+        "max_patches": whole(None, 1, 1024, null=True),
+        "image_mean": image_settings.MEAN,
+        "image_std": image_settings.STD,
+    }
+)
 
 
 class InternVLProcessor(ChatFolder):
@@ -94,23 +108,23 @@ class InternVLProcessor(ChatFolder):
         c = self.config
         if c.layout == CHAT:
             return Tiling(c.tile_size, c.min_tiles, c.max_tiles, c.thumbnail)
-        path = self.folder / "preprocessor_config.json"
-        settings = read_json(path)
-        if not settings:
-            whole = read_json(self.folder / "processor_config.json")
-            settings = whole.get("image_processor") or {}
-        size = settings.get("size") or {"height": c.tile_size, "width": c.tile_size}
-        sides, unit = {size.get("height"), size.get("width")}, c.patch_size * c.merge
-        side = sides.pop()
-        if sides or not isinstance(side, int) or side % unit:
+        path, settings = chat_files.image_settings(self.folder)
+        settings = _SETTINGS.read(settings, str(path))
+        size = settings["size"] or {"height": c.tile_size, "width": c.tile_size}
+        sides, unit = _SIZE.read(size, f"{path}: size"), c.patch_size * c.merge
+        side = sides["height"]
+        if side != sides["width"] or side % unit:
             raise UserError(f"{path}: size is {size}; expected a square, a multiple of {unit}")
+        least, most = settings["min_patches"] or c.min_tiles, settings["max_patches"] or c.max_tiles
+        if least > most:
+            raise UserError(f"{path}: min_patches {least} is larger than max_patches {most}")
         return Tiling(
             side,
-            settings.get("min_patches", c.min_tiles),
-            settings.get("max_patches", c.max_tiles),
+            least,
+            most,
             c.thumbnail,
-            tuple(settings.get("image_mean") or MEAN),
-            tuple(settings.get("image_std") or STD),
+            settings["image_mean"] or MEAN,
+            settings["image_std"] or STD,
         )
 
     def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
@@ -157,7 +171,7 @@ class InternVLProcessor(ChatFolder):
 
     def _expand(self, text: str, pictures: Mapping[str, Iterator[Any]]) -> Prompt:
         """Marks become a placeholder per visual token, between the tags."""
-        tiling, tiles = self.tiling, []
+        tiling, tiles = self.tiling, list[tuple[str, Any]]()
 
         def place(match: re.Match[str]) -> str:
             kind = "image" if match[0] == CONTEXT else "video"

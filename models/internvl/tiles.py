@@ -68,10 +68,10 @@ class Tiling:
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """float32 ``[tiles, 3, size, size]`` of an RGB picture."""
-        x = np.stack([np.asarray(tile, np.uint8) for tile in self.cut(image)])
-        x = (x / 255).astype(np.float32)
-        x = (x - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+        tiles = np.stack([np.asarray(tile, np.uint8) for tile in self.cut(image)])
+        x = (tiles / 255).astype(np.float32) - np.asarray(self.mean, np.float32)
+        scaled = x / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
 def _area(shape: tuple[int, int]) -> int:

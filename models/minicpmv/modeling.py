@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from flax import nnx
+
 from mquant_jax.models.base import VLM
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
-
 from mquant_jax.nn.resampler import ResampledViT
 from mquant_jax.recipe import Recipe
 
 
 class MiniCPMVVision(ResampledViT):
-    """Vision tower and resampler."""
+    """Vision tower and resampler; each patch says its place in the table of positions."""
+
+    takes_any_size = True
 
     def __init__(self, config: MiniCPMVConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
         super().__init__(config.vision, config.resampler, recipe, dtype, rngs=rngs)

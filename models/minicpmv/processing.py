@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from mquant_jax.models.base import Batch, Prompt, bucket
+
+from mquant_jax.errors import PromptError
+from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.slices import Slicing
 from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.text import collate as collate_text
-
-from mquant_jax.errors import PromptError
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.runtime.buckets import fine
 
 VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
 MASKED = 0  # the published code takes this id for padding wherever it stands: "!" is never seen
@@ -51,8 +52,7 @@ def pack_vision(patches: np.ndarray, sizes: Sequence[tuple[int, int]], grid: int
         sizes: rows and columns of patches of each slice.
         grid: side of the table of learned positions.
     """
-    width = bucket(max(h * w for h, w in sizes), multiple=1)
-    rows = bucket(len(sizes), multiple=1)
+    width, rows = fine(max(h * w for h, w in sizes)), fine(len(sizes))
     out = np.zeros((rows, width, patches.shape[-1]), np.float32)
     coords = np.zeros((rows, width, 2), np.int32)
     valid = np.zeros((rows, width), bool)
@@ -88,7 +88,9 @@ def collate(config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | Non
     real, visual = batch.input_ids != MASKED, batch.input_ids == VISUAL
     order = np.cumsum(real, axis=1, dtype=np.int32) - 1
     index = batch.visual_index.copy()
-    index[visual] = np.arange(visual.sum())  # slices come in the order of their placeholders
+    index[visual] = np.arange(
+        np.count_nonzero(visual)
+    )  # slices come in the order of their placeholders
     sizes = [grid[1:] for p in prompts for grid in p.grids]
     vision = None
     if sizes:
@@ -147,7 +149,7 @@ def example_prompt(config: MiniCPMVConfig, text_tokens: int, side: int) -> Promp
         return Prompt(text, [], np.zeros((0, config.vision.patch_dim), np.float32))
     p = config.patch_size
     whole, grid, size = Slicing(config.scale_size, p, config.max_slices).plan(side, side)
-    sizes = [whole] + ([size] * (grid[0] * grid[1]) if grid else [])
+    sizes = [whole] + ([size] * (grid[0] * grid[1]) if grid and size else [])
     grids = [(1, h // p, w // p) for w, h in sizes]
     total = sum(h * w for _, h, w in grids)
     patches = rng.standard_normal((total, config.vision.patch_dim), np.float32)

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from mquant_jax.errors import UserError
+from mquant_jax.models import chat_files, image_settings
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import ChatFolder, Message, check_count, read_json
+from mquant_jax.models.chat import ChatFolder, Message, check_count
 from mquant_jax.models.images import load_frames, load_image
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.processing import MASKED, VISUAL, collate
 from mquant_jax.models.minicpmv.slices import MEAN, STD, Slicing
-from PIL import Image
-
-from mquant_jax.errors import UserError
+from mquant_jax.schema import Refused, Schema, flag, text, whole
 
 MARK = "(<image>./</image>)"  # where a picture stands in a chat's text, as the published code says
 _FRAME_SLICES = 2  # of a video's frame, as the model card has it
@@ -29,6 +31,22 @@ _TOKENS = {
     "im_start": "<image>", "im_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>",
     "unk": "<unk>", "im_id_start": "<image_id>", "im_id_end": "</image_id>",
 }  # fmt: skip
+_SETTINGS = Schema(
+    {
+        "scale_resolution": whole(None, 1, 2**13, null=True),
+        "max_slice_nums": whole(None, 0, 1024, null=True),
+        "norm_mean": image_settings.MEAN,
+        "norm_std": image_settings.STD,
+        "use_image_id": flag(None),
+        "patch_size": whole(None, 1, 256, null=True),
+        "image_feature_size": whole(None, 1, 4096, null=True),
+        **{key: text(token) for key, token in _TOKENS.items()},
+    },
+    refused={
+        "slice_mode": Refused((True,), "not supported (pictures would keep their size, whatever "
+                              "it is); set it to true"),
+    },
+)  # fmt: skip
 Picture = tuple[Image.Image, bool]  # and whether it is a video's frame
 
 
@@ -54,31 +72,33 @@ class MiniCPMVProcessor(ChatFolder):
         Raises:
             UserError: its patches or visual tokens are not the model's, or pictures are not cut.
         """
-        path, c = self.folder / "preprocessor_config.json", self.config
-        settings = read_json(path)
-        for key, wanted in (("patch_size", c.patch_size), ("image_feature_size", c.queries)):
-            if settings.get(key, wanted) != wanted:
-                raise UserError(f"{path}: {key} is {settings[key]}, the model's is {wanted}")
-        if not settings.get("slice_mode", True):
-            raise UserError(f"{path}: slice_mode false is not supported (pictures would keep their "
-                            "size, whatever it is); set it to true")  # fmt: skip
+        path, settings = chat_files.image_settings(self.folder)
+        settings = _SETTINGS.read(settings, str(path))
+        wanted = {"patch_size": self.config.patch_size, "image_feature_size": self.config.queries}
+        image_settings.agree(path, settings, wanted)
         return settings
 
     @functools.cached_property
     def tokens(self) -> dict[str, str]:
         """The special tokens around pictures, by their published keys."""
-        return {key: self.settings.get(key, token) for key, token in _TOKENS.items()}
+        return {key: self.settings[key] for key in _TOKENS}
+
+    @property
+    def numbers_pictures(self) -> bool:
+        """Whether pictures are numbered in a prompt."""
+        found = self.settings["use_image_id"]
+        return self.config.use_image_id if found is None else found
 
     @functools.cached_property
     def slicing(self) -> Slicing:
         """How pictures are cut."""
         s, c = self.settings, self.config
         return Slicing(
-            s.get("scale_resolution", c.scale_size),
+            s["scale_resolution"] or c.scale_size,
             c.patch_size,
-            s.get("max_slice_nums", c.max_slices),
-            tuple(s.get("norm_mean") or MEAN),
-            tuple(s.get("norm_std") or STD),
+            c.max_slices if s["max_slice_nums"] is None else s["max_slice_nums"],
+            s["norm_mean"] or MEAN,
+            s["norm_std"] or STD,
         )
 
     @functools.cached_property
@@ -173,7 +193,7 @@ class MiniCPMVProcessor(ChatFolder):
             for part, (h, w) in map(slicing.patches, slices):
                 patches.append(part)
                 grids.append((1, h, w))
-            numbered = not is_frame and self.settings.get("use_image_id", self.config.use_image_id)
+            numbered = not is_frame and self.numbers_pictures
             ids += self._picture_ids(number if numbered else None, grid)
             ids += self.encode(chunk)
         return self.made(ids, grids, np.concatenate(patches))

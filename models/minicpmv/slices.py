@@ -60,16 +60,16 @@ class Slicing:
         grid = self.grid(width, height)
         if grid is None:
             return self.fit(width, height, enlarge=True), None, None
-        sides = (
+        wide, high = (
             max(round(side / n) * n, n) / n for side, n in zip((width, height), grid, strict=True)
         )
-        return self.fit(width, height, enlarge=False), grid, self.fit(*sides, enlarge=True)
+        return self.fit(width, height, enlarge=False), grid, self.fit(wide, high, enlarge=True)
 
     def cut(self, image: Image.Image) -> tuple[list[Image.Image], Size | None]:
         """RGB slices, the whole first and then row by row; and the grid."""
         whole, grid, size = self.plan(*image.size)
         out = [image.resize(whole, Image.Resampling.BICUBIC)]
-        if grid is None:
+        if grid is None or size is None:
             return out, None
         (cols, rows), (w, h) = grid, size
         large = image.resize((cols * w, rows * h), Image.Resampling.BICUBIC)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -20,14 +21,16 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config, decoder_fields
-
-from mquant_jax.errors import UserError
+from mquant_jax.models.rope_config import FIELDS as ROPE_FIELDS
+from mquant_jax.models.rope_config import read_rope
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
-from mquant_jax.schema import Refused, Schema, choice, real, shown, table, whole
+from mquant_jax.schema import Refused, Schema, choice, real, table, whole
+from mquant_jax.validate import shown
 
 _TEXT = SCHEMAS["qwen2"] | common(
-    decoder_fields(152064, 8192, 29568, 80, 64, 8, 32768) | {"rms_norm_eps": norm_eps(1e-5)}
+    decoder_fields(152064, 8192, 29568, 80, 64, 8, 32768) | {"rms_norm_eps": norm_eps(1e-5)},
+    "image_token_id video_token_id vision_end_token_id vision_start_token_id vision_token_id",
 )
 _TOP = common(
     {
@@ -53,8 +56,10 @@ _VISION = common(
         "rope_parameters": table(None, null=True),
     },
     "spatial_patch_size",
+    fullatt_block_indexes=Refused(reason="the tower would be that of Qwen2.5-VL"),
     in_channels=Refused((3,), "pictures have three channels"),
     in_chans=Refused((3,), "pictures have three channels"),
+    window_size=Refused(reason="the tower would be that of Qwen2.5-VL"),
 )
 _AXIAL = Schema(
     {"rope_theta": theta(10000.0), "rope_type": choice("axial", ("axial", "default"))},
@@ -83,7 +88,8 @@ class Qwen2VLConfig:
         Raises:
             UserError: a key has an impossible value, or asks for something that is not supported.
         """
-        tables = read_tables(config_tables(hf))
+        tables_of = config_tables(hf)
+        tables = read_tables(tables_of)
         top, vision = tables[""], tables["vision_config"]
         text = tables.get("text_config", top)
         if text is not top:
@@ -92,8 +98,10 @@ class Qwen2VLConfig:
         where = FILE if text is top else f"{FILE}: text_config"
         language = decoder_config(text, "qwen2", where, _THETA, _MROPE)
         if vision["hidden_size"] != language.hidden_size:
+            given = "hidden_size" in tables_of["vision_config"][1]
+            how = "" if given else "is missing, and its default "
             raise UserError(
-                f"{FILE}: vision_config.hidden_size {vision['hidden_size']} differs from "
+                f"{FILE}: vision_config.hidden_size {how}{vision['hidden_size']} differs from "
                 f"hidden_size {language.hidden_size}; the merger must end in the decoder's width"
             )
         patch, temporal = vision["patch_size"], vision["temporal_patch_size"]
@@ -131,8 +139,15 @@ def _check_agreement(
     Raises:
         UserError: they do not.
     """
+    where, head_dim = f"{FILE}: text_config", text["hidden_size"] // text["num_attention_heads"]
+    rope = {key: top[key] for key in ROPE_FIELDS if key in hf}
+    scaled = read_rope({**text, **rope}, FILE, _THETA, head_dim, mrope=True)
+    if scaled != read_rope(text, where, _THETA, head_dim, mrope=True):
+        raise UserError(f"{FILE}: {' and '.join(rope)} at the top differ from those in "
+                        "text_config, which transformers reads; make them agree")  # fmt: skip
     for key in _TEXT.fields:
-        if key in hf and key != "tie_word_embeddings" and top[key] != text[key]:
+        own = key in ROPE_FIELDS or key == "tie_word_embeddings"
+        if key in hf and not own and top[key] != text[key]:
             raise UserError(
                 f"{FILE}: {key} is {shown(top[key])}, but {shown(text[key])} in text_config, "
                 "which is the one that transformers reads; make them agree"

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import jax
 from flax import nnx
+
 from mquant_jax.models.base import VLM
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
@@ -47,6 +47,13 @@ class Qwen2VLVision(ViT):
     def __init__(self, config: Qwen2VLConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
         super().__init__(config.vision, Placement.of(recipe, "vision", dtype), rngs=rngs)
         self.merger = PatchMerger(config, Placement.of(recipe, "vision/merger", dtype), rngs=rngs)
+
+    @property
+    def patches_per_token(self) -> int:
+        return self.merger.block
+
+    def tokens(self, patches: int) -> int:
+        return patches // self.merger.block
 
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Patches -> visual tokens ``[N, P/4, hidden]`` of the decoder."""

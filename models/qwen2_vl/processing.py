@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from mquant_jax.models.base import Batch, Prompt, bucket
-from mquant_jax.models.prompts import check_patches, check_prompts
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 
 from mquant_jax.errors import PromptError
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.prompts import check_patches, check_prompts
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.runtime.buckets import fine
 
 Grid = tuple[int, int, int]
 
@@ -32,8 +33,7 @@ def pack_vision(patches: np.ndarray, grids: Sequence[Grid], merge: int) -> Visio
         grids: patches per axis, before merging.
     """
     frames = [(h, w) for t, h, w in grids for _ in range(t)]
-    width = bucket(max(h * w for h, w in frames), multiple=merge * merge)
-    rows = bucket(len(frames), multiple=1)
+    width, rows = fine(max(h * w for h, w in frames), merge * merge), fine(len(frames))
     out = np.zeros((rows, width, patches.shape[-1]), np.float32)
     coords = np.zeros((rows, width, 2), np.int32)
     valid = np.zeros((rows, width), bool)
@@ -139,11 +139,11 @@ def reference_prompts(inputs: dict[str, Any], config: Qwen2VLConfig) -> Iterator
         config.video_token_id: ("pixel_values_videos", "video_grid_thw"),
     }
     queues = {}
-    for token, (pixels, grid) in kinds.items():
+    for token, (pixels, shapes) in kinds.items():
         if pixels in inputs:
-            sizes = np.prod(inputs[grid], axis=1)
+            sizes = np.prod(inputs[shapes], axis=1)
             parts = np.split(inputs[pixels], np.cumsum(sizes)[:-1])
-            grids = [tuple(map(int, g)) for g in inputs[grid]]
+            grids = [(int(t), int(h), int(w)) for t, h, w in inputs[shapes]]
             queues[token] = iter(list(zip(grids, parts, strict=True)))
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         ids = ids[mask == 1].tolist()

@@ -9,22 +9,26 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.chat import ChatFolder, Message, check_count, import_transformers
-from mquant_jax.models.images import load_frames, load_image
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.models.qwen2_vl.processing import Grid, collate
 from PIL import Image
 
 from mquant_jax.errors import UserError
+from mquant_jax.models import chat_files
+from mquant_jax.models.base import Batch, Prompt
+from mquant_jax.models.chat import ChatFolder, Message, check_count, import_transformers
+from mquant_jax.models.image_settings import agree, read_area
+from mquant_jax.models.images import load_frames, load_image
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.processing import Grid, collate
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 # A placeholder in a text, bare or already between its markers.
 _PLACED = re.compile(rf"(?:{re.escape(START)})?<\|(image|video)_pad\|>(?:{re.escape(END)})?")
+_PATCHES = ("patch_size", "temporal_patch_size", "merge_size")
 _SYSTEM = "You are a helpful assistant."
 Picture = tuple[Grid, np.ndarray]
 
@@ -33,8 +37,8 @@ class Qwen2VLProcessor(ChatFolder):
     """From pictures and text to a ``Batch``, and from tokens back to text.
 
     Args:
-        folder: holds tokenizer.json and preprocessor_config.json, and as published
-            tokenizer_config.json, generation_config.json and the chat template.
+        folder: holds a tokenizer, and preprocessor_config.json or processor_config.json; as
+            published, tokenizer_config.json, generation_config.json and the chat template.
         config: the model's config.
 
     Raises:
@@ -42,7 +46,8 @@ class Qwen2VLProcessor(ChatFolder):
     """
 
     config: Qwen2VLConfig
-    NEEDED = ("tokenizer.json", "preprocessor_config.json")
+    NEEDED = ("tokenizer.json", chat_files.PREPROCESSOR)
+    INSTEAD = {**ChatFolder.INSTEAD, chat_files.PREPROCESSOR: (chat_files.PROCESSOR,)}
 
     @functools.cached_property
     def tokenizer(self):
@@ -61,19 +66,19 @@ class Qwen2VLProcessor(ChatFolder):
     @functools.cached_property
     def image_processor(self):
         """The folder's image processor, checked against the config's patch sizes."""
-        kind = import_transformers().Qwen2VLImageProcessorPil
-        path = self.folder / "preprocessor_config.json"
-        try:
-            processor = kind.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, TypeError) as e:
-            raise UserError(f"{path}: cannot be loaded: {e}") from e
-        for key in ("patch_size", "temporal_patch_size", "merge_size"):
-            if getattr(processor, key) != getattr(self.config, key):
-                raise UserError(
-                    f"{path}: {key} is {getattr(processor, key)}, "
-                    f"the model's config says {getattr(self.config, key)}"
-                )
-        return processor
+        return self._processor_of(*chat_files.image_settings(self.folder))
+
+    @functools.cached_property
+    def video_processor(self):
+        """The same for frames of videos, which may have bounds of their own."""
+        name = "video_preprocessor_config.json"
+        path, settings = chat_files.settings_of(self.folder, name, "video_processor")
+        return self._processor_of(path, settings) if settings else self.image_processor
+
+    def _processor_of(self, path: Path, settings: dict[str, Any]):
+        read = read_area(settings, path)
+        agree(path, read, {k: getattr(self.config, k) for k in _PATCHES})
+        return import_transformers().Qwen2VLImageProcessorPil(**read)
 
     def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
         """Pictures stand in front of the text, or where it says ``<|image_pad|>`` or
@@ -103,14 +108,14 @@ class Qwen2VLProcessor(ChatFolder):
         for kind, pictures in given.items():
             check_count(f"the prompt has {kinds.count(kind)}", kind, kinds.count(kind), pictures)
         ids = self.encode(self._render(chat))
-        pictures = {
+        made = {
             self.config.image_token_id: [self._image(x, i) for i, x in enumerate(images)],
             self.config.video_token_id: [self._video(x, i) for i, x in enumerate(videos)],
         }
-        for (kind, raw), token in zip(given.items(), pictures, strict=True):
+        for (kind, raw), token in zip(given.items(), made, strict=True):
             found = ids.count(token)
             check_count(f"{self.folder}: the chat template made {found}", kind, found, raw)
-        return self._expand(ids, {token: iter(x) for token, x in pictures.items()})
+        return self._expand(ids, {token: iter(x) for token, x in made.items()})
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""
@@ -135,16 +140,20 @@ class Qwen2VLProcessor(ChatFolder):
         patches.extend(part for _, part in used)
         return self.made(out, [grid for grid, _ in used], np.concatenate(patches))
 
-    def _frames(self, frames: list[Image.Image], name: str) -> tuple[np.ndarray, np.ndarray]:
+    def _frames(
+        self, frames: list[Image.Image], name: str, processor: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Patches of pictures, each as a still: float32 ``[sum(h*w), patch_dim]``, and grids."""
         try:
-            out = self.image_processor(images=frames, return_tensors="np")
+            out = processor(images=frames, return_tensors="np")
         except ValueError as e:
             raise UserError(f"{name}: {e}") from e
         return np.asarray(out["pixel_values"], np.float32), np.asarray(out["image_grid_thw"])
 
     def _image(self, image: Any, index: int) -> Picture:
-        patches, grids = self._frames([load_image(image, f"image {index}")], f"image {index}")
+        patches, grids = self._frames(
+            [load_image(image, f"image {index}")], f"image {index}", self.image_processor
+        )
         return _grid(grids[0]), patches
 
     def _video(self, video: Sequence[Any], index: int) -> Picture:
@@ -155,7 +164,7 @@ class Qwen2VLProcessor(ChatFolder):
         if len(sizes) > 1:
             raise UserError(f"{name}: frames differ in size: {sorted(sizes)}")
         slots = self.config.temporal_patch_size
-        stills, grids = self._frames(frames, name)
+        stills, grids = self._frames(frames, name, self.video_processor)
         _, h, w = _grid(grids[0])
         size = self.config.patch_size
         # A still fills every temporal slot with the same picture: take one slot of each frame.

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import PromptError
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
 from mquant_jax.models.squares import pack_vision, patchify
 from mquant_jax.models.text import collate as collate_text
-
-from mquant_jax.errors import PromptError
 
 VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
 
@@ -36,7 +36,9 @@ def collate(config: QwenVLConfig, prompts: Sequence[Prompt], pad_to: int | None 
     batch = collate_text(prompts, config.image_pad_id, pad_to)
     visual = (batch.order >= 0) & (batch.input_ids == VISUAL)
     index = batch.visual_index.copy()
-    index[visual] = np.arange(visual.sum())  # pictures come in the order of their placeholders
+    index[visual] = np.arange(
+        np.count_nonzero(visual)
+    )  # pictures come in the order of their placeholders
     patches = [p.patches for p in prompts if p.grids]
     return dataclasses.replace(
         batch,
@@ -59,16 +61,16 @@ def mark_pictures(ids: Sequence[int], config: QwenVLConfig) -> tuple[list[int], 
     Raises:
         ValueError: start and end tokens do not pair up, or are not as far apart as they must be.
     """
-    ids = np.array(ids)
-    starts = np.flatnonzero(ids == config.image_start_id)
-    ends = np.flatnonzero(ids == config.image_end_id)
+    ours = np.array(ids)
+    starts = np.flatnonzero(ours == config.image_start_id)
+    ends = np.flatnonzero(ours == config.image_end_id)
     slots = config.resampler.queries
     if len(starts) != len(ends) or (ends - starts != slots + 1).any():
         raise ValueError(f"pictures from {starts.tolist()} to {ends.tolist()}; expected {slots} "
                          "slots between each start and its end")  # fmt: skip
     for start in starts:
-        ids[start + 1 : start + 1 + slots] = VISUAL
-    return ids.tolist(), len(starts)
+        ours[start + 1 : start + 1 + slots] = VISUAL
+    return ours.tolist(), len(starts)
 
 
 def reference_batch(config: QwenVLConfig, inputs: dict[str, Any]) -> Batch:

@@ -12,21 +12,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import UserError
+from mquant_jax.files import read_json_if_any
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import (
     ChatFolder,
     Message,
     check_count,
     import_transformers,
-    read_json,
 )
 from mquant_jax.models.images import load_image
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
 from mquant_jax.models.qwen_vl.processing import VISUAL, collate, picture_ids
 from mquant_jax.models.squares import patchify, squeeze
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
-
-from mquant_jax.errors import UserError
+from mquant_jax.schema import Schema, choice, whole
 
 # What a word is to the tokenizer; in the published code, and in no file.
 PATTERN = (
@@ -42,7 +43,13 @@ IMG, IMG_END, IMG_PAD = "<img>", "</img>", "<imgpad>"
 _TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", IMG, IMG_END, IMG_PAD)
 _TAG = re.compile(f"({'|'.join(map(re.escape, _TAGS))})")
 _SYSTEM = "You are a helpful assistant."
-_WINDOW = 6144  # tokens of context, beyond which the oldest turns are dropped
+_SETTINGS = Schema(
+    {
+        "chat_format": choice("chatml", ("chatml", "raw")),
+        # Tokens of context, beyond which the oldest turns are dropped.
+        "max_window_size": whole(6144, 1),
+    }
+)
 
 
 class QwenVLProcessor(ChatFolder):
@@ -59,7 +66,7 @@ class QwenVLProcessor(ChatFolder):
     config: QwenVLConfig
     PLACEHOLDER = VISUAL
     NEEDED = ("qwen.tiktoken",)
-    INSTEAD = {"qwen.tiktoken": "tokenizer.json"}
+    INSTEAD = {"qwen.tiktoken": ("tokenizer.json",)}
 
     @functools.cached_property
     def tokenizer(self):
@@ -73,7 +80,7 @@ class QwenVLProcessor(ChatFolder):
                 tokenizer_object=build_tokenizer(ranks, PATTERN, special), pad_token=END_OF_TEXT
             )
         else:
-            path, tokenizer = self.folder / self.INSTEAD[self.NEEDED[0]], super().tokenizer
+            path, tokenizer = self.folder / "tokenizer.json", super().tokenizer
         known, c = tokenizer.get_vocab(), self.config
         ids = {IMG: c.image_start_id, IMG_END: c.image_end_id, IMG_PAD: c.image_pad_id}
         for token in (END_OF_TEXT, IM_START, IM_END, *ids):
@@ -91,17 +98,13 @@ class QwenVLProcessor(ChatFolder):
         Raises:
             UserError: a format of prompts that is not known.
         """
-        settings = read_json(self.folder / "generation_config.json")
-        kind = settings.get("chat_format", "chatml")
-        if kind not in ("chatml", "raw"):
-            raise UserError(f"{self.folder / 'generation_config.json'}: chat_format {kind!r} is "
-                            "not supported; known: chatml, raw")  # fmt: skip
-        return settings
+        path = self.folder / "generation_config.json"
+        return _SETTINGS.read(read_json_if_any(path), str(path))
 
     @property
     def is_chat(self) -> bool:
         """Whether prompts are turns of a chat, and not texts to be gone on with (Qwen-VL)."""
-        return self.settings.get("chat_format", "chatml") == "chatml"
+        return self.settings["chat_format"] == "chatml"
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -197,7 +200,7 @@ class QwenVLProcessor(ChatFolder):
         kept = [*range(first), *last]
         for turn in reversed(turns):
             ids = written(turn)
-            if len(head) + len(ids) + len(context) >= self.settings.get("max_window_size", _WINDOW):
+            if len(head) + len(ids) + len(context) >= self.settings["max_window_size"]:
                 break
             context, kept = ids + context, kept + turn
         start = self.tokenizer.convert_tokens_to_ids(IM_START)

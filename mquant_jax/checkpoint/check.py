@@ -24,13 +24,13 @@ from mquant_jax.checkpoint.tensor_file import Entry
 from mquant_jax.cli_support import warn
 from mquant_jax.errors import CheckpointError, UserError
 from mquant_jax.loading import check_tensors, describe, held_bytes, load_model
-from mquant_jax.models.base import Family, Processor, abstract_model
+from mquant_jax.models.base import VLM, Batch, Config, Family, Processor, abstract_model
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.numerics import QWeight
 
 _WEIGHTS = ("kernel", "embedding")  # tensors that cannot be zero as a whole
 _TOKENIZERS = [name for name in SIDE_FILES if "token" in name or name == "vocab.json"]
-_SPARE = 1 << 30  # bytes that trying a model takes beside its weights
+_SPARE = 1 << 29  # bytes that trying a model takes beside its weights
 _QUESTION = "Hello"
 
 
@@ -121,7 +121,7 @@ class _Values:
 
 
 def check_result(
-    folder: Path, family: Family, config: Any, processor: Processor | None = None
+    folder: Path, family: Family, config: Config, processor: Processor | None = None
 ) -> None:
     """Read a checkpoint back and have it generate one token.
 
@@ -146,14 +146,14 @@ def check_result(
         if misfits:
             raise CheckpointError(f"{folder}: {'; '.join(misfits)}")
         warn(f"the result was read back but not run: it needs {needed / 2**30:.1f} GiB of memory, "
-             f"{free / 2**30:.1f} GiB are free")  # fmt: skip
+             f"{free / 2**30:.1f} GiB are free", "memory")  # fmt: skip
         return
     model = load_model(folder).model
     prompt = (
         family.example_prompt(config, 4, 0) if processor is None else processor.prompt(_QUESTION)
     )
     batch = jax.tree.map(jnp.asarray, family.collate(config, [prompt]))
-    logits = np.asarray(jax.jit(lambda model, batch: model(batch))(model, batch))[0, -1]
+    logits = np.asarray(_last_logits(model, batch))
     if not np.isfinite(logits).all():
         raise UserError(
             f"{folder}: the converted model gives NaN or Inf; the source is damaged or the recipe "
@@ -161,6 +161,12 @@ def check_result(
         )
     if processor is not None:
         processor.decode([int(np.argmax(logits))])
+
+
+@jax.jit
+def _last_logits(model: VLM, batch: Batch) -> jax.Array:
+    """Those that choose the first token of the answer, float32 ``[vocab]``."""
+    return model(batch)[0, -1]
 
 
 def run_bytes(held: int) -> int:

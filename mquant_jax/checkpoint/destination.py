@@ -60,6 +60,8 @@ def real_path(dst: Path) -> Path:
         raise UserError(f"{text!r}: this name cannot be written in the file system") from e
     except (OSError, RuntimeError) as e:  # RuntimeError: links that lead back to themselves
         raise UserError(f"{dst}: cannot be used: {getattr(e, 'strerror', None) or e}") from e
+    if not real.name:
+        raise UserError(f"{dst}: is the root of the file system; choose another DST")
     if os.path.islink(dst) and not os.path.exists(real):
         raise UserError(f"{dst}: is a link that leads nowhere; remove it or choose another DST")
     return real
@@ -68,8 +70,6 @@ def real_path(dst: Path) -> Path:
 def check_place(dst: Path) -> None:
     """The parent can be written and the names fit."""
     parent = dst.parent
-    if not dst.name:
-        raise UserError(f"{dst}: is the root of the file system; choose another DST")
     try:
         if not parent.is_dir():
             raise UserError(f"{parent}: no such folder; create it before converting into it")

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from mquant_jax.checkpoint.manifest import CONVERT_AGAIN, MANIFEST, PARAMS, refuse
-from mquant_jax.checkpoint.tensor_file import file_hash
+from mquant_jax.checkpoint.tensor_file import byte_view, file_hash
 from mquant_jax.errors import CheckpointError
 from mquant_jax.nn.params import Params
-from mquant_jax.numerics import QWeight
+from mquant_jax.numerics import QWeight, Storage
 
 _GLOB = "[]*?\\"  # what Orbax takes for a pattern in a path
 
@@ -92,7 +92,7 @@ def _from_tree(tree: Any, name: str, entry: dict[str, Any], folder: Path) -> Any
         for part in name.split("/"):
             tree = tree[part]
         if "bits" in entry:
-            storage = "packed" if entry["bits"] == 4 else "int8"
+            storage: Storage = "packed" if entry["bits"] == 4 else "int8"
             tree = QWeight(
                 tree["values"], tree["scale"], entry["in_features"], entry["bits"], storage
             )
@@ -127,7 +127,7 @@ def _hashes(params: Params) -> dict[str, str]:
     def one(value: Any) -> str:
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(value):
-            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+            digest.update(byte_view(np.ascontiguousarray(leaf)))
         return digest.hexdigest()
 
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +11,8 @@ from mquant_jax.checkpoint.source import FLOAT_DTYPES, Reader
 from mquant_jax.checkpoint.tensor_file import DTYPES
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy
-from mquant_jax.models.base import Family, WeightRule, with_head
+from mquant_jax.models.base import Config, Family, with_head
+from mquant_jax.models.rules import WeightRule
 
 _HEAD = "language/head/"
 _SHOWN = 10
@@ -28,7 +28,7 @@ class Plan:
         names: the rules' source name -> name in the checkpoint.
     """
 
-    config: Any
+    config: Config
     rules: list[WeightRule]
     names: dict[str, str]
 
@@ -90,7 +90,7 @@ def count_not_finite(values: np.ndarray) -> int:
     return values.size - int(np.count_nonzero(np.isfinite(values)))
 
 
-def plan(family: Family, config: Any, reader: Reader) -> Plan:
+def plan(family: Family, config: Config, reader: Reader) -> Plan:
     """Match the family's rules with the tensors of a folder; nothing but headers is read.
 
     A checkpoint without a head of its own has it tied to the embedding, whatever config.json says.

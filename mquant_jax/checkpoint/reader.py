@@ -22,11 +22,11 @@ from mquant_jax.checkpoint.manifest import (
     refuse,
 )
 from mquant_jax.checkpoint.source import SIDE_FILES
-from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, Entry, TensorFile, file_hash
+from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, Entry, TensorFile, byte_view, file_hash
 from mquant_jax.checkpoint.writer import SCALE, VALUES
 from mquant_jax.errors import CheckpointError, UserError
 from mquant_jax.nn.params import Params
-from mquant_jax.numerics import QWeight, empty_aligned
+from mquant_jax.numerics import QWeight, Storage, empty_aligned
 
 THREADS = min(4, os.cpu_count() or 1)  # reading, hashing and NumPy let go of the interpreter
 _BLOCK = 4 << 20  # bytes that are read, hashed and used together
@@ -91,7 +91,7 @@ class Checkpoint:
         file = self._part(entry["part"])
         arrays = {stored: file.read(stored) for stored in stored_names(name, entry)}
         if self.verify:
-            wrong = _wrong_tensors({name: entry}, lambda stored: _bytes(arrays[stored]))
+            wrong = _wrong_tensors({name: entry}, lambda stored: byte_view(arrays[stored]))
             if wrong:
                 refuse(file.path, wrong)
         return _assembled(name, entry, arrays)
@@ -128,7 +128,7 @@ def load_params(folder: str | Path, verify: Verify = True) -> tuple[Params, dict
     return params, manifest
 
 
-def put_rows(out: np.ndarray, row: int, block: np.ndarray) -> None:
+def put_rows(out: Any, row: int, block: np.ndarray) -> None:
     """Put a block of rows (or a scalar) in its place, converted to the type of ``out``."""
     if block.ndim:
         out[row : row + len(block)] = block
@@ -203,7 +203,7 @@ def _stream_file(file: TensorFile, sink: Sink) -> str:
 def _blame(file: TensorFile, part: str, manifest: dict[str, Any]) -> str:
     """Which tensors differ from what was written."""
     entries = {n: e for n, e in manifest["tensors"].items() if e["part"] == part}
-    wrong = _wrong_tensors(entries, lambda stored: _bytes(file.read(stored)))
+    wrong = _wrong_tensors(entries, lambda stored: byte_view(file.read(stored)))
     return f"{file.path}: damaged: {', '.join(wrong) or 'its header differs'}"
 
 
@@ -217,20 +217,16 @@ def _wrong_tensors(entries: Mapping[str, Any], data: Callable[[str], memoryview]
     return wrong
 
 
-def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
-
-
 def stored_names(name: str, entry: Mapping[str, Any]) -> list[str]:
     """The names under which a tensor's arrays lie in the file: values, then scales."""
     return [f"{name}/{VALUES}", f"{name}/{SCALE}"] if "bits" in entry else [name]
 
 
-def _assembled(name: str, entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+def _assembled(name: str, entry: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
     values, *scale = (arrays[stored] for stored in stored_names(name, entry))
     if not scale:
         return values
-    storage = "packed" if entry["bits"] == 4 else "int8"
+    storage: Storage = "packed" if entry["bits"] == 4 else "int8"
     return QWeight(values, scale[0], entry["in_features"], entry["bits"], storage)
 
 

@@ -137,7 +137,7 @@ class TensorFile:
             raise ValueError(f"{name}: expected a contiguous array of {entry.dtype}")
         if begin + out.nbytes > entry.stop:
             raise ValueError(f"{name}: {out.nbytes} bytes from row {start} on, it has fewer")
-        self._fill(memoryview(out.reshape(-1).view(np.uint8)), begin)
+        self._fill(byte_view(out), begin)
 
     def _fill(self, buffer: memoryview, at: int) -> None:
         while buffer.nbytes:
@@ -204,6 +204,11 @@ class TensorFile:
         raise UserError(
             f"{self.path}: truncated or damaged safetensors file ({self.size} bytes): {reason}"
         )
+
+
+def byte_view(array: np.ndarray) -> memoryview:
+    """The bytes of a C-contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _open_regular(path: Path) -> int:
@@ -292,7 +297,7 @@ class TensorFileWriter:
             return
         if name != turn or array.nbytes > self._left[name]:
             raise ValueError(f"{name}: {array.nbytes} bytes, while {turn} is to be written")
-        data = memoryview(array.reshape(-1).view(np.uint8))
+        data = byte_view(array)
         self._hashes[name].update(data)
         self._put(data)
         self._left[name] -= array.nbytes

@@ -129,7 +129,8 @@ class Workspace:
             self._check_unchanged(old)
             self._put_new()
         except BaseException:
-            rename_new(old, self.dst)
+            if not os.path.lexists(self.dst):
+                rename_new(old, self.dst)
             raise
 
     def _check_unchanged(self, folder: Path) -> None:
@@ -236,7 +237,7 @@ def _after_failure(work: Workspace, keep: Callable[[], bool], error: BaseExcepti
         return
     note = f"what is finished stays in {work.folder}: --resume continues, --restart begins anew"
     if isinstance(error, UserError | KeyboardInterrupt):
-        error.args = (f"{error or 'interrupted'}; {note}",)
+        error.args = (f"{str(error) or 'interrupted'}; {note}",)
     else:
         error.add_note(note)
 
@@ -273,8 +274,8 @@ def _clear_errors(dst: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno not in _FULL:
             raise
-        where = f" ({e.filename})" if e.filename else ""
-        raise UserError(f"{dst}: cannot be written{where}: {_FULL[e.errno]}") from e
+        where = f"{e.filename}: " if e.filename else ""
+        raise UserError(f"{dst}: not written: {where}{_FULL[e.errno]}") from e
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mquant_jax.cli_support import OK, Parser
+from mquant_jax.cli_support import OK, WARNINGS, Parser, peak_bytes, strict
 from mquant_jax.commands.dry_run import dry_run, show
 from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
 from mquant_jax.presets import METHODS, PRESETS, resolve_recipe
 from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import SECTIONS
-from mquant_jax.runtime.memory import DEVICES
+from mquant_jax.runtime.memory import ACCELERATORS
+from mquant_jax.stages import listening
+from mquant_jax.validate import choice
 
 
 def presets_table() -> str:
@@ -41,7 +43,11 @@ examples:
   python -m mquant_jax convert Qwen/Qwen2-VL-2B-Instruct --recipe w4a8 --dry-run --device v5e
   python -m convert.verify out/float --reference goldens/qwen2_vl/public
 
-exit status: 0 success, 2 bad usage or input. DST appears only when it is complete.
+DST appears only when it is complete. Until then finished parts, a journal and hidden states are in
+DST.work: after a kill, a full disk or Ctrl-C the same command with --resume goes on from there.
+Memory depends on the widest layer, not on the number of layers.
+
+exit status: 0 success, 2 bad usage or input
 """
     parser = Parser("python -m mquant_jax convert", __doc__ or "", epilog)
     parser.add_argument("src", metavar="SRC", help="folder with config.json and model.safetensors "
@@ -56,12 +62,26 @@ exit status: 0 success, 2 bad usage or input. DST appears only when it is comple
                         "(default: the bundled set)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true",
                         help="replace DST, if it is a checkpoint")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on with what a stopped "
+                        "conversion of the same inputs left in DST.work")  # fmt: skip
+    parser.add_argument("--restart", action="store_true",
+                        help="remove what a stopped conversion left, and begin anew")  # fmt: skip
+    parser.add_argument("--strict", nargs="?", const=",".join(WARNINGS), default="",
+                        metavar="KIND,...", help="warnings of these kinds are errors: "
+                        f"{', '.join(WARNINGS)}; all of them where none is named")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan, with sizes, memory "
                         "and time, and convert nothing; config.json is enough")  # fmt: skip
-    parser.add_argument("--device", action="append", default=[], metavar="NAME", help="with "
-                        f"--dry-run: whether the result fits ({', '.join(DEVICES)})")  # fmt: skip
+    parser.add_argument("--device", action="append", default=[], choices=ACCELERATORS, help="with "
+                        "--dry-run, may be repeated: whether the result fits")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
+
+
+def _strict_kinds(text: str) -> list[str]:
+    kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+    for kind in kinds:
+        choice(kind, "--strict", WARNINGS)
+    return kinds
 
 
 def _summary(dst: Path, manifest: dict[str, Any]) -> str:
@@ -73,22 +93,39 @@ def _summary(dst: Path, manifest: dict[str, Any]) -> str:
     )
 
 
+def _cost(stages: dict[str, float]) -> str:
+    """Time by stage and peak memory as a line of text."""
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
+    return f"{sum(stages.values()):.1f} s ({parts}), peak memory {peak_bytes() / 2**30:.2f} GiB"
+
+
 def main(argv: list[str]) -> int:
     """Convert; print a summary, or with ``--json`` one object."""
     args: argparse.Namespace = _parser().parse_args(argv)
     recipe = resolve_recipe(args.recipe)
     if args.dry_run:
-        show(dry_run(args.src, recipe, args.calibration, tuple(args.device)), args.json)
+        show(dry_run(args.src, recipe, args.calibration, args.device), args.json)
         return OK
     if args.dst is None:
         raise UserError("DST is missing; only --dry-run goes without")
     if args.device:
         raise UserError("--device goes with --dry-run; `inspect DST --memory` has it as well")
     keep_compiled_programs()
-    manifest = convert(args.src, args.dst, recipe, args.calibration, args.overwrite)
+    stages: dict[str, float] = {}
+
+    def note(name: str, seconds: float) -> None:
+        stages[name] = stages.get(name, 0.0) + seconds
+
+    with strict(_strict_kinds(args.strict)), listening(note):
+        manifest = convert(
+            args.src, args.dst, recipe, args.calibration, args.overwrite,
+            resume=args.resume, restart=args.restart,
+        )  # fmt: skip
     if args.json:
         keys = ("family", "tied_head", "recipe", "total_bytes", "dtype_counts")
-        print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}}))
+        cost = {"seconds": stages, "peak_rss_bytes": peak_bytes()}
+        print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}, **cost}))
     else:
         print(_summary(args.dst, manifest))
+        print(_cost(stages))
     return OK

@@ -35,7 +35,7 @@ def converted(out: Path, recipe: str) -> Path:
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == stamp:
         load_manifest(folder)
         return folder
-    convert(source, folder, PRESETS[recipe], overwrite=True)
+    convert(source, folder, PRESETS[recipe], overwrite=True, restart=True)
     marker.write_text(json.dumps(stamp), encoding="utf-8")
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mquant_jax.ptq.convert import read_config
 from mquant_jax.ptq.cost import Cost, Data, cost, measured_gflops
 from mquant_jax.recipe import Recipe
 from mquant_jax.report.plan import summary, table
-from mquant_jax.runtime.memory import Memory, device, memory
+from mquant_jax.runtime.memory import MemoryPlan, memory_plan
 
 _GIB = 1 << 30
 
@@ -44,7 +45,7 @@ class DryRun:
     data: Data
     read_back_bytes: int
     free_bytes: int | None
-    fits: dict[str, Memory]
+    fits: list[MemoryPlan]
 
     @property
     def peak_bytes(self) -> int:
@@ -61,7 +62,7 @@ class DryRun:
                        "read_back_bytes": self.read_back_bytes},
             "calibration": dataclasses.asdict(self.data),
             "gflops": self.gflops,
-            "devices": {name: fit.to_json() for name, fit in self.fits.items()},
+            "devices": [fit.to_json() for fit in self.fits],
         }  # fmt: skip
 
     def text(self) -> str:
@@ -80,29 +81,31 @@ class DryRun:
             + (f", for {d.samples} samples of {d.tokens} tokens and {d.patches} patches"
                if plan.recipe.needs_calibration else "")
         )  # fmt: skip
-        return "\n".join([*lines, *(fit.text(name) for name, fit in self.fits.items())])
+        for fit in self.fits:
+            lines.append(
+                f"{fit.device}: {'fits' if fit.fits else 'does not fit'}: {fit.total / 1e9:.1f} of "
+                f"{fit.capacity / 1e9:.1f} GB with a context of {fit.context}; contexts up to "
+                f"{fit.longest_context} fit"
+            )
+        return "\n".join(lines)
 
 
 def dry_run(
     source: str | Path,
     recipe: Recipe,
     calibration: Path | None = None,
-    devices: tuple[str, ...] = (),
-    context: int | None = None,
-    batch: int = 1,
+    devices: Sequence[str] = (),
 ) -> DryRun:
     """Plan a conversion without reading a weight.
 
     Args:
         source: a folder with config.json, or a hub name that the local cache knows.
         calibration: its lines are counted; its samples are not looked at.
-        devices: names of :data:`mquant_jax.runtime.memory.DEVICES`.
-        context, batch: of the inference there; by default the model's whole context.
+        devices: names of :data:`mquant_jax.runtime.memory.ACCELERATORS`.
 
     Raises:
         UserError: bad config, recipe or option.
     """
-    where = {name: device(name) for name in devices}
     folder = model_folder(source)
     if not folder.is_dir():
         raise UserError(f"{source}: no such folder; SRC is a Hugging Face model folder")
@@ -113,10 +116,7 @@ def dry_run(
                       stored_bytes(hf_config))  # fmt: skip
     data = _data(family, recipe, calibration)
     gflops = measured_gflops()
-    length = context or plan.config.language.max_positions
-    fits = {
-        name: memory(family, plan.config, recipe, d, length, batch) for name, d in where.items()
-    }
+    fits = [memory_plan(family, plan.config, recipe, name) for name in devices]
     read_back = run_bytes(model_bytes(abstract_model(family, plan.config, recipe, jnp.float32)))
     return DryRun(plan, cost(plan, data, gflops), gflops, data, read_back, available_memory(), fits)
 

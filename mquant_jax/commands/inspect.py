@@ -1,4 +1,4 @@
-"""What a checkpoint holds, which kernel each layer runs, and on which devices it fits."""
+"""What a checkpoint holds and which kernel each layer runs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
-from mquant_jax.checkpoint.manifest import REPORT, load_manifest
+from mquant_jax.checkpoint.manifest import REPORT
 from mquant_jax.cli_support import OK, Parser, add_no_verify
 from mquant_jax.errors import UserError
-from mquant_jax.loading import describe, load_model
+from mquant_jax.loading import load_model
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import platform, select_path
 from mquant_jax.recipe import Recipe
-from mquant_jax.runtime.memory import DEVICES, device, memory
+from mquant_jax.runtime.generate import KV_CACHES
+from mquant_jax.runtime.memory import ACCELERATORS, checkpoint_plan
 from mquant_jax.sections import kind_of
 from mquant_jax.validate import count
 
@@ -67,22 +68,20 @@ def main(argv: list[str]) -> int:
                         "quantisation points with the largest rounding and clipping error on the "
                         "calibration data")  # fmt: skip
     add = parser.add_argument
-    add("--memory", action="store_true", help="say whether it fits a device; no weight is read")
-    add("--device", action="append", metavar="NAME", help="with --memory, may be repeated: "
-        f"{', '.join(DEVICES)} (default: all)")  # fmt: skip
-    add("--context", type=int, metavar="N", help="with --memory: tokens of a sequence (default: "
-        "the model's longest)")  # fmt: skip
-    add("--batch", type=int, metavar="B", help="with --memory: sequences at once (default 1)")
-    add("--kv-cache", choices=("float", "int8"), help="with --memory (default float)")
+    add("--memory", action="store_true", help="say whether the checkpoint fits on accelerators")
+    add("--context", type=int, metavar="N", help="with --memory: tokens per row, prompt and answer "
+        "(default 4096, or the model's limit)")  # fmt: skip
+    add("--batch", type=int, default=1, metavar="B", help="with --memory: rows (default 1)")
+    add("--device", choices=ACCELERATORS, help="with --memory: one device (default: all known)")
+    add("--kv-cache", choices=KV_CACHES, default="float", help="with --memory (default float)")
     add_no_verify(parser)
-    add("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     points = count(args.points, "--points", least=0)
     if args.memory:
         return _memory(args)
-    for name in ("device", "context", "batch", "kv_cache"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} goes with --memory")
+    if args.context is not None or args.batch != 1 or args.device is not None:
+        raise UserError("--context, --batch and --device go with --memory")
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
@@ -101,24 +100,23 @@ def main(argv: list[str]) -> int:
 
 
 def _memory(args: argparse.Namespace) -> int:
-    """Weights, cache and activations on each device; nothing but JSON is read."""
-    folder = Path(args.checkpoint)
-    family, config, recipe, _ = describe(folder, load_manifest(folder, args.verify))
-    longest = config.language.max_positions
-    given = longest if args.context is None else args.context
-    context = count(given, "--context", most=longest)
-    batch = count(1 if args.batch is None else args.batch, "--batch", most=1 << 20)
-    chosen = {name: device(name) for name in args.device or DEVICES}
-    found = {
-        name: memory(family, config, recipe, where, context, batch, args.kv_cache == "int8")
-        for name, where in chosen.items()
-    }
+    count(args.batch, "--batch")
+    devices = [args.device] if args.device else list(ACCELERATORS)
+    options = {
+        "context": args.context, "batch": args.batch, "int8_cache": args.kv_cache == "int8"
+    }  # fmt: skip
+    plans = [checkpoint_plan(Path(args.checkpoint), device, **options) for device in devices]
     if args.json:
-        devices = {name: fit.to_json() for name, fit in found.items()}
-        print(json.dumps({"context": context, "batch": batch, "devices": devices}))
-    else:
-        print(f"context {context}, batch {batch}, {args.kv_cache or 'float'} cache")
-        print("\n".join(fit.text(name) for name, fit in found.items()))
+        print(json.dumps({"memory": [plan.to_json() for plan in plans]}))
+        return OK
+    first = plans[0]
+    print(f"{first.batch} row(s) of {first.context} tokens, {args.kv_cache} cache; GB")
+    print(f"{'device':<9} {'weights':>8} {'cache':>8} {'working':>8} {'total':>8} {'capacity':>8}"
+          "  fits  longest context")  # fmt: skip
+    for p in plans:
+        sizes = (p.weights, p.cache, p.working, p.total, p.capacity)
+        cells = " ".join(f"{n / 1e9:>8.2f}" for n in sizes)
+        print(f"{p.device:<9} {cells}  {'yes' if p.fits else 'no':<4}  {p.longest_context}")
     return OK
 
 

@@ -49,8 +49,8 @@ def evaluate(
 ) -> ExactMatch:
     """Answer every sample greedily.
 
-    Batches are cut from the samples sorted by prompt length, so that little is padding and few
-    programs are compiled; the results come in the order of ``samples``.
+    Batches are cut from the samples sorted by prompt length, so that little is padding; the
+    results come in the order of ``samples``.
 
     Raises:
         UserError: a bad option; no samples, or samples that cannot be made prompts, each named.
@@ -65,10 +65,8 @@ def evaluate(
     starts = range(0, len(samples), batch_size)
     for start in progress(starts, "answer"):
         rows = by_length[start : start + batch_size]
-        # A short last batch is filled up with repeats: no second program for its size.
-        filled = [rows[i % len(rows)] for i in range(batch_size)]
-        out = model.generate_prompts([prompts[i] for i in filled], options.max_new_tokens)
-        for i, ids in zip(rows, out.tokens, strict=False):
+        out = model.generate_prompts([prompts[i] for i in rows], options.max_new_tokens)
+        for i, ids in zip(rows, out.tokens, strict=True):
             answers[i] = model.processor.decode(ids)
     correct = [a.strip() == s.answer.strip() for a, s in zip(answers, samples, strict=True)]
     return ExactMatch(answers, correct, [s.task for s in samples])

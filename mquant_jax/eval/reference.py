@@ -22,6 +22,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.loading import Loaded, load_model
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.stack import Runner
+from mquant_jax.numerics import AnyArray
 from mquant_jax.validate import number
 
 FLOAT_RTOL = 1e-3
@@ -41,9 +42,9 @@ class CaptureRunner(Runner):
         real: name -> bool, which rows of the output are no padding.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen: dict[str, jax.Array] = {}
-        self.real: dict[str, jax.Array] = {}
+        self.real: dict[str, AnyArray] = {}
 
     def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
         graphdef, state = nnx.split(stack)
@@ -57,9 +58,10 @@ class CaptureRunner(Runner):
         self.real[name] = context.token_class >= 0
         return last
 
-    def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
+    def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
         self.seen[name] = out = module(x)
-        self.real[name] = classes >= 0
+        if classes is not None:
+            self.real[name] = classes >= 0
         return out
 
 

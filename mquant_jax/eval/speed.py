@@ -15,18 +15,19 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from mquant_jax.models.base import VLM, Batch, Family, abstract_model, bucket
+from mquant_jax.models.base import VLM, Batch, Config, Family, abstract_model
 from mquant_jax.nn.params import Params, abstract_params, get_params, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.recipe import Recipe
-from mquant_jax.runtime.generate import Generator, Loop
-from mquant_jax.runtime.sampling import Sampling
+from mquant_jax.runtime.sampling import Sampling, per_row
+from mquant_jax.runtime.steps import Answers, begin, run
 
 NEVER_STOP = (-1,)
 
 
-def float_twin(family: Family, config: Any, module: VLM, dtype) -> VLM:
+def float_twin(family: Family, config: Config, module: VLM, dtype) -> VLM:
     """A float model of the same layer shapes: the baseline that ``module`` is timed against.
 
     It has the original structure, without online rotations, so a rotated checkpoint is compared
@@ -58,37 +59,49 @@ class Timings:
 class Greedy:
     """A model that runs prompts and then tokens, greedily, each as one compiled program.
 
+    The programs have exactly the sizes of what is asked; nothing is padded.
+
     Args:
         most_tokens: decode steps at most, after the first token.
     """
 
     def __init__(self, module: VLM, most_tokens: int):
-        self.generator = Generator(module, NEVER_STOP)
-        self.limit = bucket(most_tokens + 1, 16)
-        self.loop: Loop | None = None
+        self.graphdef, self.params = nnx.split(module)
+        self.limit = most_tokens + 1
+        self.answers: Answers | None = None
+        self.start = jax.jit(self._start, static_argnames="slots")
+        self.go_on = jax.jit(self._run, donate_argnums=1)
+
+    def _start(self, params: Any, batch: Batch, slots: int) -> Answers:
+        answers = begin(nnx.merge(self.graphdef, params), batch, slots)
+        return self._run(params, answers, jnp.int32(1))
+
+    def _run(self, params: Any, answers: Answers, until: jax.Array) -> Answers:
+        rows = answers.count.shape[0]
+        until = jnp.full(rows, until, jnp.int32)
+        how = per_row(Sampling(), None, rows)
+        return run(nnx.merge(self.graphdef, params), answers, until, how, NEVER_STOP)
+
+    def slots(self, batch: Batch) -> int:
+        """Cache slots that the prompts and all tokens need, a multiple of 32."""
+        return -(-(batch.input_ids.shape[1] + self.limit) // 32) * 32
 
     def prefill(self, batch: Batch) -> None:
         """Run the prompts and draw the first token."""
-        args, static = self._start(batch)
-        self.loop = jax.block_until_ready(self.generator.start(*args, **static))
+        answers = self.start(self.params, batch, slots=self.slots(batch))
+        self.answers = jax.block_until_ready(answers)
 
     def prefill_bytes(self, batch: Batch) -> int:
         """Memory that :meth:`prefill` holds: weights, prompts, cache, and what is in between, by
         XLA's analysis of the compiled program."""
-        args, static = self._start(batch)
-        m = self.generator.start.lower(*args, **static).compile().memory_analysis()
+        lowered = self.start.lower(self.params, batch, slots=self.slots(batch))
+        m: Any = lowered.compile().memory_analysis()
         return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
 
-    def _start(self, batch: Batch) -> tuple[tuple, dict[str, Any]]:
-        g, slots = self.generator, bucket(batch.input_ids.shape[1] + self.limit, 32)
-        static = {"slots": slots, "limit": self.limit, "how": Sampling()}
-        return (g.params, batch, jax.random.key(0)), static
-
     def decode(self, until: jax.Array) -> jax.Array:
-        """Go on to token ``until``, int32 ``[]``; the tokens so far, int32 ``[B, limit]``."""
-        g = self.generator
-        self.loop = g.run(g.params, self.loop, until, how=Sampling())
-        return jax.block_until_ready(self.loop).tokens
+        """Go on to token ``until``, int32 ``[]``; the tokens so far, int32 ``[B, slots]``."""
+        self.answers = self.go_on(self.params, self.answers, until)
+        return jax.block_until_ready(self.answers).tokens
 
 
 class _Variant:

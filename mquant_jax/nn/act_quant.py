@@ -24,14 +24,14 @@ Points = Mapping[str, tuple[str, ...]]
 
 
 class ActQuant(nnx.Module):
-    """One quantisation point, shared by every Dense behind it: [rotate], quantise.
+    """One quantisation point, shared by the Dense layers that read it: rotate if needed, quantise.
 
     ``none`` is the identity. ``static`` looks the scale up in ``act_scale[n_classes]`` by token
-    class (modality-specific scales, paper section 3.1), or uses its only entry. ``dynamic`` finds
-    one scale per token. Calibration listens here: a ``tap(name, x)`` sees the float input, and
-    what it returns goes on.
+    class (modality-specific scales, paper section 3.1), or uses its only entry. ``dynamic``
+    computes one scale per token. Calibration passes a ``tap(name, x)``, which receives the float
+    input and returns what replaces it.
 
-    ``rotation`` is an online Hadamard whose inverse the weights behind the point have absorbed.
+    ``rotation`` is an online Hadamard; the readers' weights have absorbed its inverse.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ActQuant(nnx.Module):
         self.name = name
         self.rotation = rotation
         self.mode = section.mode(name)
-        self.simulated = False  # round, but go on in float: for gradients (ptq/tune.py)
+        self.simulated = False  # round but stay in float: for gradients (ptq/tune.py)
         self.n_classes = n_classes
         if self.mode == "static":
             self.act_scale = nnx.Param(jnp.ones((n_classes,), jnp.float32))
@@ -80,8 +80,8 @@ class ActQuant(nnx.Module):
         return (simulate_static if self.simulated else quantize_static)(x, scale)
 
     def known_scale(self, token_class: jax.Array | None, tap: Tap | None) -> jax.Array | None:
-        """The scale with which the kernel in front of the point may quantise in its stead, one
-        number or ``[..., T, 1]``; ``None``: it may not."""
+        """The scale with which the preceding kernel may quantise in place of this point, one number
+        or ``[..., T, 1]``; ``None``: it may not."""
         free = self.mode == "static" and self.rotation is None
         return self._scale(token_class) if free and tap is None and not self.simulated else None
 
@@ -90,7 +90,7 @@ class ActQuant(nnx.Module):
         scale = self.act_scale.get_value()
         if self.n_classes == 1 or token_class is None:
             return scale[TEXT]
-        # Selections join what reads them; a lookup would stand alone.
+        # Selections fuse with their consumer; a gather would not.
         classes = token_class[..., None]
         chosen = jnp.full(classes.shape, scale[TEXT])
         for cls in range(TEXT + 1, self.n_classes):

@@ -27,15 +27,15 @@ class KVCache:
         k: ``[layers, B, kv_heads, head_dim, slots]``, as the product with queries takes them: else
             XLA's CPU backend would transpose all keys at every step.
         v: ``[layers, B, kv_heads, slots, head_dim]``. int8 keys and values have a scale for each
-            token and head, float32 with 1 in the place of ``head_dim``.
+            token and head, float32 with 1 in place of ``head_dim``.
         order: int32 ``[B, slots]``, the place of each slot's token in its sequence; unused and
             padding slots hold ``NEVER``. A query sees a slot iff ``order[slot] <= order[query]``,
             which is causality, padding and any reordering of tokens (AIFS) in one rule.
         cursor: int32 scalar, the next free slot (the same for every row: prompts are padded on
             the left).
         span: int32 ``[B]``, rotary positions of the prompts that were first written to the empty
-            cache. Stepped rope goes by it to the end: with it, a prompt longer than the training
-            length gives other numbers in chunks than in one piece.
+            cache. Stepped rope depends on it throughout, so a prompt longer than the training
+            length gives different numbers in chunks than as a whole.
     """
 
     k: Store
@@ -52,14 +52,22 @@ class KVCache:
 def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor):
     """The keys and values of a :class:`KVCache` with new ones, ``[B, kv_heads, d, T]`` and
     ``[B, kv_heads, T, d]``, from slot ``cursor`` of a layer on; int8 if the cache is."""
+    new: tuple[Store, Store] = k, v
     if isinstance(cache[0], QTensor):
-        k, v = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
+        new = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
 
     def put(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
-        return jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, 0, *at))
+        return put_at(old, new[None], (layer, 0, 0, *at))
 
-    keys = jax.tree.map(lambda old, new: put(old, new, (0, cursor)), cache[0], k)
-    return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], v)
+    keys = jax.tree.map(lambda old, new: put(old, new, (0, cursor)), cache[0], new[0])
+    return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], new[1])
+
+
+def put_at(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
+    """``old`` with ``new`` from index ``at`` on, in the type of ``old``."""
+    # One index type, whatever JAX makes of a Python number.
+    at = tuple(jnp.asarray(i, jnp.int32) for i in at)
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
 
 
 def empty_cache(
@@ -86,6 +94,6 @@ def empty_cache(
 def key_order(order: jax.Array, token_class: jax.Array) -> jax.Array:
     """Order of keys from the order and class of tokens: padding (class -1) can never be seen.
 
-    Padding with an order of its own still sees what stands up to there.
+    Padding that has an order still sees the keys up to it.
     """
     return jnp.where((order < 0) | (token_class < 0), NEVER, order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import multi_axis_angles, slot_positions
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, scan_layers, stack_layers
-from mquant_jax.numerics import QWeight
+from mquant_jax.numerics import AnyArray, QWeight
 
 
 class SinkRule(nnx.Module):
@@ -44,12 +45,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg, self.dtype = cfg, place.dtype
-        table = jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.hidden_size)) * 0.02
-        table = table.astype(place.dtype)
+        table = jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.hidden_size), jnp.float32)
+        own: Any = (0.02 * table).astype(place.dtype)
         rows = place.section("head" if cfg.tied_head else "embedding")
         if rows.quantised:
-            table = empty_qweight(cfg.vocab_size, cfg.hidden_size, rows)
-        self.embedding = nnx.Param(table)
+            own = empty_qweight(cfg.vocab_size, cfg.hidden_size, rows)
+        self.embedding = nnx.Param(own)
         block = ExpertBlock if cfg.visual_expert else DecoderBlock
         layer = place.layer("layers")
         self.layers = stack_layers(lambda r: block(cfg, layer, rngs=r), cfg.num_layers, rngs)
@@ -61,7 +62,7 @@ class Decoder(nnx.Module):
         if not cfg.tied_head:
             self.head = place.dense("head", cfg.hidden_size, cfg.vocab_size, bias=False, rngs=rngs)
 
-    def embed(self, ids: jax.Array) -> jax.Array:
+    def embed(self, ids: AnyArray) -> jax.Array:
         """int32 ``[B, T]`` -> ``[B, T, hidden]``."""
         table = self.embedding.get_value()
         if isinstance(table, QWeight):
@@ -79,10 +80,10 @@ class Decoder(nnx.Module):
         """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``."""
         return run(self.logits_flow(x))
 
-    def logits_flow(self, x: jax.Array, classes: jax.Array | None = None) -> Flow[jax.Array]:
+    def logits_flow(self, x: jax.Array, classes: AnyArray | None = None) -> Flow[jax.Array]:
         """The same as a flow.
 
-        A tied table that is quantised is quantised once, for lookup and head alike.
+        A quantised tied table is one array, used for lookup and head.
         """
         h = yield ModuleCall("language/head_in", self.head_in, self.norm(x), classes)
         kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()
@@ -186,8 +187,9 @@ class Decoder(nnx.Module):
         Returns:
             Residual stream before the final norm, and the cache with the tokens in it.
         """
-        at = (0, cache.cursor)
-        slots = jax.lax.dynamic_update_slice(cache.order, key_order(order, token_class), at)
+        slots = jax.lax.dynamic_update_slice_in_dim(
+            cache.order, key_order(order, token_class), cache.cursor, axis=1
+        )
         keys = None if fresh else slots
         span = jnp.max(positions, axis=(0, 2)) + 1
         span = jnp.where(cache.cursor == 0, span, cache.span)

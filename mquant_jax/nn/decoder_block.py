@@ -16,7 +16,7 @@ from mquant_jax.nn.cache import Store, write
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, YarnScaling, apply_rope
-from mquant_jax.numerics import QTensor
+from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import (
     attend,
     attend_cache,
@@ -25,7 +25,8 @@ from mquant_jax.ops.attention import (
     split_heads,
 )
 
-# What a phase takes stands per token: arrays ``[B, T, ...]``, one or several.
+Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values
+# One of the methods of Projections; its second argument is one or several arrays ``[B, T, ...]``.
 Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
 
 
@@ -34,12 +35,11 @@ class DecoderConfig:
     """Shape of a language model.
 
     ``rope_sections`` are the rotary slots that follow each position stream; a single entry is
-    ordinary rope. They add up to ``head_dim / 2``, or less: the other channels do not turn.
-    ``stored_rope``: the checkpoint holds the frequencies of each layer, and they are not computed.
-    ``qk_norm``: queries and keys pass an RMSNorm per head before the rotation. ``logn_length``:
-    queries from this position on grow with the logarithm of their position; ``None``: they do not.
-    ``visual_expert``: visual tokens have dense layers of their own, with biases on queries, keys
-    and values.
+    ordinary rope. They add up to ``head_dim / 2`` or less; the other channels are not rotated.
+    ``stored_rope``: the checkpoint holds each layer's frequencies. ``qk_norm``: queries and keys
+    pass an RMSNorm per head before rope. ``logn_length``: from this position on, queries are scaled
+    by the logarithm of their position; ``None``: they are not. ``visual_expert``: visual tokens
+    have their own dense layers, with biases on queries, keys and values.
     """
 
     hidden_size: int
@@ -65,7 +65,7 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that turn."""
+        """Channels of a head that rope rotates."""
         return 2 * sum(self.rope_sections)
 
     @property
@@ -95,10 +95,10 @@ class DecoderContext:
         token_class: int32 ``[B, T]``, sinks marked.
         query_gain: float32 ``[B, T]``, factor on the rotated queries; ``None``: there is none.
         visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
-            ``None``: they stand anywhere.
+            ``None``: they may be anywhere.
         visual: bool ``[B, T]``, which tokens are the visual expert's (sinks among them are no
             exception); ``None`` where there is no such expert, or nothing for it to do.
-        in_order: keys are those of the same tokens, and columns stand in the order of the sequence.
+        in_order: keys belong to the same tokens, and columns are in sequence order.
     """
 
     angles: jax.Array
@@ -113,7 +113,7 @@ class DecoderContext:
 
 
 class Projections(nnx.Module):
-    """The dense layers of a block and the points in front of them."""
+    """The dense layers of a block and their quantisation points."""
 
     POINTS: ClassVar[Points] = {
         "attn_in": ("q_proj", "k_proj", "v_proj"),
@@ -131,7 +131,7 @@ class Projections(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        """``prefix`` stands in front of the points' names."""
+        """``prefix``: of the points' names."""
         dense = partial(place.dense, rngs=rngs)
 
         def point(name: str, rotation=None) -> ActQuant:
@@ -153,10 +153,10 @@ class Projections(nnx.Module):
         hidden = rotation.n if rotation else cfg.intermediate_size
         self.down_proj = dense("down_proj", hidden, d, bias=cfg.mlp_bias, split=place.split)
 
-    def project(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> tuple[jax.Array, ...]:
+    def project(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> Heads:
         """Queries, keys and values ``[B, T, heads * d]`` of the normed stream."""
-        h = self.attn_in(h, cls, tap)
-        return self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        x = self.attn_in(h, cls, tap)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def output(self, parts: tuple[jax.Array, jax.Array], cls: jax.Array, tap: Tap | None):
         """The stream with what attention adds to it; ``parts`` are the heads' results and the
@@ -167,10 +167,10 @@ class Projections(nnx.Module):
     def mlp(self, parts: tuple[jax.Array, jax.Array], cls: jax.Array, tap: Tap | None):
         """The stream with what the MLP adds to it; ``parts`` are the normed stream and the
         stream."""
-        h, x = parts
-        h = self.mlp_in(h, cls, tap)
-        h = self.up_proj(h, gate=self.gate_proj(h))
-        return self.down_proj(self.mlp_hidden(h, cls, tap), x)
+        normed, x = parts
+        h = self.mlp_in(normed, cls, tap)
+        hidden = self.up_proj(h, gate=self.gate_proj(h))
+        return self.down_proj(self.mlp_hidden(hidden, cls, tap), x)
 
 
 class DecoderBlock(Projections):
@@ -196,7 +196,7 @@ class DecoderBlock(Projections):
         """One of the :class:`Projections`' methods, on all tokens."""
         return phase(self, h, ctx.token_class, tap)
 
-    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None) -> tuple[jax.Array, ...]:
+    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None) -> Heads:
         """Queries, keys and values ``[B, T, heads * d]``, not turned yet."""
         h = self.into(self.attn_norm, self.attn_in, x, ctx, tap)
         return self.run(Projections.project, h, ctx, tap)
@@ -206,14 +206,16 @@ class DecoderBlock(Projections):
         return norm(x) if self.cfg.visual_expert else norm.into(point, x, ctx.token_class, tap)
 
     def normed(self, x: jax.Array, norm: str) -> jax.Array:
-        """Queries or keys ``[..., heads, d]`` behind their norm, if there is one."""
+        """Queries or keys ``[..., heads, d]`` after their norm, if there is one."""
         return getattr(self, norm)(x) if self.cfg.qk_norm else x
 
     def angles(self, ctx: DecoderContext) -> jax.Array:
         """Rotary angles float32 ``[B, T, rotary slots]``."""
-        return ctx.angles * self.frequencies.get_value() if self.cfg.stored_rope else ctx.angles
+        if not self.cfg.stored_rope:
+            return ctx.angles
+        return ctx.angles * along_last(self.frequencies.get_value(), ctx.angles)
 
-    def heads(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext):
+    def heads(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext) -> Heads:
         """Normed and rotated ``q [B, heads, T, d]``, ``k [B, kv, d, T]``; and ``v [B, kv, T, d]``,
         of what :meth:`qkv` gives."""
         q, k, v = (split_heads(y, self.cfg.head_dim) for y in (q, k, v))
@@ -268,7 +270,8 @@ class DecoderBlock(Projections):
         q, k, v = self.qkv(x, ctx, tap)
         if self.fuses(q, ctx):
             return self.rest(x, self.attend_rows(q, k, v, ctx, tap), ctx, tap)
-        return self.rest(x, self.attend(*self.heads(q, k, v, ctx), ctx), ctx, tap)
+        q, k, v = self.heads(q, k, v, ctx)
+        return self.rest(x, self.attend(q, k, v, ctx), ctx, tap)
 
     def cached(
         self, x, ctx: DecoderContext, cache: tuple[Store, Store], layer, cursor, fresh: bool
@@ -282,11 +285,12 @@ class DecoderBlock(Projections):
         Returns:
             The residual stream and the updated ``cache``.
         """
-        rows = self.qkv(x, ctx, None)
-        q, k, v = self.heads(*rows, ctx)
+        rows_q, rows_k, rows_v = self.qkv(x, ctx, None)
+        q, k, v = self.heads(rows_q, rows_k, rows_v, ctx)
         cache = write(cache, k, v, layer, cursor)
-        if fresh and self.fuses(rows[0], ctx):
-            return self.rest(x, self.attend_rows(*rows, ctx, None), ctx, None), cache
+        if fresh and self.fuses(rows_q, ctx):
+            attended = self.attend_rows(rows_q, rows_k, rows_v, ctx, None)
+            return self.rest(x, attended, ctx, None), cache
         if fresh:
             attended = self.attend(q, k, v, ctx)
         else:
@@ -297,8 +301,8 @@ class DecoderBlock(Projections):
 class ExpertBlock(DecoderBlock):
     """A block whose visual tokens have dense layers of their own; all tokens share the attention.
 
-    Where the visual tokens stand in one slice (``ctx.visual_slots``), each expert runs on its own
-    slice, and where there are none, one alone. Otherwise both run on everything.
+    Where the visual tokens form one slice (``ctx.visual_slots``), each expert runs on its own
+    slice; without visual tokens only the text expert runs. Otherwise both run on all tokens.
     """
 
     POINTS: ClassVar[Points] = {
@@ -311,9 +315,15 @@ class ExpertBlock(DecoderBlock):
         super().__init__(cfg, place, rngs=rngs)
         self.visual = Projections(cfg, place.within("visual"), True, "visual/", rngs=rngs)
 
+    @staticmethod
+    def _visual(ctx: DecoderContext) -> jax.Array:
+        assert ctx.visual is not None, "a decoder with experts is told which tokens are visual"
+        return ctx.visual
+
     def classes_at(self, point: str, ctx: DecoderContext) -> jax.Array:
         """int32 ``[B, T]``: token classes, -1 for tokens that are not of the point's expert."""
-        own = ctx.visual if point.startswith("visual/") else ~ctx.visual
+        visual = self._visual(ctx)
+        own = visual if point.startswith("visual/") else ~visual
         return jnp.where(own, ctx.token_class, -1)
 
     def run(self, phase: Phase, h: Any, ctx: DecoderContext, tap: Tap | None) -> Any:
@@ -323,8 +333,8 @@ class ExpertBlock(DecoderBlock):
             return phase(self, h, cls, tap)
         if at is None or tap is not None:
             text, visual = phase(self, h, cls, tap), phase(self.visual, h, cls, tap)
-            own = ctx.visual[..., None]
+            own = self._visual(ctx)[..., None]
             return jax.tree.map(lambda v, t: jnp.where(own, v, t), visual, text)
-        front = phase(self.visual, *jax.tree.map(lambda y: y[:, :at], (h, cls)), None)
-        back = phase(self, *jax.tree.map(lambda y: y[:, at:], (h, cls)), None)
+        front = phase(self.visual, jax.tree.map(lambda y: y[:, :at], h), cls[:, :at], None)
+        back = phase(self, jax.tree.map(lambda y: y[:, at:], h), cls[:, at:], None)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), front, back)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.numerics import QTensor, QWeight, grouped
+from mquant_jax.numerics import QTensor, QWeight, along_last, grouped
 from mquant_jax.ops.dense import float_dot, quantized_dot
 from mquant_jax.ops.xla import finish
 from mquant_jax.recipe import Section, Split
@@ -48,7 +50,7 @@ class SplitColumn(nnx.Module):
 
     def __init__(self, out_features: int, bits: int):
         self.index = nnx.Param(jnp.zeros((), jnp.int32))
-        column = jnp.zeros((1, out_features), jnp.float32)
+        column: Any = jnp.zeros((1, out_features), jnp.float32)
         if bits < 16:
             column = empty_qweight(1, out_features, Section(bits))
         self.column = nnx.Param(column)
@@ -61,11 +63,11 @@ class SplitColumn(nnx.Module):
         column = column.of_layer() if isinstance(column, QWeight) else column
         if not (isinstance(x, QTensor) and isinstance(column, QWeight)):
             column = column.dequantize() if isinstance(column, QWeight) else column
-            y = channel.astype(jnp.float32) * column[0]
+            y = channel.astype(jnp.float32) * along_last(column[0], channel)
             return y * x.scale if isinstance(x, QTensor) else y
         # Integers of 8 bits, which may be simulated: float32 holds their products.
-        product = channel.astype(jnp.float32) * column.unpacked().values[0].astype(jnp.float32)
-        return product * (x.scale * column.scale[0, 0])
+        weights = along_last(column.unpacked().values[0].astype(jnp.float32), channel)
+        return channel.astype(jnp.float32) * weights * (x.scale * column.scale[0, 0])
 
 
 class Dense(nnx.Module):

@@ -17,6 +17,7 @@ import jax
 from flax import nnx
 
 from mquant_jax.nn.stack import SCAN, Runner
+from mquant_jax.numerics import AnyArray
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ class ModuleCall:
     name: str
     module: nnx.Module
     x: Any
-    classes: jax.Array | None
+    classes: AnyArray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class EmbeddingCall:
 
     name: str
     module: Any
-    ids: jax.Array
+    ids: AnyArray
 
 
 Call = ModuleCall | StackCall | EmbeddingCall

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Tap
-from mquant_jax.numerics import QTensor
+from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.dense import early_tpu, platform
 
 FEWEST_ROWS = 64  # that the kernel is for
@@ -23,13 +23,13 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * self.weight.get_value()).astype(self.dtype)
+        return (x * along_last(self.weight.get_value(), x)).astype(self.dtype)
 
     def into(
         self, point: ActQuant, x: jax.Array, token_class: jax.Array | None, tap: Tap | None
     ) -> jax.Array | QTensor:
-        """The same ``[..., T, K]``, by a kernel that quantises in the stead of the point behind it
-        where there is one and it may."""
+        """The normed ``[..., T, K]``, quantised in place of the point that follows where a kernel
+        exists and the point's scale is known."""
         rows = x.size // x.shape[-1]
         kernels = platform() == "tpu" and not early_tpu() and x.dtype == jnp.bfloat16
         scale = point.known_scale(token_class, tap)
@@ -55,7 +55,8 @@ class ProjectedNorm(nnx.Module):
         self.weight = nnx.Param(jnp.full((features,), features**-0.5, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x, along = x.astype(jnp.float32), self.weight.get_value().astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        along = along_last(self.weight.get_value().astype(jnp.float32), x)
         x = x - jnp.sum(x * along, axis=-1, keepdims=True) * along
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return x.astype(self.dtype)
@@ -73,4 +74,5 @@ class LayerNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * self.weight.get_value() + self.bias.get_value()).astype(self.dtype)
+        weight, bias = (along_last(p.get_value(), x) for p in (self.weight, self.bias))
+        return (x * weight + bias).astype(self.dtype)

@@ -101,7 +101,7 @@ def set_params(
         values = [params.pop(name) for name in layer_names(path, like)]
         value = jax.tree.map(_stacked, *values) if STACK in path else values[0]
         value = value if hold is None else hold(value, like)
-        # What stacking made is nobody else's and may be taken over without a copy.
+        # Nothing else refers to a stacked array, so it may be donated.
         put = jax.device_put if STACK in path else jax.numpy.asarray
         return jax.tree.map(put, value)
 

@@ -6,6 +6,7 @@ Dense layers and quantisation points are made here, so that the recipe's rules r
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -30,7 +31,7 @@ class Placement:
         rotates_reads: streams that take no rotation are rotated online where they are read.
         rotation_seed: seed of the online rotations' signs; ``None``: they have none.
         sink_class: the model knows which tokens are sinks.
-        prefix: tokens in front of every prompt, whose keys and values are parameters.
+        prefix: tokens before every prompt, whose keys and values are parameters.
         split: whether MLPs' last layers have a split-off input channel.
         seed: of the streams' rotations.
         orthogonal: those are random orthogonal matrices.
@@ -39,7 +40,7 @@ class Placement:
     path: str
     recipe: Recipe = Recipe()
     n_classes: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
     rotated: bool = False
     rotates_reads: bool = False
     rotation_seed: int | None = None
@@ -124,16 +125,15 @@ class Placement:
         return ActQuant(prefix + name, self.section(readers[0]), self.n_classes, rotation)
 
     def online_rotation(self, width: int) -> Rotation | None:
-        """The rotation in front of an MLP's last layer, whose inputs it may pad."""
+        """The rotation before an MLP's last layer; it may pad that layer's inputs."""
         return plan_rotation(width, self.rotation_seed, may_pad=True) if self.rotated else None
 
     def read_rotation(self, width: int) -> Rotation | None:
-        """The rotation in front of layers that read a stream which takes none itself."""
+        """The rotation before layers that read a stream without a rotation of its own."""
         return self.online_rotation(width) if self.rotates_reads else None
 
     def entry_rotation(self, stream: str, width: int) -> Rotation | Orthogonal | None:
-        """The rotation of a stream, to be applied online where something enters it that no weight
-        writes."""
+        """The rotation of a stream, applied online to inputs that no weight writes."""
         if not self.rotated:
             return None
         return stream_rotation(width, self.seed, stream, self.orthogonal)

@@ -15,7 +15,8 @@ from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
-from mquant_jax.nn.vit import VisionInput, ViT, ViTConfig, tower_norm
+from mquant_jax.nn.vit import TowerNorm, VisionInput, ViT, ViTConfig, tower_norm
+from mquant_jax.numerics import along_last
 from mquant_jax.ops.attention import attend
 from mquant_jax.recipe import Recipe
 
@@ -33,7 +34,7 @@ class ResamplerConfig:
         stored_positions: keys and queries add a learned table, ``[queries, width]`` of a square of
             queries, resampled to the square of patches for the keys. Without it keys alone have
             positions, fixed sines and cosines.
-        kv_bias: a rotated ``kv_proj`` has a bias, left there by the norm behind the tower.
+        kv_bias: a rotated ``kv_proj`` has a bias, absorbed from the tower's final norm.
     """
 
     features: int
@@ -53,10 +54,11 @@ class ResamplerConfig:
 def sincos(coords: jax.Array, width: int) -> jax.Array:
     """Fixed positions: int32 ``[N, P, 2]`` (row, column) -> float32 ``[N, P, width]``.
 
-    The first half tells the column, the second the row; each is its sines, then its cosines.
+    The first half encodes the column, the second the row; each holds sines, then cosines.
     """
     rates = 10000.0 ** -(jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
-    angles = coords[..., ::-1, None].astype(jnp.float32) * rates  # [N, P, 2, width / 4]
+    places = coords[..., ::-1, None].astype(jnp.float32)
+    angles = places * along_last(rates, places)  # [N, P, 2, width / 4]
     halves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return halves.reshape(*coords.shape[:-1], width)
 
@@ -67,10 +69,10 @@ def _heads(x: jax.Array, heads: int) -> jax.Array:
 
 
 class Keys(nnx.Module):
-    """Features and where they stand -> keys and values, side by side.
+    """Features and their positions -> keys and values, concatenated.
 
-    Positions enter keys alone, behind the norm. That is why a rotated model keeps this LayerNorm:
-    had its weight gone into ``k_proj``, the positions would have to be divided by it, and small
+    Positions are added to keys only, after the norm. A rotated model therefore keeps this
+    LayerNorm: folding its weight into ``k_proj`` would divide the positions by it, and small
     weights would make them huge. Keys and values are rotated online instead.
 
     Features as wide as the queries are not projected; such a model stays float.
@@ -100,7 +102,7 @@ class Keys(nnx.Module):
         if self.cfg.projects:
             features = self.kv_proj(self.kv_in(features, None, tap))
         h = self.norm(features)
-        placed = h + self._places(coords).astype(h.dtype)
+        placed = h + along_last(self._places(coords).astype(h.dtype), h)
         k = self.k_proj(self.k_in(placed, None, tap))
         return jnp.concatenate([k, self.v_proj(self.v_in(h, None, tap))], axis=-1)
 
@@ -123,7 +125,7 @@ class Queries(nnx.Module):
         self.placed = cfg.stored_positions
         rotation = None
         if self.placed:
-            self.norm = LayerNorm(width, cfg.norm_eps, place.dtype)
+            self.norm: TowerNorm = LayerNorm(width, cfg.norm_eps, place.dtype)
             self.positions = nnx.Param(jnp.zeros((cfg.queries, width), place.dtype))
             rotation = place.online_rotation(width)
         else:
@@ -136,7 +138,7 @@ class Queries(nnx.Module):
         """``[1, Q, width]``, and so is what comes out."""
         h = self.norm(query)
         if self.placed:
-            h = h + self.positions.get_value()
+            h = h + self.positions.get_value()[None]
         return self.q_proj(self.q_in(h, None, tap))
 
 
@@ -152,11 +154,11 @@ class Resampler(nnx.Module):
         self.out_proj = place.dense("out_proj", width, width, rngs=rngs)
         self.norm = tower_norm(width, cfg.norm_eps, place)
         self.proj_in = place.point("proj_in", self.POINTS)
-        # Published without a bias; the one of the rotated model is what the norm leaves behind.
+        # Published without a bias; a rotated model's comes from the folded norm.
         self.proj = place.dense("proj", width, width, bias=place.rotated, rngs=rngs)
 
     def pool(self, x: tuple[jax.Array, jax.Array, jax.Array], tap: Tap | None = None) -> jax.Array:
-        """What attention makes of a picture, ``[N, Q, width]``, in front of the norm.
+        """The attention output for each picture, ``[N, Q, width]``, before the norm.
 
         Args:
             x: queries ``[N, Q, width]``; keys and values ``[N, P, 2 * width]``; bool ``[N, P]``,
@@ -194,6 +196,9 @@ class ResampledViT(ViT):
         self.keys = Keys(cfg, place("keys"), rngs=rngs)
         self.queries = Queries(cfg, place("queries"), rngs=rngs)
         self.merger = Resampler(cfg, place("merger"), rngs=rngs)
+
+    def tokens(self, patches: int) -> int:
+        return self.query.get_value().shape[0]
 
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Pictures -> visual tokens ``[N, Q, width]`` of the decoder."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.numerics import AnyArray, along_last
 from mquant_jax.ops.attention_xla import turned
 from mquant_jax.ops.dense import platform
 
@@ -106,7 +107,7 @@ class DynamicScaling:
         growth = self.factor * length / self.original - (self.factor - 1)
         growth = jnp.maximum(growth, 1.0) ** (dim / (dim - 2))
         slots = np.arange(0, dim, 2, dtype=np.float32) / dim
-        return frequencies(dim, theta) * growth**-slots
+        return jnp.asarray(frequencies(dim, theta)) * growth**-slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ class SteppedScaling:
         bounds = self.original * 2 ** np.arange(doublings, dtype=np.int64)
         bases = (theta * (2.0 ** (k + 1) - 1) ** (dim / (dim - 2)) for k in range(doublings + 1))
         table = np.stack([frequencies(dim, base) for base in bases])
-        step = jnp.sum(length[:, None] > bounds.astype(np.int32), axis=1)
+        step = jnp.sum(length[:, None] > bounds.astype(np.int32)[None], axis=1)
         return jnp.asarray(table)[step]
 
 
@@ -165,6 +166,7 @@ def multi_axis_angles(
         float32 ``[B, T, dim/2]``.
     """
     per_slot = slot_positions(positions, sections)
+    freq: AnyArray
     if isinstance(scaling, DynamicScaling):
         freq = scaling(jnp.max(positions) + 1, dim, theta)
     elif isinstance(scaling, SteppedScaling):
@@ -172,7 +174,7 @@ def multi_axis_angles(
         freq = scaling(length, dim, theta)[:, None]
     else:
         freq = frequencies(dim, theta, scaling)
-    return per_slot * freq
+    return per_slot * along_last(freq, per_slot)
 
 
 def slot_positions(positions: jax.Array, sections: tuple[int, ...]) -> jax.Array:
@@ -181,7 +183,7 @@ def slot_positions(positions: jax.Array, sections: tuple[int, ...]) -> jax.Array
     return jnp.moveaxis(positions.astype(jnp.float32)[stream], 0, -1)
 
 
-def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:
+def grid_angles(coords: AnyArray, dim: int, theta: float) -> jax.Array:
     """Angles of a vision tower's 2-D rope.
 
     Args:
@@ -192,7 +194,8 @@ def grid_angles(coords: jax.Array, dim: int, theta: float) -> jax.Array:
         float32 ``[N, P, dim/2]``: row angles, then column angles.
     """
     freq = frequencies(dim // 2, theta)
-    angles = coords.astype(jnp.float32)[..., None] * freq  # [N, P, 2, dim/4]
+    places = coords.astype(jnp.float32)[..., None]
+    angles = places * along_last(freq, places)  # [N, P, 2, dim/4]
     return angles.reshape(*coords.shape[:-1], dim // 2)
 
 

@@ -1,8 +1,8 @@
-"""Single numbers of a stack side by side in one array, so that a layer of all is cut out at once.
+"""Concatenates the small arrays of a stack, so that one slice gives all values of a layer.
 
-On TPU every cut of an activation scale out of its stack is an instruction of its own, or two, of
-some two thousand cycles each by XLA's estimate. (Longer arrays gain nothing: what is cut from
-between others has to be moved to where a register begins.)
+On TPU, slicing one activation scale out of its stack takes one or two instructions of about two
+thousand cycles each by XLA's estimate. (Longer arrays gain nothing: an unaligned slice must be
+moved to a register boundary.)
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.side_by_side import joined
-from mquant_jax.numerics import QWeight
+from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.dense import platform, reads_stacks
 
 
@@ -38,15 +38,15 @@ def num_layers(stack: nnx.Module) -> int:
 def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start: Any) -> Any:
     """``carry = body(block, carry)`` for each block of a stack, by ``lax.scan``.
 
-    A scan cuts each layer's arrays out of their stacks, and a kernel's operands have to stand
-    alone, so that they would be copied. Weights whose kernels find their layer themselves stay
-    behind as they are, and each layer gets its number. On TPU single numbers are cut out together.
+    A scan slices each layer's arrays out of their stacks, and kernel operands must be separate
+    arrays, so the slices would be copied. Weights whose kernels index the stack themselves are left
+    whole, and each layer receives its index. On TPU, small arrays are sliced together.
     """
     graphdef, state = nnx.split(stack)
     leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QWeight))
     whole = [isinstance(leaf, QWeight) and reads_stacks(leaf) for leaf in leaves]
     cut = [None if stays else leaf for leaf, stays in zip(leaves, whole, strict=True)]
-    numbers = jnp.arange(num_layers(stack)) if any(whole) else None
+    numbers = jnp.arange(num_layers(stack), dtype=jnp.int32) if any(whole) else None
     cut, restored = joined(cut) if platform() == "tpu" else (cut, lambda parts: parts)
 
     def step(carry, layer):
@@ -66,16 +66,16 @@ class Runner:
     def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
         """Feed ``x`` through every block: ``x = block(x, context)``.
 
-        ``context.token_class`` tells the class of each token of ``x``; -1 marks padding.
+        ``context.token_class`` holds the class of each token of ``x``; -1 marks padding.
         """
         return scan_layers(lambda block, carry: block(carry, context), stack, x)
 
-    def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
-        """Call one module that stands outside the stacks (patch embedding, merger).
+    def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
+        """Call one module outside the stacks (patch embedding, merger).
 
         ``x``: an array, or a tuple of arrays with the same leading axis.
         ``classes``: int32, the token class of each row that its first quantisation point sees;
-        -1 marks padding. Only calibration looks at it.
+        -1 marks padding; ``None`` where there is no such point. Only calibration uses it.
         """
         return module(x)
 

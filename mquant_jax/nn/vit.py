@@ -22,7 +22,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import apply_rope, grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
-from mquant_jax.numerics import QTensor
+from mquant_jax.numerics import AnyArray, QTensor, along_last
 from mquant_jax.ops.attention import attend, attend_rows, select_path, split_heads
 
 
@@ -54,26 +54,25 @@ class ViTConfig:
     """Shape of a vision tower.
 
     Attributes:
-        patch_dim: numbers in a patch.
+        patch_dim: values per patch.
         activation: a key of :data:`ACTIVATIONS`.
         rope_theta: base of the 2-D rotary positions; ``None``: the tower has none.
-        position_grid: side of the square table of learned positions, in patches; 0: no table. A
-            picture says which rows its patches take; without that, it is a square of patches in
-            row-major order, and a picture of another side sees the table resampled.
-        class_token: a learned token stands in front of the patches, with a position of its own.
-        post_norm: the norms stand behind the sub-layers and not in front of them: each norms what
-            it is about to add to the stream. No rotation commutes with the weights that are then
-            inside the stream, so these norms stay as they are in a rotated tower.
-        layer_scale: what a sub-layer adds to the stream is multiplied by a learned vector.
-        rms_norm: the norms are RMSNorms and not LayerNorms.
-        qk_norm_eps: queries and keys, all heads side by side, pass an RMSNorm of this epsilon;
-            ``None``: they do not.
-        input_norm: a LayerNorm stands between the positions and the first block, and what it
-            gives begins the stream.
-        final_norm: a norm stands behind the last block; its reader, in the connector, absorbs its
-            weight and bias in a rotated tower.
-        keeps_mean: what stands behind the tower sees the mean of its stream, which a rotation must
-            therefore not take out.
+        position_grid: side of the square table of learned positions, in patches; 0: no table.
+            Pictures name the rows of their patches; otherwise a picture is a square of patches in
+            row-major order, and one of another side uses the resampled table.
+        class_token: a learned token, with its own position, precedes the patches.
+        post_norm: norms follow the sub-layers: each normalises what its sub-layer adds to the
+            stream. No rotation commutes with their weights, so they stay unfused in a rotated
+            tower.
+        layer_scale: a learned vector multiplies what a sub-layer adds to the stream.
+        rms_norm: RMSNorms in place of LayerNorms.
+        qk_norm_eps: epsilon of an RMSNorm over all heads' queries, and one over their keys;
+            ``None``: there are none.
+        input_norm: a LayerNorm after the positions produces the input of the first block.
+        final_norm: a norm follows the last block; in a rotated tower its reader in the connector
+            absorbs its weight and bias.
+        keeps_mean: the connector uses the mean of the stream, which a rotation must therefore
+            keep.
     """
 
     hidden_size: int
@@ -120,10 +119,10 @@ class VisionInput:
             takes, for families that choose them; only in towers without a class token.
     """
 
-    patches: jax.Array
-    coords: jax.Array
-    valid: jax.Array
-    position_rows: jax.Array | None = None
+    patches: AnyArray
+    coords: AnyArray
+    valid: AnyArray
+    position_rows: AnyArray | None = None
 
     @property
     def token_class(self) -> jax.Array:
@@ -151,9 +150,12 @@ class VisionContext:
         return jnp.zeros_like(self.token_class), key_order(self.token_class * 0, self.token_class)
 
 
+TowerNorm = LayerNorm | RMSNorm | ProjectedNorm
+
+
 def tower_norm(
     width: int, eps: float, place: Placement, rms: bool = False, keeps_mean: bool = False
-) -> LayerNorm | RMSNorm | ProjectedNorm:
+) -> TowerNorm:
     """LayerNorm; in a rotated tower, whose stream has no mean left, the RMSNorm that equals it.
 
     Args:
@@ -230,7 +232,7 @@ class ViTBlock(nnx.Module):
         hidden = rotation.n if rotation else cfg.intermediate_size
         self.fc2 = dense("fc2", hidden, d, split=place.split)
 
-    def _norm(self, place: Placement) -> nnx.Module:
+    def _norm(self, place: Placement) -> TowerNorm:
         cfg = self.cfg
         if cfg.post_norm:
             return (RMSNorm if cfg.rms_norm else LayerNorm)(
@@ -251,7 +253,7 @@ class ViTBlock(nnx.Module):
         h = self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap)
         return self._add(x, self.fc2, h, "mlp")
 
-    def _into(self, norm: nnx.Module, point: ActQuant, x: jax.Array, tap: Tap | None):
+    def _into(self, norm: TowerNorm, point: ActQuant, x: jax.Array, tap: Tap | None):
         return norm.into(point, x, None, tap) if isinstance(norm, RMSNorm) else norm(x)
 
     def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
@@ -270,18 +272,20 @@ class ViTBlock(nnx.Module):
         """The stream with what one half of the block adds to it."""
         if not (self.cfg.post_norm or self.has_gains):
             return dense(h, x)
-        h = dense(h)
+        y = dense(h)
         if self.cfg.post_norm:
-            h = getattr(self, f"{half}_norm")(h)
-        return x + (h * getattr(self, f"{half}_gain").get_value() if self.has_gains else h)
+            y = getattr(self, f"{half}_norm")(y)
+        if self.has_gains:
+            y = y * along_last(getattr(self, f"{half}_gain").get_value(), y)
+        return x + y
 
 
 class InputNorm(nnx.Module):
-    """The LayerNorm in front of the first block.
+    """The LayerNorm before the first block.
 
-    Its output has a weight and a bias of its own and a mean, and no dense layer writes it. So a
-    rotated tower rotates it online on its way into the stream; patches and positions stay as they
-    are. (Its weight would have made any rotation of theirs a full matrix behind the norm.)
+    No dense layer writes its output, which has its own weight, bias and mean. A rotated tower
+    therefore rotates the output online and leaves patches and positions alone. (The weight would
+    turn a rotation of its inputs into a full matrix.)
     """
 
     POINTS: ClassVar[Points] = {}
@@ -296,7 +300,7 @@ class InputNorm(nnx.Module):
 
 
 class FinalNorm(nnx.Module):
-    """The norm behind the last block."""
+    """The norm after the last block."""
 
     POINTS: ClassVar[Points] = {}
 
@@ -308,8 +312,9 @@ class FinalNorm(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Patch embedding and blocks. A family's vision module extends it with its connector, and
-    stands as ``vision`` in the model: the names given to the runner are those of the parameters.
+    """Patch embedding and blocks. A family's vision module adds its connector and
+    ``tokens(patches) -> int``, the visual tokens that it makes of a row of patches. It is the
+    model's ``vision``: the names passed to the runner are parameter paths.
     """
 
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
@@ -326,6 +331,16 @@ class ViT(nnx.Module):
             self.input = InputNorm(cfg, place)
         if cfg.final_norm:
             self.final = FinalNorm(cfg, place)
+
+    @property
+    def patches_per_token(self) -> int:
+        """Rows of patches are padded to a multiple of this."""
+        return 1
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether a row may be padded with patches; else its number of patches is its size."""
+        return self.cfg.position_grid == 0
 
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """What the vision module hands to the decoder: its whole :meth:`flow`."""
@@ -350,7 +365,7 @@ class ViT(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
             classes = jnp.concatenate([jnp.max(classes, axis=1, keepdims=True), classes], axis=1)
         if cfg.position_grid:
-            x = x + self._positions(vision)
+            x = x + along_last(self._positions(vision), x)
         if cfg.input_norm:
             x = yield ModuleCall("vision/input", self.input, x, classes)
         x = yield StackCall("vision/layers", self.layers, x, VisionContext(angles, classes))

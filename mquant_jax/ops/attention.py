@@ -64,7 +64,7 @@ def attend_rows(
         angles: float32 ``[B, T, r/2]``, by which queries and keys are turned.
         gain: float32 ``[B, T]``, factor on queries.
         scale: float32, one number or ``[B, T, 1]``, to quantise the result by.
-        ordered: tokens stand in their order.
+        ordered: tokens are in sequence order.
 
     Returns:
         ``[B, T, heads * d]``: in their type, or with ``scale`` int8.
@@ -76,6 +76,7 @@ def attend_rows(
 
     heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
     cut = kernel.plan(q.shape[1], heads, kv_heads, head_dim, ordered)
+    assert cut is not None, "select_path sends no other shapes here"
     y = kernel.attend_rows(q, k, v, order, cut, angles, gain, scale, ordered)
     return y if scale is None else QTensor(y, scale)
 
@@ -97,8 +98,8 @@ def attend(
         mask: bool, broadcastable to ``[B, T, S]``; True where a query may see a key. A query that
             sees nothing gets a meaningless but finite row.
         prefix: more keys and values, ``[kv_heads, P, d]`` each, which every query sees.
-        in_order: ``S == T``, and the mask shows no query a key that stands behind it: such keys
-            are left out by whole blocks.
+        in_order: ``S == T``, and no query sees a key after it; whole blocks of such keys are
+            skipped.
 
     Returns:
         ``[B, T, heads * d]`` in ``q.dtype``.
@@ -107,9 +108,10 @@ def attend(
     kv_heads = (k.values if isinstance(k, QTensor) else k).shape[1]
     mask = jnp.broadcast_to(mask, (b, t, mask.shape[-1]))
     if platform() == "gpu" and gpu.suits_attention(q, k, prefix):
-        from mquant_jax.ops import flash_gpu  # slow to import
+        if isinstance(k, jax.Array) and isinstance(v, jax.Array):  # it takes no int8
+            from mquant_jax.ops import flash_gpu  # slow to import
 
-        return flash_gpu.attend(q, k, v, mask, in_order)
+            return flash_gpu.attend(q, k, v, mask, in_order)
     q = q.reshape(b, kv_heads, heads // kv_heads, t, d)
     out = attention_xla.attend_heads(q, k, v, mask, prefix, in_order)
     return out.reshape(b, heads, t, d).swapaxes(1, 2).reshape(b, t, heads * d)

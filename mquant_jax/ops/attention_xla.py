@@ -1,4 +1,4 @@
-"""Attention in plain XLA, a part at a time where there is much of it."""
+"""Attention in plain XLA, computed in parts where there are many logits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from mquant_jax.numerics import QTensor, quantize_static
 from mquant_jax.ops.dense import platform
 
-# Logits above which they are made a part at a time, and how many then: on CPU what its caches hold,
+# Logits above which attention runs in parts, and the logits of a part: on CPU what its caches hold,
 # elsewhere what memory can spare.
 MOST_LOGITS = {"cpu": (2**22, 2**21), "gpu": (2**28, 2**27), "tpu": (2**28, 2**27)}
-LEAST_QUERIES = 64  # that go together: fewer make small products
-ORDERED_BLOCKS = 8  # of queries in order, each of which is spared the keys behind it
+LEAST_QUERIES = 64  # of a part: fewer make the products too small
+ORDERED_BLOCKS = 8  # of queries in sequence order; each block skips the keys after it
 
 Keys = jax.Array | QTensor
 
@@ -27,7 +27,7 @@ def attend_heads(
         mask: bool ``[B, T, S]``; without one every query sees every key.
     """
     t = q.shape[3]
-    if not in_order:
+    if not in_order or mask is None:
         return _in_parts(q, k, v, mask, prefix)
     blocks = []
     for start in range(0, t, size := _block(t)):
@@ -56,8 +56,8 @@ def attend_rows(
 ) -> jax.Array:
     """:func:`mquant_jax.ops.attention.attend_rows`, its values alone.
 
-    Heads are cut out of the rows, turned, and put back as int8 a few at a time, while a cache holds
-    them; all at once they would be transposed in memory, three times to it and once back.
+    Heads are sliced out of the rows, rotated, and written back as int8 a few at a time, while they
+    are in the processor's cache; all at once would transpose four arrays in memory.
     """
     queries, keys = order
     turn = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
@@ -71,8 +71,8 @@ def attend_rows(
 
     if ordered:
         return masked()
-    # A picture's patches mostly see all of each other, and to look at the mask for each logit takes
-    # a third of softmax.
+    # A picture's patches usually all see each other, and applying the mask takes a third of the
+    # softmax's time.
     return jax.lax.cond(jnp.max(keys) <= jnp.min(queries), lambda: all_heads(None), masked)
 
 
@@ -87,7 +87,7 @@ def _by_heads(q, k, v, d: int, mask, more, ordered: bool) -> jax.Array:
     rows = _most(b, part // (n * logits)) if n == kv_heads else 1
     turn, gain, scale = more
 
-    def some(i: jax.Array, out: jax.Array) -> jax.Array:
+    def some(i: jax.Array | int, out: jax.Array) -> jax.Array:
         row, first = i // (kv_heads // n) * rows, i % (kv_heads // n) * n
 
         def own(x: jax.Array) -> jax.Array:
@@ -145,14 +145,17 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
     if b * kv_heads * g * t * s <= most or t <= LEAST_QUERIES:
         return _attend(q, k, v, mask, prefix)
     if b > 1:
-        return jax.lax.map(
-            lambda row: _in_parts(*jax.tree.map(lambda x: x[None], row), prefix)[0], (q, k, v, mask)
-        )
+
+        def one_row(row):
+            own_q, own_k, own_v, own_mask = jax.tree.map(lambda x: x[None], row)
+            return _in_parts(own_q, own_k, own_v, own_mask, prefix)[0]
+
+        return jax.lax.map(one_row, (q, k, v, mask))
     if kv_heads > 1:
         n = _most(kv_heads, part // (g * t * s))
 
         def split(x: jax.Array, axis: int) -> jax.Array:
-            """The axis of kv heads -> groups in front, ``n`` heads in its place."""
+            """Split the axis of kv heads: groups first, ``n`` heads in its place."""
             x = x.reshape(*x.shape[:axis], -1, n, *x.shape[axis + 1 :])
             return jnp.moveaxis(x, axis, 0)
 
@@ -160,7 +163,7 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
             *jax.tree.map(lambda x: split(x, 1), (q, k, v)),
             jax.tree.map(lambda x: split(x, 0), prefix),
         )
-        out = jax.lax.map(lambda a: _in_parts(*a[:3], mask, a[3])[0], groups)
+        out = jax.lax.map(lambda a: _in_parts(a[0], a[1], a[2], mask, a[3])[0], groups)
         return out.reshape(q.shape)
     size = LEAST_QUERIES
     while 2 * size * g * s <= part:
@@ -177,15 +180,14 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
         )
         return _attend(own, k, v, seen, prefix)
 
-    out = jax.lax.map(some, jnp.arange(count))
+    out = jax.lax.map(some, jnp.arange(count, dtype=jnp.int32))
     return jnp.moveaxis(out, 0, 3).reshape(1, 1, g, count * size, d)[..., :t, :]
 
 
 def _attend(q, k, v, mask, prefix) -> jax.Array:
     """:func:`_in_parts` for all at once.
 
-    Products are written so that logits and values enter them as they lie. What makes weights add
-    up to one is divided out last, where there is least of it.
+    Operands keep their memory layout. The softmax is normalised last, on the smallest array.
     """
     (b, kv_heads, g, t, d), s = q.shape, _keys(k)
     keys, values = (x.values if isinstance(x, QTensor) else x for x in (k, v))

@@ -1,9 +1,12 @@
-"""How the kernels for NVIDIA GPUs look at parts of arrays: blocks that may reach over an edge."""
+"""Masked loads and stores of the NVIDIA GPU kernels, whose blocks may cross an array's edge."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 LEAST = 16  # rows of a matrix unit's operand, and channels that it can sum over
@@ -20,20 +23,24 @@ def parts(d: int) -> list[tuple[int, int]]:
     return out
 
 
+def block_of(start: int, size: int) -> Any:
+    """A slice whose start has the type of other indices, not that of a Python number."""
+    return pl.ds(jnp.int32(start), size)
+
+
 def within(start, count: int, end: int) -> jax.Array | None:
     """Which of ``count`` indices from ``start``, a multiple of it, on are below ``end``; ``None``:
     all of them, in every block."""
-    return None if end % count == 0 else start + jnp.arange(count) < end
+    return None if end % count == 0 else start + jnp.arange(count, dtype=jnp.int32) < end
 
 
 def sides(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int]):
     """Mask of a block from those of its sides; ``None``: all of it."""
-    if row is None and column is None:
-        return None
-    if column is None:
-        return jnp.broadcast_to(row[:, None], shape)
-    mask = jnp.broadcast_to(column[None, :], shape)
-    return mask if row is None else mask & jnp.broadcast_to(row[:, None], shape)
+    by_row = None if row is None else jnp.broadcast_to(row[:, None], shape)
+    by_column = None if column is None else jnp.broadcast_to(column[None, :], shape)
+    if by_row is None or by_column is None:
+        return by_column if by_row is None else by_row
+    return by_column & by_row
 
 
 def load(ref, mask: jax.Array | None) -> jax.Array:

@@ -1,18 +1,18 @@
-"""Integer products in the forms that XLA's CPU backend runs fast, exact unless they say otherwise.
+"""Integer products in forms that XLA's CPU backend runs fast; exact unless they say otherwise.
 
-``byte_dot``: the byte dot-product instructions of x86 (VNNI) multiply unsigned by signed bytes, and
-before jax 0.11 the backend uses them for products of uint8 by int8 alone; those of int8 by int8 get
-kernels at a quarter of the speed. But ``jax.lax.dot_general`` widens both operands to int32 where
-their types differ, on CPU, so that the product is handed to the compiler by a primitive of its own.
+``byte_dot``: the byte dot-product instructions of x86 (VNNI) multiply unsigned by signed bytes.
+Before jax 0.11 the backend uses them only for uint8 by int8; int8 by int8 runs at a quarter of the
+speed. On CPU ``jax.lax.dot_general`` widens operands of different types to int32, so a primitive
+defined here passes the mixed product to the compiler.
 
-``vector_dot``: one row, as decoding has it, is a question of reading the weights. Before jax 0.11
-the backend can read those of a short float vector's product where they lie and convert them on the
-way, while all others are first copied out of the stack of layers. Sums of int4 by int8 products are
-integers that float32 holds exactly. Rows that are too long are kept in parts that are not
-(:func:`parts_for`), each in one piece: read with gaps between, memory gives a third of its rate.
-``halves_dot`` is the same for what is no layer of a stack.
+``vector_dot``: with one row, as in decoding, a product is bound by reading the weights. Before jax
+0.11 the backend can read and convert the weights of a short float vector's product in place, while
+all others are first copied out of the stack of layers. Sums of int4 by int8 products are integers
+that float32 holds exactly. Longer rows are split into contiguous parts (:func:`parts_for`): strided
+reads run at a third of the memory bandwidth. ``halves_dot`` does the same for weights that are not
+in a stack.
 
-To those who read the program (``jax.make_jaxpr``) all say that they are products of integers.
+In a jaxpr (``jax.make_jaxpr``) all of them appear as integer products.
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ def _lower(ctx, x, w):
 
 
 def _as_float(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
-    """Both operands stand as XLA needs them to fuse the conversion of the weights with the product:
-    weights transposed, and the vector made by something that is never fused (each value summed up
-    with a zero, in a window), since what makes it would be done again for every row of weights."""
+    """Both operands in the form in which XLA fuses the conversion of the weights with the product:
+    weights transposed, and the vector produced by an operation that XLA never fuses (a window sum
+    of each value and a zero), because a fused producer would be recomputed for every row of
+    weights."""
     apart = jax.lax.reduce_window(
         x.astype(jnp.float32), 0.0, jax.lax.add, (1, 2), (1, 1),
         ((0, 0), (0, x.shape[1])), window_dilation=(1, x.shape[1]),
@@ -104,7 +105,7 @@ def _moved(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
     moved = jax.lax.bitcast_convert_type(x, jnp.uint8) ^ jnp.uint8(_OFFSET)
     offset = jnp.full((1, x.shape[1]), _OFFSET, jnp.uint8)
     sums = _u8_by_s8.bind(jnp.concatenate([moved, offset]), w)
-    return sums[:-1] - sums[-1]
+    return sums[:-1] - sums[-1:]
 
 
 _byte_dot.def_abstract_eval(_shape)
@@ -131,9 +132,9 @@ def vector_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 def halves_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """:func:`vector_dot` by the halves of ``w``'s rows: 8-bit weights, which heads have.
 
-    A head is no layer of a stack, and XLA would convert it all in front of the decode loop, to four
-    times its size. Of what a loop of its own slices it converts what it multiplies. Sums beyond
-    2^24, which more than 1032 inputs can reach, are rounded as float32 is.
+    A head is not in a stack: XLA would convert all of it before the decode loop, to four times its
+    size. Sliced in a loop, only the current part is converted. Sums beyond 2^24, which more
+    than 1032 inputs can reach, are rounded as float32 is.
     """
     halves = w.reshape(2, -1, w.shape[1])
     parts = jax.lax.map(lambda half: vector_dot(x, half), halves)

@@ -1,8 +1,8 @@
 """Attention of one token per prompt to the cache, as a Pallas kernel for NVIDIA GPUs.
 
-Keys and values are read where they lie in the cache of all layers, and no further than the last one
-that is seen. The slots are split between blocks, as there are too few heads to fill a chip; what
-the blocks find is put together behind the kernel (Flash-Decoding, Dao et al. 2023).
+Keys and values are read from the cache of all layers, up to the last visible slot. Blocks split the
+slots, because there are too few heads to fill a chip; their results are combined after the kernel
+(Flash-Decoding, Dao et al. 2023).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops.blocks_gpu import LEAST, load, parts, sides, within
+from mquant_jax.ops.blocks_gpu import LEAST, block_of, load, parts, sides, within
 from mquant_jax.ops.flash_gpu import NEVER
+from mquant_jax.ops.loops import blocks_of, int32_loop
 
 KEYS = 64  # of a block's step
 _BLOCKS = 264  # that fill the chip: two for each multiprocessor of an H100
@@ -49,15 +50,16 @@ def attend_one(
     Returns:
         ``[B, heads * d]`` in ``q.dtype``.
     """
-    narrow = isinstance(k, QTensor)
-    operands = [k.values, v.values] if narrow else [k, v]
+    stores = (k, v)
+    operands = [x.values if isinstance(x, QTensor) else x for x in stores]
+    scales = [x.scale for x in stores if isinstance(x, QTensor)]
+    narrow = bool(scales)
     (b, heads, d), (_, _, kv_heads, s, _) = q.shape, operands[1].shape
-    if narrow:
-        operands += [x.scale.reshape(-1, b, kv_heads, s) for x in (k, v)]
+    operands += [scale.reshape(-1, b, kv_heads, s) for scale in scales]
     group = heads // kv_heads
     rows = max(LEAST, 1 << (group - 1).bit_length())
     q = jnp.pad(q.reshape(b, kv_heads, group, d), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
-    ends = jnp.max(jnp.where(seen, jnp.arange(1, s + 1), 1), axis=1)
+    ends = jnp.max(jnp.where(seen, jnp.arange(1, s + 1, dtype=jnp.int32), 1), axis=1)
     splits = max(1, min(_BLOCKS // (b * kv_heads), pl.cdiv(s, KEYS)))
     read = sum(x.size * x.dtype.itemsize for x in operands) // len(operands[0])
     written = splits * b * kv_heads * rows * (d + 2) * 4
@@ -81,7 +83,7 @@ def attend_one(
         interpret=interpret,
         name="attend_one",
     )(layer.reshape(1), ends, q, seen, *operands)
-    share = jnp.exp2(top - jnp.max(top, axis=0))
+    share = jnp.exp2(top - jnp.max(top, axis=0, keepdims=True))
     out = jnp.sum(share[..., None] * sums, axis=0) / jnp.sum(share * total, axis=0)[..., None]
     return out[:, :, :group].reshape(b, heads * d).astype(q.dtype)
 
@@ -92,17 +94,18 @@ def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float
     splits, _, _, rows, d = sums_ref.shape
     s = v_ref.shape[3]
     split, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    layer, steps = layer_ref[0], pl.cdiv(end_ref[row], KEYS)
-    columns = [pl.ds(*part) for part in parts(d)]
-    q = [plgpu.load(q_ref.at[row, head, :, at]) for at in columns]
+    layer, steps = layer_ref[0], blocks_of(end_ref[row], KEYS)
+    sizes = [size for _, size in parts(d)]
+    columns = [block_of(*part) for part in parts(d)]
+    q = [plgpu.load(q_ref.at[row, head, block_of(0, rows), at]) for at in columns]
 
     def add(i, carry):
         sums, top, total = carry
         start = (split + i * splits) * KEYS
         at_k, some = pl.ds(start, KEYS), within(start, KEYS, s)
         logits = jnp.zeros((rows, KEYS), jnp.float32)
-        for own, at in zip(q, columns, strict=True):
-            k = load(k_ref.at[layer, row, head, at, at_k], sides(None, some, (at.size, KEYS)))
+        for own, at, size in zip(q, columns, sizes, strict=True):
+            k = load(k_ref.at[layer, row, head, at, at_k], sides(None, some, (size, KEYS)))
             logits += jnp.dot(own, k.astype(own.dtype), preferred_element_type=jnp.float32)
         if narrow:
             logits *= load(scales[0].at[layer, row, head, at_k], some)[None, :]
@@ -114,20 +117,20 @@ def _split(layer_ref, end_ref, q_ref, seen_ref, k_ref, v_ref, *refs, gain: float
         if narrow:
             weights *= load(scales[1].at[layer, row, head, at_k], some)[None, :]
         weights, new = weights.astype(q_ref.dtype), []
-        for old, at in zip(sums, columns, strict=True):
-            v = load(v_ref.at[layer, row, head, at_k, at], sides(some, None, (KEYS, at.size)))
+        for old, at, size in zip(sums, columns, sizes, strict=True):
+            v = load(v_ref.at[layer, row, head, at_k, at], sides(some, None, (KEYS, size)))
             part = jnp.dot(weights, v.astype(weights.dtype), preferred_element_type=jnp.float32)
             new.append(old * fade[:, None] + part)
         return tuple(new), higher, total
 
     start = (
-        tuple(jnp.zeros((rows, at.size), jnp.float32) for at in columns),
+        tuple(jnp.zeros((rows, size), jnp.float32) for size in sizes),
         jnp.full((rows,), NEVER, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
     )
-    own = jnp.maximum(pl.cdiv(steps - split, splits), 0)
-    sums, top, total = jax.lax.fori_loop(0, own, add, start)
+    own = jnp.maximum(blocks_of(steps - split, splits), 0)
+    sums, top, total = int32_loop(0, own, add, start)
     for part, at in zip(sums, columns, strict=True):
-        plgpu.store(sums_ref.at[split, row, head, :, at], part)
-    plgpu.store(top_ref.at[split, row, head], top)
-    plgpu.store(total_ref.at[split, row, head], total)
+        plgpu.store(sums_ref.at[split, row, head, block_of(0, rows), at], part)
+    plgpu.store(top_ref.at[split, row, head, block_of(0, rows)], top)
+    plgpu.store(total_ref.at[split, row, head, block_of(0, rows)], total)

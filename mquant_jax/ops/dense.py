@@ -1,4 +1,4 @@
-"""The one door to quantised matrix products: which form runs is chosen here, by platform and rows.
+"""Quantised matrix products; chooses the implementation by platform and number of rows.
 
 :func:`select_path` names the choice, so that ``inspect`` and ``bench`` can report what runs.
 """
@@ -10,8 +10,9 @@ import contextvars
 import functools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 _KIND: contextvars.ContextVar[str | None] = contextvars.ContextVar("kind", default=None)
 _log = logging.getLogger(__name__)
 
-_FORMS = {
+_Form = Callable[[Any, QWeight], jax.Array]  # of a QTensor or of floats, as its name says
+_FORMS: dict[str, _Form] = {
     "int_dot": xla.int_dot,
     "byte_dot": partial(xla.int_dot, product=cpu.byte_dot),
     "vector_dot": partial(xla.int_dot, product=cpu.vector_dot),
@@ -36,7 +38,10 @@ _FORMS = {
     "bf16_dot": xla.bf16_dot,
 }
 # On GPU, where 4 bits stay packed.
-_PACKED_FORMS = {"int_dot": xla.packed_int_dot, "weight_only": xla.packed_weight_only_dot}
+_PACKED_FORMS: dict[str, _Form] = {
+    "int_dot": xla.packed_int_dot,
+    "weight_only": xla.packed_weight_only_dot,
+}
 
 FEWEST_ROWS = 128  # that a kernel is for
 
@@ -48,7 +53,7 @@ def platform() -> str:
 
 def device_kind() -> str:
     """The kind of device that programs are being traced for, as JAX names it (``TPU v5 lite``);
-    empty where another platform than the default one is traced for and nobody told."""
+    empty where tracing for another platform than the default one without a given kind."""
     if _PLATFORM.get() is not None:
         return _KIND.get() or ""
     return jax.devices()[0].device_kind
@@ -174,18 +179,18 @@ def quantized_dot(
         raise ValueError(f"input has {k} features, weight expects {w.in_features}")
     flat = values.reshape(-1, k)
     rows = flat.shape[0]
+    operand: QTensor | jax.Array = flat
     if isinstance(x, QTensor):
-        scale = x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1)
-        flat = QTensor(flat, scale)
+        operand = QTensor(flat, x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1))
     simulated = isinstance(x, QTensor) and x.values.dtype == jnp.float32
     path = "simulated" if simulated else select_path(isinstance(x, QTensor), rows, w)
     packed = platform() == "gpu" and w.storage == "packed"
-    if path in gpu.PATHS and packed:
+    if path in gpu.PATHS and packed and isinstance(operand, QTensor):
         residual, gate = (None if a is None else a.reshape(rows, -1) for a in (residual, gate))
-        y = gpu.dense(flat, w, bias, residual, dtype, gate)
+        y = gpu.dense(operand, w, bias, residual, dtype, gate)
         return y.reshape(*lead, w.out_features)
-    if path.startswith("pallas_tpu"):
-        y = _by_tpu_kernel(flat, w, bias, residual, dtype, gate)
+    if path.startswith("pallas_tpu") and isinstance(operand, QTensor):
+        y = _by_tpu_kernel(operand, w, bias, residual, dtype, gate)
         return y.reshape(*lead, w.out_features)
     if path == "bf16_dot":
         _tell_of_bf16()
@@ -196,7 +201,7 @@ def quantized_dot(
         w = w.unpacked()
     path = "int_dot" if path in gpu.PATHS else path
     form = (_PACKED_FORMS if packed and w.groups == 1 and not simulated else _FORMS)[path]
-    y = form(flat, w).reshape(*lead, w.out_features)
+    y = form(operand, w).reshape(*lead, w.out_features)
     return finish(y, bias, residual, dtype, gate)
 
 

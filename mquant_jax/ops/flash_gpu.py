@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mquant_jax.ops.blocks_gpu import LEAST, load, parts, sides, store, within
+from mquant_jax.ops.blocks_gpu import LEAST, block_of, load, parts, sides, store, within
+from mquant_jax.ops.loops import int32_loop
 
 QUERIES, KEYS = 128, 64  # of a block
 _WARPS, _STAGES = 8, 2
@@ -35,8 +36,7 @@ def attend(
         v: ``[B, kv_heads, S, d]``.
         mask: bool ``[B, T, S]``, read by blocks; True where a query may see a key. A query that
             sees nothing gets a meaningless but finite row.
-        in_order: the mask shows no query a key that stands behind it, so that blocks of such keys
-            are not looked at.
+        in_order: no query sees a key after it; blocks of such keys are skipped.
         interpret: run without a GPU.
 
     Returns:
@@ -72,8 +72,9 @@ def _block(q_ref, k_ref, v_ref, mask_ref, o_ref, *, group: int, gain: float, in_
     (_, _, t, d), s = q_ref.shape, v_ref.shape[2]
     first, head, row = pl.program_id(0) * QUERIES, pl.program_id(1), pl.program_id(2)
     at_q, some_q, shared = pl.ds(first, QUERIES), within(first, QUERIES, t), head // group
-    columns = [pl.ds(*part) for part in parts(d)]
-    masks = [sides(some_q, None, (QUERIES, at.size)) for at in columns]
+    sizes = [size for _, size in parts(d)]
+    columns = [block_of(*part) for part in parts(d)]
+    masks = [sides(some_q, None, (QUERIES, size)) for size in sizes]
     q = [
         load(q_ref.at[row, head, at_q, at], some)
         for at, some in zip(columns, masks, strict=True)
@@ -83,18 +84,18 @@ def _block(q_ref, k_ref, v_ref, mask_ref, o_ref, *, group: int, gain: float, in_
         sums, top, total = carry
         at_k, some_k = pl.ds(j * KEYS, KEYS), within(j * KEYS, KEYS, s)
         logits = jnp.zeros((QUERIES, KEYS), jnp.float32)
-        for own, at in zip(q, columns, strict=True):
-            k = load(k_ref.at[row, shared, at, at_k], sides(None, some_k, (at.size, KEYS)))
+        for own, at, size in zip(q, columns, sizes, strict=True):
+            k = load(k_ref.at[row, shared, at, at_k], sides(None, some_k, (size, KEYS)))
             logits += jnp.dot(own, k, preferred_element_type=jnp.float32)
-        seen = load(mask_ref.at[row, at_q, at_k], sides(some_q, some_k, logits.shape))
+        seen = load(mask_ref.at[row, at_q, at_k], sides(some_q, some_k, (QUERIES, KEYS)))
         # Powers of two are what the hardware raises.
         logits = jnp.where(seen, logits * (gain * math.log2(math.e)), NEVER)
         higher = jnp.maximum(top, jnp.max(logits, axis=1))
         weights, fade = jnp.exp2(logits - higher[:, None]), jnp.exp2(top - higher)
         total = total * fade + jnp.sum(weights, axis=1)
         weights, new = weights.astype(q_ref.dtype), []
-        for old, at in zip(sums, columns, strict=True):
-            v = load(v_ref.at[row, shared, at_k, at], sides(some_k, None, (KEYS, at.size)))
+        for old, at, size in zip(sums, columns, sizes, strict=True):
+            v = load(v_ref.at[row, shared, at_k, at], sides(some_k, None, (KEYS, size)))
             part = jnp.dot(weights, v, preferred_element_type=jnp.float32)
             new.append(old * fade[:, None] + part)
         return tuple(new), higher, total
@@ -103,11 +104,11 @@ def _block(q_ref, k_ref, v_ref, mask_ref, o_ref, *, group: int, gain: float, in_
     if in_order:
         blocks = jnp.minimum(blocks, (pl.program_id(0) + 1) * (QUERIES // KEYS))
     start = (
-        tuple(jnp.zeros((QUERIES, at.size), jnp.float32) for at in columns),
+        tuple(jnp.zeros((QUERIES, size), jnp.float32) for size in sizes),
         jnp.full((QUERIES,), NEVER, jnp.float32),
         jnp.zeros((QUERIES,), jnp.float32),
     )
-    sums, _, total = jax.lax.fori_loop(0, blocks, add, start)
+    sums, _, total = int32_loop(0, blocks, add, start)
     for out, at, some in zip(sums, columns, masks, strict=True):
         out = (out / total[:, None]).astype(o_ref.dtype)
         store(o_ref.at[row, at_q, head, at], out, some)

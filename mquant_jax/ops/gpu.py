@@ -83,7 +83,7 @@ def bucket(rows: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def choose(rows: int, out: int, in_features: int) -> Choice:
-    """What the table says of a product: of its very shape, or of the first class it falls into."""
+    """The table's entry for a product: its exact shape's, or that of the first class with it."""
     for entry in table()["shapes"]:
         if (bucket(rows), out, in_features) == (entry["rows"], entry["out"], entry["in"]):
             return _choice(entry)
@@ -117,6 +117,7 @@ def dense(
 
     rows = x.values.shape[0]
     choice = choose(rows, w.out_features, w.in_features)
+    assert choice.blocks is not None, "the caller asks for a kernel only where the table has one"
     blocks = pallas_gpu.Blocks(*choice.blocks)
     if choice.path == MANY:
         return pallas_gpu.matmul(

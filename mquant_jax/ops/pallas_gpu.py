@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mquant_jax.ops.blocks_gpu import load, sides, store, within
+from mquant_jax.ops.loops import int32_loop
 
 _TWO_OPERATIONS = "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xf0f0f0f0;"  # on four bytes
 
@@ -177,7 +178,7 @@ def _sum(layer_ref, x_ref, w_ref, n, m, first, last, k: int, blocks: Blocks, int
 
     def columns(start, end: int):
         uneven = half % depth or k % 2
-        return start + jnp.arange(depth) < end if uneven else None
+        return start + jnp.arange(depth, dtype=jnp.int32) < end if uneven else None
 
     def add(i, total):
         at = i * depth
@@ -192,14 +193,14 @@ def _sum(layer_ref, x_ref, w_ref, n, m, first, last, k: int, blocks: Blocks, int
             )
         return total
 
-    total = jax.lax.fori_loop(first, last, add, jnp.zeros((blocks.out, blocks.rows), jnp.int32))
+    total = int32_loop(first, last, add, jnp.zeros((blocks.out, blocks.rows), jnp.int32))
     return jax.lax.shift_right_arithmetic(total, jnp.int32(4))
 
 
 def _whole(*refs, names: tuple[str, ...], k: int, blocks: Blocks, interpret: bool) -> None:
     """One block of :func:`matmul`."""
-    *refs, y_ref = refs
-    ref = dict(zip(names, refs, strict=True))
+    *inputs, y_ref = refs
+    ref = dict(zip(names, inputs, strict=True))
     rows, out = y_ref.shape
     n, m = pl.program_id(0) * blocks.out, pl.program_id(1) * blocks.rows
     total = _sum(

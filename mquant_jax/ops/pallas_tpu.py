@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mquant_jax.hadamard import LANES, hadamard
+from mquant_jax.ops.loops import repeat
 
 _SUBLANES = 8
 BLOCK = 64  # rows at a time; the int8 tile wants a multiple of 32
@@ -26,8 +27,8 @@ def rotate(
 ) -> jax.Array:
     """``x @ (H_outer (x) H_128) / sqrt(n)``, then int8 by ``scale`` if there is one.
 
-    XLA needs a change of layout before, between and behind the two small products; in rows of a
-    block the one between is a strided read, and the others fall away.
+    XLA changes the layout before, between and after the two small products. On rows of a block, the
+    change between them is a strided read, and the others are not needed.
 
     Args:
         x: bfloat16 ``[rows, inputs]``, ``inputs`` a multiple of 128 up to ``n = 128 * outer``; what
@@ -96,13 +97,12 @@ def _rotate(x_ref, right_ref, left_ref, inverse_ref, out_ref, part_ref, *, fille
         rest = (tall - filled) * _STRIDE
         part_ref[pl.ds(filled * _STRIDE, rest), :] = jnp.zeros((rest, LANES), jnp.float32)
 
-    def mix(row, carry):
+    def mix(row):
         at = pl.ds(row, tall, stride=_STRIDE)
         part = part_ref[at, :].astype(left.dtype)
         part_ref[at, :] = jnp.dot(left, part, preferred_element_type=jnp.float32)
-        return carry
 
-    jax.lax.fori_loop(0, BLOCK, mix, 0, unroll=8)
+    repeat(BLOCK, mix, unroll=8)
     inverse = inverse_ref[...]
     for o in range(outer):
         y = part_ref[pl.ds(o * _STRIDE, BLOCK), :]

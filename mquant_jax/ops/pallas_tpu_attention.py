@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mquant_jax.hadamard import LANES
+from mquant_jax.ops.loops import repeat
 
 NEVER = np.iinfo(np.int32).max  # the order of a key that no query sees
 NAME = "attend_rows"
@@ -71,7 +72,8 @@ def plan(tokens: int, heads: int, kv_heads: int, d: int, ordered: bool) -> Plan 
     """The cut for a self-attention of ``tokens`` rows; ``None`` if it takes too much memory.
 
     Args:
-        ordered: many keys stand behind the queries, and small blocks leave more of them out.
+        ordered: tokens are in sequence order. Many keys then follow their queries, and smaller
+            blocks skip more of them.
     """
     g = heads // kv_heads
     fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * d % LANES == 0]
@@ -110,7 +112,7 @@ def attend_rows(
             ``k`` are turned, as two halves.
         gain: float32 ``[B, T]``, factor on the turned queries.
         scale: float32, one number or ``[B, T, 1]``; the result becomes int8 by it.
-        ordered: keys stand in their order. The cost estimate then counts what will be skipped.
+        ordered: keys are in sequence order. The cost estimate then leaves out skipped blocks.
         interpret: run without a TPU.
 
     Returns:
@@ -198,8 +200,8 @@ def _padded_column(x: jax.Array, cut: Plan) -> jax.Array:
 
 
 def _tables(angles: jax.Array, cut: Plan) -> list[jax.Array]:
-    """Cosines and sines per channel, for queries and for keys; and what exchanges the halves, with
-    the sign of the sine. No layer has a part in them, so that they are made once for all."""
+    """Cosines and sines per channel, for queries and for keys; and the matrix that swaps the
+    halves, with the sign of the sine. They do not depend on the layer and are computed once."""
     half = angles.shape[-1]
     rest = cut.d - 2 * half
     pad = ((0, 0), (0, cut.rows - angles.shape[1]), (0, rest))
@@ -246,12 +248,11 @@ def _kernel(first_key, last_query, q_ref, k_ref, v_ref, order_ref, keys_ref, *re
     # right by the first block of which it sees something.
     _block(0, True, order_ref, keys_ref, k_s, v_s, q_s, state, cut)
 
-    def more(j, carry):
+    def more(j):
         seen = first_key[batch, j] <= last_query[batch, i]
         pl.when(seen)(partial(_block, j, False, order_ref, keys_ref, k_s, v_s, q_s, state, cut))
-        return carry
 
-    jax.lax.fori_loop(1, cut.key_blocks, more, 0)
+    repeat(cut.key_blocks, more, first=1)
     _finish(out_ref, inverse_ref, state, cut)
 
 
@@ -272,7 +273,7 @@ def _taken(src, dst, at, rows, lanes):
 def _place_keys(k_ref, v_ref, k_s, v_s, tables, cut: Plan) -> None:
     step = min(_PREPARED, cut.slots)
 
-    def some(part, carry):
+    def some(part):
         rows = pl.ds(pl.multiple_of(part * step, step), step)
         for h in range(cut.n):
             lanes = slice(h * cut.d, (h + 1) * cut.d)
@@ -283,16 +284,15 @@ def _place_keys(k_ref, v_ref, k_s, v_s, tables, cut: Plan) -> None:
             else:
                 k_s[h, rows] = k_ref[0, rows, lanes]
             v_s[h, rows] = v_ref[0, rows, lanes]
-        return carry
 
-    jax.lax.fori_loop(0, cut.slots // step, some, 0)
+    repeat(cut.slots // step, some)
 
 
 def _place_queries(q_ref, q_s, tables, gain_ref, cut: Plan) -> None:
     """Queries turned, with all factors of their logits: weights are powers of two of these."""
     step, factor = min(_PREPARED, cut.queries), cut.d**-0.5 * float(np.log2(np.e))
 
-    def some(part, carry):
+    def some(part):
         start = pl.multiple_of(part * step, step)
         rows = pl.ds(start, step)
         for head in range(cut.n * cut.g):
@@ -302,9 +302,8 @@ def _place_queries(q_ref, q_s, tables, gain_ref, cut: Plan) -> None:
                 x = _turned(x, tables[0][0, rows], tables[1][0, rows], tables[4])
             x = x.astype(jnp.float32) * factor
             q_s[at] = (x if gain_ref is None else x * gain_ref[0, rows]).astype(q_s.dtype)
-        return carry
 
-    jax.lax.fori_loop(0, cut.queries // step, some, 0)
+    repeat(cut.queries // step, some)
 
 
 def _block(j, first: bool, order_ref, keys_ref, k_s, v_s, q_s, state, cut: Plan) -> None:
@@ -314,7 +313,7 @@ def _block(j, first: bool, order_ref, keys_ref, k_s, v_s, q_s, state, cut: Plan)
     at_keys = pl.ds(pl.multiple_of(j * cut.keys, cut.keys), cut.keys)
     chunk = _CHUNK if cut.queries % _CHUNK == 0 else LANES
 
-    def head(h, carry):
+    def head(h):
         for start in range(0, cut.g * cut.queries, chunk):
             at, query = pl.ds(start, chunk), start % cut.queries
             logits = jax.lax.dot_general(
@@ -334,12 +333,11 @@ def _block(j, first: bool, order_ref, keys_ref, k_s, v_s, q_s, state, cut: Plan)
                 total = total_s[h, at] * shrink + total
                 y = sum_s[h, at] * _wide(shrink, cut.d) + y
             top_s[h, at], total_s[h, at], sum_s[h, at] = top, total, y
-        return carry
 
     if cut.n == 1:
-        head(0, 0)
+        head(0)
     else:
-        jax.lax.fori_loop(0, cut.n, head, 0)
+        repeat(cut.n, head)
 
 
 def _wide(x: jax.Array, d: int) -> jax.Array:
@@ -351,7 +349,7 @@ def _finish(out_ref, inverse_ref, state, cut: Plan) -> None:
     _, total_s, sum_s = state
     step = min(_FINISHED, cut.queries)
 
-    def some(part, carry):
+    def some(part):
         start = pl.multiple_of(part * step, step)
         rows = pl.ds(start, step)
         for head in range(cut.n * cut.g):
@@ -366,6 +364,5 @@ def _finish(out_ref, inverse_ref, state, cut: Plan) -> None:
             if inverse_ref is not None:
                 y = jnp.clip(jnp.round(y), -128, 127).astype(jnp.int32)
             out_ref[0, rows, head * cut.d : (head + 1) * cut.d] = y.astype(out_ref.dtype)
-        return carry
 
-    jax.lax.fori_loop(0, cut.queries // step, some, 0)
+    repeat(cut.queries // step, some)

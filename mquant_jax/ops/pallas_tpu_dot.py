@@ -1,9 +1,10 @@
-"""int8 activations by integer weights as Pallas kernels for TPU, with all that ends a dense layer.
+"""Dense layers as Pallas kernels for TPU: int8 activations by integer weights, with the epilogue.
 
-Both read their layer where it lies in the stack of all, and widen weights a block of output
-channels at a time (the compiler has no mixed product). ``int4_dot``, for many rows: rows stay on
-the chip while weights stream in. ``few_dot``: weights stand on the left of the product, and pass
-the matrix units as fast as memory delivers them; on its right they would be loaded into the units.
+Both kernels read their layer from the stack of all layers and widen weights one block of output
+channels at a time (the compiler has no mixed product). ``int4_dot``, for many rows, keeps the rows
+on the chip while weights stream in. ``few_dot`` puts the weights on the left of the product, where
+they stream through the matrix units as fast as memory delivers them; on the right they would be
+loaded into the units.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _VMEM = 48 * 2**20
 def suits(in_features: int, out_features: int) -> bool:
     """Whether :func:`int4_dot` takes these shapes, and is the faster form.
 
-    Layers that widen have an activation behind them, and are left to XLA.
+    Layers that widen are followed by an activation, which XLA fuses; they are left to it.
     """
     small = in_features * out_features <= LARGEST and out_features <= in_features <= LONGEST
     return suits_few(in_features, out_features) and small
@@ -60,7 +61,7 @@ def int4_dot(
     Args:
         x: int8 ``[rows, in]``.
         stack: int4 ``[layers, out, in]``, ``out`` and ``in`` multiples of 128.
-        layer: int32 ``[]``. XLA would copy the layer out of the stack in front of the kernel.
+        layer: int32 ``[]``. Slicing the layer out before the kernel would copy it.
         x_scale: float32, one number or ``[rows, 1]``.
         w_scale: float32 ``[layers, out]``.
         bias: float ``[out]``.
@@ -205,8 +206,8 @@ def _kernel_few(refs, out_ref) -> None:
 
 
 def _end(y: jax.Array, at, refs, out_ref) -> None:
-    """What follows a product: ``y`` float32, rows ``at`` of the result. Each step is rounded to the
-    result's type, as it is where steps run alone."""
+    """The epilogue of a product: ``y`` float32, rows ``at`` of the result. Each step rounds to the
+    result's type, as separate steps would."""
     scale, dtype = refs["scale"], out_ref.dtype
     scale = scale[at] if scale.shape[0] == out_ref.shape[0] else scale[...]
     y = y * (scale * refs["column"][...])

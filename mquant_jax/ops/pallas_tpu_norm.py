@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mquant_jax.ops.loops import repeat
+
 NAME = "rms_quantize"
 _BLOCK, _CHUNK = 128, 32  # rows that stream in, and that are worked on, together
 _OPERATIONS = 8  # per number
@@ -58,12 +60,11 @@ def rms_quantize(
 
 
 def _kernel(x_ref, weight_ref, inverse_ref, out_ref, *, eps: float) -> None:
-    def some(part, carry):
+    def some(part):
         at = pl.ds(pl.multiple_of(part * _CHUNK, _CHUNK), _CHUNK)
         x = x_ref[at].astype(jnp.float32)
         mean = jnp.sum(x * x, axis=1, keepdims=True) / x.shape[1]
         y = x * (jax.lax.rsqrt(mean + eps) * inverse_ref[at]) * weight_ref[...]
         out_ref[at] = jnp.clip(jnp.round(y), -128, 127).astype(jnp.int32).astype(jnp.int8)
-        return carry
 
-    jax.lax.fori_loop(0, _BLOCK // _CHUNK, some, 0)
+    repeat(_BLOCK // _CHUNK, some)

@@ -1,7 +1,8 @@
-"""Online rotations and the quantisation behind them: which form runs is chosen here."""
+"""Online rotations and the quantisation that follows them; chooses the implementation."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def _row_by_row(x: jax.Array, rotation: Rotation) -> jax.Array:
 def _by_blocks(x: jax.Array, rotation: Rotation, end: Callable[..., Any], *more: jax.Array) -> Any:
     """What ``end`` makes of rotated ``x [..., inputs]``, a block of rows at a time, with the same
     rows of ``more [rows, ...]``."""
-    # Signs join what has made the rows, as they come in front of the loop.
+    # Before the loop, the signs fuse with the producer of the rows.
     flat, size = rotation.signed(x).reshape(-1, x.shape[-1]), _block(_rows(x))
     parts = jax.lax.map(
         lambda a: end(_row_by_row(a[0], rotation), *a[1:]),
@@ -67,10 +68,8 @@ def _by_blocks(x: jax.Array, rotation: Rotation, end: Callable[..., Any], *more:
 
 def _kernel(x: jax.Array, rotation: Rotation, scale: jax.Array | None = None) -> jax.Array:
     # Not needed, and slow to import, elsewhere.
-    if platform() == "gpu":
-        from mquant_jax.ops import rotate_gpu as kernels
-    else:
-        from mquant_jax.ops import pallas_tpu as kernels
+    name = "rotate_gpu" if platform() == "gpu" else "pallas_tpu"
+    kernels = importlib.import_module(f"mquant_jax.ops.{name}")
 
     x = rotation.signed(x)
     x = rotation.padded(x) if rotation.inputs % LANES else x  # whole tiles the kernel pads itself

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mquant_jax.hadamard import LANES, hadamard
-from mquant_jax.ops.blocks_gpu import LEAST, parts
+from mquant_jax.ops.blocks_gpu import LEAST, block_of, parts
 
 _WARPS = 8
 _ROUNDER = 1.5 * 2**23  # a float32 beside it has no fraction, and adding rounds half to even
@@ -60,31 +62,32 @@ def rotate(
 
 
 def _row(x_ref, right_ref, left_ref, *refs) -> None:
-    """One row; the last of ``refs`` is the result, before it may stand the scale."""
+    """One row. The last of ``refs`` is the result; the scale, if there is one, precedes it."""
     *scale_ref, out_ref = refs
     row, right = pl.program_id(0), right_ref[...]
-    blocks = parts(left_ref.shape[0])
+    blocks, lanes = parts(left_ref.shape[0]), block_of(0, LANES)
 
-    def at(start: int, size: int) -> pl.Slice:
-        """A slice that may reach behind the end, which those of known start may not."""
+    def at(start: int, size: int) -> Any:
+        """A slice that may reach past the end, which a slice with a constant start may not."""
         return pl.ds(row * 0 + start, size)
 
     def some(start: int, size: int, end: int) -> jax.Array:
-        return jnp.broadcast_to((start + jnp.arange(size) < end)[:, None], (size, LANES))
+        real = start + jnp.arange(size, dtype=jnp.int32) < end
+        return jnp.broadcast_to(real[:, None], (size, LANES))
 
     half = []
     for start, size in blocks:
         mask = some(start, size, x_ref.shape[1])
-        x = plgpu.load(x_ref.at[row, at(start, size), :], mask=mask, other=0.0)
+        x = plgpu.load(x_ref.at[row, at(start, size), lanes], mask=mask, other=0.0)
         half.append(jnp.dot(x, right, preferred_element_type=jnp.float32).astype(x.dtype))
     for start, size in blocks:
         y = jnp.zeros((size, LANES), jnp.float32)
         for (behind, depth), part in zip(blocks, half, strict=True):
-            left = left_ref[pl.ds(start, size), pl.ds(behind, depth)]
+            left = left_ref[block_of(start, size), block_of(behind, depth)]
             y += jnp.dot(left, part, preferred_element_type=jnp.float32)
         if scale_ref:
             shared = scale_ref[0].shape[0] == 1
             y = jnp.clip(y * (1.0 / scale_ref[0][0 if shared else row]), -128.0, 127.0)
             y = (y + _ROUNDER) - _ROUNDER
         mask = some(start, size, out_ref.shape[1])
-        plgpu.store(out_ref.at[row, at(start, size), :], y.astype(out_ref.dtype), mask=mask)
+        plgpu.store(out_ref.at[row, at(start, size), lanes], y.astype(out_ref.dtype), mask=mask)

@@ -7,12 +7,13 @@ the byte dot-product instructions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from mquant_jax.numerics import QTensor, QWeight
+from mquant_jax.numerics import QTensor, QWeight, along_last
 
 MANY_ROWS = 64
 _LAST_ON_LAST = (((1,), (1,)), ((), ()))
@@ -42,8 +43,8 @@ def int_dot(
     """
     w = w if w.storage in ("int4", "parts") else w.unpacked()
     if w.groups == 1:
-        acc = sum(product(*run) for run in _runs(x.values, w))
-        return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
+        acc = functools.reduce(jnp.add, (product(*run) for run in _runs(x.values, w)))
+        return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0][None])
     rows, size = x.values.shape[0], w.in_features // w.groups
     if rows >= MANY_ROWS:
 
@@ -53,10 +54,10 @@ def int_dot(
             b = jax.lax.dynamic_slice_in_dim(w.values, at, size, axis=1)
             acc = product(a, b)
             scale = jax.lax.dynamic_index_in_dim(w.scale, group, axis=1, keepdims=False)
-            return total + acc.astype(jnp.float32) * scale, None
+            return total + acc.astype(jnp.float32) * scale[None], None
 
         start = jnp.zeros((rows, w.out_features), jnp.float32)
-        return jax.lax.scan(add, start, jnp.arange(w.groups))[0] * x.scale
+        return jax.lax.scan(add, start, jnp.arange(w.groups, dtype=jnp.int32))[0] * x.scale
     xg = x.values.reshape(rows, w.groups, size)
     wg = w.values.reshape(w.out_features, w.groups, size)
     acc = jax.lax.dot_general(
@@ -79,8 +80,8 @@ def padded_int_dot(x: QTensor, w: QWeight) -> jax.Array:
 
 
 def paired(x: jax.Array, w: QWeight) -> tuple[jax.Array, jax.Array]:
-    """``x [rows, in]`` and packed weights as int4, both with columns ``j`` and ``j + half`` side by
-    side: the order in which a byte has them, so that the weights are not touched.
+    """``x [rows, in]`` and packed weights as int4, both with columns ``j`` and ``j + half``
+    adjacent: the order within a byte, so that the weights need no rearrangement.
 
     Returns:
         ``[rows, 2 * half]`` and int4 ``[out, 2 * half]``.
@@ -93,7 +94,7 @@ def paired(x: jax.Array, w: QWeight) -> tuple[jax.Array, jax.Array]:
 
 def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
     """:func:`int_dot` of packed weights with one scale per channel, which XLA's GPU backend
-    converts inside the product; of a single row it does so only by halves, in two products."""
+    converts inside the product. For a single row it does so only when each half is a product."""
     if x.values.shape[0] == 1:
         half = w.values.shape[1]
         low, high = (w.values << 4).astype(jnp.int8) >> 4, w.values.astype(jnp.int8) >> 4
@@ -102,11 +103,11 @@ def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
     else:
         values, weights = paired(x.values, w)
         acc = s8_dot(values, weights.astype(jnp.int8))
-    return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0])
+    return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0][None])
 
 
 def packed_weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
-    """:func:`weight_only_dot` of packed weights with one scale per channel, likewise."""
+    """:func:`weight_only_dot` of packed weights with one scale per channel."""
     x, weights = paired(x, w)
     y = jax.lax.dot_general(
         x, weights.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32
@@ -129,16 +130,17 @@ def _float_sums(x: jax.Array, w: QWeight) -> jax.Array:
     """Float ``[rows, in]`` by the integers of a weight, which are exact in any float type ->
     float32."""
     w = w if w.storage == "parts" else w.unpacked()
-    return sum(
+    parts = (
         jax.lax.dot_general(a, b.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32)
         for a, b in _runs(x, w)
     )
+    return functools.reduce(jnp.add, parts)
 
 
 def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     """Float activations by quantised weights (W4A16): float ``[rows, in]`` -> float32."""
     if w.groups == 1:
-        return _float_sums(x, w) * w.scale[:, 0]
+        return _float_sums(x, w) * w.scale[:, 0][None]
     dense = w.dequantize().astype(x.dtype)
     return jax.lax.dot_general(x, dense, _LAST_ON_LAST, preferred_element_type=jnp.float32)
 
@@ -147,7 +149,7 @@ def simulated_dot(x: QTensor, w: QWeight) -> jax.Array:
     """:func:`int_dot` of integers that are held as float32, with gradients: with one scale per
     channel the same to the bit, as float32 holds sums below 2^24."""
     if w.groups == 1:
-        return _float_sums(x.values, w) * (x.scale * w.scale[:, 0])
+        return _float_sums(x.values, w) * (x.scale * w.scale[:, 0][None])
     return weight_only_dot(x.values, w) * x.scale
 
 
@@ -166,7 +168,7 @@ def finish(
     gate: jax.Array | None = None,
 ) -> jax.Array:
     """``y + bias`` in ``dtype``, times the SiLU of ``gate``, plus ``residual``."""
-    y = y if bias is None else y + bias
+    y = y if bias is None else y + along_last(bias, y)
     y = y.astype(dtype)
     y = y if gate is None else jax.nn.silu(gate) * y
     return y if residual is None else residual + y

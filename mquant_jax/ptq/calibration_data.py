@@ -14,10 +14,11 @@ import numpy as np
 from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
 from mquant_jax.files import read_json
-from mquant_jax.models.base import Batch, Processor, Prompt, bucket
+from mquant_jax.models.base import Batch, Processor, Prompt
 from mquant_jax.numerics import QWeight
-from mquant_jax.ptq.states import States
+from mquant_jax.ptq.states import States, loaded
 from mquant_jax.recipe import Recipe
+from mquant_jax.runtime.buckets import fine
 from mquant_jax.samples import BUNDLED_CALIBRATION, DEMO_ASSETS, Sample, each, read_samples
 from mquant_jax.sections import kind_of
 
@@ -91,23 +92,29 @@ def calibration_chunks(
     whole = states.spool()
 
     def keep(prompt: Prompt) -> Prompt:
-        return dataclasses.replace(prompt, patches=whole.append(prompt.patches))
+        stored: Any = whole.append(prompt.patches)  # loaded again batch by batch
+        return dataclasses.replace(prompt, patches=stored)
 
-    prompts = load_calibration(path, processor, limit, pictures, keep)
+    chunks = chunked(load_calibration(path, processor, limit, pictures, keep), processor, states)
+    whole.clear()
+    return chunks
+
+
+def chunked(prompts: Sequence[Prompt], processor: Processor, states: States) -> Chunks:
+    """Prompts, whose patches may be stored, in batches of a few thousand tokens."""
     packed, digest, batches, tokens, patches = states.spool(), hashlib.sha256(), [], 0, 0
     for group in grouped(prompts):
-        group = [dataclasses.replace(p, patches=p.patches.load()) for p in group]
-        batch = processor.collate(group, pad_to=bucket(max(len(p.input_ids) for p in group), 64))
+        group = [dataclasses.replace(p, patches=loaded(p.patches)) for p in group]
+        batch = processor.collate(group, pad_to=fine(max(len(p.input_ids) for p in group), 64))
         for leaf in jax.tree.leaves(batch):
             digest.update(np.ascontiguousarray(leaf).data)
         if batch.vision is not None:
             patches += int(np.asarray(batch.vision.valid).sum())
-            stored = packed.append(batch.vision.patches)
+            stored: Any = packed.append(batch.vision.patches)
             vision = dataclasses.replace(batch.vision, patches=stored)
             batch = dataclasses.replace(batch, vision=vision)
         batches.append(batch)
         tokens += int((np.asarray(batch.token_class) >= 0).sum())
-    whole.clear()
     return Chunks(batches, digest.hexdigest(), len(prompts), tokens, patches)
 
 
@@ -134,7 +141,8 @@ def warn_of_few(chunks: Chunks, layers: Mapping[str, Any], recipe: Recipe) -> No
             more = -(-widths[widest] * chunks.samples // max(count, 1))
             warn(
                 f"calibration has {count} {kind} in {chunks.samples} samples, fewer than the "
-                f"{widths[widest]} inputs of {kind_of(widest)}; {more} samples like these suffice"
+                f"{widths[widest]} inputs of {kind_of(widest)}; {more} samples like these suffice",
+                "calibration",
             )
 
 
@@ -144,7 +152,8 @@ def warn_of_bundled(folder: Path, hf_config: Mapping[str, Any]) -> None:
         warn(
             f"NO --calibration FOR {folder}: the bundled samples are drawn shapes that the demo "
             "model was trained on, and this is another model; its scales and weights will suit "
-            "neither photos nor text. Pass --calibration FILE.jsonl with samples of your own use"
+            "neither photos nor text. Pass --calibration FILE.jsonl with samples of your own use",
+            "calibration",
         )
 
 

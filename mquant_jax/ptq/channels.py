@@ -10,7 +10,9 @@ attention do) stands between; no constant passes an activation function or a gat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +49,7 @@ class Link:
     is_norm: bool = False
 
 
-def links(params: Params, streams: Streams) -> Iterator[Link]:
+def links(params: Mapping[str, Any], streams: Streams) -> Iterator[Link]:
     """Every place where channel scales may move."""
 
     def present(path: str, *leaves: str) -> tuple[str, ...]:
@@ -65,18 +67,18 @@ def links(params: Params, streams: Streams) -> Iterator[Link]:
             zip(*(expand(path, params) for path in paths), strict=True)
             for paths in zip(*attention.pairs, strict=True)
         )
-        for written, read in zip(values, outputs, strict=True):  # of one layer, each expert's
+        for written, heard in zip(values, outputs, strict=True):  # of one layer, each expert's
             width = len(params[f"{written[0]}/kernel"])
             heads = np.arange(width).reshape(-1, attention.head_dim)
-            shared = params[f"{read[0]}/kernel"].shape[1] // width
+            shared = params[f"{heard[0]}/kernel"].shape[1] // width
             columns = np.repeat(heads, shared, axis=0).ravel()
             sources = tuple(name for value in written for name in present(value, "kernel", "bias"))
-            yield Link(sources, read, columns, width)
+            yield Link(sources, heard, columns, width)
     for hidden in streams.hiddens:
         if not hidden.sign_carrier:
             continue
-        carriers, readers = expand(hidden.sign_carrier, params), expand(hidden.reader, params)
-        for carrier, reader in zip(carriers, readers, strict=True):
+        carriers = expand(hidden.sign_carrier, params)
+        for carrier, reader in zip(carriers, expand(hidden.reader, params), strict=True):
             columns = np.arange(hidden.width)
             yield Link(present(carrier, "kernel", "bias"), (reader,), columns, hidden.width, True)
 
@@ -84,9 +86,9 @@ def links(params: Params, streams: Streams) -> Iterator[Link]:
 def scale(params: Params, link: Link, gains: np.ndarray) -> None:
     """Multiply the channels by ``gains`` (float64 ``[width]``) and divide where they are read."""
     for name in link.sources:
-        column = gains.reshape(-1, *[1] * (params[name].ndim - 1))
-        params[name] = changed(params[name], lambda x, g=column: x * g)
-    columns = gains[link.columns]
+        column = gains.reshape(-1, *[1] * (params[name].ndim - 1)).astype(np.float32)
+        params[name] = changed(params[name], partial(np.multiply, column))
+    columns = gains[link.columns].astype(np.float32)
     for reader in link.readers:
         name = f"{reader}/kernel"
         params[name] = changed_rows(params[name], lambda w: w / columns)
@@ -102,7 +104,7 @@ def shift(params: Params, link: Link, offsets: np.ndarray) -> None:
     """Add ``offsets`` (float64 ``[width]``) to the channels; take them off behind the readers."""
     for name in link.sources:
         if name.endswith("/bias"):
-            params[name] = changed(params[name], lambda b: b + offsets)
+            params[name] = changed(params[name], lambda b: b + offsets.astype(np.float32))
     for reader in link.readers:
         kernel, bias = params[f"{reader}/kernel"], f"{reader}/bias"
-        params[bias] = shifted(params[bias], kernel, -offsets[link.columns])
+        params[bias] = shifted(params[bias], kernel, -offsets[link.columns].astype(np.float32))

@@ -22,7 +22,7 @@ from mquant_jax.checkpoint.writer import CheckpointWriter, by_part
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
 from mquant_jax.layer_plan import target_model
-from mquant_jax.models.base import Family
+from mquant_jax.models.base import Config, Family
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.ptq.calibration_data import (
@@ -31,12 +31,12 @@ from mquant_jax.ptq.calibration_data import (
     warn_of_bundled,
     warn_of_few,
 )
-from mquant_jax.ptq.ledger import JournalLedger
+from mquant_jax.ptq.ledger import LEARNED, JournalLedger
 from mquant_jax.ptq.pipeline import Conversion, untied
 from mquant_jax.ptq.states import States
 from mquant_jax.recipe import Recipe
-from mquant_jax.schema import shown
 from mquant_jax.stages import stage
+from mquant_jax.validate import shown
 
 _SHOWN = 10  # unknown keys that a warning names
 
@@ -75,14 +75,13 @@ def convert(
     todo = plan(family, config, reader)
     layers = dense_layers(target_model(family, todo.config, recipe))  # groups and rules fit
     check_ties(config, todo, reader)
+    family.check_processor(reader.folder, todo.config)
     ledger: JournalLedger | None = None
 
     def worth_keeping() -> bool:
         return recipe.needs_calibration and ledger is not None and bool(ledger.records)
 
     with workspace(dst, MANIFEST, **options, keep=worth_keeping) as work:
-        if work.published:
-            return load_manifest(dst)
         states = States(work.states)
         with stage("read calibration"):
             chunks = _calibration(family, todo, recipe, reader, calibration, states)
@@ -91,6 +90,8 @@ def convert(
         with stage("hash source"):
             source = hash_files(source_files(reader))
         ledger = JournalLedger(Journal(work.journal), _header(source, recipe, chunks))
+        if work.published:  # and stopped before DST.work was removed
+            return load_manifest(dst)
         manifest = _fill(work, family, todo, recipe, reader, chunks, states, ledger, source)
         with stage("read back"):
             check_result(work.result, family, todo.config)
@@ -130,11 +131,10 @@ def _fill(
         family, config, recipe, params, batches, states=states, ledger=ledger, progress=progress
     )
     report = job.run(writer.write_part)
-    records = {record["part"]: record for record in ledger.records if "file" in record}
 
     def finish() -> dict[str, Any]:
         return writer.finish(
-            records.values(),
+            ledger.files().values(),
             family=family.name,
             hf_config=reader.config,
             recipe=recipe,
@@ -144,19 +144,29 @@ def _fill(
             source=source,
         )
 
-    manifest = finish()
     if recipe.learns:
-        with stage("learn scales"):
-            made, _ = load_params(work.result, verify=False)
-            learned, report["tuning"] = job.learned(made)
-        for part, tensors in by_part(made | learned).items():
-            if tensors.keys() & learned.keys():
-                records[part] = writer.write_part(part, tensors)
-        manifest = finish()
-    return manifest
+        if ledger.done(f"{LEARNED}/all") is None:
+            finish()
+            _learn(job, work, writer, ledger)
+        report["tuning"] = (ledger.done(f"{LEARNED}/all") or {})["tuning"]
+    return finish()
 
 
-def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Any:
+def _learn(
+    job: Conversion, work: Workspace, writer: CheckpointWriter, ledger: JournalLedger
+) -> None:
+    """Learn the scales of the model that was written; parts that change get files of their own, so
+    that a kill leaves those they had."""
+    made, _ = load_params(work.result, verify=False)
+    with stage("learn scales"):
+        learned, report = job.learned(made)
+    for part, tensors in by_part(made | learned).items():
+        if tensors.keys() & learned.keys():
+            ledger.commit(f"{LEARNED}/{part}", writer.write_part(f"{part}.{LEARNED}", tensors))
+    ledger.commit(f"{LEARNED}/all", {"tuning": report})
+
+
+def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Config:
     """The family's config object; keys that are not known are named in a warning.
 
     Raises:
@@ -165,12 +175,13 @@ def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Any:
     config = family.config_from_hf(hf_config)
     if unknown := family.unknown_keys(hf_config):
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        names = ", ".join(map(shown, unknown[:_SHOWN])) + more
         warn(f"{folder / 'config.json'}: ignored, because no {family.name} model is known "
-             f"to have such keys: {', '.join(map(shown, unknown[:_SHOWN]))}{more}")  # fmt: skip
+             f"to have such keys: {names}", "config")  # fmt: skip
     return config
 
 
-def check_ties(config: Any, todo: Plan, reader: Reader) -> None:
+def check_ties(config: Config, todo: Plan, reader: Reader) -> None:
     """Config and checkpoint agree on whether the head is the embedding.
 
     Args:
@@ -182,7 +193,7 @@ def check_ties(config: Any, todo: Plan, reader: Reader) -> None:
     """
     if todo.tied_head and reader.config.get("tie_word_embeddings") is False:
         warn("config.json says the head is not tied, but the checkpoint has no head of its own; "
-             "the embedding is used")  # fmt: skip
+             "the embedding is used", "config")  # fmt: skip
     if todo.tied_head or not config.language.tied_head:
         return
     params = todo.tensors(reader)
@@ -208,7 +219,7 @@ def _calibration(
     """Calibration data, read before the weights so that bad data fails early."""
     if not recipe.needs_calibration:
         if path is not None:
-            warn(f"--calibration is not used: recipe {recipe.name!r} needs no data")
+            warn(f"--calibration is not used: recipe {recipe.name!r} needs no data", "calibration")
         return None
     if path is None:
         warn_of_bundled(reader.folder, reader.config)

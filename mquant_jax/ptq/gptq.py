@@ -19,16 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import blas, lapack
 
-from mquant_jax.numerics import INT_MAX, QWeight
+from mquant_jax.numerics import INT_MAX, AnyArray, QWeight
 
 DAMPING, DAMPING_GROWTH, MOST_GROWTHS = 0.01, 10.0, 5
 BLOCK = 128
-_ROWS = 1024  # of a [K, K] array that are moved at a time
+_ROWS = 256  # of a [K, K] array that are moved at a time
 
 
 def empty_gram(k: int) -> Any:
     """Zeros ``[k, k]`` to :func:`accumulate` in: in host memory on CPU, else on the device."""
-    return np.zeros((k, k), np.float32) if jax.default_backend() == "cpu" else jnp.zeros((k, k))
+    zeros = np.zeros if jax.default_backend() == "cpu" else jnp.zeros
+    return zeros((k, k), np.float32)
 
 
 def accumulate(gram: Any, x: jax.Array, weight: jax.Array, y: jax.Array | None = None) -> Any:
@@ -57,7 +58,8 @@ def accumulate(gram: Any, x: jax.Array, weight: jax.Array, y: jax.Array | None =
 def _accumulate(gram, x, weight, y):
     root = jnp.sqrt(weight.reshape(-1, 1))
     x, y = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) * root for a in (x, y))
-    return gram + jax.lax.dot_general(y, x, (((0,), (0,)), ((), ())))
+    highest = jax.lax.Precision.HIGHEST  # no bfloat16 or TF32 passes on accelerators
+    return gram + jax.lax.dot_general(y, x, (((0,), (0,)), ((), ())), precision=highest)
 
 
 def complete(gram: np.ndarray) -> None:
@@ -143,6 +145,8 @@ def prepare(
         _gather(hessian, order[::-1], left_out, damping * float(sizes.mean()), root)
         if _inverted(root):
             break
+    else:
+        raise FloatingPointError("their products have no Cholesky factor")
     cross = None if cross is None else np.asarray(cross)
     return Inputs(hessian, root, order.astype(np.int32), cross, damping)
 
@@ -222,20 +226,20 @@ def gptq(weight: Any, inputs: Inputs, scale: jax.Array, bits: int) -> QWeight:
     Returns:
         The weight (``storage="int8"``), NumPy arrays.
     """
-    scale = np.asarray(scale, np.float32)
+    scales: Any = np.asarray(scale, np.float32)
     k, order = len(inputs.order), inputs.order
     w = jnp.asarray(np.asarray(weight, np.float32)[:, order])
-    group = order // (k // scale.shape[1])
-    values = np.empty(w.shape, np.int8)
+    group = order // (k // scales.shape[1])
+    values: Any = np.empty(w.shape, np.int8)
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
-        own = jnp.asarray(scale[:, group[start:stop]])
+        own = jnp.asarray(scales[:, group[start:stop]])
         w, q = _step(w, start, jnp.asarray(inputs.rows(start, stop)), own, bits)
         values[:, order[start:stop]] = q
-    return QWeight(values, scale, k, bits, "int8")
+    return QWeight(values, scales, k, bits, "int8")
 
 
-def output_error(weight: jax.Array, q: Any, hessian: jax.Array) -> jax.Array:
+def output_error(weight: jax.Array, q: Any, hessian: AnyArray) -> jax.Array:
     """``sum_t |(w - q) x_t|^2`` of every output channel, float32 ``[out]``.
 
     ``q``: anything with ``dequantize()``.
@@ -244,13 +248,13 @@ def output_error(weight: jax.Array, q: Any, hessian: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _output_error(weight: jax.Array, rounded: jax.Array, hessian: jax.Array) -> jax.Array:
+def _output_error(weight: jax.Array, rounded: jax.Array, hessian: Any) -> jax.Array:
     error = weight.astype(jnp.float32) - rounded
     return jnp.sum((error @ hessian) * error, axis=1)
 
 
 @jax.jit
-def refit(weight: jax.Array, q: QWeight, hessian: jax.Array) -> jax.Array:
+def refit(weight: jax.Array, q: QWeight, hessian: Any) -> jax.Array:
     """The scales that serve the rounded integers best, by the layer's output error.
 
     One sweep of coordinate descent over the groups, each in closed form; exact when there is one.
@@ -295,10 +299,10 @@ def fitted(weight: jax.Array, inputs: Inputs, scale: jax.Array, bits: int, round
         q = dataclasses.replace(best, scale=scale) if last else gptq(weight, inputs, scale, bits)
         error = output_error(weight, q, inputs.hessian)
         better = (error < least)[:, None]
-        best = dataclasses.replace(
-            best,
-            values=np.where(better, q.values, best.values),
-            scale=np.where(better, q.scale, best.scale),
-        )
+        kept: dict[str, Any] = {
+            name: np.where(better, getattr(q, name), getattr(best, name))
+            for name in ("values", "scale")
+        }
+        best = dataclasses.replace(best, **kept)
         least = jnp.minimum(error, least)
     return best

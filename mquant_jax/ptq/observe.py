@@ -74,9 +74,16 @@ class Histogram:
         return np.minimum(index, self.BINS - 1)
 
     def add(self, values: np.ndarray) -> None:
-        """Count ``|values|``, any shape; of a large array a part, its largest value always."""
+        """Count ``|values|``, any shape; of a large array a part, its largest value always.
+
+        Raises:
+            FloatingPointError: some are NaN or Inf.
+        """
         if values.size:
-            self._reach(float(np.abs(values).max()))
+            largest = float(np.abs(values).max())
+            if not np.isfinite(largest):
+                raise FloatingPointError("NaN or Inf")
+            self._reach(largest)
             # An odd stride runs through all columns.
             stride = values.size // self.MOST | 1
             values = np.abs(values.ravel()[::stride])

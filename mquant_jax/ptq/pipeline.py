@@ -19,7 +19,7 @@ from flax import nnx
 from mquant_jax.checkpoint.writer import Rows, by_part
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy, Tensors, lazy
-from mquant_jax.models.base import VLM, Batch, Family, abstract_model, with_head
+from mquant_jax.models.base import VLM, Batch, Config, Family, abstract_model, with_head
 from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, layer_path, set_params
 from mquant_jax.numerics import QWeight
@@ -39,11 +39,14 @@ from mquant_jax.recipe import Recipe, Section
 from mquant_jax.stages import stage
 
 Batches = Batch | Sequence[Batch]
+# Parts that no walk visits: tables and single vectors.
+OUTSIDE = ("language.embedding", "language.norm", "language.head", "language.sinks",
+           "vision.class_token", "vision.positions", "vision.query")  # fmt: skip
 
 
 def quantize_params(
     family: Family,
-    config: Any,
+    config: Config,
     recipe: Recipe,
     params: Mapping[str, Any],
     batches: Batches | None = None,
@@ -71,7 +74,7 @@ def quantize_params(
 
 
 def looked(
-    family: Family, config: Any, recipe: Recipe, params: Mapping[str, Any], batches: Batches
+    family: Family, config: Config, recipe: Recipe, params: Mapping[str, Any], batches: Batches
 ) -> Statistics:
     """What the float model that ``recipe`` describes shows at its points, columns and all."""
     seen = Statistics(columns=True)
@@ -107,7 +110,7 @@ class Conversion:
     def __init__(
         self,
         family: Family,
-        config: Any,
+        config: Config,
         recipe: Recipe,
         params: Mapping[str, Any],
         batches: Batches | None = None,
@@ -129,11 +132,13 @@ class Conversion:
         self.target = abstract_model(family, config, recipe)
         self._shapes = abstract_params(self.target)
         self._written: set[str] = set()
+        self._bar: Iterator[Any] = iter(())
         self.report: dict[str, Any] = {"weights": {}, "points": {}}
 
     def run(self, sink: Sink) -> dict[str, Any]:
         """Make every tensor and hand it, part by part, to ``sink``; returns the report."""
         recipe, streams = self.recipe, self.family.streams
+        self._bar = iter(self.progress(range(self._visits()), "convert"))
         if recipe.balance:
             look = Statistics(columns=True, sample=0)
             self._walk("balance", Recipe(), look)
@@ -152,7 +157,16 @@ class Conversion:
         if recipe.needs_calibration:
             self._calibrate(sink)
         self._rest(sink)
+        for _ in self._bar:  # parts that calibration did not reach, without pictures say
+            pass
         return self.report
+
+    def _visits(self) -> int:
+        """How many parts are visited, once per pass over the model."""
+        parts, recipe = by_part(self._shapes), self.recipe
+        inner = [p for p in parts if p not in OUTSIDE]
+        walks = recipe.balance + recipe.smooth + recipe.finds_sinks + recipe.needs_calibration
+        return walks * len(inner) + len(parts) - (len(inner) if walks else 0)
 
     def _walk(
         self,
@@ -168,7 +182,7 @@ class Conversion:
         with stage(name):
             Walk(
                 name, model, params, self.batches, self.states, self.ledger, twin=twin,
-                rounded=rounded, progress=self.progress,
+                rounded=rounded, advance=lambda: next(self._bar, None),
             ).run(visitor)  # fmt: skip
 
     def _calibrate(self, sink: Sink) -> None:
@@ -208,7 +222,7 @@ class Conversion:
     def _rest(self, sink: Sink) -> None:
         """The tensors that no walk has made: large tables, and all, where nothing is calibrated."""
         left = [n for n in abstract_params(self.target) if n not in self._written]
-        for part, names in self.progress(list(by_part(dict.fromkeys(left)).items()), "write"):
+        for part, names in by_part(dict.fromkeys(left)).items():
             key = f"rest/{part}"
             record = self.ledger.done(key)
             if record is None:
@@ -217,6 +231,7 @@ class Conversion:
                 record["report"] = {"weights": errors}
                 self.ledger.commit(key, record)
             self.report["weights"].update(record["report"]["weights"])
+            next(self._bar, None)
 
     def _made(self, name: str, errors: dict[str, float]) -> Any:
         """A tensor as the checkpoint holds it, block by block of rows; ``errors`` gets a rounded
@@ -289,7 +304,7 @@ def sink_rule(positions: list[int], ids: list[int]) -> Params:
     }
 
 
-def abstract_float(family: Family, config: Any, recipe: Recipe) -> VLM:
+def abstract_float(family: Family, config: Config, recipe: Recipe) -> VLM:
     """The structure of the unquantised model, rotated and with a prefix if the recipe says so."""
     kept = ("rotate", "orthogonal", "online_signs", "online_reads", "seed", "prefix_sinks")
     model = abstract_model(family, config, Recipe(**{k: getattr(recipe, k) for k in kept}))
@@ -298,7 +313,7 @@ def abstract_float(family: Family, config: Any, recipe: Recipe) -> VLM:
     return model
 
 
-def float_model(family: Family, config: Any, recipe: Recipe, params: Mapping[str, Any]) -> VLM:
+def float_model(family: Family, config: Config, recipe: Recipe, params: Mapping[str, Any]) -> VLM:
     """The unquantised model in float32, whole; ``params`` stays."""
     model = abstract_float(family, config, recipe)
     tensors = of_recipe(recipe, params)
@@ -316,7 +331,7 @@ def without_prefix(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, prefix_sinks=0)
 
 
-def untied(config: Any, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def untied(config: Config, params: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
     """The same model with a head of its own.
 
     A rotation needs it: the final norm's weight goes into the head and not into the embedding.

@@ -4,13 +4,14 @@ Row convention (``y = x W^T + b``): a stream carries ``h R`` in the place of ``h
 ``R^T W``, readers ``W R``; an RMSNorm without weight commutes with an orthogonal ``R``. A LayerNorm
 becomes one when no writer leaves a mean in the stream (paper section 3.2); where a stream must keep
 its mean, the LayerNorm takes it out along its rotated direction. Tensors are lazy: what is said
-here happens when one is asked for, in float64, and what is given is float32.
+here happens when one is asked for, in float32.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mquant_jax.sections import numbered
 
 Params = dict[str, Lazy]
 Change = Callable[[np.ndarray], np.ndarray]
+_TOGETHER = 1 << 22  # values that are rotated at a time
 
 
 def rotate_params(
@@ -63,19 +65,19 @@ def rotate_params(
     return out
 
 
-def exact(change: Change) -> Change:
-    """The same in float64, rounded to float32."""
-    return lambda x: change(np.asarray(x, np.float64)).astype(np.float32)
+def in_float32(change: Change) -> Change:
+    """The same for tensors of any type, in float32."""
+    return lambda x: change(np.asarray(x, np.float32)).astype(np.float32, copy=False)
 
 
 def changed(tensor: Lazy, change: Change) -> Lazy:
-    """A tensor with ``change`` (of float64) applied to all of it."""
-    return tensor.then(exact(change), _like(tensor, tensor.shape))
+    """A tensor with ``change`` (of float32) applied to all of it."""
+    return tensor.then(in_float32(change), _like(tensor, tensor.shape))
 
 
 def changed_rows(tensor: Lazy, change: Change, shape: tuple[int, ...] | None = None) -> Lazy:
     """The same, where ``change`` acts on each row alone; ``shape`` is the new one."""
-    return tensor.by_row(exact(change), _like(tensor, shape or tensor.shape))
+    return tensor.by_row(in_float32(change), _like(tensor, shape or tensor.shape))
 
 
 def _like(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
@@ -83,25 +85,33 @@ def _like(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
 
 
 def times(x: np.ndarray, rotation: Rotation | Orthogonal) -> np.ndarray:
-    """``x R`` for float64 ``x [..., k * inputs]``: each run of ``inputs`` columns on its own."""
+    """``x R`` for float ``x [..., k * inputs]``, in its type: each run of ``inputs`` columns on its
+    own, and a few thousand of them at a time."""
     if isinstance(rotation, Orthogonal):
-        return (x.reshape(-1, rotation.n) @ rotation.matrix).reshape(x.shape)
-    lead, r = x.shape[:-1], rotation
-    outer, inner = _factors(r)
-    x = x.reshape(-1, r.inputs) * r.signs
-    x = np.pad(x, ((0, 0), (0, r.padding)))
+        return (x.reshape(-1, rotation.n) @ rotation.matrix.astype(x.dtype)).reshape(x.shape)
+    lead, x = x.shape[:-1], x.reshape(-1, rotation.inputs)
+    out = np.empty((len(x), rotation.n), x.dtype)
+    rows = max(1, _TOGETHER // rotation.n)
+    for start in range(0, len(x), rows):
+        out[start : start + rows] = _times(x[start : start + rows], rotation)
+    return out.reshape(*lead, -1)
+
+
+def _times(x: np.ndarray, r: Rotation) -> np.ndarray:
+    outer, inner = _factors(r, x.dtype)
+    x = np.pad(x * r.signs.astype(x.dtype), ((0, 0), (0, r.padding)))
     x = x.reshape(-1, r.outer, r.inner) @ inner
-    return (outer @ x).reshape(*lead, -1)
+    return (outer @ x).reshape(-1, r.n)
 
 
 @functools.lru_cache(maxsize=16)
-def _factors(r: Rotation) -> tuple[np.ndarray, np.ndarray]:
-    """The Kronecker factors, float64: the outer one transposed, the inner one normalised."""
-    scale = (r.outer * r.inner) ** -0.5
-    return hadamard(r.outer).T.astype(np.float64), hadamard(r.inner) * scale
+def _factors(r: Rotation, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The Kronecker factors: the outer one transposed, the inner one normalised."""
+    inner = hadamard(r.inner) * (r.outer * r.inner) ** -0.5
+    return hadamard(r.outer).T.astype(dtype), inner.astype(dtype)
 
 
-def expand(pattern: str, params: Params) -> Iterator[str]:
+def expand(pattern: str, params: Mapping[str, Any]) -> Iterator[str]:
     """Paths that a pattern stands for: ``*`` is every layer number."""
     if "*" not in pattern:
         yield pattern
@@ -112,7 +122,7 @@ def expand(pattern: str, params: Params) -> Iterator[str]:
         i += 1
 
 
-def norms_of(read: Read, params: Params) -> Iterator[str]:
+def norms_of(read: Read, params: Mapping[str, Any]) -> Iterator[str]:
     """The norms that a read stands for; none where the stream is read as it is."""
     return expand(read.norm, params) if read.norm is not None else iter(())
 
@@ -126,10 +136,12 @@ def readers_of(read: Read, norm: str) -> Iterator[str]:
 def _absorb(p: Params, gain: Gain) -> None:
     """Move a layer scale into the layer that writes."""
     for writer in expand(gain.writer, p):
-        vector = np.asarray(p.pop(numbered(gain.vector, writer)).load(), np.float64)
-        p[f"{writer}/kernel"] = changed(p[f"{writer}/kernel"], lambda w, v=vector: w * v[:, None])
+        vector = np.asarray(p.pop(numbered(gain.vector, writer)).load(), np.float32)
+        p[f"{writer}/kernel"] = changed(
+            p[f"{writer}/kernel"], partial(np.multiply, vector[:, None])
+        )
         if f"{writer}/bias" in p:
-            p[f"{writer}/bias"] = changed(p[f"{writer}/bias"], lambda b, v=vector: b * v)
+            p[f"{writer}/bias"] = changed(p[f"{writer}/bias"], partial(np.multiply, vector))
 
 
 def _fuse(p: Params, norm: str, read: Read) -> None:
@@ -137,16 +149,16 @@ def _fuse(p: Params, norm: str, read: Read) -> None:
 
     A reader without a bias gets one where the norm has one.
     """
-    gain = np.asarray(p[f"{norm}/weight"].load(), np.float64)
+    gain = np.asarray(p[f"{norm}/weight"].load(), np.float32)
     shift = p.pop(f"{norm}/bias", None)  # no bias in an RMSNorm
     for reader in readers_of(read, norm):
         kernel = p[f"{reader}/kernel"]
         times_each = kernel.shape[1] // len(gain)  # 1 where the norm spans the blocks
         if shift is not None:
-            moved = np.tile(shift.load().astype(np.float64), times_each)
+            moved = np.tile(shift.load().astype(np.float32), times_each)
             p[f"{reader}/bias"] = shifted(p.get(f"{reader}/bias"), kernel, moved)
         gains = np.tile(gain, times_each)
-        p[f"{reader}/kernel"] = changed_rows(kernel, lambda w, g=gains: w * g)
+        p[f"{reader}/kernel"] = changed_rows(kernel, partial(np.multiply, gains))
     p[f"{norm}/weight"] = Lazy.of(np.ones(len(gain), np.float32))
 
 
@@ -154,9 +166,9 @@ def shifted(bias: Lazy | None, kernel: Lazy, shift: np.ndarray) -> Lazy:
     """What a reader adds once ``shift`` no longer is in its inputs."""
 
     def read(start: int | None, stop: int | None) -> np.ndarray:
-        base = 0.0 if bias is None else np.asarray(bias.load(), np.float64)
-        moved = base + np.asarray(kernel.load(), np.float64) @ shift
-        return moved.astype(np.float32)[start:stop]
+        base = 0.0 if bias is None else np.asarray(bias.load(), np.float32)
+        moved = base + np.asarray(kernel.load(), np.float32) @ shift
+        return moved[start:stop]
 
     return Lazy((kernel.shape[0],), np.dtype(np.float32), read)
 
@@ -164,14 +176,17 @@ def shifted(bias: Lazy | None, kernel: Lazy, shift: np.ndarray) -> Lazy:
 def _centre(p: Params, stream: Stream) -> None:
     """Take the mean over channels out of everything that is written to the stream."""
     for table in stream.tables:
-        p[table] = changed_rows(p[table], lambda x: x - x.mean(axis=1, keepdims=True))
+        p[table] = changed_rows(p[table], lambda x: x - mean(x, 1))
     for pattern in stream.writers:
         for writer in expand(pattern, p):
-            p[f"{writer}/kernel"] = changed(
-                p[f"{writer}/kernel"], lambda w: w - w.mean(axis=0, keepdims=True)
-            )
+            p[f"{writer}/kernel"] = changed(p[f"{writer}/kernel"], lambda w: w - mean(w, 0))
             if f"{writer}/bias" in p:
-                p[f"{writer}/bias"] = changed(p[f"{writer}/bias"], lambda b: b - b.mean())
+                p[f"{writer}/bias"] = changed(p[f"{writer}/bias"], lambda b: b - mean(b, 0))
+
+
+def mean(x: np.ndarray, axis: int) -> np.ndarray:
+    """The mean over an axis, which stays; summed in float64."""
+    return x.mean(axis=axis, keepdims=True, dtype=np.float64).astype(np.float32)
 
 
 def _rotate_stream(p: Params, stream: Stream, rotation: Rotation | Orthogonal) -> None:
@@ -222,6 +237,6 @@ def _rotate_hidden(p: Params, hidden: Hidden, seed: int | None) -> None:
     if hidden.sign_carrier:
         for carrier in expand(hidden.sign_carrier, p):
             kernel, bias = f"{carrier}/kernel", f"{carrier}/bias"
-            p[kernel] = changed(p[kernel], lambda w: w * rotation.signs[:, None])
+            p[kernel] = changed(p[kernel], lambda w: w * rotation.signs[:, None].astype(np.float32))
             if bias in p:
                 p[bias] = changed(p[bias], lambda b: b * rotation.signs)

@@ -69,7 +69,7 @@ def choose_clip(
         return percentile_clip(hist)
     if observer == "mse":
         return mse_clip(hist)
-    if observer == "output" and gram is not None:
+    if observer == "output" and rows is not None and gram is not None:
         return output_clip(hist, rows, gram)
     return hist.amax
 
@@ -135,8 +135,9 @@ def clip_search(
         return (jnp.where(better, error, best_error), shrink), None
 
     best = (jnp.full(full.shape, jnp.inf), jnp.ones_like(full))
-    best, _ = jax.lax.scan(attempt, best, 1.0 - 0.04 * jnp.arange(16))
-    around = best[1] + jnp.asarray([-0.03, -0.02, -0.01, 0.01, 0.02, 0.03])[:, None, None]
+    best, _ = jax.lax.scan(attempt, best, 1.0 - 0.04 * jnp.arange(16, dtype=jnp.float32))
+    steps = jnp.asarray([-0.03, -0.02, -0.01, 0.01, 0.02, 0.03], jnp.float32)
+    around = best[1][None] + steps[:, None, None]
     best, _ = jax.lax.scan(attempt, best, jnp.minimum(around, 1.0))
     return full * best[1]
 

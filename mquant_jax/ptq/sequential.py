@@ -8,8 +8,10 @@ next.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -67,7 +69,7 @@ class Work:
     """
 
     part: Part
-    target: nnx.Module | None
+    target: Any
     twin: tuple[Any, Any] | None = None
     known: dict[str, Spool] = dataclasses.field(default_factory=dict)
     made: Params = dataclasses.field(default_factory=dict)
@@ -111,23 +113,28 @@ class Quantiser:
     def visit(self, part: Part):
         if part.name == LAST:  # a point on its own: its reader, the head, is handled elsewhere
             self._work = Work(dataclasses.replace(part, name="language"), None)
-            self._point(self._work, part.module.name, ("head",), fixed=True)
+            point: Any = part.module
+            self._point(self._work, point.name, ("head",), fixed=True)
             return outputs(part.module, part.inputs), None
         self._work = work = Work(part, self._target(part.name))
         if part.twin is not None:
             work.twin = _copy(part.module)
-        for point, readers in part.module.POINTS.items():
-            self._point(work, point, readers)
+        module: Any = part.module
+        for name, readers in module.POINTS.items():
+            self._point(work, name, readers)
         quantised = self._quantised(work) if self._touches(part) else part.module
         for spool in work.known.values():
             spool.clear()
         twin = None
         if part.twin is not None:
-            twin = outputs(nnx.merge(*work.twin), part.twin)
+            assert work.twin is not None, "copied above, before anything was rounded"
+            graphdef, state = work.twin
+            twin = outputs(nnx.merge(graphdef, state), part.twin)
         return outputs(quantised, part.inputs), twin
 
     def record(self, name: str) -> dict[str, Any]:
         work, self._work = self._work, None
+        assert work is not None, "a part is visited before it is recorded"
         tensors = self._tensors(work)
         record = self.sink(part_of(next(iter(tensors), name)), tensors)
         record |= {"report": work.report, "names": list(tensors)}
@@ -141,11 +148,12 @@ class Quantiser:
 
     def _touches(self, part: Part) -> bool:
         """Whether the recipe quantises weights or activations of a part."""
-        readers = (reader for behind in part.module.POINTS.values() for reader in behind)
+        module: Any = part.module
+        readers = (reader for behind in module.POINTS.values() for reader in behind)
         sections = (self.recipe.section_for(f"{part.name}/{reader}") for reader in readers)
         return any(s.quantised or s.activations != "none" for s in sections)
 
-    def _target(self, name: str) -> nnx.Module:
+    def _target(self, name: str) -> Any:
         """The abstract quantised form of a part."""
         stack, _, number = name.rpartition("/")
         return block_of(find(self.target, stack)) if number.isdigit() else find(self.target, name)
@@ -197,7 +205,8 @@ class Quantiser:
             return
         inputs = None
         if seen.hessian is not None:
-            inputs = prepare(seen.hessian, seen.cross, self.recipe.weights.act_order)
+            with named(path):
+                inputs = prepare(seen.hessian, seen.cross, self.recipe.weights.act_order)
         whole = [r for r in readers if not getattr(find(work.target, r), "has_split", False)]
         together = {}
         for section in dict.fromkeys(sections[r] for r in whole):
@@ -213,6 +222,10 @@ class Quantiser:
             else:
                 rounded = self._round_split(work, name, weight, seen, inputs, sections[reader])
             before = np.asarray(weight, np.float32)
+            if before.any() and not rounded.any():
+                raise UserError(
+                    f"{name}: the recipe rounds every weight to zero; choose more bits or groups"
+                )
             error = np.linalg.norm(rounded - before) / (np.linalg.norm(before) + 1e-30)
             work.report["weights"][f"{name}/kernel"] = float(error)
             kernel.set_value(jnp.asarray(rounded.astype(weight.dtype)))
@@ -244,7 +257,7 @@ class Quantiser:
         """
         observer, gram = self.recipe.calibration.observer, None
         if observer == "output" and weights:
-            gram = sum(w.T @ w for w in weights)
+            gram = functools.reduce(jnp.add, (w.T @ w for w in weights))
         groups = self.class_groups(path)
         shown = any((np.asarray(c) == VISUAL).any() for c in work.part.classes)
         if self.multimodal and (VISUAL,) in groups and not shown:
@@ -256,8 +269,8 @@ class Quantiser:
         for group in groups:
             hist = Histogram.merged([seen.hists[c] for c in group])
             if not hist.empty:
-                rows = [r for c in group if (r := seen.samples[c].rows) is not None]
-                rows = np.concatenate(rows) if gram is not None else None
+                sampled = [r for c in group if (r := seen.samples[c].rows) is not None]
+                rows = np.concatenate(sampled) if gram is not None else None
                 clip = self.recipe.calibration.headroom * choose_clip(hist, observer, rows, gram)
                 clips |= dict.fromkeys(group, clip)
         if not clips:
@@ -291,7 +304,8 @@ class Quantiser:
             cls = np.asarray(classes_at(part.module, point, args, part.classes[n]))
             array = np.asarray(value)
             for c, hist in enumerate(seen.hists):
-                hist.add(array[cls == c])
+                with named(f"{part.name}/{point}"):
+                    hist.add(array[cls == c])
                 if sampling and (cls == c).any():
                     seen.samples[c].add(array[cls == c])
             if with_hessian:
@@ -312,7 +326,7 @@ class Quantiser:
     def _accumulate(self, work: Work, point: str, n: int, seen: Seen, value, weight) -> None:
         """Add one chunk to the Hessian, and to what the float model's inputs differ by."""
         options, twin = self.recipe.weights, None
-        if work.twin is not None:
+        if work.twin is not None and work.part.twin is not None:
             graphdef, state = work.twin
             twin = tapped(graphdef, point, state, {}, *work.part.twin[n])
         value = twin if options.inputs == "float" else value
@@ -357,6 +371,18 @@ class Quantiser:
         weight = inputs.target(weight)
         scale = clip_search(weight, bits, group_size)
         return fitted(weight, inputs, scale, bits, options.refit)
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Say where numbers stopped being numbers."""
+    try:
+        yield
+    except FloatingPointError as e:
+        raise UserError(
+            f"{path}: activations hold NaN or Inf, or are too large for float32 ({e}); the source "
+            "is damaged, or its activations outgrow the numbers it is computed with"
+        ) from e
 
 
 def _copy(module: nnx.Module) -> tuple[Any, Any]:

@@ -78,6 +78,7 @@ def find_sinks(
 def flat(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, order and classes of all tokens, row by row and chunk by chunk: int32 ``[tokens]``."""
     fields = ("input_ids", "order", "token_class")
-    return tuple(
+    ids, order, classes = (
         np.concatenate([np.asarray(getattr(b, f)).ravel() for b in batches]) for f in fields
     )
+    return ids, order, classes

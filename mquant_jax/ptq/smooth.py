@@ -17,7 +17,13 @@ import numpy as np
 
 from mquant_jax.lazy import lazy
 from mquant_jax.models.streams import Streams
-from mquant_jax.numerics import INT_MAX, quantize_dynamic, quantize_static, quantize_weight
+from mquant_jax.numerics import (
+    INT_MAX,
+    along_last,
+    quantize_dynamic,
+    quantize_static,
+    quantize_weight,
+)
 from mquant_jax.ptq.channels import Link, links, scale
 from mquant_jax.ptq.rotate import Params
 from mquant_jax.ptq.statistics import Statistics
@@ -29,7 +35,7 @@ ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 @partial(jax.jit, static_argnames=("section",))
 def _error(x, amax, weight, s, section: Section):
     """Squared error of ``x @ weight.T`` once both are scaled by ``s [K]`` and quantised."""
-    scaled, w = x / s, weight * s
+    scaled, w = x / along_last(s, x), weight * along_last(s, weight)
     if section.activations == "static":
         scaled = quantize_static(scaled, jnp.max(amax / s) / INT_MAX[8]).dequantize()
     elif section.activations == "dynamic":

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mquant_jax.numerics import QWeight, quantize_weight
+from mquant_jax.numerics import AnyArray, QWeight, quantize_weight
 from mquant_jax.ptq.gptq import output_error
 from mquant_jax.recipe import Split
 
@@ -25,13 +25,13 @@ class SplitWeight:
 
     Attributes:
         q: the weight; its split channel is zero.
-        index: int32 ``[]``.
+        index: int32 number.
         column: :class:`QWeight` ``[1, out]``, or float32.
         report: what was found and decided.
     """
 
     q: QWeight
-    index: np.ndarray
+    index: np.int32
     column: Any
     report: dict[str, Any]
 
@@ -48,7 +48,7 @@ def _float(column: Any) -> Any:
 
 def split_weight(
     weight: jax.Array,
-    hessian: jax.Array | None,
+    hessian: AnyArray | None,
     round_: Callable[[jax.Array, int | None], QWeight],
     split: Split,
 ) -> SplitWeight:
@@ -65,7 +65,7 @@ def split_weight(
     leads = jnp.bincount(jnp.argmax(jnp.abs(weight), axis=1), length=weight.shape[1])
     index = int(jnp.argmax(leads))
     led = float(leads[index]) / weight.shape[0]
-    metric = jnp.eye(weight.shape[1]) if hessian is None else hessian
+    metric = jnp.eye(weight.shape[1], dtype=jnp.float32) if hessian is None else hessian
 
     def error(q: Any) -> float:
         return float(jnp.sum(output_error(weight, q, metric)))
@@ -77,7 +77,7 @@ def split_weight(
 
     whole = round_(weight, None)
     report = {"channel": index, "rows_led": led, "error": error(whole)}
-    zero = column_of(jnp.zeros(weight.shape[0]))
+    zero = column_of(jnp.zeros(weight.shape[0], jnp.float32))
     kept = SplitWeight(whole, np.int32(0), zero, report | {"split": False})
     if split.criterion == "paper" and led < 0.5:
         return kept

@@ -58,7 +58,7 @@ class Spool(Sequence):
     def __len__(self) -> int:
         return len(self._held)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         held = self._held[index]
@@ -78,6 +78,15 @@ class Spool(Sequence):
         """Flush what was written to the disk."""
         for index in range(len(self)) if self._durable else ():
             _flush(self._path(index))
+
+    def release(self) -> None:
+        """Give back the memory; only what another process may ask for stays, on the disk."""
+        if not self._durable:
+            self.clear()
+        for index, held in enumerate(self._held):
+            if held is not None:
+                self.states.take(-held.nbytes)
+                self._held[index] = None
 
     def clear(self) -> None:
         """Forget everything, files included."""
@@ -105,7 +114,8 @@ class States:
 
     def __init__(self, folder: Path | None = None, budget: int = BUDGET):
         self.keeps = folder is not None
-        self._folder, self._temporary = folder, None
+        self._folder = folder
+        self._temporary: str | None = None
         self._free = budget
         self.numbers: Iterator[int] = iter(range(1 << 62))
 
@@ -136,6 +146,13 @@ class States:
             return None
         spool._held = [None] * count
         return spool
+
+    def forget(self, name: str) -> None:
+        """Remove the files of all keys below ``name``: a pass that is done."""
+        if self.keeps and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name.startswith(f"{name}."):
+                    path.unlink()
 
     def close(self) -> None:
         """Remove the temporary folder."""

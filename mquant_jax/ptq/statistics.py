@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mquant_jax.errors import UserError
 from mquant_jax.nn.params import find
 from mquant_jax.ptq.observe import run_tapped
 from mquant_jax.ptq.records import arrays_from, arrays_to
@@ -112,6 +113,11 @@ class Statistics:
             for point, value in taps.items():
                 path, per_token = f"{owner}/{point}", np.asarray(_largest(value))
                 real = np.asarray(classes_at(part.module, point, args, part.classes[n])) >= 0
+                if not np.isfinite(per_token[real]).all():
+                    raise UserError(
+                        f"{path}: activations of the float model hold NaN or Inf; the source is "
+                        "damaged, or its activations outgrow float32"
+                    )
                 per_token = np.where(real, per_token, np.nan).ravel()
                 known = self.tokens.get(path, np.empty(0, np.float32))
                 self.tokens[path] = np.concatenate([known, per_token])

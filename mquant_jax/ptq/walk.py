@@ -68,7 +68,7 @@ class Inputs(Sequence):
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, n: int) -> tuple:
+    def __getitem__(self, n: int) -> tuple:  # type: ignore[override]  # no slices
         if not 0 <= n < len(self):
             raise IndexError(n)
         x = loaded(self.x[n])
@@ -123,6 +123,7 @@ class Walk:
         twin: carry the float model's activations along.
         rounded: what becomes of rows of the token embedding (float32 ``[n, hidden]``, and so is
             what it gives); the twin's stay as they are.
+        advance: called when a part is done.
     """
 
     def __init__(
@@ -136,11 +137,11 @@ class Walk:
         *,
         twin: bool = False,
         rounded: RowChange | None = None,
-        progress: Progress = no_progress,
+        advance: Callable[[], None] = lambda: None,
     ):
         self.name, self.model, self.params, self.rounded = name, model, params, rounded
         self.batches, self.states, self.ledger = batches, states, ledger
-        self.twin, self.progress = twin, progress
+        self.twin, self.advance = twin, advance
         for path, variable in variables(model):
             key = "/".join(path)
             if key in params and np.prod(variable.get_value().shape) <= SMALL:
@@ -148,6 +149,15 @@ class Walk:
 
     def run(self, visitor: Visitor) -> None:
         """Show the visitor every part in the order in which the model runs them."""
+        if self.ledger.done(self._key(LAST)) is not None:
+            for part, record in self.ledger.below(self.name):
+                visitor.restore(part, record)
+                self.advance()
+        else:
+            self._run(visitor)
+        self.states.forget(self.name)
+
+    def _run(self, visitor: Visitor) -> None:
         batches = [on_device(b) for b in self.batches]
         flows = [self.model.flow(b) for b in batches]
         twins = [self.model.flow(b) for b in batches] if self.twin else []
@@ -159,16 +169,16 @@ class Walk:
             here = [calls[i] for i in at]
             there = [calls[count + i] for i in at] if self.twin else None
             if isinstance(here[0].call, EmbeddingCall):
-                for c in here:
-                    c.send(self._embedded(c.call, self.rounded))
-                for c in there or ():
-                    c.send(self._embedded(c.call))
+                for c in [*here, *(there or [])]:
+                    assert isinstance(c.call, EmbeddingCall), "equal names are equal calls"
+                    c.send(self._embedded(c.call, self.rounded if c in here else None))
                 continue
-            outs, twin_outs = self._carry_out(name, here, there, visitor)
-            for n, c in enumerate(here):
-                c.send(jnp.asarray(outs[n]) if outs is not None else None)
-            for n, c in enumerate(there or []):
-                c.send(jnp.asarray(twin_outs[n]) if twin_outs is not None else None)
+            made = self._carry_out(name, here, there, visitor)
+            for outs, waiting in zip(made, (here, there or []), strict=True):
+                for n, c in enumerate(waiting):
+                    c.send(None if outs is None else jnp.asarray(outs[n]))
+                if outs is not None:
+                    outs.release()
 
     def _embedded(self, call: EmbeddingCall, rounded: RowChange | None = None) -> jax.Array:
         """Rows of the token embedding: only those that calibration needs are read."""
@@ -181,8 +191,8 @@ class Walk:
     def _carry_out(
         self, name: str, here: list[_Calls], there: list[_Calls] | None, visitor: Visitor
     ) -> tuple[Spool | None, Spool | None]:
-        calls = [c.call for c in here]
-        twins = None if there is None else [c.call for c in there]
+        calls: list[Any] = [c.call for c in here]
+        twins: list[Any] | None = None if there is None else [c.call for c in there]
         if isinstance(calls[0], StackCall):
             return self._stack(name, calls, twins, visitor)
 
@@ -204,15 +214,16 @@ class Walk:
         block, depth = block_of(stack), num_layers(stack)
         done = [self.ledger.done(self._key(f"{name}/{i}")) for i in range(depth)]
         first = next((i for i, record in enumerate(done) if record is None), depth)
-        for i in range(first):
-            visitor.restore(f"{name}/{i}", done[i])
+        for i, record in enumerate(done[:first]):
+            visitor.restore(f"{name}/{i}", record or {})
+            self.advance()
         if first:
             states = self._found(f"{name}/{first - 1}", len(calls))
         else:
             states = self._spooled([c.x for c in calls]), None
             if twins is not None:
                 states = states[0], self._spooled([c.x for c in twins])
-        for i in self.progress(range(first, depth), name):
+        for i in range(first, depth):
             here, there = states
 
             def part(i=i, here=here, there=there) -> Part:
@@ -236,9 +247,10 @@ class Walk:
         record = self.ledger.done(key)
         if record is not None:
             visitor.restore(name, record)
+            self.advance()
             return self._found(name, record["chunks"])
         outs, twin_outs = visitor.visit(part())
-        made = self._kept(outs, key), None
+        made: tuple[Spool, Spool | None] = self._kept(outs, key), None
         if twin_outs is not None:
             made = made[0], self._kept(twin_outs, f"{key}.float")
         for spool in made:
@@ -248,6 +260,7 @@ class Walk:
         for spool in before or ():
             if spool is not None:
                 spool.clear()
+        self.advance()
         return made
 
     def _found(self, name: str, count: int) -> tuple[Spool | None, Spool | None]:

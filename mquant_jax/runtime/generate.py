@@ -1,101 +1,38 @@
 """Prefill and decode as compiled programs over pytrees.
 
 The low-level interface for JAX programs is :func:`prefill` and :func:`decode`, pure functions of
-``(model, ...)``; :class:`Generator` compiles them together with sampling into one decode loop.
+``(model, ...)``; :class:`Generator` compiles pictures, prompts and the decode loop as programs of
+their own, for a bounded number of sizes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable
-from functools import partial
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import VLM, Batch, bucket
-from mquant_jax.nn.cache import KVCache
-from mquant_jax.runtime.sampling import Sampling, sample
-from mquant_jax.runtime.tokens import arrange, uses_aifs
+from mquant_jax.models.base import VLM, Batch
+from mquant_jax.nn.vit import VisionInput
+from mquant_jax.runtime import buckets, steps
+from mquant_jax.runtime.buckets import PIECE
+from mquant_jax.runtime.programs import PROGRAMS, Programs
+from mquant_jax.runtime.prompts import Prompts, on_host, split_pictures, split_prompts
+from mquant_jax.runtime.sampling import RowSampling, Sampling, per_row
+from mquant_jax.runtime.steps import Answers, DecodeState, Entry, decode, extend, prefill
+from mquant_jax.runtime.tokens import uses_aifs
+
+__all__ = ["KV_CACHES", "DecodeState", "Generation", "Generator", "decode", "extend", "prefill"]
 
 KV_CACHES = ("float", "int8")
-
-
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["cache", "order", "position"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Everything that one decode step needs beside the token.
-
-    Attributes:
-        cache: the KV cache.
-        order: int32 ``[B]``, place of the next token in its sequence.
-        position: int32 ``[B]``, its rotary position.
-    """
-
-    cache: KVCache
-    order: jax.Array
-    position: jax.Array
-
-
-def prefill(
-    model: VLM, batch: Batch, slots: int, int8_cache: bool = False
-) -> tuple[jax.Array, DecodeState]:
-    """Run the prompts. Pure; jit it with ``slots`` and ``int8_cache`` static.
-
-    Args:
-        slots: cache length: padded prompt plus the tokens to be generated.
-        int8_cache: keep keys and values in int8, with a scale per token and head.
-
-    Returns:
-        Logits of the next token, float32 ``[B, vocab]``, and the state to go on from.
-    """
-    cache = model.language.init_cache(batch.input_ids.shape[0], slots, int8_cache)
-    logits, cache = model.prefill(batch, cache)
-    return logits, DecodeState(cache, batch.lengths, batch.next_position)
-
-
-def extend(
-    model: VLM, batch: Batch, state: DecodeState, visual: jax.Array | None = None
-) -> tuple[jax.Array, DecodeState]:
-    """Run further prompt tokens: a next turn, or the next chunk of a long prompt. Pure.
-
-    Args:
-        batch: tokens whose order and positions go on from the state's
-            (:func:`mquant_jax.runtime.tokens.follow`).
-        state: donate it; its cache needs as many free slots as ``batch`` has columns.
-        visual: features of the batch's pictures, when they are known already.
-    """
-    logits, cache = model.prefill(batch, state.cache, fresh=False, visual=visual)
-    order = jnp.maximum(state.order, batch.lengths)
-    return logits, DecodeState(cache, order, jnp.maximum(state.position, batch.next_position))
-
-
-def decode(model: VLM, tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
-    """Run one token per row, int32 ``[B]``. Pure; jit it and donate ``state``."""
-    logits, cache = model.decode(tokens, state.order, state.position, state.cache)
-    return logits, DecodeState(cache, state.order + 1, state.position + 1)
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "tokens", "done", "key", "state"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """Carry of the decode loop: ``tokens [B, limit]`` holds the first ``step`` tokens."""
-
-    step: jax.Array
-    tokens: jax.Array
-    done: jax.Array
-    key: jax.Array
-    state: DecodeState
+_OWNERS = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +55,20 @@ class Generation:
 
 
 class Generator:
-    """A model with its compiled programs, one per bucket of prompt, pictures and cache.
+    """A model with its compiled programs.
 
-    ``layout``: ``masked`` leaves tokens where they stand, ``aifs`` puts the visual ones in front,
-    ``auto`` takes what is faster (:func:`mquant_jax.runtime.tokens.uses_aifs`).
-    ``kv_cache``: ``float`` (the model's type), or ``int8``: half or a quarter of the memory.
+    Pictures and prompts of a batch run in groups of one padded size, then all rows decode together
+    (:mod:`mquant_jax.runtime.buckets` has the sizes). Neither the padding nor the company changes
+    a row's answer, but for rounding.
 
-    ``start(params, batch, key, slots=, limit=, how=) -> Loop`` runs the prompts and draws the first
-    token; ``run(params, loop, until, how=) -> Loop`` goes on to token ``until``.
+    Args:
+        layout: ``masked`` leaves tokens where they stand, ``aifs`` puts the visual ones in front,
+            ``auto`` takes what is faster (:func:`mquant_jax.runtime.tokens.uses_aifs`).
+        kv_cache: ``float`` (the model's type), or ``int8``: half or a quarter of the memory.
+        programs: where compiled programs are kept; by default one place for the process.
+
+    Attributes:
+        programs: ``len(programs)`` are alive in all, ``programs.keys(owner)`` are this model's.
     """
 
     def __init__(
@@ -134,38 +77,17 @@ class Generator:
         stop_ids: tuple[int, ...],
         layout: str = "auto",
         kv_cache: str = "float",
+        programs: Programs = PROGRAMS,
     ):
         if kv_cache not in KV_CACHES:
             raise UserError(f"kv_cache is {kv_cache!r}; known: {', '.join(KV_CACHES)}")
-        self.stop_ids, self.aifs = stop_ids, uses_aifs(model, layout)
-        self.int8_cache = kv_cache == "int8"
+        self.model, self.stop_ids, self.aifs = model, tuple(stop_ids), uses_aifs(model, layout)
+        self.int8_cache, self.programs = kv_cache == "int8", programs
         self.graphdef, self.params = nnx.split(model)
-        self.start = jax.jit(self._start_loop, static_argnames=("slots", "limit", "how"))
-        self.run = jax.jit(self._run_loop, static_argnames=("how",), donate_argnames=("loop",))
-
-    def _stopped(self, tokens: jax.Array) -> jax.Array:
-        return jnp.isin(tokens, jnp.asarray(self.stop_ids, jnp.int32))
-
-    def _start_loop(self, params, batch, key, slots: int, limit: int, how: Sampling) -> Loop:
-        model = nnx.merge(self.graphdef, params)
-        logits, state = prefill(model, batch, slots, self.int8_cache)
-        key, sub = jax.random.split(key)
-        first = sample(logits, sub, how)
-        tokens = jnp.zeros((first.shape[0], limit), jnp.int32).at[:, 0].set(first)
-        return Loop(jnp.int32(1), tokens, self._stopped(first), key, state)
-
-    def _run_loop(self, params, loop: Loop, until: jax.Array, how: Sampling) -> Loop:
-        model = nnx.merge(self.graphdef, params)
-
-        def body(c: Loop) -> Loop:
-            last = jax.lax.dynamic_index_in_dim(c.tokens, c.step - 1, axis=1, keepdims=False)
-            logits, state = decode(model, last, c.state)
-            key, sub = jax.random.split(c.key)
-            token = jnp.where(c.done, last, sample(logits, sub, how))
-            tokens = jax.lax.dynamic_update_index_in_dim(c.tokens, token, c.step, axis=1)
-            return Loop(c.step + 1, tokens, c.done | self._stopped(token), key, state)
-
-        return jax.lax.while_loop(lambda c: (c.step < until) & ~jnp.all(c.done), body, loop)
+        self.platform = jax.default_backend()
+        self.owner = next(_OWNERS)
+        self._nothing: jax.Array | None = None
+        weakref.finalize(self, programs.forget, self.owner).atexit = False
 
     def generate(
         self,
@@ -179,40 +101,221 @@ class Generator:
 
         Args:
             batch: prompts, padded on the left.
-            key: sampling key; default ``jax.random.key(0)``.
+            key: sampling key; default ``jax.random.key(0)``. A row's draws depend on the key and
+                on its place in the batch.
             on_tokens: called after every step with the new ids, int32 ``[B]`` (this brings one
                 host round trip per token; without it the whole loop is one program). Rows that
                 have stopped repeat their stop token.
         """
-        if self.aifs and batch.visual_slots is None:
-            batch = arrange(batch)[0]
-        limit = bucket(max_new_tokens, 16)
-        slots = bucket(batch.input_ids.shape[1] + limit, 32)
-        key = jax.random.key(0) if key is None else key
         t0 = time.perf_counter()
-        loop = self.start(self.params, batch, key, slots=slots, limit=limit, how=how)
-        loop.step.block_until_ready()
+        count = batch.order.shape[0]
+        answers = self.start(batch, max_new_tokens)
+        drawing = per_row(how, key, answers.count.shape[0])
+        answers = self.run(answers, 1, drawing)
+        answers.count.block_until_ready()
         t1 = time.perf_counter()
         if on_tokens is None:
-            loop = self.run(self.params, loop, jnp.int32(max_new_tokens), how=how)
+            answers = self.run(answers, max_new_tokens, drawing)
         else:
-            loop = self._stream(loop, max_new_tokens, how, on_tokens)
-        steps = int(loop.step)
+            answers = self._stream(answers, count, max_new_tokens, drawing, on_tokens)
+        lengths = np.asarray(answers.count)[:count]
         t2 = time.perf_counter()
-        tokens, stopped = self._cut(np.asarray(loop.tokens)[:, :steps])
-        return Generation(tokens, stopped, t1 - t0, t2 - t1, steps - 1)
+        rows = [
+            row[:n].tolist() for row, n in zip(np.asarray(answers.tokens), lengths, strict=False)
+        ]
+        stopped = [row[-1] in self.stop_ids for row in rows]
+        tokens = [row[:-1] if stop else row for row, stop in zip(rows, stopped, strict=True)]
+        return Generation(tokens, stopped, t1 - t0, t2 - t1, int(lengths.max()) - 1)
 
-    def _stream(self, loop: Loop, limit: int, how: Sampling, on_tokens) -> Loop:
-        on_tokens(np.asarray(loop.tokens)[:, 0])
+    def start(self, batch: Batch, max_new_tokens: int) -> Answers:
+        """Run pictures and prompts; rows beyond the batch's are done."""
+        batch = on_host(batch)
+        features = self._see(batch)
+        entries: list[tuple[int, list[int], Entry]] = []
+        for group in split_prompts(self.model, batch, self.aifs, self.platform):
+            found = self._read(group, features)
+            entries += zip(group.rows, _held_pieces(group.batch), found, strict=True)
+        longest = max(len(held) for _, held, _ in entries) * PIECE
+        slots = buckets.slots(longest + max_new_tokens)
+        rows = buckets.rows(batch.order.shape[0])
+        answers = self._program("empty", rows, slots)(self.params)
+        insert = self._program("insert", rows, slots)
+        for row, held, entry in entries:
+            for i, piece in enumerate(held):
+                one = dataclasses.replace(entry, pieces=(entry.pieces[piece],))
+                answers = insert(answers, one, np.int32(row), np.int32(i * PIECE))
+        return answers
+
+    def run(self, answers: Answers, until: int, how: RowSampling) -> Answers:
+        """Go on to token ``until`` of every row; ``answers`` is donated."""
+        rows, slots = answers.tokens.shape
+        limit = np.full(rows, until, np.int32)
+        return self._program("decode", rows, slots)(self.params, answers, limit, how)
+
+    def warm_up(
+        self,
+        *,
+        rows: int = 1,
+        prompt: int = 512,
+        picture: int = 1024,
+        new_tokens: int = 128,
+        progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
+    ) -> int:
+        """Compile what requests up to these sizes need, as far as the limit of programs goes.
+
+        Args:
+            rows: prompts at once.
+            prompt: tokens of the longest prompt, its pictures' included.
+            picture: patches of the largest picture.
+            new_tokens: tokens of the longest answer.
+
+        Returns:
+            How many programs are alive then.
+        """
+        wanted = list(itertools.islice(
+            self._sizes(rows, prompt, picture, new_tokens), self.programs.limit
+        ))  # fmt: skip
+        for kind, sizes in progress(wanted, "compile"):
+            self._program(kind, *sizes)
+        return len(self.programs)
+
+    def _sizes(self, rows: int, prompt: int, picture: int, new_tokens: int):
+        """``(kind, sizes)`` of the programs of such requests, single rows and pictures first."""
+        slots = list(buckets.up_to(prompt + PIECE + new_tokens, buckets.slots))
+        for b in buckets.up_to(rows, buckets.rows):
+            for s in slots:
+                yield from ((kind, (b, s)) for kind in ("empty", "insert", "decode"))
+        prompts = [] if self.aifs else list(buckets.up_to(prompt, buckets.prompt))
+        yield from (("read", (1, t, self._pieces(0, 1, t), None)) for t in prompts)
+        tower = self.model.vision
+        if tower is not None and tower.takes_any_size:
+            unit = tower.patches_per_token
+            for p in buckets.up_to(picture, lambda n: buckets.patches(n, unit)):
+                yield "see", (1, p)
+        for t in prompts:
+            for b in sorted(set(buckets.groups(rows, t, self.platform)) - {1}):
+                yield "read", (b, t, self._pieces(0, b, t), None)
+
+    def _see(self, batch: Batch) -> dict[tuple[int, int], jax.Array]:
+        """Visual features by picture and piece."""
+        out: dict[tuple[int, int], jax.Array] = {}
+        if batch.vision is None:
+            return out
+        for group in split_pictures(self.model.vision, batch.vision, self.platform):
+            see = self._program("see", *group.vision.valid.shape)
+            for row, parts in zip(group.rows, see(self.params, group.vision), strict=True):
+                out |= {(row, i): part for i, part in enumerate(parts)}
+        return out
+
+    def _read(self, group: Prompts, features: dict) -> Sequence[Entry]:
+        rows, width = group.batch.order.shape
+        parts = [features[piece] for piece in group.features]
+        count = self._pieces(len(parts), rows, width)
+        parts += [self._zeros()] * (count - len(parts))
+        program = self._program("read", rows, width, count, group.batch.visual_slots)
+        return program(self.params, group.batch, tuple(parts))
+
+    def _pieces(self, needed: int, rows: int, width: int) -> int:
+        """Pieces of features that a prefill takes; none in a model without pictures."""
+        if self.model.vision is None:
+            return 0
+        return buckets.feature_pieces(needed, rows, width)
+
+    def _zeros(self) -> jax.Array:
+        """A piece of features that nobody looks at."""
+        if self._nothing is None:
+            language = self.model.language
+            zeros = np.zeros((PIECE, language.cfg.hidden_size), language.dtype)
+            self._nothing = jax.device_put(zeros)
+        return self._nothing
+
+    def _stream(self, answers: Answers, count: int, limit: int, how: RowSampling, on_tokens):
         step = 1
-        while step < limit and not bool(loop.done.all()):
-            loop = self.run(self.params, loop, jnp.int32(step + 1), how=how)
-            on_tokens(np.asarray(loop.tokens)[:, step])
+        while True:
+            lengths = np.asarray(answers.count)[:count]
+            tokens = np.asarray(answers.tokens)[:count]
+            on_tokens(tokens[np.arange(count), np.minimum(lengths, step) - 1])
+            if step == limit or bool(np.asarray(answers.done).all()):
+                return answers
             step += 1
-        return loop
+            answers = self.run(answers, step, how)
 
-    def _cut(self, tokens: np.ndarray) -> tuple[list[list[int]], list[bool]]:
-        stop = np.isin(tokens, self.stop_ids)
-        ends = [int(row.argmax()) if row.any() else None for row in stop]
-        cut = [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
-        return cut, [end is not None for end in ends]
+    def _program(self, kind: str, *sizes) -> Any:
+        return self.programs.get(
+            self.owner, (kind, *sizes), lambda: getattr(self, f"_compile_{kind}")(*sizes)
+        )
+
+    def _bound(self, step: Callable) -> Callable:
+        """``step(model, ...)`` as a function of ``(params, ...)``."""
+        return lambda params, *rest: step(nnx.merge(self.graphdef, params), *rest)
+
+    def _compiled(self, step: Callable, *args: Any, donate: int | None = None) -> Any:
+        donated = () if donate is None else (donate,)
+        jitted = jax.jit(self._bound(step), donate_argnums=donated)
+        return jitted.lower(self.params, *args).compile()
+
+    def _compile_see(self, rows: int, patches: int) -> Any:
+        tower, i32 = self.model.vision, np.int32
+        shape = (rows, patches)
+        positions = None
+        if tower.cfg.position_grid and tower.takes_any_size:
+            positions = _shape(shape, i32)
+        vision = VisionInput(
+            _shape((*shape, tower.cfg.patch_dim), np.float32),
+            _shape((*shape, 2), i32),
+            _shape(shape, bool),
+            positions,
+        )
+        return self._compiled(steps.see, vision)
+
+    def _compile_read(self, rows: int, width: int, count: int, visual_slots: int | None) -> Any:
+        language = self.model.language
+        ids = _shape((rows, width), np.int32)
+        streams = len(language.cfg.rope_sections)
+        positions = _shape((streams, rows, width), np.int32)
+        batch = Batch(ids, ids, positions, ids, ids, None, visual_slots)
+        piece = _shape((PIECE, language.cfg.hidden_size), language.dtype)
+
+        def read(model: VLM, batch: Batch, features: tuple) -> tuple[Entry, ...]:
+            return steps.read(model, batch, features, self.int8_cache)
+
+        return self._compiled(read, batch, (piece,) * count)
+
+    def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
+        return lambda model: steps.empty(model, rows, slots, self.int8_cache)
+
+    def _answers(self, rows: int, slots: int) -> Answers:
+        return jax.eval_shape(self._bound(self._empty(rows, slots)), self.params)
+
+    def _compile_empty(self, rows: int, slots: int) -> Any:
+        return self._compiled(self._empty(rows, slots))
+
+    def _compile_insert(self, rows: int, slots: int) -> Any:
+        # One row of one piece has the shapes of an entry.
+        one, i32 = self._answers(1, PIECE), _shape((), np.int32)
+        cache = one.state.cache
+        hidden = _shape(one.hidden.shape[1:], one.hidden.dtype)
+        entry = Entry(((cache.k, cache.v, cache.order),), hidden, i32, i32, i32)
+        jitted = jax.jit(steps.insert, donate_argnums=0)
+        return jitted.lower(self._answers(rows, slots), entry, i32, i32).compile()
+
+    def _compile_decode(self, rows: int, slots: int) -> Any:
+        def run(model: VLM, answers: Answers, until: jax.Array, how: RowSampling) -> Answers:
+            return steps.run(model, answers, until, how, self.stop_ids)
+
+        until = _shape((rows,), np.int32)
+        how = steps.shapes_of(per_row(Sampling(), None, rows))
+        return self._compiled(run, self._answers(rows, slots), until, how, donate=1)
+
+
+def _shape(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Stands for an array while a program is compiled."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _held_pieces(batch: Batch) -> list[list[int]]:
+    """For each row, the pieces of its cache entries that hold a token."""
+    missing = -batch.order.shape[1] % PIECE
+    order = np.pad(np.asarray(batch.order), ((0, 0), (missing, 0)), constant_values=-1)
+    held = np.any(order.reshape(len(order), -1, PIECE) >= 0, axis=2)
+    return [np.flatnonzero(row).tolist() or [0] for row in held]

@@ -1,154 +1,153 @@
-"""Whether a model fits a device: weights as held, cache, and what a prefill needs beside them."""
+"""Whether a checkpoint fits on an accelerator: weights, cache and working memory, by shapes."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mquant_jax.checkpoint.manifest import load_manifest
 from mquant_jax.errors import UserError
-from mquant_jax.loading import model_bytes
+from mquant_jax.loading import describe, model_bytes
 from mquant_jax.models.base import VLM, Family, abstract_model
 from mquant_jax.nn.params import parameter_bytes
 from mquant_jax.ops.dense import target_platform
 from mquant_jax.recipe import Recipe
-from mquant_jax.validate import shown
 
-_GIB = 1 << 30
-USABLE = 0.92  # of a device's memory: programs, fragments and the runtime take the rest
+RESERVED = 1.0e9  # bytes for the runtime, compiled programs and what lies fragmented
+_DTYPE = jnp.bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
-    """A device that models run on.
+class Accelerator:
+    """One chip.
 
     Attributes:
-        platform: as JAX names it.
-        kind: the same.
-        memory: bytes.
+        platform, kind: as JAX names them.
+        memory: bytes, by the maker's data sheet.
     """
 
     platform: str
     kind: str
-    memory: int
+    memory: float
 
 
-# As the makers' data sheets have it; a GPU's drivers keep some of it to themselves.
-DEVICES = {
-    "v4": Device("tpu", "TPU v4", 32 * _GIB),
-    "v5e": Device("tpu", "TPU v5 lite", 16 * _GIB),
-    "v5p": Device("tpu", "TPU v5", 95 * _GIB),
-    "v6e": Device("tpu", "TPU v6 lite", 32 * _GIB),
-    "a100-40": Device("gpu", "NVIDIA A100-SXM4-40GB", 40 * _GIB),
-    "a100-80": Device("gpu", "NVIDIA A100-SXM4-80GB", 80 * _GIB),
-    "h100-80": Device("gpu", "NVIDIA H100 80GB HBM3", 80 * _GIB),
-    "h200-141": Device("gpu", "NVIDIA H200", 141 * 10**9),
-    "l4-24": Device("gpu", "NVIDIA L4", 24 * _GIB),
-    "rtx4090-24": Device("gpu", "NVIDIA GeForce RTX 4090", 24 * _GIB),
+ACCELERATORS = {
+    "v4": Accelerator("tpu", "TPU v4", 32e9),
+    "v5e": Accelerator("tpu", "TPU v5 lite", 16e9),
+    "v5p": Accelerator("tpu", "TPU v5p", 95e9),
+    "v6e": Accelerator("tpu", "TPU v6 lite", 32e9),
+    "l4-24": Accelerator("gpu", "NVIDIA L4", 24e9),
+    "a100-40": Accelerator("gpu", "NVIDIA A100-SXM4-40GB", 40e9),
+    "a100-80": Accelerator("gpu", "NVIDIA A100-SXM4-80GB", 80e9),
+    "h100-80": Accelerator("gpu", "NVIDIA H100 80GB HBM3", 80e9),
+    "h200-141": Accelerator("gpu", "NVIDIA H200", 141e9),
 }
 
 
-def device(name: str) -> Device:
-    """
-    Raises:
-        UserError: no device of this name is known.
-    """
-    if name not in DEVICES:
-        raise UserError(f"--device {shown(name)}: not known; known: {', '.join(DEVICES)}")
-    return DEVICES[name]
-
-
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """What inference takes on a device, in bytes.
+class MemoryPlan:
+    """Bytes on one chip, and what is left for longer contexts.
 
     Attributes:
-        weights: as the device's products want them.
-        cache: keys and values.
-        activations: of a prefill that fills the context, estimated.
-        usable: what the device has for them.
-        context: tokens of a sequence.
-        longest: the longest context that fits at this batch.
+        weights: as they are held there.
+        cache: keys and values of ``batch`` rows of ``context`` tokens.
+        working: estimate of what prefilling the whole context at once takes beside that; the
+            vision tower, which runs before, is not in it.
+        capacity: of the chip, without :data:`RESERVED`.
+        longest_context: tokens per row that fit; at most the model's own limit.
     """
 
+    device: str
+    context: int
+    batch: int
     weights: int
     cache: int
-    activations: int
-    usable: int
-    context: int
-    longest: int
+    working: int
+    capacity: int
+    longest_context: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.activations
+        return self.weights + self.cache + self.working
 
     @property
     def fits(self) -> bool:
-        return self.total <= self.usable
+        return self.total <= self.capacity
 
     def to_json(self) -> dict[str, Any]:
-        fields = {f"{k}_bytes": getattr(self, k) for k in (
-            "weights", "cache", "activations", "total", "usable"
-        )}  # fmt: skip
-        return fields | {"fits": self.fits, "context": self.context, "longest": self.longest}
-
-    def text(self, name: str) -> str:
-        sizes = ", ".join(
-            f"{key} {getattr(self, key) / _GIB:.2f} GiB"
-            for key in ("weights", "cache", "activations")
-        )
-        verdict = "fits" if self.fits else "does not fit"
-        return (
-            f"{name}: {verdict}: {sizes}; {self.total / _GIB:.2f} of {self.usable / _GIB:.2f} GiB; "
-            f"longest context {self.longest}"
-        )
+        return {**dataclasses.asdict(self), "total": self.total, "fits": self.fits}
 
 
-def memory(
+def checkpoint_plan(folder: Path, device: str, **options: Any) -> MemoryPlan:
+    """:func:`memory_plan` of a checkpoint folder, of which only JSON files are read.
+
+    Raises:
+        UserError: not a checkpoint, or as there.
+    """
+    family, config, recipe, _ = describe(folder, load_manifest(folder))
+    return memory_plan(family, config, recipe, device, **options)
+
+
+def memory_plan(
     family: Family,
     config: Any,
     recipe: Recipe,
-    where: Device,
-    context: int,
+    device: str,
+    *,
+    context: int | None = None,
     batch: int = 1,
     int8_cache: bool = False,
-) -> Memory:
-    """What a model takes where it runs in bfloat16.
+) -> MemoryPlan:
+    """What a model takes on a device.
 
     Args:
-        config: the family's, its head tied or not as the checkpoint's is.
-        context: tokens of a sequence, prompt and answer.
-        batch: sequences at once.
-        int8_cache: keys and values are kept in int8.
+        device: one of :data:`ACCELERATORS`.
+        context: tokens per row, prompt and answer; default 4096, or the model's limit.
+        int8_cache: keys and values are kept as int8.
+
+    Raises:
+        UserError: a context that the model does not have.
     """
-    model = abstract_model(family, config, recipe, jnp.bfloat16)
-    with target_platform(where.platform, where.kind):
+    limit = config.language.max_positions
+    context = min(4096, limit) if context is None else context
+    if not 0 < context <= limit:
+        raise UserError(f"--context {context}: the model has contexts of 1 to {limit} tokens")
+    chip = ACCELERATORS[device]
+    with target_platform(chip.platform, chip.kind):
+        model = abstract_model(family, config, recipe, _DTYPE)
         weights = model_bytes(model)
-
-    def needed(tokens: int) -> tuple[int, int]:
-        return _cache(model, batch, tokens, int8_cache), _activations(config, batch, tokens)
-
-    usable, most = int(USABLE * where.memory), config.language.max_positions
-    low, high = 0, most  # the longest context lies in low .. high
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = weights + sum(needed(middle)) <= usable
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return Memory(weights, *needed(context), usable, context, low)
-
-
-def _cache(model: VLM, batch: int, slots: int, int8: bool) -> int:
-    made = jax.eval_shape(lambda m: m.language.init_cache(batch, slots, int8), model)
-    return parameter_bytes({"": made})
+    one, two = (_cache_bytes(model, batch, n, int8_cache) for n in (1, 2))
+    per_token = two - one + _working_bytes(config, batch)
+    fixed = weights + (one - (two - one)) + _logit_bytes(config, batch)
+    capacity = int(chip.memory - RESERVED)
+    longest = min(limit, max(0, (capacity - fixed) // per_token))
+    return MemoryPlan(
+        device, context, batch, weights,
+        cache=_cache_bytes(model, batch, context, int8_cache),
+        working=context * _working_bytes(config, batch) + _logit_bytes(config, batch),
+        capacity=capacity, longest_context=longest,
+    )  # fmt: skip
 
 
-def _activations(config: Any, batch: int, tokens: int) -> int:
-    """Of one block in a prefill, bfloat16: the stream and its normed form, queries, keys, values
-    and what attention gives, both halves of the MLP and their product; then logits in float32.
-    Attention is computed in parts that are small beside them."""
-    c = config.language
-    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    attention, mlp = heads, 3 * c.intermediate_size
-    return 2 * batch * tokens * (3 * c.hidden_size + max(attention, mlp)) + 4 * batch * c.vocab_size
+def _cache_bytes(model: VLM, batch: int, slots: int, int8: bool) -> int:
+    cache = jax.eval_shape(lambda m: m.language.init_cache(batch, slots, int8), model)
+    return parameter_bytes({"": cache})
+
+
+def _working_bytes(config: Any, batch: int) -> int:
+    """Per token of the context: the residual stream twice, queries, keys and values, and the MLP's
+    two sums and their product in 32 bits. XLA needs two thirds of it for W4A8 of Qwen2-VL-7B's
+    shapes (benchmarks/results/aot-*.json)."""
+    cfg = config.language
+    heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    narrow = 2 * cfg.hidden_size + heads
+    return batch * (narrow * jnp.dtype(_DTYPE).itemsize + 3 * 4 * cfg.intermediate_size)
+
+
+def _logit_bytes(config: Any, batch: int) -> int:
+    """Logits and probabilities of the last tokens, float32."""
+    return 2 * 4 * batch * config.language.vocab_size

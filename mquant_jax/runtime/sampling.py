@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mquant_jax.errors import UserError
+from mquant_jax.numerics import AnyArray
 from mquant_jax.validate import count, number
 
 LEAST = 1e-6  # of what is divided by or compared with in float32: smaller values underflow
@@ -43,24 +46,93 @@ class Sampling:
         object.__setattr__(self, "top_p", top_p)
 
 
-def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_k", "top_p", "key", "stream"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+    """:class:`Sampling` of each row as arrays, so that a new value compiles nothing.
+
+    Attributes:
+        temperature, top_p: float32 ``[B]``.
+        top_k: int32 ``[B]``.
+        key: uint32 ``[B, 2]``, the words of a threefry key.
+        stream: int32 ``[B]``; rows of one key differ in it. Draw ``i`` of a row depends on its key,
+            its stream and ``i`` alone, not on the batch around it.
+    """
+
+    temperature: AnyArray
+    top_k: AnyArray
+    top_p: AnyArray
+    key: AnyArray
+    stream: AnyArray
+
+
+def per_row(how: Sampling, key: jax.Array | None, rows: int) -> RowSampling:
+    """The same options and key for every row, row ``i`` with stream ``i``; arrays on the host.
+
+    Args:
+        key: any JAX key, new style or old; default key 0.
+    """
+    ones = np.ones(rows, np.float32)
+    # Above any vocabulary, "the k likeliest" are all.
+    top_k = np.full(rows, min(how.top_k, np.iinfo(np.int32).max), np.int32)
+    return RowSampling(
+        ones * np.float32(how.temperature), top_k, ones * np.float32(how.top_p),
+        np.tile(key_words(key), (rows, 1)), np.arange(rows, dtype=np.int32),
+    )  # fmt: skip
+
+
+def key_words(key: jax.Array | None) -> np.ndarray:
+    """uint32 ``[2]``: the words of a key, folded where its kind has more."""
+    if key is None:
+        return np.zeros(2, np.uint32)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    words = np.asarray(jax.random.key_data(key) if typed else key, np.uint32)
+    return np.bitwise_xor.reduce(words.reshape(-1, 2), axis=0)
+
+
+def sample(logits: jax.Array, how: RowSampling, draw: jax.Array) -> jax.Array:
     """float32 ``[B, vocab]`` -> int32 ``[B]``.
 
     ``top_p`` counts probabilities after temperature and ``top_k``; the likeliest token always
-    stays.
+    stays. While all rows are greedy nothing is sorted or drawn.
+
+    Args:
+        draw: int32 ``[B]``, the number of the draw in its row.
     """
-    if how.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / how.temperature
-    if how.top_k:
-        k = min(how.top_k, logits.shape[-1])
-        kth = jax.lax.top_k(logits, k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if how.top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
-        before = jnp.concatenate([jnp.zeros_like(before[:, :1]), before[:, :-1]], axis=-1)
-        last = jnp.sum(before < how.top_p, axis=-1, keepdims=True) - 1
-        floor = jnp.take_along_axis(descending, last, axis=-1)
-        logits = jnp.where(logits < floor, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn() -> jax.Array:
+        scaled = logits / jnp.where(how.temperature > 0, how.temperature, 1)[:, None]
+        filtered = jnp.any((how.top_k > 0) | (how.top_p < 1))
+        scaled = jax.lax.cond(filtered, _filtered, lambda x, _: x, scaled, how)
+        tokens = jax.vmap(_categorical)(how.key, how.stream, draw, scaled)
+        return jnp.where(how.temperature > 0, tokens, greedy)
+
+    return jax.lax.cond(jnp.any(how.temperature > 0), drawn, lambda: greedy)
+
+
+def _categorical(words, stream, draw, logits) -> jax.Array:
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    key = jax.random.fold_in(jax.random.fold_in(key, stream), draw)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def _filtered(logits: jax.Array, how: RowSampling) -> jax.Array:
+    """-inf for tokens that ``top_k`` or ``top_p`` exclude; equals of the last one stay."""
+    vocab = logits.shape[-1]
+    descending = -jnp.sort(-logits, axis=-1)
+    k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, vocab), vocab)[:, None]
+    kth = jnp.take_along_axis(descending, k - 1, axis=-1)
+    descending = jnp.where(descending < kth, -jnp.inf, descending)
+    before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
+    before = jnp.concatenate([jnp.zeros_like(before[:, :1]), before[:, :-1]], axis=-1)
+    kept = (before < how.top_p[:, None]) & (descending > -jnp.inf)
+    last = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) - 1, 0)
+    floor = jnp.take_along_axis(descending, last, axis=-1)
+    # A top_p of 1 keeps all, whatever the rounding of the sum.
+    floor = jnp.where(how.top_p[:, None] < 1, floor, kth)
+    return jnp.where(logits < jnp.maximum(floor, kth), -jnp.inf, logits)

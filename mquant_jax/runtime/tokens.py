@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import VLM, Batch, bucket
+from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import SINK, VISUAL
 
 Array = np.ndarray | jax.Array
@@ -50,8 +50,8 @@ def arrange(
     Args:
         batch: prompts in any layout; arrays on the host, unless both slices' lengths are given
             (then this can be traced).
-        visual_slots, text_slots: lengths of the slices; by default the least bucket that holds
-            the fullest row.
+        visual_slots, text_slots: lengths of the slices; by default the least multiple of 16
+            that holds the fullest row.
         classes: int32 ``[B, T]``, token classes with sinks marked; default ``batch.token_class``.
 
     Returns:
@@ -67,12 +67,12 @@ def arrange(
     text = real & ~visual
     n_visual, n_text = visual.sum(axis=1), text.sum(axis=1)
     if visual_slots is None:
-        visual_slots = bucket(int(n_visual.max()), 16) if n_visual.max() else 0
+        visual_slots = -(-int(np.max(n_visual)) // 16) * 16
     if text_slots is None:
-        text_slots = bucket(max(1, int(n_text.max())), 16)
+        text_slots = -(-max(1, int(np.max(n_text))) // 16) * 16
     for name, n, slots in (("visual", n_visual, visual_slots), ("text", n_text, text_slots)):
-        if isinstance(n, np.ndarray) and n.max() > slots:
-            raise ValueError(f"{int(n.max())} {name} tokens in a row, but {slots} {name} slots")
+        if isinstance(n, np.ndarray) and np.max(n) > slots:
+            raise ValueError(f"{int(np.max(n))} {name} tokens in a row, but {slots} {name} slots")
 
     # Every row gets its own missing padding, so that both slices are full; a stable sort by slice
     # then leaves each token in its turn.

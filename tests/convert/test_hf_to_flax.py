@@ -187,6 +187,37 @@ def _start(dst: Path, marker: str = "", *program: str) -> subprocess.Popen:
     return child
 
 
+LIMITED = """
+import resource, sys
+from convert.hf_to_flax import main
+limit = int(sys.argv.pop())
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("limit", [10, 30_000, 300_000])
+def test_files_may_not_grow_beyond_a_limit(tmp_path, limit):
+    """The lock does not fit, a middle part does not, the largest does not."""
+    args = [str(GOLDENS / "public"), str(tmp_path / "dst"), str(limit)]
+    child = subprocess.run([sys.executable, "-c", LIMITED, *args], cwd=ROOT, capture_output=True,
+                           text=True)  # fmt: skip
+    assert child.returncode == 2 and child.stderr.count("\n") == 1
+    assert "file system or the process limit (ulimit -f) allows" in child.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_conversions_to_one_destination(tmp_path, capsys):
+    first = _start(tmp_path / "dst", "result/mquant.json", "-c", HELD)
+    for option in ((), ("--overwrite",)):
+        assert main([str(GOLDENS / "public"), str(tmp_path / "dst"), *option]) == 2
+        assert f"is running (process {first.pid})" in capsys.readouterr().err
+    assert (tmp_path / "dst.work" / "result" / "mquant.json").exists()
+    first.terminate()
+    first.communicate()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.1])
 def test_a_killed_conversion_leaves_no_half_checkpoint(tmp_path, delay):
     dst = tmp_path / "dst"
@@ -194,9 +225,27 @@ def test_a_killed_conversion_leaves_no_half_checkpoint(tmp_path, delay):
     time.sleep(delay)
     child.kill()
     child.communicate()
-    if dst.exists():
-        load_params(dst)
-    assert {p.name for p in tmp_path.iterdir()} <= {"dst", "dst.work"}
+    _whole_or_not_at_all(tmp_path)
+
+
+@pytest.mark.slow
+def test_kills_at_random_points(tmp_path):
+    """From the first file on, which takes a second or so."""
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        child = _start(folder / "dst")
+        time.sleep(rng.uniform(0, 0.15 if i % 2 else 1.5))
+        child.kill()
+        child.communicate()
+        _whole_or_not_at_all(folder)
+
+
+def _whole_or_not_at_all(folder):
+    if (folder / "dst").exists():
+        load_params(folder / "dst")
+    assert {p.name for p in folder.iterdir()} <= {"dst", "dst.work"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

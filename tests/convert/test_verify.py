@@ -128,3 +128,66 @@ def test_a_rotated_checkpoint_is_judged_by_its_logits(tmp_path, capsys):
     assert {"embeds", "vision", "hidden_1"} <= set(result["other_basis"])
     assert main(args) == 0
     assert "rotated, hence in another basis" in capsys.readouterr().out
+
+
+def _checks(capsys, *args):
+    """Exit status, and the result as JSON (``None``: bad usage or input)."""
+    status = main([*map(str, args), "--json"])
+    captured = capsys.readouterr()
+    assert (status == 2) == captured.err.startswith("error: ")
+    return status, json.loads(captured.out) if status < 2 else None
+
+
+def test_without_a_reference(tmp_path, converted, capsys):
+    assert main([str(converted)]) == 0
+    assert capsys.readouterr().out == "ok\n"
+    assert _checks(capsys, converted) == (0, {"ok": True, "misfits": []})
+    assert _checks(capsys, GOLDENS.parent / "checkpoint_v2") == (0, {"ok": True, "misfits": []})
+    assert _checks(capsys, tmp_path / "nowhere")[0] == 2
+    assert _checks(capsys, tmp_path)[0] == 2
+    assert _checks(capsys, converted, "--rtol", 1)[0] == 2
+
+
+def test_where_it_came_from(tmp_path, converted, capsys):
+    assert _checks(capsys, converted, "--source", GOLDENS / "public")[0] == 0
+    other = hf_folder(tmp_path / "src")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    (other / "model.safetensors").unlink()
+    status, result = _checks(capsys, converted, "--source", other)
+    assert status == 1 and not result["ok"] and len(result["misfits"]) == 2
+    assert f"{other / 'config.json'}: is not the file" in result["misfits"][0]
+    assert f"{other / 'model.safetensors'}: no such file" in result["misfits"][1]
+    assert _checks(capsys, converted, "--source", tmp_path / "nowhere")[0] == 2
+    old = GOLDENS.parent / "checkpoint_v2"
+    status, result = _checks(capsys, old, "--source", GOLDENS / "public")
+    assert status == 1 and "does not say which files" in result["misfits"][0]
+
+
+def test_all_damage_is_listed(tmp_path, converted, capsys):
+    dst = tmp_path / "dst"
+    shutil.copytree(converted, dst)
+    part = dst / "params" / "vision.merger.safetensors"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    status, result = _checks(capsys, dst)
+    assert status == 1 and len(result["misfits"]) == 1
+    assert "damaged: tensor vision/merger/" in result["misfits"][0]
+    (dst / "config.json").write_text((dst / "config.json").read_text() + " ")
+    (dst / "params" / "language.embedding.safetensors").unlink()
+    status, result = _checks(capsys, dst)
+    assert status == 1 and len(result["misfits"]) >= 2
+    (dst / "mquant.json").write_text("{}")
+    status, result = _checks(capsys, dst)
+    assert status == 1 and "format version None" in result["misfits"][0]
+
+
+def test_weights_of_zero_fail(tmp_path, capsys):
+    def zero(t):
+        t["model.layers.1.mlp.down_proj.weight"][:] = 0
+
+    hf_to_flax.main([str(hf_folder(tmp_path / "src", zero)), str(tmp_path / "dst")])
+    capsys.readouterr()
+    status, result = _checks(capsys, tmp_path / "dst")
+    assert status == 1
+    assert result["misfits"] == ["tensor language/layers/1/down_proj/kernel is zero everywhere"]

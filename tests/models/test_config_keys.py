@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from mquant_jax.models.config_keys import read_tables
-from mquant_jax.models.language_config import SCHEMAS
-from mquant_jax.models.registry import family_for
 
 from benchmarks.aot.sizes import MODELS
 from mquant_jax.errors import UserError
+from mquant_jax.models.config_keys import read_tables
+from mquant_jax.models.language_config import SCHEMAS
+from mquant_jax.models.registry import family_for
 from tests.helpers import GOLDENS
 from tests.models import (
     test_cogvlm2_sizes,
@@ -26,8 +26,49 @@ GOLDEN = {
     str(path.parent.relative_to(GOLDENS)): json.loads(path.read_text(encoding="utf-8"))
     for path in sorted(GOLDENS.glob("*/*/config.json"))
 }
+# As the repository of InternVL3-1B has it, experts that do not exist included.
+INTERNVL3_1B = {
+    "architectures": ["InternVLChatModel"], "auto_map": {}, "downsample_ratio": 0.5,
+    "dynamic_image_size": True, "force_image_size": 448, "hidden_size": 896, "image_fold": None,
+    "llm_config": {
+        "_name_or_path": "./pretrained/Qwen2.5-32B-Instruct",
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896,
+        "initializer_range": 0.02, "intermediate_size": 4864,
+        "layer_types": ["full_attention"] * 24, "max_position_embeddings": 32768,
+        "max_window_layers": 70, "model_type": "qwen2", "moe_config": None,
+        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        "rope_theta": 1000000.0, "sliding_window": None, "torch_dtype": "bfloat16",
+        "use_bfloat16": True, "use_cache": False, "use_sliding_window": False,
+        "vocab_size": 151674,
+    },
+    "max_dynamic_patch": 12, "min_dynamic_patch": 1, "model_type": "internvl_chat",
+    "output_attentions": False, "pad2square": False, "ps_version": "v2", "select_layer": -1,
+    "system_message": None, "template": "internvl2_5", "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": None, "use_backbone_lora": 0,
+    "use_llm_lora": 0, "use_thumbnail": True,
+    "vision_config": {
+        "_name_or_path": "OpenGVLab/InternViT-6B-448px-V1-5",
+        "architectures": ["InternVisionModel"], "attention_dropout": 0.0, "auto_map": {},
+        "capacity_factor": 1.2, "drop_path_rate": 0.1, "dropout": 0.0,
+        "eval_capacity_factor": 1.4, "hidden_act": "gelu", "hidden_size": 1024,
+        "image_size": 448, "initializer_factor": 0.1, "initializer_range": 1e-10,
+        "intermediate_size": 4096, "laux_allreduce": "all_nodes", "layer_norm_eps": 1e-06,
+        "model_type": "intern_vit_6b", "moe_coeff_ratio": 0.5, "moe_intermediate_size": 768,
+        "moe_output_scale": 4.0, "noisy_gate_policy": "RSample_before",
+        "norm_type": "layer_norm", "num_attention_heads": 16, "num_channels": 3,
+        "num_experts": 8, "num_hidden_layers": 24, "num_routed_experts": 4,
+        "num_shared_experts": 4, "patch_size": 14, "qk_normalization": False, "qkv_bias": True,
+        "shared_expert_intermediate_size": 3072, "torch_dtype": "bfloat16",
+        "use_bfloat16": True, "use_flash_attn": False, "use_moe": False, "use_residual": True,
+        "use_rts": False, "use_weighted_residual": False,
+    },
+}  # fmt: skip
 FULL = {
     **MODELS,
+    "internvl3-1b": INTERNVL3_1B,
     "cogvlm2": test_cogvlm2_sizes.PUBLISHED,
     "glm4v": test_glm4v_sizes.PUBLISHED,
     "internvl3-8b": test_internvl_sizes.INTERNVL3_8B,
@@ -44,6 +85,7 @@ def config_of(hf: dict[str, Any]) -> Any:
 def test_published_configs_have_no_unknown_keys(name) -> None:
     hf = (GOLDEN | FULL)[name]
     assert family_for(hf).unknown_keys(hf) == []
+    assert config_of(hf)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3"])
@@ -132,6 +174,10 @@ def test_minicpmv_without_a_tower_has_the_published_one() -> None:
         ("qwen2_vl/public", "vision_config", "in_channels", 4),
         ("internvl2/public", "", "use_llm_lora", 16),
         ("internvl2/public", "", "pad2square", True),
+        ("internvl2/public", "vision_config", "use_moe", True),
+        ("qwen2/public", "", "use_mrope", True),
+        ("llama/public", "", "use_qk_norm", True),
+        ("qwen2_vl/public", "vision_config", "window_size", 112),
         ("internvl2/public", "llm_config", "attn_logit_softcapping", 50.0),
         ("internvl/public", "vision_config", "use_absolute_position_embeddings", False),
         ("minicpmv2_6/public", "", "scale_emb", 12),

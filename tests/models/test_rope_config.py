@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from mquant_jax.models.registry import family_for
 
 from mquant_jax.errors import UserError
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.rope import LinearScaling, YarnScaling, frequencies
 from tests.family_cases import batch_of, changed_config, model_of, random_params
 from tests.helpers import forward, relative
@@ -202,10 +202,17 @@ def test_two_objects_must_agree() -> None:
 def test_a_nested_text_model_is_not_contradicted_at_the_top() -> None:
     """transformers reads ``text_config`` alone; what stands beside it would be ignored."""
     hf = changed_config("qwen2_vl/public")
-    text = {k: v for k, v in hf.items() if "token" not in k and k != "vision_config"}
+    text = {k: v for k, v in hf.items() if k != "vision_config"} | {"image_token_id": None}
     hf["text_config"] = text | {"model_type": "qwen2_vl_text"}
     family = family_for(hf)
     assert family.config_from_hf(hf) == family.config_from_hf(changed_config("qwen2_vl/public"))
+    hf["text_config"]["rope_scaling"] = {
+        "type": "default", "rope_type": "default", "mrope_section": [2, 5, 5],
+    }  # fmt: skip
+    assert family.config_from_hf(hf) == family.config_from_hf(changed_config("qwen2_vl/public"))
+    assert family.unknown_keys(hf) == []
+    with pytest.raises(UserError, match="hidden_size is 97, but 96 in text_config"):
+        family.config_from_hf(hf | {"hidden_size": 97})
     hf["rope_scaling"] = YARN | {"mrope_section": [2, 5, 5]}
-    with pytest.raises(UserError, match="rope_scaling is .* make them agree"):
+    with pytest.raises(UserError, match="rope_scaling .* make them agree"):
         family.config_from_hf(hf)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from mquant_jax.models.base import abstract_model
 from mquant_jax.models.cogvlm2 import FAMILY
-
 from mquant_jax.nn.act_quant import SINK, VISUAL
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.presets import METHODS, PRESETS

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from mquant_jax.files import read_json
 from mquant_jax.models.base import abstract_model
 from mquant_jax.models.qwen2_vl import FAMILY
-
-from mquant_jax.files import read_json
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.calibration_data import Chunks, warn_of_bundled, warn_of_few

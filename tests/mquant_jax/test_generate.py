@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.runtime.generate import Generator, decode, prefill
-from mquant_jax.runtime.sampling import Sampling, sample
+from mquant_jax.runtime.sampling import Sampling, per_row, sample
 from tests.helpers import golden_qwen2_vl, relative
 
 
@@ -78,7 +78,8 @@ def test_sampling_is_repeatable_and_varies_with_the_key(case) -> None:
 
 def draws(how: Sampling, logits: list[float], n: int = 2000) -> np.ndarray:
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, len(logits)))
-    return np.bincount(np.asarray(sample(rows, jax.random.key(0), how)), minlength=len(logits)) / n
+    tokens = jax.jit(sample)(rows, per_row(how, None, n), jnp.zeros(n, jnp.int32))
+    return np.bincount(np.asarray(tokens), minlength=len(logits)) / n
 
 
 def test_sampling_follows_the_distribution() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
+from mquant_jax.hadamard import Rotation, hadamard, has_hadamard, plan_rotation
 
 # Widths of the published models of the paper's families, and the demo model's.
 WIDTHS = (192, 256, 512, 576, 1024, 1152, 1280, 1536, 1664, 3584, 4096, 4304, 5120, 8192, 8960,
@@ -20,7 +20,9 @@ def test_orders_are_orthogonal(n) -> None:
 
 @pytest.mark.parametrize("n", [3, 6, 10, 14, 22, 90])
 def test_orders_that_do_not_exist(n) -> None:
-    assert hadamard(n) is None
+    assert not has_hadamard(n)
+    with pytest.raises(ValueError, match=f"order {n}"):
+        hadamard(n)
 
 
 @pytest.mark.parametrize("n", WIDTHS)

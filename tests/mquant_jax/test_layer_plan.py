@@ -8,20 +8,17 @@ from pathlib import Path
 
 import pytest
 from flax import nnx
-from mquant_jax.models.registry import family_for
 
 from benchmarks.aot.sizes import MODELS
 from mquant_jax.checkpoint.manifest import load_manifest
 from mquant_jax.commands.convert import main
-from mquant_jax.commands.inspect import main as inspect
 from mquant_jax.layer_plan import layer_plan, stored_bytes
-from mquant_jax.loading import held_bytes
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.cost import CONSTANTS, Data, cost
 from mquant_jax.recipe import Recipe, Section, Split
-from mquant_jax.runtime.memory import DEVICES, memory
 from mquant_jax.samples import DEMO_ASSETS
 from tests.helpers import fails, golden
 from tests.hf_folders import GOLDENS
@@ -116,7 +113,7 @@ def test_published_sizes(tmp_path, capsys, hf, before, most) -> None:
     assert plan["bytes_before"] == pytest.approx(before, rel=0.02)
     assert 0.25 < plan["bytes_after"] / plan["bytes_before"] < 0.45
     assert plan["memory"]["least_bytes"] < most
-    assert plan["seconds"] > 0 and plan["devices"]["v5p"]["weights_bytes"] > 0.25 * before
+    assert plan["seconds"] > 0 and plan["devices"][0]["weights"] > 0.25 * before
 
 
 def test_memory_depends_on_one_part_and_not_on_depth() -> None:
@@ -147,7 +144,7 @@ def test_errors_come_before_the_hours(tmp_path, capsys) -> None:
     ):
         bad.write_text(json.dumps(recipe))
         fails(message, lambda: main([folder, "--dry-run", "--recipe", str(bad)]))
-    fails("known: v4, v5e", lambda: main([folder, "--dry-run", "--device", "v9"]))
+    fails("invalid choice: 'v9'", lambda: main([folder, "--dry-run", "--device", "v9"]))
     fails("no such file", lambda: main([folder, "--dry-run", "--calibration", "none.jsonl"]))
     fails("DST is missing", lambda: main([folder]))
     fails("goes with --dry-run", lambda: main([folder, "dst", "--device", "v5e"]))
@@ -161,47 +158,6 @@ def test_the_table_names_every_part(capsys) -> None:
     for word in ("language.layers.* x3", "vision.merger", "int4", "int8", "online", "MiB before",
                  "memory: ", "time: about"):  # fmt: skip
         assert word in text
-
-
-def test_memory_of_a_device(tmp_path) -> None:
-    hf = MODELS["qwen2_vl-7b"]
-    family, recipe = family_for(hf), PRESETS["w4a8"]
-    config = family.config_from_hf(hf)
-    small = memory(family, config, recipe, DEVICES["v5e"], 4096)
-    assert small.fits and small.weights < 7e9
-    head_dim, layers, kv = 128, 28, 4
-    keys = 2 * layers * kv * head_dim * 4096 * 2
-    assert small.cache == pytest.approx(keys, rel=0.01)
-    int8 = memory(family, config, recipe, DEVICES["v5e"], 4096, 1, True)
-    assert 0.5 < int8.cache / small.cache < 0.54
-    wide = memory(family, config, recipe, DEVICES["v5e"], 32768, 8)
-    assert not wide.fits and 0 < wide.longest < 32768
-    assert memory(family, config, recipe, DEVICES["v5e"], wide.longest, 8).fits
-    assert not memory(family, config, recipe, DEVICES["v5e"], wide.longest + 1, 8).fits
-    whole = memory(family, config, PRESETS["float"], DEVICES["v5e"], 16)
-    assert not whole.fits and whole.longest == 0
-    packed = memory(family, config, recipe, DEVICES["h100-80"], 4096)
-    assert packed.weights == pytest.approx(small.weights, rel=0.001)
-
-
-def test_inspect_says_whether_a_checkpoint_fits(tmp_path, capsys) -> None:
-    (tmp_path / "recipe.json").write_text(json.dumps(QUICK))
-    dst = tmp_path / "dst"
-    recipe = ["--recipe", str(tmp_path / "recipe.json")]
-    assert main([str(DEMO_ASSETS / "model"), str(dst), *recipe]) == 0
-    capsys.readouterr()
-    options = ["--memory", "--context", "256", "--batch", "2"]
-    assert inspect([str(dst), *options, "--device", "v5e", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["devices"]["v5e"]["fits"] and found["context"] == 256 and found["batch"] == 2
-    assert found["devices"]["v5e"]["weights_bytes"] < held_bytes(dst)  # int4 where this has int8
-    assert inspect([str(dst), *options]) == 0
-    text = capsys.readouterr().out
-    assert all(f"{name}: fits: weights" in text for name in DEVICES)
-    fails("--context is 0", lambda: inspect([str(dst), "--memory", "--context", "0"]))
-    fails("2048", lambda: inspect([str(dst), "--memory", "--context", "1000000"]))
-    fails("goes with --memory", lambda: inspect([str(dst), "--batch", "2"]))
-    fails("known: v4", lambda: inspect([str(dst), "--memory", "--device", "tpu"]))
 
 
 def test_an_embedding_of_eight_bits_halves_the_table() -> None:

@@ -6,10 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.base import Prompt
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.models.qwen2_vl.processor import Qwen2VLProcessor
-from mquant_jax.models.text import text_prompt
 from PIL import Image
 
 import mquant_jax as mq
@@ -18,6 +14,10 @@ from mquant_jax.api import Model
 from mquant_jax.checkpoint.manifest import load_json
 from mquant_jax.cli import main
 from mquant_jax.eval.exact_match import evaluate
+from mquant_jax.models.base import Prompt
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.processor import Qwen2VLProcessor
+from mquant_jax.models.text import text_prompt
 from mquant_jax.runtime.options import Options, sampling_key
 from mquant_jax.runtime.sampling import Sampling
 from mquant_jax.samples import DEMO_ASSETS, Sample
@@ -59,11 +59,12 @@ def test_numbers(name) -> None:
 
 
 def test_the_smallest_values_still_sample() -> None:
-    from mquant_jax.runtime.sampling import sample
+    from mquant_jax.runtime.sampling import per_row, sample
 
     logits = jnp.array([[1000.0, 999.0, -1000.0]])
     for how in (Sampling(1e-6), Sampling(1.0, top_p=1e-6), Sampling(1e6), Sampling(1e-6, 2, 1e-6)):
-        tokens = [int(sample(logits, jax.random.key(i), how)[0]) for i in range(4)]
+        rows = [per_row(how, jax.random.key(i), 1) for i in range(4)]
+        tokens = [int(sample(logits, row, jnp.zeros(1, jnp.int32))[0]) for row in rows]
         assert set(tokens) == {0} or how.temperature == 1e6
 
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.numerics import QWeight, quantize_weight
 from mquant_jax.presets import PRESETS

@@ -7,11 +7,11 @@ import json
 
 import numpy as np
 import pytest
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.base import abstract_model
 from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.models.registry import family_for
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.params import dense_layers, get_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.presets import PRESETS, resolve_recipe

@@ -3,9 +3,9 @@
 import dataclasses
 
 import numpy as np
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from benchmarks.outliers import with_outliers
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import float_model, looked, quantize_params, untied

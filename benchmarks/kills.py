@@ -1,0 +1,106 @@
+"""Kill a conversion at random moments, resume it, and compare the result with an uninterrupted one.
+
+    python -m benchmarks.kills OUT [--source DIR] [--recipe w4a8] [--kills 200] [--seed 0] [--json]
+
+Kills are chained: the resumed conversion is killed again, until one ends; then a new chain begins.
+A difference is a checkpoint whose tensors or report are not those of the uninterrupted conversion;
+a leftover is anything beside DST and DST.work after a kill, or beside DST after a success.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mquant_jax.cli_support import FAILED, OK, Parser, run_cli
+from mquant_jax.errors import UserError
+from mquant_jax.samples import DEMO_ASSETS
+
+
+def convert(source: Path, dst: Path, recipe: str, limit: float | None = None) -> bool:
+    """Convert, going on with what is there; kill it after ``limit`` seconds.
+
+    Returns:
+        Whether it ended by itself.
+
+    Raises:
+        UserError: it ended with an error.
+    """
+    command = [sys.executable, "-m", "mquant_jax", "convert", str(source), str(dst)]
+    command += ["--recipe", recipe, "--resume"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        _, err = child.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
+        return False
+    if child.returncode:
+        raise UserError(f"{dst}: the conversion ended with {child.returncode}: {err.decode()}")
+    return True
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What two conversions must agree in."""
+    manifest = json.loads((folder / "mquant.json").read_text(encoding="utf-8"))
+    return {key: manifest[key] for key in ("tensors", "parts", "files", "recipe", "source")}
+
+
+def run(out: Path, source: Path, recipe: str, kills: int, seed: int) -> dict[str, Any]:
+    """The whole experiment.
+
+    Returns:
+        ``{"kills", "chains", "differences", "leftovers", "seconds_uninterrupted"}``.
+
+    Raises:
+        UserError: a conversion ended with an error.
+    """
+    reference, dst, rng = out / "reference", out / "dst", random.Random(seed)
+    convert(source, reference, recipe)
+    shutil.rmtree(reference)
+    began = time.perf_counter()
+    convert(source, reference, recipe)  # programs are compiled by now
+    whole = time.perf_counter() - began
+    expected = content(reference)
+    result = {"kills": 0, "chains": 0, "differences": 0, "leftovers": 0}
+    while result["kills"] < kills:
+        ended = convert(source, dst, recipe, rng.uniform(0, whole))
+        allowed = {"reference", "dst"} if ended else {"reference", "dst", "dst.work"}
+        result["leftovers"] += len({p.name for p in out.iterdir()} - allowed)
+        result["kills" if not ended else "chains"] += 1
+        if ended:
+            result["differences"] += content(dst) != expected
+            shutil.rmtree(dst)
+    if (out / "dst.work").exists() or dst.exists():  # the last kill was not resumed yet
+        convert(source, dst, recipe)
+        result["chains"] += 1
+        result["differences"] += content(dst) != expected
+    return {**result, "seconds_uninterrupted": whole}
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser("python -m benchmarks.kills", __doc__ or "")
+    add = parser.add_argument
+    add("out", type=Path, help="new folder")
+    add("--source", type=Path, default=DEMO_ASSETS / "model", help="default: the bundled model")
+    add("--recipe", default="w4a8", help="default w4a8")
+    add("--kills", type=int, default=200, metavar="N", help="default 200")
+    add("--seed", type=int, default=0)
+    add("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        raise UserError(f"{args.out} exists; choose another folder")
+    args.out.mkdir(parents=True)
+    result = run(args.out, args.source, args.recipe, args.kills, args.seed)
+    print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    return FAILED if result["differences"] or result["leftovers"] else OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(_run))

@@ -1,0 +1,283 @@
+"""What runs on the device, as pure functions over pytrees.
+
+:func:`prefill`, :func:`extend` and :func:`decode` are the interface for JAX programs. The functions
+below them are what :class:`mquant_jax.runtime.generate.Generator` compiles: pictures to features
+(:func:`see`), prompts to cache entries (:func:`read`), entries into the rows of a batch
+(:func:`insert`), tokens (:func:`run`). Features and entries travel in pieces of
+:data:`mquant_jax.runtime.buckets.PIECE` tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mquant_jax.models.base import VLM, Batch
+from mquant_jax.nn.cache import NEVER, KVCache, Store, put_at
+from mquant_jax.nn.vit import VisionInput
+from mquant_jax.runtime.buckets import PIECE, pieces
+from mquant_jax.runtime.sampling import RowSampling, sample
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["cache", "order", "position"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that one decode step needs beside the token.
+
+    Attributes:
+        cache: the KV cache.
+        order: int32 ``[B]``, place of the next token in its sequence.
+        position: int32 ``[B]``, its rotary position.
+    """
+
+    cache: KVCache
+    order: jax.Array
+    position: jax.Array
+
+
+def prefill(
+    model: VLM, batch: Batch, slots: int, int8_cache: bool = False
+) -> tuple[jax.Array, DecodeState]:
+    """Run the prompts. Pure; jit it with ``slots`` and ``int8_cache`` static.
+
+    Args:
+        slots: cache length: padded prompt plus the tokens to be generated.
+        int8_cache: keep keys and values in int8, with a scale per token and head.
+
+    Returns:
+        Logits of the next token, float32 ``[B, vocab]``, and the state to go on from.
+    """
+    hidden, state = _fresh(model, batch, slots, int8_cache)
+    return model.language.logits(hidden), state
+
+
+def extend(
+    model: VLM, batch: Batch, state: DecodeState, visual: jax.Array | None = None
+) -> tuple[jax.Array, DecodeState]:
+    """Run further prompt tokens: a next turn, or the next chunk of a long prompt. Pure.
+
+    Args:
+        batch: tokens whose order and positions go on from the state's
+            (:func:`mquant_jax.runtime.tokens.follow`).
+        state: donate it; its cache needs as many free slots as ``batch`` has columns.
+        visual: features of the batch's pictures, when they are known already.
+    """
+    logits, cache = model.prefill(batch, state.cache, fresh=False, visual=visual)
+    order = jnp.maximum(state.order, batch.lengths)
+    return logits, DecodeState(cache, order, jnp.maximum(state.position, batch.next_position))
+
+
+def decode(model: VLM, tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+    """Run one token per row, int32 ``[B]``. Pure; jit it and donate ``state``."""
+    logits, cache = model.decode(tokens, state.order, state.position, state.cache)
+    return logits, DecodeState(cache, state.order + 1, state.position + 1)
+
+
+def _fresh(
+    model: VLM, batch: Batch, slots: int, int8_cache: bool, visual: jax.Array | None = None
+) -> tuple[jax.Array, DecodeState]:
+    """Each row's last hidden state ``[B, hidden]``, and the state to go on from."""
+    cache = model.language.init_cache(batch.input_ids.shape[0], slots, int8_cache)
+    hidden, cache = model.read(batch, cache, visual=visual)
+    return hidden, DecodeState(cache, batch.lengths, batch.next_position)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["state", "hidden", "tokens", "count", "done"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """A batch that is being answered.
+
+    Attributes:
+        state: cache and places.
+        hidden: ``[B, hidden]``, the last hidden state of each prompt: its first token is drawn
+            from it.
+        tokens: int32 ``[B, slots]``, the answers so far.
+        count: int32 ``[B]``, their lengths.
+        done: bool ``[B]``: the answer has ended, or the row was never filled.
+    """
+
+    state: DecodeState
+    hidden: jax.Array
+    tokens: jax.Array
+    count: jax.Array
+    done: jax.Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["pieces", "hidden", "order", "position", "span"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One prompt that has been run.
+
+    Attributes:
+        pieces: cache entries, first to last: keys, values and order of ``PIECE`` slots each.
+        hidden: ``[hidden]``, of its last token.
+        order, position, span: int32 scalars, as in :class:`DecodeState` and ``KVCache``.
+    """
+
+    pieces: tuple[tuple[Store, Store, jax.Array], ...]
+    hidden: jax.Array
+    order: jax.Array
+    position: jax.Array
+    span: jax.Array
+
+
+def see(model: VLM, vision: VisionInput) -> tuple[tuple[jax.Array, ...], ...]:
+    """Pictures -> for each row, its visual features in pieces ``[PIECE, hidden]``."""
+    x = model.vision(vision).astype(model.language.dtype)
+    count = pieces(x.shape[1])
+    x = jnp.pad(x, ((0, 0), (0, count * PIECE - x.shape[1]), (0, 0)))
+    return tuple(tuple(row.reshape(count, PIECE, -1)) for row in x)
+
+
+def read(
+    model: VLM, batch: Batch, features: tuple[jax.Array, ...], int8_cache: bool
+) -> tuple[Entry, ...]:
+    """Run prompts.
+
+    Args:
+        batch: without pictures; ``visual_index`` counts the rows of all ``features``.
+        features: pieces ``[PIECE, hidden]``, any number that holds the batch's.
+    """
+    visual = jnp.concatenate(features) if features else None
+    hidden, state = _fresh(model, batch, batch.input_ids.shape[1], int8_cache, visual)
+    return tuple(_entry(hidden, state, row) for row in range(hidden.shape[0]))
+
+
+def _entry(hidden: jax.Array, state: DecodeState, row: int) -> Entry:
+    cache = state.cache
+    count = pieces(cache.slots)
+    missing = count * PIECE - cache.slots  # on the left, where the padding is
+
+    def padded(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (missing, 0)
+        return jnp.pad(x, widths, constant_values=fill)
+
+    def cut(x: jax.Array, i: int, axis: int) -> jax.Array:
+        return jax.lax.slice_in_dim(x, i * PIECE, (i + 1) * PIECE, axis=axis)
+
+    k, v = (
+        jax.tree.map(lambda x, axis=axis: padded(x[:, row : row + 1], axis), store)
+        for store, axis in ((cache.k, -1), (cache.v, -2))
+    )
+    order = padded(cache.order[row : row + 1], -1, NEVER)
+    parts = tuple(
+        (
+            jax.tree.map(lambda x, i=i: cut(x, i, -1), k),
+            jax.tree.map(lambda x, i=i: cut(x, i, -2), v),
+            cut(order, i, -1),
+        )
+        for i in range(count)
+    )
+    return Entry(parts, hidden[row], state.order[row], state.position[row], cache.span[row])
+
+
+def empty(model: VLM, rows: int, slots: int, int8_cache: bool) -> Answers:
+    """A batch without prompts."""
+    zero = jnp.zeros((rows,), jnp.int32)
+    cfg = model.language.cfg
+    return Answers(
+        DecodeState(model.language.init_cache(rows, slots, int8_cache), zero, zero),
+        jnp.zeros((rows, cfg.hidden_size), model.language.dtype),
+        jnp.zeros((rows, slots), jnp.int32),
+        zero,
+        jnp.ones((rows,), bool),
+    )
+
+
+def insert(answers: Answers, entry: Entry, row: jax.Array, slot: jax.Array) -> Answers:
+    """Put one piece of a prompt into a row; donate ``answers``.
+
+    Args:
+        entry: with the one piece.
+        row, slot: int32 scalars; the row's answer begins anew.
+    """
+    ((k, v, order),) = entry.pieces
+    cache = answers.state.cache
+
+    keys = jax.tree.map(lambda old, new: put_at(old, new, (0, row, 0, 0, slot)), cache.k, k)
+    values = jax.tree.map(lambda old, new: put_at(old, new, (0, row, 0, slot, 0)), cache.v, v)
+    cache = KVCache(
+        keys, values, put_at(cache.order, order, (row, slot)),
+        jnp.maximum(cache.cursor, slot + PIECE), cache.span.at[row].set(entry.span),
+    )  # fmt: skip
+    state = DecodeState(
+        cache,
+        answers.state.order.at[row].set(entry.order),
+        answers.state.position.at[row].set(entry.position),
+    )
+    return Answers(
+        state,
+        answers.hidden.at[row].set(entry.hidden.astype(answers.hidden.dtype)),
+        answers.tokens,
+        answers.count.at[row].set(0),
+        answers.done.at[row].set(False),
+    )
+
+
+def begin(model: VLM, batch: Batch, slots: int, int8_cache: bool = False) -> Answers:
+    """Pictures and prompts of a whole batch as one program, for sizes that do not vary."""
+    hidden, state = _fresh(model, batch, slots, int8_cache)
+    zero = jnp.zeros_like(state.order)
+    tokens = jnp.zeros((len(zero), slots), jnp.int32)
+    return Answers(state, hidden, tokens, zero, zero > 0)
+
+
+def run(
+    model: VLM, answers: Answers, until: jax.Array, how: RowSampling, stop_ids: tuple[int, ...]
+) -> Answers:
+    """Go on until each row has stopped or has ``until`` tokens, int32 ``[B]``; donate ``answers``.
+
+    Rows that are through repeat their last token, into slots that nobody reads.
+    """
+    rows = jnp.arange(answers.tokens.shape[0], dtype=jnp.int32)
+
+    def active(a: Answers) -> jax.Array:
+        return ~a.done & (a.count < until)
+
+    def draw(a: Answers, logits: jax.Array, on: jax.Array) -> tuple[jax.Array, ...]:
+        token = sample(logits, how, a.count)
+        column = jnp.where(on, a.count, a.tokens.shape[1])  # beyond the end: dropped
+        tokens = a.tokens.at[rows, column].set(token, mode="drop")
+        return tokens, a.count + on, a.done | (on & _stops(token, stop_ids))
+
+    def with_drawn(a: Answers, drawn: tuple[jax.Array, ...]) -> Answers:
+        tokens, count, done = drawn
+        return dataclasses.replace(a, tokens=tokens, count=count, done=done)
+
+    def body(a: Answers) -> Answers:
+        last = a.tokens[rows, jnp.maximum(a.count - 1, 0)]
+        logits, state = decode(model, last, a.state)
+        drawn = draw(a, logits, active(a))
+        return with_drawn(dataclasses.replace(a, state=state), drawn)
+
+    new = active(answers) & (answers.count == 0)
+    first = jax.lax.cond(
+        jnp.any(new),
+        lambda: draw(answers, model.language.logits(answers.hidden), new),
+        lambda: (answers.tokens, answers.count, answers.done),
+    )
+    return jax.lax.while_loop(lambda a: jnp.any(active(a)), body, with_drawn(answers, first))
+
+
+def _stops(tokens: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
+    return jnp.isin(tokens, jnp.asarray(stop_ids, jnp.int32))
+
+
+def shapes_of(tree: Any) -> Any:
+    """Shapes and dtypes in place of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

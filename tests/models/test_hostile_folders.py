@@ -1,0 +1,116 @@
+"""Folders of every family with hostile values in their JSON: a processor, or one clear line."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mquant_jax.errors import UserError
+from mquant_jax.models.registry import family_for
+from tests.helpers import GOLDENS
+from tests.hf_folders import write_tokenizer
+from tests.models import (
+    test_cogvlm2_processing,
+    test_glm4v_processing,
+    test_internvl_processing,
+    test_minicpmv_processing,
+    test_qwen2_vl_processing,
+    test_qwen_vl_processing,
+)
+from tests.models.test_config_keys import HOSTILE
+
+# File -> keys that are worth a try: those that we read, those that transformers reads.
+KEYS = {
+    "config.json": ("eos_token_id", "template", "template_version", "slice_config", "model_type"),
+    "generation_config.json": ("eos_token_id", "chat_format", "max_window_size", "temperature"),
+    "preprocessor_config.json": (
+        "size", "min_pixels", "max_pixels", "image_mean", "image_std", "norm_mean", "norm_std",
+        "patch_size", "merge_size", "min_patches", "max_patches", "max_slice_nums", "im_start",
+        "scale_resolution", "do_rescale", "rescale_factor", "resample", "use_image_id",
+        "image_processor_type",
+    ),
+    "processor_config.json": ("image_processor", "video_processor", "chat_template"),
+    "tokenizer_config.json": (
+        "chat_template", "added_tokens_decoder", "bos_token", "eos_token", "pad_token",
+        "tokenizer_class", "model_max_length", "add_bos_token", "extra_special_tokens",
+        "additional_special_tokens", "padding_side", "auto_map",
+    ),
+    "special_tokens_map.json": ("bos_token", "eos_token", "additional_special_tokens"),
+    "added_tokens.json": ("<extra>",),
+    "chat_template.json": ("chat_template",),
+    "video_preprocessor_config.json": ("patch_size", "max_pixels"),
+}  # fmt: skip
+
+
+def qwen2_vl(folder: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(GOLDENS / "qwen2_vl" / "public" / name, folder / name)
+    write_tokenizer(folder, test_qwen2_vl_processing.SPECIAL, 384, eos_token="<|im_end|>")
+
+
+def qwen_vl(folder: Path) -> None:
+    shutil.copy(GOLDENS / "qwen_vl" / "public" / "config.json", folder / "config.json")
+    write_tokenizer(folder, test_qwen_vl_processing.GOLDEN_TOKENS, 290, eos_token="<|endoftext|>")
+
+
+def llama(folder: Path) -> None:
+    shutil.copy(GOLDENS / "llama" / "public" / "config.json", folder / "config.json")
+    write_tokenizer(folder, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), first=300)
+
+
+MAKERS: dict[str, Callable[[Path], Any]] = {
+    "cogvlm2": test_cogvlm2_processing.make_folder,
+    "glm4v": test_glm4v_processing.make_folder,
+    "internvl": lambda f: test_internvl_processing.make_folder(f, "internvl/public"),
+    "internvl2": lambda f: test_internvl_processing.make_folder(f, "internvl2/public"),
+    "llama": llama,
+    "minicpmv": test_minicpmv_processing.make_folder,
+    "qwen2_vl": qwen2_vl,
+    "qwen_vl": qwen_vl,
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def made(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    MAKERS[request.param](folder)
+    check(folder)
+    return folder
+
+
+def check(folder: Path) -> None:
+    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = family_for(hf)
+    family.check_processor(folder, family.config_from_hf(hf))
+
+
+def try_values(made: Path, seed: int, count: int) -> int:
+    """Refusals among ``count`` single changes; anything but a :class:`UserError` is a failure."""
+    rng, refused = random.Random(seed), 0
+    for _ in range(count):
+        name = rng.choice(list(KEYS))
+        key, value = rng.choice(KEYS[name]), rng.choice(HOSTILE)
+        path = made / name
+        before = path.read_bytes() if path.exists() else None
+        data = json.loads(before) if before else {}
+        if isinstance(value, int) and value.bit_length() > 1000:
+            continue  # such numbers are no JSON that Python would write
+        path.write_text(json.dumps(data | {key: value}), encoding="utf-8")
+        try:
+            check(made)
+        except UserError as e:
+            refused += 1
+            assert "\n" not in str(e) and len(str(e)) < 800, e
+        finally:
+            path.unlink() if before is None else path.write_bytes(before)
+    return refused
+
+
+def test_hostile_values(made) -> None:
+    assert 3 <= try_values(made, 0, 25)
