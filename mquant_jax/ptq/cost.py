@@ -117,8 +117,8 @@ def cost(plan: LayerPlan, data: Data, gflops: float, constants: Constants = CONS
 
 
 def measured_gflops(size: int = 512, rounds: int = 20) -> float:
-    """The best rate of a float32 product of two matrices here; short ones, so that others who use the
-    machine disturb some of them only."""
+    """The best rate of a float32 product of two matrices; short ones, of which others who use the
+    machine disturb some only."""
     a = np.ones((size, size), np.float32)
     seconds = []
     for _ in range(rounds):
