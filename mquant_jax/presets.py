@@ -20,11 +20,9 @@ _W4A8 = Section(4, None, "static")
 _W8A8 = Section(8, None, "static")
 _GPTQ = Weights(method="gptq")
 # The head stays at 8 bits: it is small in compute, large in bytes read per generated token, and
-# its errors go straight into the logits. Where the embedding is a table of its own, it would be the
-# largest tensor left; eight bits cost nothing that the beds could show (docs/accuracy.md).
-_TABLES = {"head": _W8A8, "embedding": Section(8)}
+# its errors go straight into the logits.
 _MQUANT = {
-    **_TABLES,
+    "head": _W8A8,
     "weights": _GPTQ,
     "balance": True,
     "rotate": True,
@@ -38,7 +36,7 @@ PRESETS: dict[str, Recipe] = {
     # Needs the float and the quantised language model in memory, and time for gradients.
     "w4a8-tuned": _uniform("w4a8-tuned", _W4A8, tune=Tuning(epochs=2), **_MQUANT),
     "w4a8-v8": _uniform("w4a8-v8", _W4A8, vision=_W8A8, connector=_W8A8, **_MQUANT),
-    "w4a8-rtn": _uniform("w4a8-rtn", _W4A8, **_TABLES),
+    "w4a8-rtn": _uniform("w4a8-rtn", _W4A8, head=_W8A8),
     "w4a8-dynamic": _uniform(
         "w4a8-dynamic",
         Section(4, None, "dynamic"),
