@@ -20,7 +20,7 @@ from mquant_jax.loading import model_bytes
 from mquant_jax.models.base import Family, abstract_model
 from mquant_jax.models.registry import family_for
 from mquant_jax.ptq.convert import read_config
-from mquant_jax.ptq.cost import Cost, Data, cost, measured_gflops
+from mquant_jax.ptq.cost import Cost, Data, base_bytes, cost, measured_gflops
 from mquant_jax.recipe import Recipe
 from mquant_jax.report.plan import summary, table
 from mquant_jax.runtime.memory import MemoryPlan, memory_plan
@@ -33,8 +33,9 @@ class DryRun:
     """A plan and what it is expected to take.
 
     Attributes:
-        read_back_bytes: memory that running the result once takes, at the end of a conversion; it
-            is left out where there is not so much.
+        read_back_bytes: memory that running the result once takes, at the end of a conversion and
+            beside what the conversion has not given back; it is left out where there is not so
+            much.
         free_bytes: memory that is free now; ``None``: the system does not say.
         fits: for each device asked for, what the result takes there.
     """
@@ -51,7 +52,8 @@ class DryRun:
     def peak_bytes(self) -> int:
         """Memory that the conversion is expected to take on this machine."""
         runs = self.free_bytes is None or self.read_back_bytes <= self.free_bytes
-        return max(self.cost.peak_bytes, self.read_back_bytes if runs else 0)
+        base = base_bytes(self.plan.recipe)
+        return max(self.cost.peak_bytes, base + self.read_back_bytes if runs else 0)
 
     def to_json(self) -> dict[str, Any]:
         cost = dataclasses.asdict(self.cost)
@@ -69,9 +71,9 @@ class DryRun:
         plan, c = self.plan, self.cost
         lines = [f"{plan.family}, recipe {plan.recipe.name}", "", table(plan), ""]
         lines.append(
-            f"memory: {c.peak_bytes / _GIB:.1f} GiB, reached at {c.peak_part}; running the result "
-            f"at the end takes {self.read_back_bytes / _GIB:.1f} GiB and is left out if they are "
-            "not free"
+            f"memory: {self.peak_bytes / _GIB:.1f} GiB; {c.peak_bytes / _GIB:.1f} GiB of them for "
+            f"the conversion, reached at {c.peak_part}; the rest is for running the result at the "
+            "end, which is left out if it is not free"
         )
         hours = c.seconds / 3600
         span = f"{hours:.1f} hours" if hours >= 2 else f"{c.seconds / 60:.0f} minutes"

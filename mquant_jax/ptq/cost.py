@@ -109,16 +109,21 @@ def cost(plan: LayerPlan, data: Data, gflops: float, constants: Constants = CONS
     }
     peak_part = max(sizes, key=lambda name: sum(sizes[name]))
     part_bytes, states = sizes[peak_part]
-    base = constants.base if given else constants.base_alone
+    base = base_bytes(plan.recipe, constants)
     seconds = sum(_part_seconds(p, plan, data, gflops * 1e9, constants) for p in plan.parts)
     return Cost(
         base + states + part_bytes, peak_part, part_bytes, states, constants.start + seconds
     )
 
 
+def base_bytes(recipe: Recipe, constants: Constants = CONSTANTS) -> int:
+    """What a conversion takes whatever the model, and has not given back at its end."""
+    return constants.base if recipe.needs_calibration else constants.base_alone
+
+
 def measured_gflops(size: int = 512, rounds: int = 20) -> float:
-    """The best rate of a float32 product of two matrices; short ones, of which others who use the
-    machine disturb some only."""
+    """The best rate of a float32 product of two matrices here; short ones, so that other users of
+    the machine disturb some of them only."""
     a = np.ones((size, size), np.float32)
     seconds = []
     for _ in range(rounds):
