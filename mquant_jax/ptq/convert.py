@@ -64,7 +64,7 @@ def convert(
     family = family_for(reader.config, src / "config.json")
     config = read_config(family, reader)
     todo = plan(family, config, reader)
-    _check_recipe(family, todo, recipe)
+    check_recipe(family, todo, recipe)
     check_ties(config, todo, reader)
     family.check_processor(reader.folder, todo.config)
     ledger: JournalLedger | None = None
@@ -161,7 +161,7 @@ def read_config(family: Family, reader: Reader) -> Config:
     return config
 
 
-def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
+def check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
     """Shapes and recipe fit together (group sizes divide, say).
 
     Raises:
