@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mquant_jax.errors import UserError
-from mquant_jax.files import check_regular, is_file, read_json_if_any, read_text
+from mquant_jax.files import MOST_BYTES, check_regular, is_file, read_json_if_any, read_text
 from mquant_jax.schema import shown, token_ids, whole
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -37,7 +37,7 @@ def check_readable(folder: Path) -> None:
     """
     for name in ("tokenizer.json", "chat_template.jinja"):
         if os.path.lexists(folder / name):
-            check_regular(folder / name)
+            check_regular(folder / name, MOST_BYTES)
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
         read_json_if_any(folder / name)
     chat_template(folder)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz.bed import build
-from benchmarks.fuzz.kinds import KINDS, kind_of
+from benchmarks.fuzz.kinds import KINDS, kind_of, run_case
 from benchmarks.fuzz.pool import DEFAULT, FAULTS, OUTCOMES, Limits, Pool
 from benchmarks.output import add_output_options, deliver
 from mquant_jax.cli_support import FAILED, OK, Parser, progress, run_cli
@@ -49,7 +49,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="mquant-fuzz-") as folder:
         bed = Path(folder) / "bed"
         build(bed)
-        with Pool(bed, seed, limits) as pool:
+        with Pool(bed, seed, limits, run_case) as pool:
             for case in cases:
                 found = {"case": case, "kind": kind_of(case)} | pool.run(case)
                 counts = kinds[found["kind"]]
@@ -88,6 +88,16 @@ def described(found: dict[str, Any]) -> str:
     return " | ".join(part for part in parts if part)
 
 
+def _again(case: int, seed: int, limits: Limits) -> int:
+    """One case alone; its exit status."""
+    with tempfile.TemporaryDirectory(prefix="mquant-fuzz-") as folder:
+        build(Path(folder) / "bed")
+        with Pool(Path(folder) / "bed", seed, limits, run_case) as pool:
+            found = {"case": case, "kind": kind_of(case)} | pool.run(case)
+    print(described(found))
+    return FAILED if found["outcome"] in FAULTS else OK
+
+
 def _kinds(text: str) -> set[str]:
     wanted = set(text.split(","))
     if unknown := wanted - set(KINDS):
@@ -115,12 +125,7 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     limits = Limits(args.seconds, args.megabytes << 20)
     if args.case is not None:
-        with tempfile.TemporaryDirectory(prefix="mquant-fuzz-") as folder:
-            build(Path(folder) / "bed")
-            with Pool(Path(folder) / "bed", args.seed, limits) as pool:
-                found = {"case": args.case, "kind": kind_of(args.case)} | pool.run(args.case)
-        print(described(found))
-        return FAILED if found["outcome"] in FAULTS else OK
+        return _again(args.case, args.seed, limits)
     say = (lambda fault: None) if args.json else (lambda fault: print(described(fault), flush=True))
     cases = progress(_wanted(args), "cases")
     result = run(cases, args.seed, limits, say)

@@ -208,7 +208,7 @@ def _no_picture(rng: Random, path: Path, notes: Notes) -> Any:
                     rng.choice((0, 7, 0.5, -1, np.nan, 1e30, True)))  # fmt: skip
     choices = (
         name, f"{path}{name}", path.parent / name.replace("\0", "0"), "data:" + name,
-        "data:image/png;base64," + name, json.loads(rng.choice(VALUES[:20])), array,
+        "data:image/png;base64," + name, json.loads(rng.choice(VALUES[:19])), array,
         array.astype(np.float16), open, object(), rng.randbytes(50),
     )  # fmt: skip
     value = rng.choice(choices)
@@ -255,7 +255,7 @@ def _converted(rng: Random, bed: Bed, notes: Notes) -> None:
         _reseal(rng, bed, manifest, notes)
     else:
         _damage_file(rng, bed, target, notes)
-    changed = target.is_symlink() or not target.is_file() or target.read_bytes() != before
+    changed = target.is_symlink() or not target.is_file() or not _holds(target, before)
     border = rng.random()
     if border < 0.2:
         examine(folder)
@@ -266,6 +266,10 @@ def _converted(rng: Random, bed: Bed, notes: Notes) -> None:
         load_params(folder, verify)
     if verify is True and changed and target != manifest and folder.name != "v2":
         raise AssertionError(f"{target.name} was changed, and the checkpoint is accepted")
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.stat().st_size == len(data) and path.read_bytes() == data
 
 
 def _reseal(rng: Random, bed: Bed, path: Path, notes: Notes) -> None:

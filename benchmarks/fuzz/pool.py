@@ -14,8 +14,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from benchmarks.fuzz.bed import Bed
 from mquant_jax.errors import UserError
 
+Run = Callable[[int, int, Bed, list[str]], None]
 ACCEPTED, REFUSED, UNCLEAR, HANG, MEMORY = OUTCOMES = (
     "accepted", "refused", "unclear", "hang", "memory",
 )  # fmt: skip
@@ -69,10 +71,11 @@ class Pool:
     Args:
         bed: folder of valid material; each process works on a copy.
         seed: of all cases.
+        run: ``(case, seed, bed, notes)``; a function of a module, as the process imports it.
     """
 
-    def __init__(self, bed: Path, seed: int, limits: Limits):
-        self._bed, self._seed, self._limits = bed, seed, limits
+    def __init__(self, bed: Path, seed: int, limits: Limits, run: Run):
+        self._bed, self._seed, self._limits, self._run = bed, seed, limits, run
         self._process: Any = None
         self._pipe: Any = None
 
@@ -116,7 +119,7 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, self._bed, self._seed), daemon=True
+            target=_serve, args=(theirs, self._bed, self._seed, self._run), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -131,11 +134,8 @@ class Pool:
             self._process = None
 
 
-def _serve(pipe: Connection, pristine: Path, seed: int) -> None:
+def _serve(pipe: Connection, pristine: Path, seed: int, run: Run) -> None:
     """The process: case numbers in, what comes of them out."""
-    from benchmarks.fuzz.bed import Bed
-    from benchmarks.fuzz.kinds import run_case
-
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)  # warnings, and what decoders print
@@ -146,7 +146,7 @@ def _serve(pipe: Connection, pristine: Path, seed: int) -> None:
         while True:
             case, notes = pipe.recv(), list[str]()
             _forget_peak()
-            found = judge(lambda case=case, notes=notes: run_case(case, seed, bed, notes))
+            found = judge(lambda case=case, notes=notes: run(case, seed, bed, notes))
             bed.restore()
             pipe.send(found | {"notes": notes, "peak": _peak()})
 

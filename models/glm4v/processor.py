@@ -19,6 +19,7 @@ from mquant_jax.models.glm4v.processing import collate
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
 
 from mquant_jax.errors import UserError
+from mquant_jax.files import is_file
 from mquant_jax.validate import text as checked_text
 
 # What a word is to the tokenizer; in the published code, and in no file.
@@ -54,7 +55,7 @@ class GLM4VProcessor(OnePictureChat):
     @functools.cached_property
     def tokenizer(self):
         """The folder's tokenizer, its special tokens checked."""
-        if (self.folder / "tokenizer.json").is_file():
+        if is_file(self.folder / "tokenizer.json"):
             tokenizer = super().tokenizer
         else:
             ranks = read_ranks(self.folder / "tokenizer.model")

@@ -26,7 +26,7 @@ from mquant_jax.models.squares import patchify, squeeze
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
 
 from mquant_jax.errors import UserError
-from mquant_jax.files import read_json_if_any
+from mquant_jax.files import is_file, read_json_if_any
 from mquant_jax.schema import Schema, choice, whole
 
 # What a word is to the tokenizer; in the published code, and in no file.
@@ -72,7 +72,7 @@ class QwenVLProcessor(ChatFolder):
     def tokenizer(self):
         """The folder's tokenizer, its special tokens checked."""
         path = self.folder / self.NEEDED[0]
-        if path.is_file():
+        if is_file(path):
             ranks = read_ranks(path)
             special = {token: len(ranks) + i for i, token in enumerate((*_CHAT, *_TAGS))}
             kind = import_transformers().PreTrainedTokenizerFast

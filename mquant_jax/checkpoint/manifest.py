@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from mquant_jax.errors import CheckpointError
+from mquant_jax.errors import CheckpointError, UserError
+from mquant_jax.files import is_file, is_folder, read_json
 
 # Also of what a model does with its tensors, such as the rotations that `plan_rotation` gives.
 FORMAT_VERSION, READABLE = 3, (2, 3)
@@ -47,10 +48,10 @@ def load_manifest(folder: str | Path, verify: Verify = True) -> dict[str, Any]:
         CheckpointError: no folder, no manifest, damaged, edited, or of another format version.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CheckpointError(f"{folder}: no such folder; expected a converted checkpoint")
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(
             f"{folder}: holds no {MANIFEST}; expected a checkpoint that "
             "`python -m mquant_jax convert` wrote"
@@ -82,16 +83,9 @@ def load_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged.
     """
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path}: no such file; {CONVERT_AGAIN}") from e
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON: {e}; {CONVERT_AGAIN}") from e
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object; {CONVERT_AGAIN}")
-    return data
+        return read_json(path)
+    except UserError as e:
+        raise CheckpointError(f"{e}; {CONVERT_AGAIN}") from e
 
 
 def json_bytes(data: dict[str, Any]) -> bytes:
@@ -117,6 +111,8 @@ def refuse(where: Path, misfits: Sequence[str], cure: str = CONVERT_AGAIN) -> No
 
 def _misfits(manifest: dict[str, Any]) -> Iterator[str]:
     """What is missing or impossible in the tables of format 3."""
+    if not isinstance(manifest.get("source", {}), dict):
+        yield "source is damaged"
     for part, entry in manifest["parts"].items():
         yield from _wrong(entry, {**_FILE, "file": str}, f"parts.{part}")
         if isinstance(entry, dict) and entry.get("file") != f"{PARAMS}/{part}.safetensors":
