@@ -18,7 +18,7 @@ from mquant_jax.models.base import Prompt
 from mquant_jax.models.prompts import check_ids
 from mquant_jax.models.template import ChatTemplate
 
-from mquant_jax.errors import PromptError, UserError
+from mquant_jax.errors import PromptError, PromptTooLong, UserError
 from mquant_jax.files import is_file, read_json_if_any
 from mquant_jax.validate import listed
 from mquant_jax.validate import text as checked_text
@@ -187,11 +187,13 @@ class ChatFolder:
         if not chat:
             raise UserError("messages: the list is empty; a conversation must end with a message "
                             "of role 'user'")  # fmt: skip
-        return (
-            chat,
-            listed(images, "images", "pictures", ndim=4),
-            listed(videos, "videos", "clips", ndim=5),
-        )
+        images = listed(images, "images", "pictures", ndim=4)
+        videos = listed(videos, "videos", "clips", ndim=5)
+        most = self.config.language.max_positions
+        if (given := len(images) + len(videos)) > most:  # each takes one token at least
+            raise PromptTooLong(f"{given} pictures and clips in one prompt, while the model's "
+                                f"context is {most} tokens; give fewer")  # fmt: skip
+        return chat, images, videos
 
     def made(
         self,

@@ -119,7 +119,12 @@ def _run(argv: list[str]) -> int:
     add("--seed", type=int, default=0, help="default 0")
     add("--kinds", metavar="A,B", help=f"default all: {', '.join(KINDS)}")
     add("--case", type=int, metavar="K", help="run this case alone and show what it did")
-    add("--seconds", type=float, default=60.0, help="limit of a case; default %(default)s")
+    add(
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="processor time of a case; default %(default)s",
+    )
     add("--megabytes", type=int, default=1024, help="of growth; default %(default)s")
     add_output_options(parser)
     args = parser.parse_args(argv)

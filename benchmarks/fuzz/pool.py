@@ -29,7 +29,8 @@ _TIRED = 3 << 30  # bytes at which a process is replaced between cases: programs
 
 
 class Limits(NamedTuple):
-    """Of one case: wall-clock seconds, and bytes that the process may grow by."""
+    """Of one case: seconds of processor time, which other load does not lengthen (and ten times as
+    many on the clock, for what waits), and bytes that the process may grow by."""
 
     seconds: float = 60.0
     grown: int = 1 << 30
@@ -90,20 +91,22 @@ class Pool:
         if self._process is None:
             self._start()
         began, before = time.monotonic(), resident(self._process.pid)
+        spent = processor_time(self._process.pid)
         self._pipe.send(case)
         while not self._pipe.poll(_POLL):
-            seconds, grown = time.monotonic() - began, resident(self._process.pid) - before
-            if seconds > self._limits.seconds:
-                return self._lost(case, HANG, f"{seconds:.0f} s", seconds)
+            waited, grown = time.monotonic() - began, resident(self._process.pid) - before
+            seconds = processor_time(self._process.pid) - spent
+            if seconds > self._limits.seconds or waited > 10 * self._limits.seconds:
+                return self._lost(HANG, f"{seconds:.0f} s, {waited:.0f} on the clock", seconds)
             if grown > self._limits.grown:
-                return self._lost(case, MEMORY, f"grew by {grown >> 20} MiB", seconds)
+                return self._lost(MEMORY, f"grew by {grown >> 20} MiB", seconds)
         try:
             found = self._pipe.recv()
         except EOFError:
             self._process.join()
             code = self._process.exitcode
-            return self._lost(case, UNCLEAR, f"the process died: {code}", time.monotonic() - began)
-        found["seconds"] = time.monotonic() - began
+            return self._lost(UNCLEAR, f"the process died: {code}", 0.0)
+        found["seconds"] = processor_time(self._process.pid) - spent
         grown = found.pop("peak") - before
         if grown > self._limits.grown:
             found |= {"outcome": MEMORY, "error": f"grew by {grown >> 20} MiB: {found['error']}"}
@@ -111,7 +114,7 @@ class Pool:
             self._stop()
         return found
 
-    def _lost(self, case: int, outcome: str, error: str, seconds: float) -> dict[str, Any]:
+    def _lost(self, outcome: str, error: str, seconds: float) -> dict[str, Any]:
         self._stop()
         return {"outcome": outcome, "error": error, "where": "", "notes": [], "seconds": seconds}
 
@@ -163,6 +166,15 @@ def resident(pid: int) -> int:
     except (OSError, IndexError):
         return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that a process has run; 0 where Linux does not say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _forget_peak() -> None:
