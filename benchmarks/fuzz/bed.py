@@ -181,7 +181,9 @@ def _processor_folder(folder: Path, name: str) -> None:
         hf = json.loads(path.read_text(encoding="utf-8"))
         hf |= {"vocab_size": 480, "visual": hf["visual"] | {"image_start_id": 474}}
         path.write_text(json.dumps(hf), encoding="utf-8")
-        (folder / "generation_config.json").write_text('{"chat_format": "chatml"}')
+        (folder / "generation_config.json").write_text(
+            '{"chat_format": "chatml"}', encoding="utf-8"
+        )
 
 
 def _pictures() -> dict[str, bytes]:
