@@ -75,13 +75,11 @@ class ChatFolder:
                 else chat_files.bpe_tokenizer(self.folder, kind)
             )
         chat_files.check_readable(self.folder)
-        try:
+        with chat_files.loading(path):
             # The length is the model's matter: the tokenizer's own would only be warned about.
             return kind.from_pretrained(
                 self.folder, local_files_only=True, model_max_length=_ANY_LENGTH
             )
-        except Exception as e:  # the tokenizers library raises bare Exception
-            raise UserError(f"{path}: cannot be loaded: {one_line(e)}") from e
 
     def _sentencepiece(self, kind: Any):
         """The tokenizer of a folder with tokenizer.model alone."""
@@ -89,10 +87,12 @@ class ChatFolder:
 
         config = read_json_if_any(self.folder / chat_files.TOKENIZER_CONFIG)
         names = chat_files.special_tokens(self.folder)
-        pieces = read_pieces(self.folder / "tokenizer.model")
+        path = self.folder / "tokenizer.model"
+        pieces = read_pieces(path)
         bos = names.get("bos_token", "<s>") if config.get("add_bos_token", True) else None
         added = chat_files.added_tokens(self.folder)
-        return kind(tokenizer_object=build_tokenizer(pieces, added, bos), **names)
+        with chat_files.loading(path):
+            return kind(tokenizer_object=build_tokenizer(pieces, added, bos), **names)
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate | None:

@@ -129,7 +129,7 @@ def build(root: Path) -> None:
         for name in ("config.json", "model.safetensors"):
             shutil.copy(GOLDENS / case / name, folder)
     for name in PROCESSORS:
-        _processor_folder(root / "processors" / name, name)
+        processor_folder(root / "processors" / name, name)
     (root / "pictures").mkdir()
     for name, data in _pictures().items():
         (root / "pictures" / name).write_bytes(data)
@@ -149,7 +149,8 @@ def _small_config() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _processor_folder(folder: Path, name: str) -> None:
+def processor_folder(folder: Path, name: str) -> None:
+    """A new folder with all that one of :data:`PROCESSORS` needs; no weights."""
     folder.mkdir(parents=True)
     if name in _TOKENIZERS:
         case, first, tokens = _TOKENIZERS[name]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from mquant_jax.models import chat_files
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import (
     ChatFolder,
@@ -76,9 +77,9 @@ class QwenVLProcessor(ChatFolder):
             ranks = read_ranks(path)
             special = {token: len(ranks) + i for i, token in enumerate((*_CHAT, *_TAGS))}
             kind = import_transformers().PreTrainedTokenizerFast
-            tokenizer = kind(
-                tokenizer_object=build_tokenizer(ranks, PATTERN, special), pad_token=END_OF_TEXT
-            )
+            with chat_files.loading(path):
+                raw = build_tokenizer(ranks, PATTERN, special)
+                tokenizer = kind(tokenizer_object=raw, pad_token=END_OF_TEXT)
         else:
             path, tokenizer = self.folder / "tokenizer.json", super().tokenizer
         known, c = tokenizer.get_vocab(), self.config

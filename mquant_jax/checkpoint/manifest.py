@@ -21,13 +21,14 @@ from typing import Any, Literal, NoReturn
 
 from mquant_jax.errors import CheckpointError, UserError
 from mquant_jax.files import is_file, is_folder, read_json
+from mquant_jax.validate import shortened
 
 # Also of what a model does with its tensors, such as the rotations that `plan_rotation` gives.
 FORMAT_VERSION, READABLE = 3, (2, 3)
 MANIFEST, CONFIG, PARAMS, REPORT = "mquant.json", "config.json", "params", "report.json"
 CONVERT_AGAIN = "convert the model again"
 EDITED = 'where an edit is yours, pass verify="tensors" (on a command line --no-verify)'
-_SHOWN = 10
+_SHOWN, _LONGEST = 10, 400  # misfits in a message, characters of each
 # True: files are what was written; "tensors": JSON files may be edited; False: only sizes count.
 Verify = Literal[True, False, "tensors"]
 
@@ -105,8 +106,9 @@ def refuse(where: Path, misfits: Sequence[str], cure: str = CONVERT_AGAIN) -> No
     Raises:
         CheckpointError: names the misfits, ten at most.
     """
+    shown = [shortened(text, _LONGEST) for text in misfits[:_SHOWN]]
     more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
-    raise CheckpointError(f"{where}: {'; '.join(misfits[:_SHOWN])}{more}; {cure}")
+    raise CheckpointError(f"{where}: {'; '.join(shown)}{more}; {cure}")
 
 
 def _misfits(manifest: dict[str, Any]) -> Iterator[str]:
