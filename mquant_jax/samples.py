@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -158,8 +157,14 @@ def _lines(path: Path) -> Iterable[tuple[int, str]]:
     Raises:
         UserError: no such file, no regular one, or not UTF-8.
     """
-    if not os.path.lexists(path):
-        raise UserError(f"{path}: no such file; expected JSONL with image, question and answer")
+    try:
+        path.stat()
+    except FileNotFoundError as e:
+        raise UserError(
+            f"{path}: no such file; expected JSONL with image, question and answer"
+        ) from e
+    except (OSError, ValueError):
+        pass  # the reader says why
     data = read_bytes(path, _MOST_BYTES)
     try:
         text = data.decode("utf-8-sig")
