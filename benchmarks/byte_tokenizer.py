@@ -8,8 +8,9 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from mquant_jax.models.tiktoken import byte_letters
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from mquant_jax.models.tiktoken import byte_letters
 
 
 def write_tokenizer(folder: Path, special: Sequence[str], first: int, **config: str) -> None:

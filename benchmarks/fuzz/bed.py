@@ -11,7 +11,6 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from mquant_jax.models.registry import family_for
 from PIL import Image, PngImagePlugin, features
 
 import mquant_jax as mq
@@ -23,6 +22,7 @@ from benchmarks.byte_tokenizer import (
 )
 from benchmarks.fuzz.damage import remove, special_file
 from benchmarks.random_checkpoint import write_folder
+from mquant_jax.models.registry import family_for
 from mquant_jax.recipe import Recipe, Section
 from mquant_jax.samples import DEMO_ASSETS
 

@@ -13,8 +13,6 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from mquant_jax.models.images import load_image
-from mquant_jax.models.registry import family_for
 
 import mquant_jax as mq
 from benchmarks.fuzz.bed import CHECKPOINTS, CONFIGS, PROCESSORS, Bed, family_of
@@ -26,9 +24,12 @@ from mquant_jax.checkpoint.manifest import MANIFEST, Verify, content_hash
 from mquant_jax.checkpoint.plan import plan
 from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.checkpoint.source import INDEX, SINGLE, Reader
+from mquant_jax.layer_plan import target_model
+from mquant_jax.models.images import load_image
+from mquant_jax.models.registry import family_for
 from mquant_jax.presets import RECIPES, resolve_recipe
 from mquant_jax.ptq.calibration_data import with_answer
-from mquant_jax.ptq.convert import check_recipe, check_ties, read_config
+from mquant_jax.ptq.convert import check_ties, read_config
 from mquant_jax.samples import each, read_samples
 
 # Keys that readers know beside those that are in the files.
@@ -103,7 +104,7 @@ def _config(rng: Random, bed: Bed, notes: Notes) -> None:
     _damage_file(rng, bed, folder / "config.json", notes)
     family, todo, _ = _read_source(folder)
     if rng.random() < 0.1:
-        check_recipe(family, todo, RECIPES["float"])
+        target_model(family, todo.config, RECIPES["float"])
     if rng.random() < 1 / 200:
         _convert(bed, folder, "float")
 
@@ -153,7 +154,7 @@ def _recipe(rng: Random, bed: Bed, notes: Notes) -> None:
     folder = bed.root / "tiny"
     if rng.random() < 0.3:
         family, todo, _ = _read_source(folder)
-        check_recipe(family, todo, recipe)
+        target_model(family, todo.config, recipe)
     if rng.random() < 1 / 60:
         _convert(bed, folder, recipe)
 

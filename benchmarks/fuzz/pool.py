@@ -126,8 +126,12 @@ class Pool:
         )
         self._process.start()
         theirs.close()
-        if not self._pipe.poll(_START) or self._pipe.recv() != "ready":
-            raise UserError(f"the process that runs cases was not ready in {_START:.0f} s")
+        try:
+            ready = self._pipe.poll(_START) and self._pipe.recv()
+        except EOFError:
+            ready = False
+        if not ready:
+            raise UserError(f"the process that runs cases died or was not ready in {_START:.0f} s")
 
     def _stop(self) -> None:
         if self._process is not None:

@@ -6,7 +6,6 @@ import json
 import os
 
 import pytest
-from mquant_jax.models.chat_files import check_readable
 
 import mquant_jax as mq
 from mquant_jax.checkpoint.check import examine
@@ -16,6 +15,7 @@ from mquant_jax.checkpoint.source import Reader
 from mquant_jax.checkpoint.writer import save
 from mquant_jax.errors import CheckpointError, PromptTooLong, UserError
 from mquant_jax.files import is_file, is_folder, read_json
+from mquant_jax.models.chat_files import check_readable
 from mquant_jax.presets import PRESETS
 from mquant_jax.samples import read_samples
 from tests.hf_folders import hf_folder
