@@ -71,7 +71,11 @@ def write(
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
-    hf = cut_config(model, layers, vocab)
+    return write_folder(out, cut_config(model, layers, vocab), seed, shards)
+
+
+def write_folder(out: Path, hf: dict[str, Any], seed: int = 0, shards: int = 1) -> int:
+    """:func:`write` of any Qwen2-VL config.json."""
     shapes = {r.src: r.src_shape for r in weight_rules(Qwen2VLConfig.from_hf(hf))}
     out.mkdir(parents=True)
     for file in (DEMO_ASSETS / "model").iterdir():

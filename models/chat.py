@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mquant_jax.errors import PromptError, UserError
+from mquant_jax.errors import PromptError, PromptTooLong, UserError
 from mquant_jax.files import is_file, read_json_if_any
 from mquant_jax.models import chat_files
 from mquant_jax.models.base import Prompt
@@ -75,13 +75,11 @@ class ChatFolder:
                 else chat_files.bpe_tokenizer(self.folder, kind)
             )
         chat_files.check_readable(self.folder)
-        try:
+        with chat_files.loading(path):
             # The length is the model's matter: the tokenizer's own would only be warned about.
             return kind.from_pretrained(
                 self.folder, local_files_only=True, model_max_length=_ANY_LENGTH
             )
-        except Exception as e:  # the tokenizers library raises bare Exception
-            raise UserError(f"{path}: cannot be loaded: {one_line(e)}") from e
 
     def _sentencepiece(self, kind: Any):
         """The tokenizer of a folder with tokenizer.model alone."""
@@ -89,10 +87,12 @@ class ChatFolder:
 
         config = read_json_if_any(self.folder / chat_files.TOKENIZER_CONFIG)
         names = chat_files.special_tokens(self.folder)
-        pieces = read_pieces(self.folder / "tokenizer.model")
+        path = self.folder / "tokenizer.model"
+        pieces = read_pieces(path)
         bos = names.get("bos_token", "<s>") if config.get("add_bos_token", True) else None
         added = chat_files.added_tokens(self.folder)
-        return kind(tokenizer_object=build_tokenizer(pieces, added, bos), **names)
+        with chat_files.loading(path):
+            return kind(tokenizer_object=build_tokenizer(pieces, added, bos), **names)
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -187,11 +187,13 @@ class ChatFolder:
         if not chat:
             raise UserError("messages: the list is empty; a conversation must end with a message "
                             "of role 'user'")  # fmt: skip
-        return (
-            chat,
-            listed(images, "images", "pictures", ndim=4),
-            listed(videos, "videos", "clips", ndim=5),
-        )
+        images = listed(images, "images", "pictures", ndim=4)
+        videos = listed(videos, "videos", "clips", ndim=5)
+        most = self.config.language.max_positions
+        if (given := len(images) + len(videos)) > most:  # each takes one token at least
+            raise PromptTooLong(f"{given} pictures and clips in one prompt, while the model's "
+                                f"context is {most} tokens; give fewer")  # fmt: skip
+        return chat, images, videos
 
     def made(
         self,

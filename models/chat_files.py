@@ -5,15 +5,16 @@ Nothing here touches the network or runs code from the folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mquant_jax.errors import UserError
-from mquant_jax.files import check_regular, is_file, read_json_if_any, read_text
+from mquant_jax.files import MOST_BYTES, check_regular, is_file, read_json_if_any, read_text
 from mquant_jax.schema import token_ids, whole
-from mquant_jax.validate import shown
+from mquant_jax.validate import shortened, shown
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -23,6 +24,22 @@ _BPE_CLASSES = ("Qwen2Tokenizer", "GPT2Tokenizer")
 _ID = whole(low=0, high=2**24)
 _UNNAMED = {"unk_token": None, "bos_token": None, "eos_token": None, "pad_token": None}
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@contextlib.contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Around what the tokenizers library and transformers do with the content of files.
+
+    Raises:
+        UserError: in place of whatever they raise, which is bare Exception at times.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        what = shortened(e, 300) or type(e).__name__
+        raise UserError(f"{path}: cannot be loaded: {what}") from e
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -38,7 +55,7 @@ def check_readable(folder: Path) -> None:
     """
     for name in ("tokenizer.json", "chat_template.jinja"):
         if os.path.lexists(folder / name):
-            check_regular(folder / name)
+            check_regular(folder / name, MOST_BYTES)
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
         read_json_if_any(folder / name)
     chat_template(folder)
@@ -183,13 +200,12 @@ def bpe_tokenizer(folder: Path, kind: Any) -> Any:
     vocab = read_json_if_any(folder / "vocab.json")
     lines = read_text(folder / "merges.txt").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    try:
+    with loading(folder / "vocab.json"):
         raw = getattr(transformers, name)(vocab=vocab, merges=merges, **_UNNAMED)
         raw = raw.backend_tokenizer
-    except Exception as e:  # the tokenizers library raises bare Exception
-        raise UserError(f"{folder / 'vocab.json'}: cannot be loaded: {e}") from e
-    _add(raw, added_tokens(folder), folder)
-    return kind(tokenizer_object=raw, **special_tokens(folder))
+    with loading(path):
+        _add(raw, added_tokens(folder), folder)
+        return kind(tokenizer_object=raw, **special_tokens(folder))
 
 
 def _add(tokenizer: Any, tokens: Mapping[int, Mapping[str, Any]], folder: Path) -> None:

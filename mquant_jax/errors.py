@@ -2,7 +2,20 @@
 
 
 class UserError(Exception):
-    """Bad usage or bad input: the message names the file, tensor or option and what to do."""
+    """Bad usage or bad input: the message names the file, tensor or option and what to do.
+
+    The message is one printable line whatever names and texts it quotes: line breaks become
+    spaces, and other characters that a terminal would act on or cannot encode become escapes.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__("".join(map(_printable, message)))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character in "\n\r\t\v\f" else ascii(character)[1:-1]
 
 
 class ImageError(UserError):

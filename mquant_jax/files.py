@@ -21,6 +21,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder, or a link to one, is there; a name that no folder can have is not."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """A file's content.
 
@@ -28,16 +36,12 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         UserError: no such file, not a regular one, larger than ``most`` bytes, or unreadable.
     """
     try:
-        check_regular(path)
-        with path.open("rb") as file:
-            data = file.read(most + 1)
+        check_regular(path, most)
+        return path.read_bytes()
     except FileNotFoundError as e:
         raise UserError(f"{path}: cannot be read: no such file") from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    if len(data) > most:
-        raise UserError(f"{path}: larger than {most >> 20} MiB; expected a smaller file")
-    return data
 
 
 def read_text(path: Path) -> str:
@@ -79,17 +83,20 @@ def read_json_if_any(path: Path) -> dict[str, Any]:
     return read_json(path) if os.path.lexists(path) else {}
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: Path, most: int | None = None) -> None:
     """A file, or a link to one: no folder, device, pipe or socket, reading which may never end.
 
     Raises:
-        UserError: another kind of file.
+        UserError: another kind of file, or one larger than ``most`` bytes.
         OSError: no such file.
     """
-    mode = path.stat().st_mode
+    found = path.stat()
+    mode = found.st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
         raise UserError(f"{path}: is {kind}; expected a regular file")
+    if most is not None and found.st_size > most:
+        raise UserError(f"{path}: larger than {most >> 20} MiB; expected a smaller file")
 
 
 def check_inside(path: Path) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ import numpy as np
 
 from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
+from mquant_jax.files import read_bytes
 from mquant_jax.sample_rows import Row, RowReader
 from mquant_jax.validate import count
 from mquant_jax.validate import path as checked_path
@@ -35,6 +35,7 @@ from mquant_jax.validate import path as checked_path
 DEMO_ASSETS = Path(__file__).parent / "assets" / "demo"
 BUNDLED_CALIBRATION = DEMO_ASSETS / "calibration.jsonl"
 BUNDLED_HELDOUT = DEMO_ASSETS / "heldout.jsonl"
+_MOST_BYTES = 4 << 30  # of a JSONL file, pictures in base64 included
 _LISTED = 10  # bad samples that an error message names
 T = TypeVar("T")
 
@@ -157,15 +158,14 @@ def _lines(path: Path) -> Iterable[tuple[int, str]]:
         UserError: no such file, no regular one, or not UTF-8.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path}: not a regular file; expected JSONL")
-        data = path.read_bytes()
+        path.stat()
     except FileNotFoundError as e:
         raise UserError(
             f"{path}: no such file; expected JSONL with image, question and answer"
         ) from e
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    except (OSError, ValueError):
+        pass  # the reader says why
+    data = read_bytes(path, _MOST_BYTES)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:

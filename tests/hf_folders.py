@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from benchmarks.byte_tokenizer import write_tokenizer as write_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens" / "qwen2_vl"
 Arrays = dict[str, np.ndarray]
@@ -28,22 +29,6 @@ def hf_folder(to: Path, change: Callable[[Arrays], None] | None = None, **config
         change(tensors)
         save_file(tensors, to / "model.safetensors")
     return to
-
-
-def write_tokenizer(folder: Path, special: Sequence[str], first: int, **config: str) -> None:
-    """A byte tokenizer whose special tokens have the ids ``first``, ``first + 1``, ...
-
-    ``config`` goes to tokenizer_config.json.
-    """
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces += [f"<filler {i}>" for i in range(first - len(pieces))]
-    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def shard(folder: Path) -> tuple[Path, Path]:

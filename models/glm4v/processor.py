@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mquant_jax.errors import UserError
+from mquant_jax.files import is_file
 from mquant_jax.models import chat_files
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import Message, import_transformers, text_of
@@ -53,17 +54,19 @@ class GLM4VProcessor(OnePictureChat):
     @functools.cached_property
     def tokenizer(self):
         """The folder's tokenizer, its special tokens checked."""
-        if (self.folder / "tokenizer.json").is_file():
+        if is_file(self.folder / "tokenizer.json"):
             tokenizer = super().tokenizer
         else:
-            ranks = read_ranks(self.folder / "tokenizer.model")
+            path = self.folder / "tokenizer.model"
+            ranks = read_ranks(path)
             added = chat_files.added_tokens(self.folder)
             special = {token: len(ranks) + i for i, token in enumerate(_SPECIAL)}
             if added:
                 special = {token["content"]: i for i, token in added.items()}
-            raw = build_tokenizer(ranks, PATTERN, special)
             kind = import_transformers().PreTrainedTokenizerFast
-            tokenizer = kind(tokenizer_object=raw, eos_token=END, pad_token=END)
+            with chat_files.loading(path):
+                raw = build_tokenizer(ranks, PATTERN, special)
+                tokenizer = kind(tokenizer_object=raw, eos_token=END, pad_token=END)
         known = tokenizer.get_vocab()
         c, needed = self.config, [*_PREFIX, *(f"<|{role}|>" for role in ROLES)]
         wanted = {BOI: c.boi, EOI: c.eoi} if c.vision else {}

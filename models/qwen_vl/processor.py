@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from mquant_jax.errors import UserError
-from mquant_jax.files import read_json_if_any
+from mquant_jax.files import is_file, read_json_if_any
+from mquant_jax.models import chat_files
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import (
     ChatFolder,
@@ -72,13 +73,13 @@ class QwenVLProcessor(ChatFolder):
     def tokenizer(self):
         """The folder's tokenizer, its special tokens checked."""
         path = self.folder / self.NEEDED[0]
-        if path.is_file():
+        if is_file(path):
             ranks = read_ranks(path)
             special = {token: len(ranks) + i for i, token in enumerate((*_CHAT, *_TAGS))}
             kind = import_transformers().PreTrainedTokenizerFast
-            tokenizer = kind(
-                tokenizer_object=build_tokenizer(ranks, PATTERN, special), pad_token=END_OF_TEXT
-            )
+            with chat_files.loading(path):
+                raw = build_tokenizer(ranks, PATTERN, special)
+                tokenizer = kind(tokenizer_object=raw, pad_token=END_OF_TEXT)
         else:
             path, tokenizer = self.folder / "tokenizer.json", super().tokenizer
         known, c = tokenizer.get_vocab(), self.config

@@ -23,6 +23,7 @@ from mquant_jax.checkpoint.source import SIDE_FILES
 from mquant_jax.checkpoint.tensor_file import Entry
 from mquant_jax.cli_support import warn
 from mquant_jax.errors import CheckpointError, UserError
+from mquant_jax.files import is_file
 from mquant_jax.loading import check_tensors, describe, held_bytes, load_model
 from mquant_jax.models.base import VLM, Batch, Config, Family, Processor, abstract_model
 from mquant_jax.nn.params import abstract_params
@@ -46,7 +47,7 @@ def examine(folder: Path, source: Path | None = None) -> list[str]:
     Raises:
         UserError: no checkpoint folder, or no source folder.
     """
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         load_manifest(folder)  # says what is missing
     try:
         manifest = load_manifest(folder)

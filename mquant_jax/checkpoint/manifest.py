@@ -19,14 +19,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from mquant_jax.errors import CheckpointError
+from mquant_jax.errors import CheckpointError, UserError
+from mquant_jax.files import is_file, is_folder, read_json
+from mquant_jax.validate import shortened
 
 # Also of what a model does with its tensors, such as the rotations that `plan_rotation` gives.
 FORMAT_VERSION, READABLE = 3, (2, 3)
 MANIFEST, CONFIG, PARAMS, REPORT = "mquant.json", "config.json", "params", "report.json"
 CONVERT_AGAIN = "convert the model again"
 EDITED = 'where an edit is yours, pass verify="tensors" (on a command line --no-verify)'
-_SHOWN = 10
+_SHOWN, _LONGEST = 10, 400  # misfits in a message, characters of each
 # True: files are what was written; "tensors": JSON files may be edited; False: only sizes count.
 Verify = Literal[True, False, "tensors"]
 
@@ -47,10 +49,10 @@ def load_manifest(folder: str | Path, verify: Verify = True) -> dict[str, Any]:
         CheckpointError: no folder, no manifest, damaged, edited, or of another format version.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CheckpointError(f"{folder}: no such folder; expected a converted checkpoint")
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(
             f"{folder}: holds no {MANIFEST}; expected a checkpoint that "
             "`python -m mquant_jax convert` wrote"
@@ -82,16 +84,9 @@ def load_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged.
     """
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path}: no such file; {CONVERT_AGAIN}") from e
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON: {e}; {CONVERT_AGAIN}") from e
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object; {CONVERT_AGAIN}")
-    return data
+        return read_json(path)
+    except UserError as e:
+        raise CheckpointError(f"{e}; {CONVERT_AGAIN}") from e
 
 
 def json_bytes(data: dict[str, Any]) -> bytes:
@@ -111,12 +106,15 @@ def refuse(where: Path, misfits: Sequence[str], cure: str = CONVERT_AGAIN) -> No
     Raises:
         CheckpointError: names the misfits, ten at most.
     """
+    shown = [shortened(text, _LONGEST) for text in misfits[:_SHOWN]]
     more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
-    raise CheckpointError(f"{where}: {'; '.join(misfits[:_SHOWN])}{more}; {cure}")
+    raise CheckpointError(f"{where}: {'; '.join(shown)}{more}; {cure}")
 
 
 def _misfits(manifest: dict[str, Any]) -> Iterator[str]:
     """What is missing or impossible in the tables of format 3."""
+    if not isinstance(manifest.get("source", {}), dict):
+        yield "source is damaged"
     for part, entry in manifest["parts"].items():
         yield from _wrong(entry, {**_FILE, "file": str}, f"parts.{part}")
         if isinstance(entry, dict) and entry.get("file") != f"{PARAMS}/{part}.safetensors":

@@ -17,6 +17,7 @@ import numpy as np
 from mquant_jax.checkpoint.manifest import CONVERT_AGAIN, MANIFEST, PARAMS, refuse
 from mquant_jax.checkpoint.tensor_file import byte_view, file_hash
 from mquant_jax.errors import CheckpointError
+from mquant_jax.files import is_file
 from mquant_jax.nn.params import Params
 from mquant_jax.numerics import QWeight, Storage
 
@@ -55,7 +56,7 @@ def file_misfits(folder: Path, files: dict[str, Any], verify: bool) -> Iterator[
     for name, entry in files.items():
         path = folder / PARAMS / name
         shown = f"{PARAMS}/{name}"
-        if not path.is_file():
+        if not is_file(path):
             yield f"{shown}: no such file"
         elif path.stat().st_size != entry["bytes"]:
             yield f"{shown}: damaged: expected {entry['bytes']} bytes, found {path.stat().st_size}"

@@ -13,6 +13,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy
 from mquant_jax.models.base import Config, Family, with_head
 from mquant_jax.models.rules import WeightRule
+from mquant_jax.validate import shown
 
 _HEAD = "language/head/"
 _SHOWN = 10
@@ -143,7 +144,7 @@ def _canonical(family: Family, reader: Reader) -> dict[str, str]:
 def _mismatch(reader: Reader, name: str, shape: tuple[int, ...]) -> str | None:
     info = reader.tensors[name]
     if info.shape != tuple(shape):
-        return f"{name} (expected shape {list(shape)}, found {list(info.shape)})"
+        return f"{name} (expected shape {list(shape)}, found {shown(list(info.shape))})"
     if info.dtype not in FLOAT_DTYPES:
         return f"{name} (expected one of {'/'.join(FLOAT_DTYPES)}, found {info.dtype})"
     return None

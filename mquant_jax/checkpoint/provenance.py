@@ -12,6 +12,7 @@ from mquant_jax.checkpoint.hub import model_folder
 from mquant_jax.checkpoint.source import INDEX, Reader
 from mquant_jax.checkpoint.tensor_file import file_hash
 from mquant_jax.errors import UserError
+from mquant_jax.files import is_file, is_folder
 
 
 def hash_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -51,12 +52,12 @@ def source_misfits(source: Mapping[str, Mapping[str, Any]], folder: Path) -> Ite
         UserError: no such folder, or a file that cannot be read.
     """
     folder = model_folder(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{folder}: no such folder; --source takes the folder that was converted")
     if not source:
         yield "the checkpoint does not say which files it was made from"
         return
-    there = [folder / name for name in source if (folder / name).is_file()]
+    there = [folder / name for name in source if is_file(folder / name)]
     found = hash_files(there)
     for name, entry in source.items():
         if name not in found:

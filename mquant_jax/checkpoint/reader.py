@@ -25,6 +25,7 @@ from mquant_jax.checkpoint.source import SIDE_FILES
 from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, Entry, TensorFile, byte_view, file_hash
 from mquant_jax.checkpoint.writer import SCALE, VALUES
 from mquant_jax.errors import CheckpointError, UserError
+from mquant_jax.files import is_file, is_folder
 from mquant_jax.nn.params import Params
 from mquant_jax.numerics import QWeight, Storage, empty_aligned
 
@@ -296,13 +297,13 @@ def file_misfits(folder: Path, manifest: dict[str, Any], verify: Verify) -> Iter
     for entry in manifest["parts"].values():
         wanted.add(entry["file"])
         yield from size_misfit(folder, entry["file"], entry["bytes"])
-    if verify and (folder / PARAMS).is_dir():
+    if verify and is_folder(folder / PARAMS):
         found = {f"{PARAMS}/{p.name}" for p in (folder / PARAMS).iterdir()}
         yield from (f"{file}: not one of the checkpoint's files" for file in sorted(found - wanted))
     for name, entry in manifest["files"].items():
         if verify is True:
             yield from hash_misfit(folder, name, entry)
-        elif not (folder / name).is_file():
+        elif not is_file(folder / name):
             yield f"{name}: no such file"
     if verify is True:
         for name in SIDE_FILES:
@@ -313,7 +314,7 @@ def file_misfits(folder: Path, manifest: dict[str, Any], verify: Verify) -> Iter
 def size_misfit(folder: Path, name: str, expected: int) -> Iterator[str]:
     """One line if a file is missing or of another size."""
     path = folder / name
-    if not path.is_file():
+    if not is_file(path):
         yield f"{name}: no such file"
     elif path.stat().st_size != expected:
         yield f"{name}: damaged: expected {expected} bytes, found {path.stat().st_size}"
@@ -321,10 +322,11 @@ def size_misfit(folder: Path, name: str, expected: int) -> Iterator[str]:
 
 def hash_misfit(folder: Path, name: str, entry: Mapping[str, Any]) -> Iterator[str]:
     """One line if a file is missing or not what was written."""
+    path = folder / name
     try:
-        if not (folder / name).is_file():
+        if not is_file(path):
             yield f"{name}: no such file"
-        elif file_hash(folder / name) != {"bytes": entry["bytes"], "sha256": entry["sha256"]}:
+        elif path.stat().st_size != entry["bytes"] or file_hash(path)["sha256"] != entry["sha256"]:
             yield f"{name}: was edited or damaged: differs from its hash in {MANIFEST}"
     except OSError as e:
-        raise CheckpointError(f"{folder / name}: cannot be read: {e.strerror}") from e
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e

@@ -16,7 +16,7 @@ from mquant_jax.checkpoint.foreign import (
 )
 from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, TensorFile
 from mquant_jax.errors import UserError
-from mquant_jax.files import check_inside, is_file, read_json
+from mquant_jax.files import check_inside, is_file, is_folder, read_json
 from mquant_jax.validate import shown
 
 SINGLE = "model.safetensors"
@@ -66,7 +66,7 @@ class Reader:
             UserError: a missing, damaged or contradictory file; the message names it.
         """
         self.folder = Path(folder)
-        if not _is_folder(self.folder):
+        if not is_folder(self.folder):
             raise UserError(f"{folder}: no such folder; SRC is a Hugging Face model folder")
         refuse_adapter(self.folder)
         self.config = read_json(self.folder / "config.json")
@@ -149,13 +149,6 @@ def _is_plain_name(name: Any) -> bool:
     try:
         return len(name.encode()) <= _LONGEST_NAME
     except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # a name that no folder can have
         return False
 
 

@@ -49,6 +49,7 @@ PARTIAL = ".partial"  # what a file is called until it is complete
 _MAX_HEADER = 100_000_000  # bytes, the limit of the format's own library
 _MAX_READ = 1 << 30  # bytes per system call; Linux refuses 2 GiB
 _LENGTH = 8
+_MOST_AXES = 64  # as NumPy
 _SHOWN = 80  # characters of a damaged value in a message
 
 
@@ -193,10 +194,12 @@ class TensorFile:
             self._damaged(f"{where} has the dtype {_short(dtype)}; known: {', '.join(DTYPES)}")
         if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
             self._damaged(f"{where} has the shape {_short(shape)} at {_short(offsets)}")
+        if len(shape) > _MOST_AXES:
+            self._damaged(f"{where} has {len(shape)} axes; expected {_MOST_AXES} at most")
         start, stop = offsets
         size = math.prod(shape) * DTYPES[dtype].itemsize
         if stop - start != size:
-            self._damaged(f"{where} of {dtype} {_short(shape)} takes {size} bytes, not "
+            self._damaged(f"{where} of {dtype} {_short(shape)} takes {_short(size)} bytes, not "
                           f"{stop - start}")  # fmt: skip
         return Entry(DTYPES[dtype], tuple(shape), base + start, base + stop)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from mquant_jax.checkpoint.manifest import REPORT
 from mquant_jax.cli_support import OK, Parser, add_no_verify
 from mquant_jax.errors import UserError
+from mquant_jax.files import is_file, read_json
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.numerics import QWeight
@@ -122,6 +123,12 @@ def _memory(args: argparse.Namespace) -> int:
 
 def _points(folder: Path, count: int) -> str:
     path = folder / REPORT
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file; only quantised checkpoints have a report")
-    return worst_points(json.loads(path.read_text(encoding="utf-8")), count)
+    report = read_json(path)
+    try:
+        return worst_points(report, count)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"{path}: damaged: not a quantisation report; convert the model again"
+        ) from e

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.errors import UserError
+from mquant_jax.files import is_folder
 from mquant_jax.loading import Loaded, load_model
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.stack import Runner
@@ -180,7 +181,7 @@ def read_reference(folder: Path) -> tuple[Arrays, Arrays]:
     Raises:
         UserError: a file is missing or damaged.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{folder}: no such folder; --reference takes a folder of recorded arrays")
     found = []
     for name in ("inputs.safetensors", "outputs.safetensors"):

@@ -21,6 +21,7 @@ from mquant_jax.checkpoint.workspace import Workspace, workspace
 from mquant_jax.checkpoint.writer import CheckpointWriter, by_part
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
+from mquant_jax.files import is_file
 from mquant_jax.layer_plan import target_model
 from mquant_jax.models.base import Config, Family
 from mquant_jax.models.registry import family_for
@@ -67,7 +68,7 @@ def convert(
     """
     options = {"overwrite": overwrite, "resume": resume, "restart": restart}
     check_destination(dst, MANIFEST, **options)
-    if calibration is not None and not calibration.is_file():
+    if calibration is not None and not is_file(calibration):
         raise UserError(f"--calibration {calibration}: no such file")
     reader = Reader(model_folder(src))
     family = family_for(reader.config, reader.folder / "config.json")

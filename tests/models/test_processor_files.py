@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
+from benchmarks.fuzz.bed import family_of, processor_folder
 from convert import hf_to_flax
 from mquant_jax.errors import UserError
 from mquant_jax.models.qwen2_vl import FAMILY
@@ -303,3 +304,20 @@ def test_a_tokenizer_larger_than_the_embedding_is_said(folder, tmp_path, capsys)
     assert hf_to_flax.main([str(folder), str(tmp_path / "dst")]) == 0
     err = capsys.readouterr().err
     assert "2 ids outside the model's vocabulary of 400" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["eos_token", "added_tokens_decoder"])
+@pytest.mark.parametrize("name", ["bpe", "sentencepiece", "glm4v", "qwen2_vl"])
+def test_what_the_tokenizers_library_raises_is_one_error(tmp_path, name, key) -> None:
+    """Half a surrogate pair cannot be handed to it, whatever the tokenizer is built from."""
+    processor_folder(tmp_path / "src", name)
+    path = tmp_path / "src" / "tokenizer_config.json"
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    data[key] = "\ud800" if key == "eos_token" else {"370": {"content": "\ud800"}}
+    write(path, data)
+    family, config = family_of(tmp_path / "src")
+    if (name, key) in (("glm4v", "eos_token"),):  # its end is fixed
+        family.check_processor(tmp_path / "src", config)
+        return
+    with pytest.raises(UserError, match=r"src.*(cannot be loaded|has the id)"):
+        family.check_processor(tmp_path / "src", config)

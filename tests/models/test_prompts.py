@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mquant_jax as mq
-from mquant_jax.errors import PromptError, UserError
+from mquant_jax.errors import PromptError, PromptTooLong, UserError
 from mquant_jax.models.base import Prompt
 from mquant_jax.models.chat import ChatFolder
 from mquant_jax.models.text import text_prompt
@@ -99,3 +99,16 @@ def test_a_bare_picture_is_no_list(folder, images) -> None:
 def test_a_prompt_is_text(folder, text) -> None:
     with pytest.raises(UserError, match="prompt: "):
         folder.prompt(text)
+
+
+@pytest.mark.parametrize("make", ["prompt", "messages"])
+def test_more_pictures_than_the_context_has_tokens(tmp_path, make) -> None:
+    """Refused before any is opened: twenty thousand take minutes."""
+    write_tokenizer(tmp_path, ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved|>"), first=368)
+    family, config = family_of(golden("cogvlm2", "public")[0])
+    processor = family.processor(tmp_path, config)
+    most = config.language.max_positions
+    pictures = ["nowhere.png"] * (most + 1)
+    given = "Hello" if make == "prompt" else [{"role": "user", "content": "Hello"}]
+    with pytest.raises(PromptTooLong, match=f"{most + 1} pictures.* context is {most} tokens"):
+        getattr(processor, make)(given, pictures)
