@@ -22,6 +22,7 @@ _CHOICES = {
     "activations": ("static", "dynamic", "none"),
     "method": ("gptq", "rtn"),
     "inputs": ("quantised", "float"),
+    "form": ("model", "block"),
     "observer": ("minmax", "percentile", "mse", "output"),
 }
 # Numbers beyond these bounds serve nothing, and some make NaN or zeros of the weights.
@@ -141,8 +142,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Learned scales (:mod:`mquant_jax.ptq.tune`): the integers stay, the language model's scales
-    and gains follow the gradient of the divergence from the float model.
+    """Learned scales: the integers stay, the language model's scales and gains follow a gradient.
 
     Attributes:
         epochs: passes over the calibration prompts; 0 learns nothing.
@@ -154,6 +154,7 @@ class Tuning:
     epochs: int = 0
     rate: float = 1e-3
     act_rate: float = 2e-2
+    form: str = "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +257,16 @@ class Recipe:
     def learns(self) -> bool:
         """Whether scales are learned after rounding."""
         return self.tune.epochs > 0 and self.language.quantised
+
+    @property
+    def learns_whole(self) -> bool:
+        """Whether they are learned at the end, for the whole model."""
+        return self.learns and self.tune.form == "model"
+
+    @property
+    def learns_blocks(self) -> bool:
+        """Whether they are learned block by block."""
+        return self.learns and self.tune.form == "block"
 
     @property
     def needs_calibration(self) -> bool:

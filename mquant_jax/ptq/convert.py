@@ -135,7 +135,7 @@ def _fill(
         )
 
     manifest = finish()
-    if recipe.learns:
+    if recipe.learns_whole:
         with stage("learn scales"):
             made, _ = load_params(work.result, verify=False)
             learned, report["tuning"] = job.learned(made)
