@@ -89,8 +89,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Learned scales (:mod:`mquant_jax.ptq.tune`): the integers stay, the language model's scales
-    and gains follow the gradient of the divergence from the float model.
+    """Learned scales: the integers stay, the language model's scales and gains follow a gradient.
 
     Attributes:
         epochs: passes over the calibration prompts; 0 learns nothing.
@@ -102,6 +101,7 @@ class Tuning:
     epochs: int = 0
     rate: float = 1e-3
     act_rate: float = 2e-2
+    form: str = "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +224,21 @@ class Recipe:
     def learns(self) -> bool:
         """Whether scales are learned after rounding."""
         return self.tune.epochs > 0 and any(s.quantised for s in self._of("language"))
+
+    @property
+    def learns_whole(self) -> bool:
+        """Whether they are learned at the end, for the whole model."""
+        return self.learns and self.tune.form == "model"
+
+    @property
+    def learns_blocks(self) -> bool:
+        """Whether they are learned block by block."""
+        return self.learns and self.tune.form == "block"
+
+    @property
+    def carries_float(self) -> bool:
+        """Whether the float model's activations are needed beside the quantised model's."""
+        return self.weights.needs_float_inputs or self.learns_blocks
 
     @property
     def needs_calibration(self) -> bool:

@@ -16,6 +16,7 @@ CHOICES = {
     "activations": ("static", "dynamic", "none"),
     "method": ("gptq", "rtn"),
     "inputs": ("quantised", "float"),
+    "form": ("model", "block"),
     "observer": ("minmax", "percentile", "mse", "output"),
 }
 # Numbers beyond these bounds serve nothing, and some make NaN or zeros of the weights.

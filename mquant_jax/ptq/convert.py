@@ -145,7 +145,7 @@ def _fill(
             source=source,
         )
 
-    if recipe.learns:
+    if recipe.learns_whole:
         if ledger.done(f"{LEARNED}/all") is None:
             finish()
             _learn(job, work, writer, ledger)

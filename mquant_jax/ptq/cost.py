@@ -188,7 +188,7 @@ def _states(part: PartPlan, plan: LayerPlan, data: Data | None) -> int:
     if not widths or data is None:
         return 0
     kept = sum(widths) - max(widths) + 2 * min(widths)
-    twins = 1 + plan.recipe.weights.needs_float_inputs
+    twins = 1 + plan.recipe.carries_float
     return min(BUDGET, _FLOAT * data.rows(part.name) * kept * twins)
 
 
@@ -203,8 +203,10 @@ def _part_seconds(part: PartPlan, plan: LayerPlan, data: Data, rate: float, c: C
     if _is_table(part) or not recipe.needs_calibration:
         return seconds
     rows = data.rows(part.name)
-    twin = recipe.weights.needs_float_inputs
-    operations = 2.0 * part.elements * rows * (looks + c.passes * (1 + twin))
+    learns = recipe.learns_blocks and part.name.startswith("language.layers.")
+    steps = 3 * recipe.tune.epochs if learns else 0  # a gradient costs two passes more
+    passes = looks + steps + c.passes * (1 + recipe.carries_float)
+    operations = 2.0 * part.elements * rows * passes
     for layers in points_of(part):
         k, out = layers[0].in_features, _rounded(layers)
         if out and recipe.weights.method == "gptq":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
 import jax
 import numpy as np
 from flax import nnx
+
+from mquant_jax.errors import UserError
 
 
 def _tapped(graphdef, state, args, known: Mapping[str, jax.Array] = MappingProxyType({})):
@@ -101,3 +104,15 @@ class Histogram:
 
     def centres(self) -> np.ndarray:
         return (np.arange(self.BINS) + 0.5) * (self.range / self.BINS)
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Say where numbers stopped being numbers."""
+    try:
+        yield
+    except FloatingPointError as e:
+        raise UserError(
+            f"{path}: activations hold NaN or Inf, or are too large for float32 ({e}); the source "
+            "is damaged, or its activations outgrow the numbers it is computed with"
+        ) from e

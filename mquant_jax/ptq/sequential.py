@@ -8,10 +8,9 @@ next.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,17 +23,25 @@ from mquant_jax.errors import UserError
 from mquant_jax.nn.act_quant import SINK, TEXT, TOKEN_CLASSES, VISUAL
 from mquant_jax.nn.params import Params, assign, find, variables
 from mquant_jax.numerics import INT_MAX, QWeight
+from mquant_jax.ptq.factors import placed
 from mquant_jax.ptq.gptq import Inputs, accumulate, empty_gram, fitted, prepare
-from mquant_jax.ptq.observe import Histogram, tapped
+from mquant_jax.ptq.observe import Histogram, named, tapped
 from mquant_jax.ptq.scales import choose_clip, clip_search, point_report, round_weight
 from mquant_jax.ptq.split import split_weight
 from mquant_jax.ptq.states import Spool, States
 from mquant_jax.ptq.statistics import Sampler, classes_at
-from mquant_jax.ptq.walk import LAST, Part, block_of, outputs
+from mquant_jax.ptq.tune_block import tune_block
+from mquant_jax.ptq.walk import LAST, Outputs, Part, block_of, outputs, working
 from mquant_jax.recipe import Recipe, Section
 
 # Takes the tensors of a finished part; returns what a journal has to know of them.
 Sink = Callable[[str, Params], dict[str, Any]]
+
+
+def empty_report() -> dict[str, dict[str, Any]]:
+    """By tensor, point, layer and block: relative error of each weight, clipping, channels that
+    were split off, and what learning scales did."""
+    return {"weights": {}, "points": {}, "split": {}, "tuning": {}}
 
 
 @dataclasses.dataclass
@@ -65,7 +72,7 @@ class Work:
         known: name of a point that is done -> its inputs, chunk by chunk. No weight before it will
             change, so that later points are reached from there. Not of the last one, the widest.
         made: path -> ``QWeight`` or ``act_scale``.
-        report: ``weights`` (relative error of each weight), ``points`` and ``split``.
+        report: see :func:`empty_report`.
     """
 
     part: Part
@@ -73,9 +80,7 @@ class Work:
     twin: tuple[Any, Any] | None = None
     known: dict[str, Spool] = dataclasses.field(default_factory=dict)
     made: Params = dataclasses.field(default_factory=dict)
-    report: dict[str, dict[str, Any]] = dataclasses.field(
-        default_factory=lambda: {"weights": {}, "points": {}, "split": {}}
-    )
+    report: dict[str, dict[str, Any]] = dataclasses.field(default_factory=empty_report)
 
 
 class Quantiser:
@@ -89,7 +94,7 @@ class Quantiser:
         sink: takes each part's tensors.
 
     Attributes:
-        report: of all parts: ``weights``, ``points`` and ``split``.
+        report: of all parts; see :func:`empty_report`.
         written: names of the tensors that the sink has.
     """
 
@@ -104,7 +109,7 @@ class Quantiser:
         self.target, self.recipe = target, recipe
         self.dtypes, self.states, self.sink = dtypes, states, sink
         self.multimodal = getattr(target, "vision", None) is not None
-        self.report: dict[str, dict[str, Any]] = {"weights": {}, "points": {}, "split": {}}
+        self.report = empty_report()
         self.written: set[str] = set()
         self._work: Work | None = None
 
@@ -130,6 +135,8 @@ class Quantiser:
             assert work.twin is not None, "copied above, before anything was rounded"
             graphdef, state = work.twin
             twin = outputs(nnx.merge(graphdef, state), part.twin)
+            if self.recipe.learns_blocks and work.made:
+                quantised, twin = self._learned(work, quantised, twin)
         return outputs(quantised, part.inputs), twin
 
     def record(self, name: str) -> dict[str, Any]:
@@ -166,7 +173,7 @@ class Quantiser:
             key = "/".join((work.part.name, *path))
             value = work.made[key] if key in work.made else own[path].get_value()
             value = value.unpacked() if isinstance(value, QWeight) else value
-            assign(module, path, jax.tree.map(jnp.asarray, value))
+            assign(module, path, jax.tree.map(working, value))
         return module
 
     def _tensors(self, work: Work) -> Params:
@@ -182,6 +189,20 @@ class Quantiser:
                 dtype = self.dtypes.get(key, np.float32)
                 out[key] = np.asarray(own[path].get_value()).astype(dtype)
         return out
+
+    def _learned(self, work: Work, block: nnx.Module, twin: Outputs) -> tuple[nnx.Module, Outputs]:
+        """A block of the language model with learned scales, and the float model's outputs."""
+        part = work.part
+        if not part.name.startswith("language/layers/"):
+            return block, twin
+        targets = self.states.kept(twin)
+        learned, report = tune_block(block, part.inputs, targets, self.recipe.tune)
+        work.report["tuning"][part.name] = report
+        own = self._tensors(work)
+        for path, value in learned.items():
+            name = f"{part.name}/{path}"
+            work.made[name] = placed(own[name], value)
+        return self._quantised(work), targets.drained()
 
     # --- points ------------------------------------------------------------------------------
 
@@ -326,7 +347,7 @@ class Quantiser:
     def _accumulate(self, work: Work, point: str, n: int, seen: Seen, value, weight) -> None:
         """Add one chunk to the Hessian, and to what the float model's inputs differ by."""
         options, twin = self.recipe.weights, None
-        if work.twin is not None and work.part.twin is not None:
+        if options.needs_float_inputs and work.twin is not None and work.part.twin is not None:
             graphdef, state = work.twin
             twin = tapped(graphdef, point, state, {}, *work.part.twin[n])
         value = twin if options.inputs == "float" else value
@@ -371,18 +392,6 @@ class Quantiser:
         weight = inputs.target(weight)
         scale = clip_search(weight, bits, group_size)
         return fitted(weight, inputs, scale, bits, options.refit)
-
-
-@contextlib.contextmanager
-def named(path: str) -> Iterator[None]:
-    """Say where numbers stopped being numbers."""
-    try:
-        yield
-    except FloatingPointError as e:
-        raise UserError(
-            f"{path}: activations hold NaN or Inf, or are too large for float32 ({e}); the source "
-            "is damaged, or its activations outgrow the numbers it is computed with"
-        ) from e
 
 
 def _copy(module: nnx.Module) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,11 @@ class Spool(Sequence):
                 self._path(index).unlink(missing_ok=True)
         self._held = []
 
+    def drained(self) -> Iterator[np.ndarray]:
+        """The arrays, one after the other; then everything is forgotten."""
+        yield from self
+        self.clear()
+
     @property
     def _durable(self) -> bool:
         return self.key is not None and self.states.keeps
@@ -138,6 +143,13 @@ class States:
     def spool(self, key: str | None = None) -> Spool:
         """An empty spool."""
         return Spool(self, key)
+
+    def kept(self, arrays: Iterable[Any], key: str | None = None) -> Spool:
+        """A spool of these arrays."""
+        spool = self.spool(key)
+        for x in arrays:
+            spool.append(x)
+        return spool
 
     def found(self, key: str, count: int) -> Spool | None:
         """The ``count`` arrays that another process kept under ``key``, if all are there."""

@@ -9,7 +9,6 @@ of labels; gradients pass the rounding straight through, for scales as in LSQ, a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,16 +20,12 @@ import optax
 from flax import nnx
 
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.nn.act_quant import TEXT, VISUAL, ActQuant
-from mquant_jax.nn.params import Params, get_params
+from mquant_jax.nn.act_quant import TEXT, VISUAL
+from mquant_jax.nn.params import Params
 from mquant_jax.nn.stack import Runner
-from mquant_jax.numerics import QWeight
+from mquant_jax.ptq.factors import STEP_TOKENS, learned_values, rates, scaled, simulated, start
 from mquant_jax.ptq.walk import Progress, loaded_batch, on_device
 from mquant_jax.recipe import Tuning
-
-# Per step. Fewer are a noisy guide: short prompts, two at a time, taught activation scales to clip
-# what they had not seen. And few prompts make few steps, which cannot fit them too closely.
-STEP_TOKENS = 1024
 
 
 class _Recomputing(Runner):
@@ -45,36 +40,6 @@ class _Recomputing(Runner):
             return nnx.merge(graphdef, layer)(carry, context), None
 
         return jax.lax.scan(body, x, state)[0]
-
-
-def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, QWeight)
-
-
-def _names(path: tuple) -> list[str]:
-    return [str(getattr(p, "key", p)) for p in path]
-
-
-def _kind(path: tuple, leaf: Any) -> str:
-    """Which of the rates applies."""
-    return "act_scale" if "act_scale" in _names(path) else "other"
-
-
-def _learned(path: tuple, leaf: Any) -> jax.Array | None:
-    """The part of a block's parameter that is learned, if there is one."""
-    names = _names(path)
-    if isinstance(leaf, QWeight):
-        return leaf.scale if "layers" in names else None
-    return leaf if "act_scale" in names or any(n.endswith("norm") for n in names) else None
-
-
-def _scaled(leaf: Any, factor: jax.Array | None) -> Any:
-    """A parameter with its learned part multiplied by ``exp(factor)``: no sign can flip."""
-    if factor is None:
-        return leaf
-    if isinstance(leaf, QWeight):
-        return dataclasses.replace(leaf, scale=leaf.scale * jnp.exp(factor))
-    return leaf * jnp.exp(factor)
 
 
 def _shown(
@@ -124,29 +89,20 @@ def tune(
     embedded, target, batch = _shown(student, teacher, batches)
     classes = batch.token_class
     marked = student.language.classes(batch.input_ids, batch.order, classes)
-    for _, node in nnx.iter_graph(student.language):
-        if isinstance(node, ActQuant):
-            node.simulated = True
-    graphdef, state = nnx.split(student.language)
-    unpack = partial(jax.tree.map, lambda w: w.unpacked() if _is_weight(w) else w)
-    state = unpack(state, is_leaf=_is_weight)
-    learned = jax.tree_util.tree_map_with_path(_learned, state, is_leaf=_is_weight)
-    factors = jax.tree.map(jnp.zeros_like, learned)
+    graphdef, state = simulated(student.language)
+    factors = start(state)
     together = min(max(1, STEP_TOKENS // classes.shape[1]), classes.shape[0])
     epoch = -(-classes.shape[0] // together)
-    rates = {"act_scale": plan.act_rate, "other": plan.rate}
-    optimizer = optax.multi_transform(
-        {k: optax.adam(optax.cosine_decay_schedule(r, plan.epochs * epoch))
-         for k, r in rates.items()},
-        jax.tree_util.tree_map_with_path(_kind, factors),
-    )  # fmt: skip
+    sizes, steps = rates(factors, plan), plan.epochs * epoch
+    optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(
+        optax.cosine_decay_schedule(1.0, steps)))  # fmt: skip
 
     @jax.jit
     def prediction(x):
         return jax.nn.log_softmax(teacher.language.logits(x))
 
     def divergence(factors, state, rows, theirs):
-        language = nnx.merge(graphdef, jax.tree.map(_scaled, state, factors, is_leaf=_is_weight))
+        language = nnx.merge(graphdef, scaled(state, factors))
         place = batch.positions[:, rows], batch.order[rows], marked[rows]
         own = classes[rows] == VISUAL
         x = language(embedded[rows], *place, _Recomputing(), visual=own)
@@ -159,6 +115,7 @@ def tune(
     def step(factors, moments, state, rows, theirs):
         value, slope = jax.value_and_grad(divergence)(factors, state, rows, theirs)
         change, moments = optimizer.update(slope, moments)
+        change = jax.tree.map(lambda c, size: size * c, change, sizes)
         return optax.apply_updates(factors, change), moments, value
 
     rng, moments, losses = np.random.default_rng(0), optimizer.init(factors), []
@@ -168,11 +125,7 @@ def tune(
         theirs = prediction(target[some])
         factors, moments, value = step(factors, moments, state, some, theirs)
         losses.append(float(value))
-    nnx.update(student.language, jax.tree.map(_scaled, state, factors, is_leaf=_is_weight))
-    out = {
-        f"language/{name}": value.scale if _is_weight(value) else value
-        for name, value in get_params(student.language).items()
-        if name.endswith(("act_scale", "norm/weight")) or _is_weight(value)
-    }
+    nnx.update(student.language, scaled(state, factors))
+    out = {f"language/{name}": value for name, value in learned_values(student.language).items()}
     report = {"first": float(np.mean(losses[:epoch])), "last": float(np.mean(losses[-epoch:]))}
     return out, report

@@ -220,9 +220,9 @@ class Walk:
         if first:
             states = self._found(f"{name}/{first - 1}", len(calls))
         else:
-            states = self._spooled([c.x for c in calls]), None
+            states = self.states.kept([c.x for c in calls]), None
             if twins is not None:
-                states = states[0], self._spooled([c.x for c in twins])
+                states = states[0], self.states.kept([c.x for c in twins])
         for i in range(first, depth):
             here, there = states
 
@@ -250,9 +250,9 @@ class Walk:
             self.advance()
             return self._found(name, record["chunks"])
         outs, twin_outs = visitor.visit(part())
-        made: tuple[Spool, Spool | None] = self._kept(outs, key), None
+        made: tuple[Spool, Spool | None] = self.states.kept(outs, key), None
         if twin_outs is not None:
-            made = made[0], self._kept(twin_outs, f"{key}.float")
+            made = made[0], self.states.kept(twin_outs, f"{key}.float")
         for spool in made:
             if spool is not None:
                 spool.sync()
@@ -273,18 +273,6 @@ class Walk:
                 "--restart"
             )
         return found, self.states.found(f"{key}.float", count)
-
-    def _kept(self, outs: Outputs, key: str) -> Spool:
-        spool = self.states.spool(key)
-        for x in outs:
-            spool.append(x)
-        return spool
-
-    def _spooled(self, arrays: Sequence[Any]) -> Spool:
-        spool = self.states.spool()
-        for x in arrays:
-            spool.append(x)
-        return spool
 
     def _key(self, part: str) -> str:
         return f"{self.name}/{part}"

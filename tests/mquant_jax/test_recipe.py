@@ -31,6 +31,7 @@ def test_missing_keys_take_their_defaults() -> None:
     assert Recipe.from_json({}) == Recipe()
     recipe = Recipe.from_json({"language": {"w_bits": 4}})
     assert recipe.language == Section(4) and recipe.vision == Section()
+    assert Recipe.from_json({"tune": {"epochs": 2}}).tune.form == "model"  # an older recipe
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,7 @@ def test_missing_keys_take_their_defaults() -> None:
         ({"tune": {"rate": 1e30}}, r"rate: expected 0 to 1"),
         ({"tune": {"act_rate": 7}}, r"act_rate: expected 0 to 1"),
         ({"tune": {"epochs": 10**9}}, r"epochs: expected 0 to 1000"),
+        ({"tune": {"form": "layer"}}, r"tune.form: .layer. is not one of 'model', 'block'"),
         ({"prefix_sinks": 10**6}, r"prefix_sinks: expected 0 to 64"),
         ({"seed": 2**64}, r"seed: expected 0 to"),
         ({"seed": 10**5000}, r"seed: expected 0 to"),

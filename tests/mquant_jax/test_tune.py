@@ -1,6 +1,8 @@
 """Learned scales: what moves, what stays, and that the divergence falls."""
 
+import contextlib
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +10,38 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mquant_jax.checkpoint.journal import Journal
 from mquant_jax.models.base import abstract_model
 from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.act_quant import ActQuant
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_static, simulate_static
 from mquant_jax.presets import PRESETS
+from mquant_jax.ptq import pipeline
+from mquant_jax.ptq.ledger import JournalLedger
 from mquant_jax.ptq.pipeline import quantize_params, untied
+from mquant_jax.ptq.states import States
+from mquant_jax.ptq.tune_block import relative_error
 from mquant_jax.recipe import Tuning
 from tests.helpers import forward, golden_qwen2_vl, relative
 
 PLAIN = PRESETS["w4a8"]
 TUNED = dataclasses.replace(PLAIN, tune=Tuning(epochs=6, rate=3e-3))
+BLOCKS = dataclasses.replace(PLAIN, tune=Tuning(epochs=6, rate=3e-3, form="block"))
 
 
 @pytest.fixture(scope="module")
-def made():
-    """The batch, and for both recipes tensors, report and model."""
+def source():
+    """The float model, its config and tensors with a head of its own, and the batch."""
     model, config, inputs, _ = golden_qwen2_vl("public")
     batch = FAMILY.reference_batch(config, inputs)
-    config, params = untied(config, get_params(model))
+    return model, *untied(config, get_params(model)), batch
+
+
+@pytest.fixture(scope="module")
+def made(source):
+    """The batch, and for both recipes tensors, report and model."""
+    _, config, params, batch = source
     out = [batch]
     for recipe in (PLAIN, TUNED):
         tensors, report = quantize_params(FAMILY, config, recipe, params, batch)
@@ -72,3 +86,90 @@ def test_gradients_pass_the_rounding_and_stop_at_the_clip() -> None:
     np.testing.assert_allclose(slope, [1, 1, 0])
     by_scale = jax.jacobian(lambda x, s: simulate_static(x, s).dequantize(), argnums=1)(x, scale)
     np.testing.assert_allclose(by_scale, [1 - 0.52, -7 + 6.8, 127], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def blocks(source):
+    """What learning block by block makes: tensors and report. No whole model is ever built."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("set_params", "float_model", "tune"):
+            patch.delattr(pipeline, name)
+        return quantize_params(FAMILY, *arguments(source, BLOCKS))
+
+
+def arguments(source, recipe):
+    _, config, params, batch = source
+    return config, recipe, params, batch
+
+
+def test_blocks_come_closer_to_the_float_model(source, made, blocks) -> None:
+    model, config, _, batch = source
+    _, (plain, _, before), _ = made
+    tensors, report = blocks
+    layers = [f"language/layers/{i}" for i in range(config.language.num_layers)]
+    assert list(report["tuning"]) == layers
+    assert all(r["last"] < 0.95 * r["first"] for r in report["tuning"].values())
+    after = abstract_model(FAMILY, config, BLOCKS)
+    set_params(after, dict(tensors))
+    real, expected = batch.order >= 0, forward(model, batch)
+    errors = [relative(forward(m, batch)[real], expected[real]) for m in (before, after)]
+    assert errors[1] < 0.9 * errors[0]
+    # Later blocks are rounded for inputs that have changed; before them only scales and gains move.
+    for name, value in tensors.items():
+        if not name.startswith("language/"):
+            jax.tree.map(np.testing.assert_array_equal, value, plain[name])
+        if name.startswith("language/layers/0/") and isinstance(value, QWeight):
+            np.testing.assert_array_equal(value.values, plain[name].values)
+            assert (value.scale != plain[name].scale).any()
+
+
+class Stopped(Exception):
+    """In the place of a kill."""
+
+
+def test_an_interrupted_conversion_learns_the_same(source, blocks, tmp_path) -> None:
+    kept: dict[str, Any] = {}
+
+    def convert(stop: str | None) -> list[str]:
+        """The parts that were made until ``stop`` was to be written."""
+        parts: list[str] = []
+
+        def sink(part, tensors):
+            if part == stop:
+                raise Stopped
+            parts.append(part)
+            kept.update({name: pipeline.in_memory(value) for name, value in tensors.items()})
+            return {}
+
+        ledger = JournalLedger(Journal(tmp_path / "journal"), {})
+        given = {"states": States(tmp_path / "states", budget=0), "ledger": ledger}
+        job = pipeline.Conversion(FAMILY, *arguments(source, BLOCKS), **given)
+        with contextlib.suppress(Stopped):
+            job.run(sink)
+        return parts
+
+    assert "language.layers.0" in convert("language.layers.1")
+    assert convert("language.layers.2") == ["language.layers.1"]
+    assert convert(None)[0] == "language.layers.2"
+    assert kept.keys() == blocks[0].keys()
+    for name, value in blocks[0].items():
+        jax.tree.map(np.testing.assert_array_equal, kept[name], value)
+
+
+@pytest.mark.parametrize("form", ["model", "block"])
+def test_bfloat16_weights_learn_and_stay(source, form) -> None:
+    model, config, params, batch = source
+    narrow = {k: np.asarray(v).astype(jnp.bfloat16) for k, v in params.items()}
+    recipe = dataclasses.replace(TUNED, tune=Tuning(epochs=2, form=form))
+    tensors, report = quantize_params(FAMILY, config, recipe, narrow, batch)
+    learned = [report["tuning"]] if form == "model" else report["tuning"].values()
+    assert all(r["last"] < r["first"] for r in learned)
+    floats = {k: v for k, v in tensors.items() if k in narrow and not isinstance(v, QWeight)}
+    assert {v.dtype for v in floats.values()} == {np.dtype(jnp.bfloat16)}
+
+
+def test_the_error_is_relative_and_leaves_out_padding() -> None:
+    theirs = jnp.asarray([[[3.0, 4.0], [300.0, 400.0], [1.0, 0.0]]])
+    ours = theirs * jnp.asarray([1.1, 1.2, 9.0])[:, None]
+    error = relative_error(ours, theirs, jnp.asarray([[0, 1, -1]]))
+    np.testing.assert_allclose(error, (0.01 + 0.04) / 2, rtol=1e-4)
