@@ -11,15 +11,35 @@ ABCD = {"A": "a red car", "B": "two dogs", "C": "3", "D": "Straße"}
 @pytest.mark.parametrize(
     ("answer", "wanted"),
     [
-        ("", ""), ("  ", ""), ("The Cat.", "cat"), ("two", "2"), ("None", "0"), ("ten", "10"),
-        ("1,000", "1000"), ("3.5", "3.5"), ("3.", "3"), ("U.S.A.", "usa"), ("3.5.", "3.5"),
-        ("dont", "don't"), ("couldnt've", "couldn't've"), ("yall'd've", "y'all'd've"),
-        ("ow's'at", "ow 's'at"), ("what's up?", "what 's up"), ("somebody'd", "somebodyd"),
-        ("red/blue", "red blue"), ("red / blue", "red blue"), ("a-b", "b"), ("top -left", "top left"),
-        ("one\ttwo\nan apple", "1 2 apple"), ("Café ÉTÉ", "café été"), ("日本", "日本"),
-        ("twas", "'twas"), ("its", "its"), ("$5", "$5"),
+        ("", ""),
+        ("  ", ""),
+        ("The Cat.", "cat"),
+        ("two", "2"),
+        ("None", "0"),
+        ("ten", "10"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("3.", "3"),
+        ("U.S.A.", "usa"),
+        ("3.5.", "3.5"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("yall'd've", "y'all'd've"),
+        ("ow's'at", "ow 's'at"),
+        ("what's up?", "what 's up"),
+        ("somebody'd", "somebodyd"),
+        ("red/blue", "red blue"),
+        ("red / blue", "red blue"),
+        ("a-b", "b"),
+        ("top -left", "top left"),
+        ("one\ttwo\nan apple", "1 2 apple"),
+        ("Café ÉTÉ", "café été"),
+        ("日本", "日本"),
+        ("twas", "'twas"),
+        ("its", "its"),
+        ("$5", "$5"),
     ],
-)  # fmt: skip
+)
 def test_vqa_text(answer, wanted) -> None:
     assert normalised(answer) == wanted
 
@@ -88,13 +108,30 @@ def test_ocrbench(answer, truths, formula, wanted) -> None:
 @pytest.mark.parametrize(
     ("answer", "truth", "wanted"),
     [
-        ("105", "100", 1), ("105.1", "100", 0), ("95", "100", 1), ("94.9", "100", 0),
-        ("-10", "10", 0), ("50%", "0.5", 1), ("50%", "50", 0), ("50", "50%", 0), ("51%", "50%", 1),
-        ("0", "0", 1), ("0.0", "0", 0), ("0.001", "0", 0), ("Yes", "yes", 1), ("", "yes", 0),
-        ("", "", 1), ("%", "5", 0), ("1,000", "1000", 0), (" 12 ", "12", 1), ("nan", "12", 0),
-        ("inf", "12", 0), ("12 apples", "12", 0), ("Österreich", "österreich", 1),
+        ("105", "100", 1),
+        ("105.1", "100", 0),
+        ("95", "100", 1),
+        ("94.9", "100", 0),
+        ("-10", "10", 0),
+        ("50%", "0.5", 1),
+        ("50%", "50", 0),
+        ("50", "50%", 0),
+        ("51%", "50%", 1),
+        ("0", "0", 1),
+        ("0.0", "0", 0),
+        ("0.001", "0", 0),
+        ("Yes", "yes", 1),
+        ("", "yes", 0),
+        ("", "", 1),
+        ("%", "5", 0),
+        ("1,000", "1000", 0),
+        (" 12 ", "12", 1),
+        ("nan", "12", 0),
+        ("inf", "12", 0),
+        ("12 apples", "12", 0),
+        ("Österreich", "österreich", 1),
     ],
-)  # fmt: skip
+)
 def test_chartqa(answer, truth, wanted) -> None:
     assert metrics.relaxed_match(answer, truth) == wanted
 
@@ -102,13 +139,21 @@ def test_chartqa(answer, truth, wanted) -> None:
 @pytest.mark.parametrize(
     ("answer", "mme", "pope"),
     [
-        ("Yes", "yes", "yes"), ("yes, it is.", "yes", "yes"), ("No.", "no", "no"),
-        ("  no", "no", "no"), ("", "other", "yes"), ("There is no dog", "other", "no"),
-        ("It is not", "other", "no"), ("NO", "no", "yes"), ("A dog. No cat.", "other", "yes"),
-        ("No, there is", "no", "no"), ("¿Sí?", "other", "yes"), ("know", "no", "yes"),
+        ("Yes", "yes", "yes"),
+        ("yes, it is.", "yes", "yes"),
+        ("No.", "no", "no"),
+        ("  no", "no", "no"),
+        ("", "other", "yes"),
+        ("There is no dog", "other", "no"),
+        ("It is not", "other", "no"),
+        ("NO", "no", "yes"),
+        ("A dog. No cat.", "other", "yes"),
+        ("No, there is", "no", "no"),
+        ("¿Sí?", "other", "yes"),
+        ("know", "no", "yes"),
         ("Not", "no", "yes"),
     ],
-)  # fmt: skip
+)
 def test_yes_and_no(answer, mme, pope) -> None:
     assert (metrics.mme_word(answer), metrics.pope_word(answer)) == (mme, pope)
 
@@ -124,14 +169,30 @@ def test_exact_and_caseless() -> None:
 @pytest.mark.parametrize(
     ("answer", "wanted"),
     [
-        ("B", "B"), ("(B)", "B"), ("B. two dogs", "B"), ("B: because", "B"), ("b", None),
-        ("A", "A"), ("A.", "A"), ("The answer is C.", "C"), ("The answer is A.", None),
-        ("A dog is here", None), ("A or B", None), ("", None), ("two dogs", "B"), ("Two Dogs!", "B"),
-        ("I see a red car and two dogs", None), ("straße", "D"), ("Cannot determine the answer: B", None),
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B. two dogs", "B"),
+        ("B: because", "B"),
+        ("b", None),
+        ("A", "A"),
+        ("A.", "A"),
+        ("The answer is C.", "C"),
+        ("The answer is A.", None),
+        ("A dog is here", None),
+        ("A or B", None),
+        ("", None),
+        ("two dogs", "B"),
+        ("Two Dogs!", "B"),
+        ("I see a red car and two dogs", None),
+        ("straße", "D"),
+        ("Cannot determine the answer: B", None),
         ("B is what I would choose here", None),
-        ("**B**", "B"), ("E", None), ("3", "C"), ("3 " * 60, None),
+        ("**B**", "B"),
+        ("E", None),
+        ("3", "C"),
+        ("3 " * 60, None),
     ],
-)  # fmt: skip
+)
 def test_options_by_vlmevalkits_rules(answer, wanted) -> None:
     assert choices.infer_option(answer, ABCD) == wanted
 
@@ -139,11 +200,20 @@ def test_options_by_vlmevalkits_rules(answer, wanted) -> None:
 @pytest.mark.parametrize(
     ("answer", "wanted"),
     [
-        ("B", "B"), ("(B)", "B"), ("B.", "B"), ("not (A) but (C)", "C"), ("either A or B here", "B"),
-        ("B. two dogs", "B"), ("", None), ("two dogs", None), ("I can clearly see two dogs there", "B"),
-        ("a red car, and also behind it two dogs", "B"), ("b", None), ("Einfach die Straße dort vorne nehmen", "D"),
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("not (A) but (C)", "C"),
+        ("either A or B here", "B"),
+        ("B. two dogs", "B"),
+        ("", None),
+        ("two dogs", None),
+        ("I can clearly see two dogs there", "B"),
+        ("a red car, and also behind it two dogs", "B"),
+        ("b", None),
+        ("Einfach die Straße dort vorne nehmen", "D"),
     ],
-)  # fmt: skip
+)
 def test_options_by_mmmus_rules(answer, wanted) -> None:
     assert choices.mmmu_option(answer, ABCD) == wanted
 
@@ -151,12 +221,20 @@ def test_options_by_mmmus_rules(answer, wanted) -> None:
 @pytest.mark.parametrize(
     ("answer", "truths", "wanted"),
     [
-        ("The answer is 12.", ["12"], 1), ("x = 3.14159", ["3.14"], 1), ("1,200", ["1200"], 1),
-        ("12 or 13", ["13"], 1), ("so it is Paris", ["paris"], 1), ("", ["5"], 0),
-        ("apple", ["a"], 0), ("vitamin a ", ["a"], 1), ("1e3 units", ["1000"], 1), ("-5", ["5"], 0),
-        ("Berlin\nThe result is Rome", ["berlin"], 0), ("Köln", ["KÖLN", "Cologne"], 1),
+        ("The answer is 12.", ["12"], 1),
+        ("x = 3.14159", ["3.14"], 1),
+        ("1,200", ["1200"], 1),
+        ("12 or 13", ["13"], 1),
+        ("so it is Paris", ["paris"], 1),
+        ("", ["5"], 0),
+        ("apple", ["a"], 0),
+        ("vitamin a ", ["a"], 1),
+        ("1e3 units", ["1000"], 1),
+        ("-5", ["5"], 0),
+        ("Berlin\nThe result is Rome", ["berlin"], 0),
+        ("Köln", ["KÖLN", "Cologne"], 1),
     ],
-)  # fmt: skip
+)
 def test_mmmus_open_questions(answer, truths, wanted) -> None:
     assert choices.mmmu_open_match(answer, truths) == wanted
 
