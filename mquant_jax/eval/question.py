@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mquant_jax.eval import scoring
 from mquant_jax.eval.scoring import Metrics, Score, Table, Verdict
@@ -129,3 +132,12 @@ def with_options(fields: Fields) -> str:
     lines = [fields.hint] if fields.hint else []
     lines += [fields.question, *(f"{letter}. {text}" for letter, text in fields.choices.items())]
     return "\n".join(lines)
+
+
+def picture_key(image: Any) -> str:
+    """What tells a picture from others: a hash of its bytes, or a file's name."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    if isinstance(image, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()
+    return Path(image).name

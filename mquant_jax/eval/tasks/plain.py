@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from mquant_jax.errors import UserError
@@ -21,7 +22,7 @@ def _caseless(answer: str, question: Question) -> Verdict:
     return Verdict(metrics.caseless_match(answer, question.answers), answer.strip())
 
 
-def questions_from(samples: list[Sample]) -> list[Question]:
+def questions_from(samples: Sequence[Sample]) -> list[Question]:
     """Samples as questions; their numbers are the ids."""
     return [
         Question(str(i), s, (s.answer,), category=s.task, group=str(i))

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import Any
-
-import numpy as np
-
 from mquant_jax.eval import metrics, scoring
-from mquant_jax.eval.question import SHORT_ANSWER, Fields, Question, Task
+from mquant_jax.eval.question import SHORT_ANSWER, Fields, Question, Task, picture_key
 from mquant_jax.eval.scoring import Verdict
 
 
@@ -24,15 +19,7 @@ def _pope(answer: str, question: Question) -> Verdict:
 
 def _pair(fields: Fields) -> str:
     """The two questions of a picture; pictures occur in several categories."""
-    return "/".join([fields.category, *map(_content, fields.images)])
-
-
-def _content(image: Any) -> str:
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest()
-    if isinstance(image, np.ndarray):
-        return hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()
-    return str(image)
+    return "/".join([fields.category, *map(picture_key, fields.images)])
 
 
 TASKS = (
