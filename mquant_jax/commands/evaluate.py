@@ -6,10 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from mquant_jax.cli_support import OK, Parser, add_no_verify, progress
+from mquant_jax.cli_support import OK, Parser, add_no_verify, progress, warn
 from mquant_jax.errors import UserError
 from mquant_jax.eval import table
-from mquant_jax.eval.evaluation import evaluate
+from mquant_jax.eval.evaluation import ModelResult, evaluate
 from mquant_jax.eval.question import Task
 from mquant_jax.eval.tasks import TASKS, find_task
 from mquant_jax.runtime.generate import KV_CACHES
@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
     result = evaluate(
         args.checkpoint, task, data, options, args.out, verify=args.verify, progress=progress
     )
+    for model in result.models:
+        _warn_of_overlap(model, len(result.questions))
     summary = json.dumps(result.to_json())
     if args.out:
         (args.out / SUMMARY).write_text(summary + "\n", encoding="utf-8")
@@ -67,6 +69,14 @@ def _parser() -> Parser:
     add_no_verify(parser)
     add("--json", action="store_true", help="one JSON object on stdout")
     return parser
+
+
+def _warn_of_overlap(model: ModelResult, n: int) -> None:
+    found = model.overlap
+    if found and (found["pictures"] or found["both"]):
+        warn(f"{model.path}: {found['pictures']} of {n} questions have a picture like one that the "
+             f"model was calibrated on, {found['both']} of them the same question, too; its score "
+             "may flatter it", "calibration")  # fmt: skip
 
 
 def _task(args: argparse.Namespace) -> tuple[Task, Path | None]:

@@ -19,6 +19,7 @@ from mquant_jax.checkpoint.provenance import hash_files
 from mquant_jax.errors import UserError
 from mquant_jax.eval.answers import Answer, AnswerFile, Answers
 from mquant_jax.eval.compare import Difference, compare
+from mquant_jax.eval.overlap import Fingerprints, Overlap, calibration_of
 from mquant_jax.eval.perplexity import LENGTH, score_text
 from mquant_jax.eval.question import Question, Task, picture_key
 from mquant_jax.eval.runner import WINDOW, Progress, ask, silent
@@ -40,6 +41,7 @@ class ModelResult:
         answers: in the order of the questions.
         table: the judged answers.
         score, metrics: as published.
+        overlap: questions that the calibration data have, too; ``None`` where that is not known.
         difference: to the first checkpoint; ``None`` for the first itself.
     """
 
@@ -49,6 +51,7 @@ class ModelResult:
     table: Table
     score: float
     metrics: Metrics
+    overlap: Overlap | None = None
     difference: Difference | None = None
 
     @property
@@ -78,6 +81,7 @@ class ModelResult:
             "mcnemar_p": d.mcnemar_p if d else None,
             "empty": self.empty,
             "mean_answer_tokens": self.mean_tokens,
+            "calibration_overlap": self.overlap,
         }  # fmt: skip
 
 
@@ -133,10 +137,11 @@ def evaluate(
     source = task.data if data is None else data
     questions = questions_of(task, source, options.limit)
     about = describe(task, source, questions, options)
+    prints = Fingerprints(questions) if task.judge else None
     results: list[ModelResult] = []
     for checkpoint in checkpoints:
         job = _Job(str(checkpoint), task, questions, options, about, out, verify)
-        asked, result = job.run(progress)
+        asked, result = job.run(prints, progress)
         if results and len(asked) != len(results[0].answers):
             raise UserError(f"{checkpoint}: cuts the text into {len(asked)} windows, the first "
                             f"checkpoint into {len(results[0].answers)}; models are compared on "
@@ -161,21 +166,25 @@ class _Job:
     out: Path | None
     verify: Verify
 
-    def run(self, progress: Progress) -> tuple[list[Question], ModelResult]:
+    def run(
+        self, prints: Fingerprints | None, progress: Progress
+    ) -> tuple[list[Question], ModelResult]:
         """What was asked, and the result."""
         task, started = self.task, time.time()
         model = load(self.path, kv_cache=self.options.kv_cache, verify=self.verify)
         run = self.about | of_checkpoint(model)
         folder = self._folder(run["checkpoint"])
         answers = AnswerFile(folder / ANSWERS, run) if folder else Answers()
-        known = len(answers.found)
+        before = len(answers.found)
         questions, said = self._answers(model, answers, progress)
         verdicts = [verdict(task, a, q) for a, q in zip(said, questions, strict=True)]
         table = table_of(verdicts, questions)
         score, metrics = task.score(table, once(table)), task.details(table)
-        result = ModelResult(self.path, run, said, table, score, metrics)
+        known = calibration_of(Path(self.path))
+        overlap = prints.overlap(known) if prints and known else None
+        result = ModelResult(self.path, run, said, table, score, metrics, overlap)
         if folder:
-            _write(folder / RESULT, result, len(said) - known, time.time() - started)
+            _write(folder / RESULT, result, len(said) - before, time.time() - started)
         return questions, result
 
     def _folder(self, checkpoint: str) -> Path | None:
@@ -207,6 +216,7 @@ def _write(path: Path, result: ModelResult, asked: int, seconds: float) -> None:
         "metrics": result.metrics,
         "empty": result.empty,
         "mean_answer_tokens": result.mean_tokens,
+        "calibration_overlap": result.overlap,
         "times": {"seconds": seconds, "questions_asked": asked},
         "devices": [str(d) for d in jax.local_devices()],
     }

@@ -13,6 +13,7 @@ import numpy as np
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import Batch, Processor, Prompt
+from mquant_jax.ptq.fingerprints import REPORTED, calibration_fingerprints
 from mquant_jax.ptq.states import States, loaded
 from mquant_jax.runtime.buckets import fine
 from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, each, read_samples
@@ -59,11 +60,13 @@ class Chunks:
         batches: the prompts.
         fingerprint: a hash of all of them.
         tokens: how many there are.
+        contents: what a checkpoint's report says of them, see :mod:`mquant_jax.ptq.fingerprints`.
     """
 
     batches: list[Batch]
     fingerprint: str
     tokens: int
+    contents: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def calibration_chunks(
@@ -88,7 +91,7 @@ def calibration_chunks(
 
     chunks = chunked(load_calibration(path, processor, limit, pictures, keep), processor, states)
     whole.clear()
-    return chunks
+    return dataclasses.replace(chunks, contents={REPORTED: calibration_fingerprints(path, limit)})
 
 
 def chunked(prompts: Sequence[Prompt], processor: Processor, states: States) -> Chunks:

@@ -119,7 +119,7 @@ def _fill(
     job = Conversion(
         family, config, recipe, params, batches, states=states, ledger=ledger, progress=progress
     )
-    report = job.run(writer.write_part)
+    report = job.run(writer.write_part) | ({} if chunks is None else chunks.contents)
     records = {record["part"]: record for record in ledger.records if "file" in record}
 
     def finish() -> dict[str, Any]:
