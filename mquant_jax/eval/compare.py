@@ -62,8 +62,8 @@ def interval(
 
 def _strata(table: Table, by_category: bool) -> list[np.ndarray]:
     """The groups that are drawn from together; those of a category, or all."""
-    masks = list(table.by_category().values()) if by_category else []
-    return [np.unique(table.groups[mask]) for mask in masks] or [np.unique(table.groups)]
+    parts = [rows for _, rows in table.by_category.values()] if by_category else [table]
+    return [np.unique(rows.groups) for rows in parts]
 
 
 def _resample(rng: np.random.Generator, strata: list[np.ndarray], groups: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mquant_jax.files import read_json_if_any
 from mquant_jax.ptq.fingerprints import REPORTED, near, picture_hash, question_hash
 
 Overlap = dict[str, int]
+_KINDS = (("pictures", 64), ("questions", 16))  # and hexadecimal digits of a hash
 
 
 class Fingerprints:
@@ -57,5 +59,12 @@ class Fingerprints:
 def calibration_of(folder: Path) -> Mapping[str, Any] | None:
     """The fingerprints that a checkpoint keeps in report.json; ``None`` where there are none."""
     known = read_json_if_any(folder / REPORT).get(REPORTED)
-    kinds = isinstance(known, dict) and [known.get("pictures"), known.get("questions")]
-    return known if kinds and all(isinstance(k, list) for k in kinds) else None
+    return known if isinstance(known, dict) and all(_hashes(known, *k) for k in _KINDS) else None
+
+
+def _hashes(known: Mapping[str, Any], name: str, digits: int) -> bool:
+    """Whether that is a list of hashes: a file that was edited may hold anything."""
+    found = known.get(name)
+    return isinstance(found, list) and all(
+        isinstance(h, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", h) for h in found
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -57,8 +58,25 @@ class Table:
         """bool ``[n]``."""
         return self.scores >= RIGHT
 
-    def rows(self, mask: np.ndarray) -> Table:
-        """The questions where ``mask``, bool ``[n]``, is true."""
+    @functools.cached_property
+    def said_yes(self) -> np.ndarray:
+        """bool ``[n]``."""
+        return np.asarray([r == YES for r in self.readings])
+
+    @functools.cached_property
+    def is_yes(self) -> np.ndarray:
+        """bool ``[n]``, of the truth."""
+        return np.asarray([t.strip().lower() == YES for t in self.truths])
+
+    @functools.cached_property
+    def whole_groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each group: 1 if all its answers are right, else 0; and its first question."""
+        _, first, code = np.unique(self.groups, return_index=True, return_inverse=True)
+        worst = np.ones(len(first))
+        np.minimum.at(worst, code, self.right.astype(float))
+        return worst, first
+
+    def _rows(self, mask: np.ndarray) -> Table:
         kept = np.flatnonzero(mask)
         texts = {
             name: tuple(getattr(self, name)[i] for i in kept)
@@ -67,11 +85,12 @@ class Table:
         arrays = {name: getattr(self, name)[mask] for name in ("scores", "sizes", "groups")}
         return Table(**texts, **arrays)
 
-    def by_category(self) -> dict[str, np.ndarray]:
-        """Category -> bool ``[n]``, in the order of the names; empty where there is one only."""
+    @functools.cached_property
+    def by_category(self) -> dict[str, tuple[np.ndarray, Table]]:
+        """Category -> which questions, bool ``[n]``, and their table; by name."""
         names = np.asarray(self.categories, object)
-        found = sorted(set(self.categories))
-        return {c: names == c for c in found} if len(found) > 1 else {}
+        masks = {c: names == c for c in sorted(set(self.categories))}
+        return {c: (mask, self._rows(mask)) for c, mask in masks.items()}
 
 
 # The score of a table whose questions count float64 [n] times each.
@@ -114,17 +133,10 @@ def mean(values: np.ndarray, weights: np.ndarray) -> float:
     return float(values @ weights / total) if total else 0.0
 
 
-def _whole_groups(table: Table, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each group: whether all its answers are right, and how often it counts."""
-    _, first, code = np.unique(table.groups, return_index=True, return_inverse=True)
-    worst = np.ones(len(first))
-    np.minimum.at(worst, code, table.right.astype(float))
-    return worst, weights[first]
-
-
 def circular(table: Table, weights: np.ndarray) -> float:
     """Per cent of groups all of whose answers are right: MMBench's rotated options."""
-    return 100 * mean(*_whole_groups(table, weights))
+    right, first = table.whole_groups
+    return 100 * mean(right, weights[first])
 
 
 def mme_category(table: Table, weights: np.ndarray) -> tuple[float, float]:
@@ -134,14 +146,7 @@ def mme_category(table: Table, weights: np.ndarray) -> tuple[float, float]:
 
 def mme(table: Table, weights: np.ndarray) -> float:
     """Accuracy and accuracy+ of all categories together; at most 2800."""
-    return sum(
-        sum(mme_category(table.rows(mask), weights[mask])) for mask in _categories(table).values()
-    )
-
-
-def _categories(table: Table) -> dict[str, np.ndarray]:
-    """Like ``by_category``, of a single category, too."""
-    return table.by_category() or {table.categories[0]: np.ones(len(table.scores), bool)}
+    return sum(sum(mme_category(rows, weights[mask])) for mask, rows in table.by_category.values())
 
 
 def pope(table: Table, weights: np.ndarray) -> float:
@@ -155,12 +160,11 @@ def perplexity(table: Table, weights: np.ndarray) -> float:
 
 
 def category_means(table: Table, score: Score = percent) -> Metrics:
-    """The score of each category, as ``category/NAME``."""
-    return {
-        f"category/{name}": score(rows, once(rows))
-        for name, mask in table.by_category().items()
-        for rows in (table.rows(mask),)
-    }
+    """The score of each category, as ``category/NAME``; nothing where there is one only."""
+    parts = table.by_category
+    if len(parts) == 1:
+        return {}
+    return {f"category/{name}": score(rows, once(rows)) for name, (_, rows) in parts.items()}
 
 
 def circular_metrics(table: Table) -> Metrics:
@@ -172,8 +176,7 @@ def mme_metrics(table: Table) -> Metrics:
     """``perception`` and ``cognition``, ``acc/CATEGORY`` and ``acc_plus/CATEGORY``."""
     out: Metrics = {}
     sums = dict.fromkeys(MME_PARTS, 0.0)
-    for name, mask in _categories(table).items():
-        rows = table.rows(mask)
+    for name, (_, rows) in table.by_category.items():
         acc, plus = mme_category(rows, once(rows))
         out |= {f"acc/{name}": acc, f"acc_plus/{name}": plus}
         for part, names in MME_PARTS.items():
@@ -183,8 +186,7 @@ def mme_metrics(table: Table) -> Metrics:
 
 def pope_metrics(table: Table, weights: np.ndarray) -> Metrics:
     """Accuracy, precision, recall, F1 and the share of "yes"; of 100 each."""
-    yes = np.asarray([r == YES for r in table.readings])
-    true = np.asarray([t.strip().lower() == YES for t in table.truths])
+    yes, true = table.said_yes, table.is_yes
     hits = weights[yes & true].sum()
     said, there, total = weights[yes].sum(), weights[true].sum(), weights.sum()
     precision, recall = _ratio(hits, said), _ratio(hits, there)
@@ -198,11 +200,10 @@ def pope_metrics(table: Table, weights: np.ndarray) -> Metrics:
 
 
 def pope_details(table: Table) -> Metrics:
-    """The metrics of all questions, and of each split as ``SPLIT/NAME``."""
+    """The metrics of all questions, and of each split, where named, as ``SPLIT/NAME``."""
     out = pope_metrics(table, once(table))
-    for split, mask in table.by_category().items():
-        rows = table.rows(mask)
-        out |= {f"{split}/{name}": x for name, x in pope_metrics(rows, once(rows)).items()}
+    for split, (_, rows) in table.by_category.items():
+        out |= {f"{split}/{k}": x for k, x in pope_metrics(rows, once(rows)).items() if split}
     return out
 
 
@@ -218,5 +219,5 @@ def perplexity_metrics(table: Table) -> Metrics:
 
 def ocrbench_metrics(table: Table) -> Metrics:
     """Right answers by category."""
-    counts: Mapping[str, np.ndarray] = _categories(table)
-    return {f"category/{name}": float(table.scores[mask].sum()) for name, mask in counts.items()}
+    parts = table.by_category.items()
+    return {f"category/{name}": float(rows.scores.sum()) for name, (_, rows) in parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,13 @@ def _easyvqa(path: Path, task: Task, limit: int | None) -> list[Question]:
     return questions_from(samples)
 
 
+def _easyvqa_data() -> Path | None:
+    """The test questions of the package, where it is installed."""
+    found = importlib.util.find_spec("easy_vqa")
+    places = found.submodule_search_locations if found else None
+    return Path(places[0]) / "data" / "test" / "questions.json" if places else None
+
+
 def _text(path: Path, task: Task, limit: int | None) -> list[Question]:
     """One text, which a model's tokenizer cuts into windows."""
     text = read_text(path)
@@ -68,7 +76,10 @@ TASKS = (
         read=_samples, data=BUNDLED_HELDOUT, max_new_tokens=16,
     ),
     Task("jsonl", "samples, exact match", "%", _exact, read=_samples, max_new_tokens=16),
-    Task("easyvqa", "easy-VQA, accuracy", "%", _caseless, read=_easyvqa, max_new_tokens=8),
+    Task(
+        "easyvqa", "easy-VQA, accuracy", "%", _caseless,
+        read=_easyvqa, data=_easyvqa_data(), max_new_tokens=8,
+    ),
     Task(
         "perplexity", "perplexity of a text", "per token",
         score=scoring.perplexity, details=scoring.perplexity_metrics, read=_text,

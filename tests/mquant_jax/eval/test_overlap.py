@@ -57,7 +57,12 @@ def test_text_alone_and_old_checkpoints(known, tmp_path) -> None:
     found = Fingerprints(questions_from([Sample((), "?")])).overlap(known)
     assert found == {"pictures": 0, "questions": 0, "both": 0}
     assert calibration_of(tmp_path) is None
-    for report in ({}, {"calibration": 3}, {"calibration": {"pictures": []}}):
+    for report in (
+        {},
+        {"calibration": 3},
+        {"calibration": {"pictures": []}},
+        {"calibration": {"pictures": ["zz"], "questions": []}},
+    ):
         (tmp_path / "report.json").write_text(json.dumps(report))
         assert calibration_of(tmp_path) is None
     (tmp_path / "report.json").write_text(json.dumps({"calibration": known}))
