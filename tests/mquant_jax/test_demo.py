@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.base import Prompt
 
 import mquant_jax as mq
 from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.cli import COMMANDS, main
 from mquant_jax.eval.exact_match import evaluate
+from mquant_jax.models.base import Prompt
 from mquant_jax.ops.dense import select_path
 from mquant_jax.ptq.convert import convert
 from mquant_jax.samples import BUNDLED_CALIBRATION, BUNDLED_HELDOUT, DEMO_ASSETS, read_samples

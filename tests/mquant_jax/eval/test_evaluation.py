@@ -7,7 +7,6 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.base import Prompt
 from PIL import Image
 
 from mquant_jax.commands import evaluate as command
@@ -20,6 +19,7 @@ from mquant_jax.eval.runner import ask
 from mquant_jax.eval.scoring import Table, Verdict, table_of
 from mquant_jax.eval.tasks import TASKS
 from mquant_jax.eval.tasks.plain import questions_from
+from mquant_jax.models.base import Prompt
 from mquant_jax.runtime.options import Options
 from mquant_jax.samples import Sample
 from tests.helpers import fails

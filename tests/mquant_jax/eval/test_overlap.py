@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from mquant_jax.models.images import load_image
 from PIL import Image
 
 from mquant_jax.eval.overlap import Fingerprints, calibration_of
 from mquant_jax.eval.tasks.plain import questions_from
+from mquant_jax.models.images import load_image
 from mquant_jax.ptq.fingerprints import calibration_fingerprints, near, picture_hash, question_hash
 from mquant_jax.samples import BUNDLED_CALIBRATION, BUNDLED_HELDOUT, Sample, read_samples
 
