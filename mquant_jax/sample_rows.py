@@ -58,7 +58,7 @@ class RowReader:
         Raises:
             UserError: the line is no sample, or names a picture that is not there.
         """
-        data = _json(line)
+        data = json_object(line)
         present = [key for key in _FORMS if key in data]
         if len(present) != 1:
             found = f"found {', '.join(present)}" if present else f"found {_keys(data)}"
@@ -100,7 +100,7 @@ class RowReader:
         inside = [part.pop("image") for part in places if "image" in part]
         if inside and images:
             raise UserError("pictures both in the messages and beside them; give them once")
-        found = tuple(map(self._picture, inside)) if inside else images
+        found = tuple(map(self.picture, inside)) if inside else images
         if len(found) != len(places):
             raise UserError(f"{len(places)} places for pictures (<image>), but {len(found)} "
                             "pictures")  # fmt: skip
@@ -111,16 +111,21 @@ class RowReader:
         if len(given) > 1:
             raise UserError('both "image" and "images"; give one of them')
         refs = data[given[0]] if given else []
-        return tuple(map(self._picture, refs if isinstance(refs, list) else [refs]))
+        return tuple(map(self.picture, refs if isinstance(refs, list) else [refs]))
 
-    def _picture(self, ref: Any) -> Any:
+    def picture(self, ref: Any) -> Any:
+        """A picture as a line names it: a path, base64, or the number of a row.
+
+        Raises:
+            UserError: none of them, or a picture that is not there.
+        """
         if isinstance(ref, int) and not isinstance(ref, bool):
             return self._array(ref)
         if not isinstance(ref, str):
             raise UserError(f"image {shortened(repr(ref), 60)} is neither a path, base64, nor a "
                             "row of the .npz beside it")  # fmt: skip
         if ref[:5].lower() == "data:":
-            return _decoded(ref.partition(",")[2], ref)
+            return decoded(ref.partition(",")[2], ref)
         if _URL.match(ref):
             raise UserError(f"{shortened(ref)}: URLs are not fetched; download the picture and "
                             "give its path")  # fmt: skip
@@ -132,7 +137,7 @@ class RowReader:
         except (OSError, ValueError):  # too long, or a NUL: no path, but it may be base64
             pass
         if len(ref) >= _BASE64_LEAST and ref.startswith(_BASE64):
-            return _decoded(ref, ref)
+            return decoded(ref, ref)
         raise UserError(f"no such picture: {shortened(self.path.parent / ref)}")
 
     def _array(self, number: int) -> np.ndarray:
@@ -164,7 +169,11 @@ def _npz(path: Path) -> np.ndarray:
     return images
 
 
-def _json(line: str) -> dict[str, Any]:
+def json_object(line: str) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: the line is no JSON object.
+    """
     try:
         data = json.loads(line, parse_float=decimal.Decimal, parse_constant=_no_number)
     except RecursionError as e:
@@ -194,7 +203,15 @@ def _label(data: dict[str, Any], key: str) -> str:
     return text(value, key)
 
 
-def _decoded(body: str, ref: str) -> bytes:
+def decoded(body: str, ref: str) -> bytes:
+    """The bytes of a picture in base64.
+
+    Args:
+        ref: what the message shows of it.
+
+    Raises:
+        UserError: no base64, or none at all.
+    """
     try:
         picture = base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as e:

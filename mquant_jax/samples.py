@@ -86,7 +86,7 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
     reader = RowReader(path)
     samples: list[Any] = []
     bad: list[str] = []
-    for number, line in _lines(path):
+    for number, line in json_lines(path):
         where = f"{path}:{number}"
         try:
             row = reader.row(line)
@@ -148,7 +148,7 @@ def _raise(bad: Sequence[str], where: str, kind: type[UserError] = UserError) ->
         raise kind(f"{where}: {len(bad)} bad samples: {'; '.join(bad[:_LISTED])}{more}")
 
 
-def _lines(path: Path) -> Iterable[tuple[int, str]]:
+def json_lines(path: Path) -> Iterable[tuple[int, str]]:
     """Numbers and texts of the lines that are not blank.
 
     Only line feeds end a line: JSON strings may hold other separators that ``str.splitlines``

@@ -79,7 +79,7 @@ def test_one_namespace() -> None:
 def test_only_families_name_families() -> None:
     for path in SOURCES:
         if not path.is_relative_to(ROOT / "models"):
-            family = re.compile(r"mquant_jax\.models\.(?!base|registry|rules|streams)\w")
+            family = re.compile(r"mquant_jax\.models\.(?!base|images|registry|rules|streams)\w")
             assert not [m for m in imports(path) if family.match(m)], path
 
 

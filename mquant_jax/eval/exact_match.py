@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from mquant_jax.api import Model
-from mquant_jax.errors import UserError
+from mquant_jax.eval.metrics import exact_match
+from mquant_jax.eval.runner import Progress, ask, silent
+from mquant_jax.eval.tasks.plain import questions_from
 from mquant_jax.runtime.options import Options
-from mquant_jax.samples import Sample, each
+from mquant_jax.samples import Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,28 +47,17 @@ def evaluate(
     *,
     batch_size: int = 50,
     max_new_tokens: int = 16,
-    progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
+    progress: Progress = silent,
 ) -> ExactMatch:
     """Answer every sample greedily.
 
-    Batches are cut from the samples sorted by prompt length, so that little is padding; the
-    results come in the order of ``samples``.
+    The results come in the order of ``samples``.
 
     Raises:
         UserError: a bad option; no samples, or samples that cannot be made prompts, each named.
     """
     options = Options(max_new_tokens, batch_size=batch_size)
-    if not samples:
-        raise UserError("no samples to evaluate")
-    batch_size = min(options.batch_size, len(samples))
-    prompts = each(samples, lambda sample: sample.prompt(model.processor), progress)
-    by_length = sorted(range(len(samples)), key=lambda i: len(prompts[i].input_ids))
-    answers = [""] * len(samples)
-    starts = range(0, len(samples), batch_size)
-    for start in progress(starts, "answer"):
-        rows = by_length[start : start + batch_size]
-        out = model.generate_prompts([prompts[i] for i in rows], options.max_new_tokens)
-        for i, ids in zip(rows, out.tokens, strict=True):
-            answers[i] = model.processor.decode(ids)
-    correct = [a.strip() == s.answer.strip() for a, s in zip(answers, samples, strict=True)]
+    questions = questions_from(samples)
+    answers = [answer.text for answer in ask(model, questions, options, progress=progress)]
+    correct = [exact_match(a, [s.answer]) == 1 for a, s in zip(answers, samples, strict=True)]
     return ExactMatch(answers, correct, [s.task for s in samples])

@@ -16,6 +16,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.files import read_json
 from mquant_jax.models.base import Batch, Processor, Prompt
 from mquant_jax.numerics import QWeight
+from mquant_jax.ptq.fingerprints import REPORTED, calibration_fingerprints
 from mquant_jax.ptq.states import States, loaded
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.buckets import fine
@@ -66,6 +67,7 @@ class Chunks:
         samples: how many prompts there are.
         tokens: of all of them, padding left out.
         patches: of all their pictures, padding left out.
+        contents: what a checkpoint's report says of them, see :mod:`mquant_jax.ptq.fingerprints`.
     """
 
     batches: list[Batch]
@@ -73,6 +75,7 @@ class Chunks:
     samples: int
     tokens: int
     patches: int
+    contents: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def calibration_chunks(
@@ -97,7 +100,7 @@ def calibration_chunks(
 
     chunks = chunked(load_calibration(path, processor, limit, pictures, keep), processor, states)
     whole.clear()
-    return chunks
+    return dataclasses.replace(chunks, contents={REPORTED: calibration_fingerprints(path, limit)})
 
 
 def chunked(prompts: Sequence[Prompt], processor: Processor, states: States) -> Chunks:

@@ -132,6 +132,7 @@ def _fill(
         family, config, recipe, params, batches, states=states, ledger=ledger, progress=progress
     )
     report = job.run(writer.write_part)
+    report |= {} if chunks is None else chunks.contents
 
     def finish() -> dict[str, Any]:
         return writer.finish(

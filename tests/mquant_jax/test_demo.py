@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ import mquant_jax as mq
 from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.cli import COMMANDS, main
 from mquant_jax.eval.exact_match import evaluate
+from mquant_jax.models.base import Prompt
 from mquant_jax.ops.dense import select_path
 from mquant_jax.ptq.convert import convert
 from mquant_jax.samples import BUNDLED_CALIBRATION, BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
@@ -175,3 +177,30 @@ def test_the_demo_command(tmp_path, capsys) -> None:
     assert result["w4a8_bytes"] < 0.35 * result["float_bytes"]
     assert 0 <= result["w4a8_exact_match"] <= 1 and 0 <= result["float_exact_match"] <= 1
     assert (out_dir / "contact_sheet.png").stat().st_size > 10_000
+
+
+def test_eval_goes_on_where_it_was_stopped(folders, tmp_path, capsys) -> None:
+    argv = ["eval", folders / "float", folders / "w4a8", "--limit", 12, "--batch-size", 4, "--json",
+            "--out", tmp_path]  # fmt: skip
+    status, out, _ = run(capsys, *argv)
+    result = json.loads(out)
+    assert status == 0 and (result["task"], result["n"]) == ("demo", 12)
+    assert result["models"][0]["score"] >= 75 and result["models"][1]["ci95"]
+    for path in tmp_path.glob("*/answers.jsonl"):
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:7]) + lines[7][:9])  # six answers and half of one
+    assert json.loads(run(capsys, *argv)[1]) == result
+
+
+def test_perplexity_of_a_text(models, folders, tmp_path, capsys) -> None:
+    text = "how many circles are there? read the word. what color is the square?"
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    argv = ("eval", folders / "float", "--task", "perplexity", "--data", tmp_path / "t.txt")
+    got = json.loads(run(capsys, *argv, "--json")[1])["models"][0]
+    model = models["float"]
+    ids = model.processor.encode(text)
+    prompt = Prompt(ids, [], np.zeros((0, 0), np.float32))
+    logits = model.module(jax.tree.map(jnp.asarray, model.processor.collate([prompt])))[0]
+    losses = -jax.nn.log_softmax(logits)[jnp.arange(len(ids) - 1), jnp.asarray(ids[1:])]
+    assert got["score"] == pytest.approx(float(jnp.exp(losses.mean())), rel=1e-4)
+    assert got["metrics"]["tokens"] == len(ids) - 1

@@ -1,0 +1,79 @@
+"""Ask a model every question, in batches that do not depend on where a run was stopped.
+
+The questions are cut into windows; those of a window are sorted by the length of their prompts, so
+that little is padding, and cut into batches. A run that goes on makes the same batches of the full
+list, and so the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from mquant_jax.api import Model
+from mquant_jax.errors import UserError
+from mquant_jax.eval.answers import Answer, Answers
+from mquant_jax.eval.question import Question
+from mquant_jax.models.base import Prompt
+from mquant_jax.runtime.options import Options
+from mquant_jax.samples import each
+
+WINDOW = 4  # batches whose prompts, pictures included, are in memory at a time
+Progress = Callable[[Iterable, str], Iterable]
+
+
+def silent(items: Iterable, label: str) -> Iterable:
+    """No progress bar."""
+    return items
+
+
+def ask(
+    model: Model,
+    questions: Sequence[Question],
+    options: Options,
+    answers: Answers | None = None,
+    progress: Progress = silent,
+) -> list[Answer]:
+    """Answer every question greedily.
+
+    Args:
+        options: ``max_new_tokens`` and ``batch_size`` are used.
+        answers: where they are kept; those that are there already are not asked again.
+        progress: ``(items, label) -> items``.
+
+    Returns:
+        The answers in the order of the questions.
+
+    Raises:
+        UserError: no questions, or some that cannot be made prompts, each named.
+    """
+    if not questions:
+        raise UserError("no samples to evaluate")
+    answers = Answers() if answers is None else answers
+    size = WINDOW * options.batch_size
+    starts = range(0, len(questions), size)
+    for start in progress(starts, "answer"):
+        window = questions[start : start + size]
+        if any(q.id not in answers.found for q in window):
+            _ask_window(model, window, options, answers)
+    return [answers.found[q.id] for q in questions]
+
+
+def _ask_window(
+    model: Model, window: Sequence[Question], options: Options, answers: Answers
+) -> None:
+    prompts = each([q.sample for q in window], lambda sample: sample.prompt(model.processor))
+    # The batches of a window are what a data-parallel run will hand out to devices.
+    for batch in batches(prompts, options.batch_size):
+        ids = [window[i].id for i in batch]
+        if all(key in answers.found for key in ids):
+            continue
+        out = model.generate_prompts([prompts[i] for i in batch], options.max_new_tokens)
+        texts = [Answer(model.processor.decode(tokens), len(tokens)) for tokens in out.tokens]
+        answers.add(list(zip(ids, texts, strict=True)))
+
+
+def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+    """Places of the prompts that run together: neighbours in length."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,40 @@
+"""The benchmarks that ``eval --task`` knows, each a declaration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mquant_jax.errors import UserError
+from mquant_jax.eval.question import Question, Task
+from mquant_jax.eval.readers.fields import read_questions
+from mquant_jax.eval.tasks import options, plain, reading, yes_no
+from mquant_jax.validate import choice
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*plain.TASKS, *reading.TASKS, *options.TASKS, *yes_no.TASKS)
+}
+
+
+def find_task(name: str) -> Task:
+    """
+    Raises:
+        UserError: no task of this name.
+    """
+    return TASKS[choice(name, "task", tuple(TASKS))]
+
+
+def questions_of(task: Task, data: Path | None, limit: int | None = None) -> list[Question]:
+    """The task's questions, from a file.
+
+    Args:
+        data: the file; ``None``: the task's own, if it has one.
+        limit: the first so many.
+
+    Raises:
+        UserError: no file, or one that cannot be read; see the readers.
+    """
+    data = task.data if data is None else data
+    if data is None:
+        raise UserError(f"task {task.name} needs --data FILE: nothing is fetched, and no data come "
+                        "with this package")  # fmt: skip
+    return (task.read or read_questions)(data, task, limit)

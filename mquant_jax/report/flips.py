@@ -1,0 +1,111 @@
+"""An HTML page of the answers that changed between models, pictures inside, no other file."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from mquant_jax.models.images import load_image
+
+_SIDE = 320  # pixels, the longer side of a picture
+_STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;
+color:#1e1e24;background:#fcfcfa}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ccc;
+text-align:right}td:first-child,th:first-child{text-align:left}
+.card{display:flex;gap:1rem;border:1px solid #ccc;border-radius:6px;padding:1rem;margin:1rem 0;
+background:#fff}.card img{max-width:20rem;height:auto;display:block;image-rendering:auto}
+.q{white-space:pre-wrap;font-weight:600;overflow-wrap:anywhere}dt{color:#555}
+dd{margin:0 0 .4rem;white-space:pre-wrap;overflow-wrap:anywhere}
+.right{color:#0b5394}.right::before{content:"\\2713  "}
+.wrong{color:#a63c00}.wrong::before{content:"\\2717  "}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """A question that two models answered differently well.
+
+    Attributes:
+        id, question: of the question; ``expected``: its accepted answers.
+        images: whatever :func:`mquant_jax.models.images.load_image` takes.
+        answers: ``(model, answer, right)`` of each model that is shown.
+    """
+
+    id: str
+    question: str
+    expected: Sequence[str]
+    images: Sequence[Any]
+    answers: Sequence[tuple[str, str, bool]]
+
+
+def flips_page(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    sections: dict[str, list[Flip]],
+) -> str:
+    """The page.
+
+    Args:
+        header, rows: of the table of scores.
+        sections: title -> flips.
+
+    Raises:
+        ImageError: a picture that cannot be read.
+    """
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        _table(header, rows),
+    ]
+    for name, flips in sections.items():
+        parts.append(f"<h2>{html.escape(name)} ({len(flips)})</h2>")
+        parts += [_card(flip) for flip in flips] or ["<p>None.</p>"]
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _card(flip: Flip) -> str:
+    pictures = "".join(
+        f'<img alt="picture {i} of question {html.escape(flip.id)}" src="{_url(image, flip.id)}">'
+        for i, image in enumerate(flip.images, 1)
+    )
+    said = "".join(
+        f'<dt>{html.escape(name)}</dt><dd class="{"right" if right else "wrong"}">'
+        f"{html.escape(text) or '(empty)'}</dd>"
+        for name, text, right in flip.answers
+    )
+    expected = html.escape(" | ".join(dict.fromkeys(flip.expected)))
+    return (
+        f'<div class="card"><div>{pictures}</div><div><p class="q">{html.escape(flip.question)}</p>'
+        f"<dl><dt>expected</dt><dd>{expected}</dd>{said}</dl>"
+        f"<small>question {html.escape(flip.id)}</small></div></div>"
+    )
+
+
+def _url(image: Any, name: str) -> str:
+    """The picture as a ``data:`` URL: small ones as they are, others shrunk."""
+    picture = load_image(image, f"question {name}")
+    small = max(picture.size) <= _SIDE
+    if not small:
+        picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    picture.save(out, "PNG" if small else "JPEG")
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -1,0 +1,239 @@
+"""Runs that are stopped and go on, comparisons and pages, with a model that is a table."""
+
+import dataclasses
+import json
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from mquant_jax.commands import evaluate as command
+from mquant_jax.errors import UserError
+from mquant_jax.eval import evaluation, perplexity
+from mquant_jax.eval.answers import Answer, AnswerFile
+from mquant_jax.eval.compare import compare, interval, mcnemar
+from mquant_jax.eval.evaluation import evaluate
+from mquant_jax.eval.runner import ask
+from mquant_jax.eval.scoring import Table, Verdict, table_of
+from mquant_jax.eval.tasks import TASKS
+from mquant_jax.eval.tasks.plain import questions_from
+from mquant_jax.models.base import Prompt
+from mquant_jax.runtime.options import Options
+from mquant_jax.samples import Sample
+from tests.helpers import fails
+
+
+class Processor:
+    """Characters are tokens."""
+
+    def prompt(self, text, images=(), videos=()):
+        if text == "bad":
+            raise UserError("no prompt")
+        return Prompt(list(map(ord, text)), [], np.zeros((0, 0), np.float32))
+
+    def encode(self, text):
+        return list(map(ord, text))
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@dataclasses.dataclass
+class Parrot:
+    """Says what its table has for a question; stops after some batches."""
+
+    replies: dict
+    stops_after: int = 10**9
+    name: str = "parrot"
+    batches: list = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.processor, self.max_positions = Processor(), 100
+        self.manifest = {"sha256": self.name * 8, "family": "parrot", "recipe": {}}
+        language = types.SimpleNamespace(dtype=jnp.float32)
+        self.module = types.SimpleNamespace(language=language)
+
+    def generate_prompts(self, prompts, max_new_tokens):
+        if len(self.batches) == self.stops_after:
+            raise KeyboardInterrupt
+        asked = ["".join(map(chr, p.input_ids)) for p in prompts]
+        self.batches.append(asked)
+        return types.SimpleNamespace(tokens=[list(map(ord, self.replies[q])) for q in asked])
+
+
+def samples(n=11):
+    return [Sample((), "q" * (1 + i * 7 % n), f"answer {i * 7 % n}") for i in range(n)]
+
+
+def replies(n=11, wrong=()):
+    out = {"q" * (1 + i): f"answer {i}" for i in range(n)}
+    return out | {"q" * (1 + i): text for i, text in dict(wrong).items()}
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "s.jsonl"
+    rows = [{"question": s.question, "answer": s.answer, "task": "t"} for s in samples()]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def models(monkeypatch):
+    known = {
+        "a/float": Parrot(replies(), name="0"),
+        "b/w4": Parrot(replies(wrong={3: "answer 4", 5: ""}), name="1"),
+    }
+    monkeypatch.setattr(evaluation, "load", lambda path, **_: known[str(path)])
+    return known
+
+
+def test_batches_are_cut_from_the_full_list() -> None:
+    model = Parrot(replies())
+    answers = ask(model, questions_from(samples()), Options(9, batch_size=2))
+    assert [a.text for a in answers] == [s.answer for s in samples()]
+    assert sorted(len(b) for b in model.batches) == [1, 2, 2, 2, 2, 2]
+    first = [len(q) for b in model.batches[:4] for q in b]
+    assert first == sorted(first)  # the eight questions of the first window, by length
+    fails("no samples", lambda: ask(model, [], Options()))
+    fails("f.jsonl:3: no prompt", lambda: ask(
+        model, questions_from([Sample((), "bad", where="f.jsonl:3")]), Options()))  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 5])
+def test_a_run_that_goes_on_makes_the_same_batches(models, data, tmp_path, stop) -> None:
+    task, options = TASKS["jsonl"], Options(9, batch_size=2)
+    whole = evaluate(["a/float"], task, data, options, tmp_path / "whole")
+    batches = list(models["a/float"].batches)
+    models["a/float"].batches.clear()
+    models["a/float"].stops_after = stop
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(["a/float"], task, data, options, tmp_path / "parts")
+    models["a/float"].stops_after = 10**9
+    (folder,) = (tmp_path / "parts").iterdir()
+    with (folder / "answers.jsonl").open("ab") as file:
+        file.write(b'{"id": "3", "text": "ans')  # the line that a kill cut
+    again = evaluate(["a/float"], task, data, options, tmp_path / "parts")
+    assert models["a/float"].batches == batches and again.to_json() == whole.to_json()
+    results = [json.loads((tmp_path / p / folder.name / "result.json").read_text())
+               for p in ("whole", "parts")]  # fmt: skip
+    for result in results:
+        assert result.pop("times")["questions_asked"] and result.pop("devices")
+    assert results[0] == results[1]
+    asked = len(models["a/float"].batches)
+    evaluate(["a/float"], task, data, options, tmp_path / "parts")
+    assert len(models["a/float"].batches) == asked  # nothing is left to ask
+
+
+def test_the_record_of_a_run(models, data, tmp_path) -> None:
+    evaluate(["a/float"], TASKS["jsonl"], data, Options(9, batch_size=2, limit=3), tmp_path / "o")
+    (folder,) = (tmp_path / "o").iterdir()
+    run = json.loads((folder / "result.json").read_text())["run"]
+    assert run["checkpoint"] == "0" * 8 and run["data"]["s.jsonl"]["sha256"] and run["limit"] == 3
+    assert run["decoding"]["max_new_tokens"] == 9 and run["prompt"]["example"] == "q"
+    assert {"recipe", "preprocessor", "versions", "dtype", "option_rules"} <= set(run)
+    assert json.loads((folder / "answers.jsonl").read_text().splitlines()[1])["id"] == "0"
+    other = Options(8, batch_size=2, limit=3)
+    fails("made with another decoding", lambda: evaluate(
+        ["a/float"], TASKS["jsonl"], data, other, tmp_path / "o"))  # fmt: skip
+
+
+def test_damaged_answers_are_named(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    AnswerFile(path, {"x": 1}).add([("ü\ud800", Answer("日本\n\u2028", 2))])
+    assert AnswerFile(path, {"x": 1}).found == {"ü\ud800": Answer("日本\n\u2028", 2)}
+    fails("made with another x: 1, now 2", lambda: AnswerFile(path, {"x": 2}))
+    good = path.read_bytes()
+    for bad, words in (
+        (b"{nonsense\n", "a.jsonl:3: damaged"),
+        (b'{"id": 3}\n', "a.jsonl:3: no answer"),
+        (b"[]\n", "a.jsonl:3: damaged: no JSON object"),
+    ):
+        path.write_bytes(good + bad)
+        fails(words, lambda: AnswerFile(path, {"x": 1}))
+    path.write_bytes(b"{}\n")
+    fails("holds no answers of a run", lambda: AnswerFile(path, {"x": 1}))
+    path.write_bytes(b'{"run": {"x"')  # killed while the header was written
+    assert AnswerFile(path, {"x": 1}).found == {}
+
+
+def test_several_checkpoints_against_the_first(models, data) -> None:
+    result = evaluate(["a/float", "b/w4"], TASKS["jsonl"], data, Options(9, batch_size=4))
+    out = result.to_json()
+    first, second = out["models"]
+    assert out["task"] == "jsonl" and out["n"] == 11
+    assert first["score"] == 100 and first["delta"] is first["ci95"] is first["flips"] is None
+    assert second["delta"] == pytest.approx(-200 / 11) == second["score"] - 100
+    assert second["ci95"][0] < second["delta"] < second["ci95"][1] <= 0
+    assert second["flips"] == {"right_to_wrong": 2, "wrong_to_right": 0} and second["empty"] == 1
+    assert second["mcnemar_p"] == 0.5
+    with pytest.raises(UserError, match="no checkpoint"):
+        evaluate([], TASKS["jsonl"], data)
+
+
+def test_mcnemar_and_bootstrap_by_hand() -> None:
+    assert mcnemar(0, 0) == 1 and mcnemar(3, 3) == 1
+    assert mcnemar(0, 5) == mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert mcnemar(1, 7) == pytest.approx(2 * (1 + 8) / 256)
+    a = _table([1, 1, 1, 1]), _table([1, 1, 1, 1])
+    assert interval(TASKS["jsonl"], *a) == (0, 0)
+    first, other = _table([1] * 50 + [0] * 50), _table([1] * 40 + [0] * 60)
+    low, high = interval(TASKS["jsonl"], first, other)
+    spread = 1.96 * 100 * (0.1 * 0.9 / 100) ** 0.5  # of a mean of -1 (10 %) and 0
+    assert low == pytest.approx(-10 - spread, abs=1) and high == pytest.approx(-10 + spread, abs=1)
+    assert interval(TASKS["jsonl"], first, other) == (low, high)  # seeded
+    assert compare(TASKS["jsonl"], first, other).right_to_wrong == tuple(range(40, 50))
+
+
+def test_mme_is_resampled_by_picture_within_categories() -> None:
+    questions = [
+        dataclasses.replace(q, category=c, group=f"{c}/{i // 2}", answers=("yes",))
+        for c in ("color", "OCR")
+        for i, q in enumerate(questions_from([Sample((), "?")] * 4))
+    ]
+    table = table_of([Verdict(1.0)] * 8, questions)
+    wrong = table_of([Verdict(0.0)] * 8, questions)
+    assert interval(TASKS["mme"], wrong, table) == (400, 400)
+
+
+def _table(scores) -> Table:
+    questions = questions_from([Sample((), "?")] * len(scores))
+    return table_of([Verdict(float(s)) for s in scores], questions)
+
+
+def test_perplexity_of_windows(monkeypatch, models, tmp_path) -> None:
+    monkeypatch.setattr(perplexity, "_score", lambda model, ids, _: Answer(
+        "", len(ids) - 1, (len(ids) - 1) * (1.0 + int(model.name))))  # fmt: skip
+    path = tmp_path / "t.txt"
+    path.write_text("x" * 199, encoding="utf-8")  # windows of 99, 99 and 1, which predicts nothing
+    out = evaluate(["a/float", "b/w4"], TASKS["perplexity"], path).to_json()
+    assert out["n"] == 2 and out["unit"] == "per token"
+    assert [m["score"] for m in out["models"]] == pytest.approx([np.e, np.e**2])
+    assert out["models"][0]["metrics"] == {"nats_per_token": 1, "tokens": 196}
+    assert out["models"][1]["delta"] == pytest.approx(np.e**2 - np.e)
+    assert out["models"][1]["flips"] is None and out["models"][1]["empty"] == 0
+    path.write_text("x", encoding="utf-8")
+    fails("has 1 tokens", lambda: evaluate(["a/float"], TASKS["perplexity"], path))
+
+
+def test_the_command(models, tmp_path, capsys) -> None:
+    Image.new("RGB", (900, 30), "red").save(tmp_path / "wide.png")
+    rows = [{"question": s.question, "answer": s.answer, "image": "wide.png"} for s in samples()]
+    rows[0]["answer"] += "<script>"
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    argv = ["a/float", "b/w4", "--samples", str(path), "--out", str(tmp_path / "o")]
+    assert command.main([*argv, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    page = (tmp_path / "o" / "flips.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 2 and "right to wrong (2)" in page
+    assert "http" not in page and "<script" not in page and "(empty)" in page
+    assert command.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "11 questions" in shown and "McNemar" in shown and "b/w4" in shown
+    fails("give one of them", lambda: command.main([*argv, "--task", "mme"]))
+    fails("task is 'frob'", lambda: command.main(["a/float", "--task", "frob"]))
+    fails("needs --data FILE", lambda: command.main(["a/float", "--task", "mme"]))
