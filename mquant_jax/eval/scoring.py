@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class Table:
 
     def _rows(self, mask: np.ndarray) -> Table:
         kept = np.flatnonzero(mask)
-        texts = {
+        texts: dict[str, Any] = {
             name: tuple(getattr(self, name)[i] for i in kept)
             for name in ("readings", "truths", "categories")
         }

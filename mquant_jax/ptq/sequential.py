@@ -130,7 +130,7 @@ class Quantiser:
         quantised = self._quantised(work) if self._touches(part) else part.module
         for spool in work.known.values():
             spool.clear()
-        twin = None
+        twin: Outputs | None = None
         if part.twin is not None:
             assert work.twin is not None, "copied above, before anything was rounded"
             graphdef, state = work.twin
@@ -229,7 +229,7 @@ class Quantiser:
             with named(path):
                 inputs = prepare(seen.hessian, seen.cross, self.recipe.weights.act_order)
         whole = [r for r in readers if not getattr(find(work.target, r), "has_split", False)]
-        together = {}
+        together: dict[str, QWeight] = {}
         for section in dict.fromkeys(sections[r] for r in whole):
             alike = [r for r in whole if sections[r] == section]
             together |= self._round_together(alike, kernels, inputs, section)

@@ -44,7 +44,8 @@ def tune_block(
     graphdef, state = simulated(block)
     factors = start(state)
     sizes, moments = rates(factors, plan), _ADAM.init(factors)
-    rng, losses = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    losses: list[Any] = []
     groups = [[_groups(rng, np.shape(x)) for x in targets] for _ in range(plan.epochs)]
     epoch = sum(map(len, groups[0]))
     decay = optax.cosine_decay_schedule(1.0, plan.epochs * epoch)

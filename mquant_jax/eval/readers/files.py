@@ -131,11 +131,11 @@ def _pictures(
             raise UserError(f"image {shortened(key, 40)!r} is the index of no row that has a "
                             "picture")  # fmt: skip
     if key not in known:
-        refs = listed(cell) if cell.startswith("[") else [cell]
-        if refs is None or not all(isinstance(ref, str) for ref in refs):
+        given = listed(cell) if cell.startswith("[") else [cell]
+        if given is None or not all(isinstance(ref, str) for ref in given):
             raise UserError(f"image {shortened(cell, 40)!r}: expected base64, or a list of it")
         known[key] = [decoded(ref.partition(",")[2] if ref.startswith("data:") else ref, ref)
-                      for ref in refs]  # fmt: skip
+                      for ref in given]  # fmt: skip
     return known[key]
 
 
