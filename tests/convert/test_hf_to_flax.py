@@ -177,11 +177,18 @@ sys.exit(main())
 """
 
 
+def _hears_hangups() -> None:
+    """The tests themselves may run where SIGHUP is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def _start(dst: Path, marker: str = "", *program: str) -> subprocess.Popen:
     """A conversion, when ``marker`` is in the folder that it fills (or it has ended)."""
     command = [sys.executable, *(program or ("-m", "convert.hf_to_flax"))]
     command += [str(GOLDENS / "public"), str(dst)]
-    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=_hears_hangups
+    )
     while child.poll() is None and not (dst.parent / f"{dst.name}.work" / marker).exists():
         time.sleep(0.001)
     return child
