@@ -335,7 +335,7 @@ def _read_source(folder: Path) -> tuple[Any, Any, Any]:
     """All that a conversion reads before it begins."""
     reader = Reader(folder)
     family = family_for(reader.config, folder / "config.json")
-    config = read_config(family, reader)
+    config = read_config(family, reader.config, folder)
     todo = plan(family, config, reader)
     check_ties(config, todo, reader)
     todo.read(reader)
