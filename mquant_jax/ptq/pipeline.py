@@ -3,7 +3,8 @@
 No more than one part's weights are in memory. How often each weight is read: once by the rounding
 pass; once more where channels are balanced or smoothed (a look at the float model before it is
 rotated), once more where sinks are to be found (a look at the rotated float model), and SmoothQuant
-reads once more what it scales. Learning the whole model's scales at the end needs both models.
+reads once more what it scales. Scales are learned block by block in the rounding pass; learning
+those of the whole model at the end needs both models.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, layer_path, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.balance import balance_params
+from mquant_jax.ptq.factors import is_weight, placed
 from mquant_jax.ptq.ledger import Ledger
 from mquant_jax.ptq.prefix import prefix_ids, prefix_params
 from mquant_jax.ptq.rotate import rotate_params
@@ -66,7 +68,7 @@ def quantize_params(
 
     job = Conversion(family, config, recipe, params, batches, progress=progress)
     report = job.run(keep)
-    if recipe.learns:
+    if recipe.learns_whole:
         learned, report["tuning"] = job.learned(made)
         made.update(learned)
     job.states.close()
@@ -202,9 +204,9 @@ class Conversion:
         dtypes = {name: value.dtype for name, value in self.source.items()}
         quantiser = Quantiser(self.target, recipe, dtypes, self.states, sink)
         rounded = self._rounded_rows if self._table.quantised else None
-        self._walk("round", recipe, quantiser, recipe.weights.needs_float_inputs, rounded)
+        self._walk("round", recipe, quantiser, recipe.carries_float, rounded)
         self._written |= quantiser.written
-        self.report |= {k: v for k, v in quantiser.report.items() if v or k != "split"}
+        self.report |= {k: v for k, v in quantiser.report.items() if v or k in self.report}
 
     def _mark_sinks(self, found: tuple[list[int], list[int]]) -> None:
         recipe, made = self.recipe, {}
@@ -250,8 +252,10 @@ class Conversion:
         return self._section("language/embedding")
 
     def _section(self, name: str) -> Section:
-        """How a dense layer's weight, or a table, is quantised."""
-        return self.recipe.section_for(layer_path(name, self.config.language.tied_head) or name)
+        """How a rounded tensor is quantised."""
+        path = layer_path(name, self.config.language.tied_head)
+        assert path is not None, f"{name} is no weight of a dense layer"
+        return self.recipe.section_for(path)
 
     def _rounded_rows(self, rows: np.ndarray) -> np.ndarray:
         """Rows of the token embedding as the quantised model looks them up."""
@@ -278,14 +282,10 @@ class Conversion:
         Returns:
             The tensors that changed, and what the divergence was before and after.
         """
-        set_params(self.target, dict(made))
+        set_params(self.target, dict(made), in_float32)
         teacher = float_model(self.family, self.config, without_prefix(self.recipe), self.params)
         values, report = tune(self.target, teacher, self.batches, self.recipe.tune, self.progress)
-        out: Params = {}
-        for name, value in values.items():
-            old = made[name]
-            out[name] = dataclasses.replace(old, scale=value) if isinstance(old, QWeight) else value
-        return out, report
+        return {name: placed(made[name], value) for name, value in values.items()}, report
 
 
 def sinks_of(look: Statistics, batches: Sequence[Batch]) -> tuple[list[int], list[int]]:
@@ -322,6 +322,11 @@ def float_model(family: Family, config: Config, recipe: Recipe, params: Mapping[
     tensors = of_recipe(recipe, params)
     set_params(model, {name: np.asarray(working(v.load())) for name, v in tensors.items()})
     return model
+
+
+def in_float32(value: Any, like: Any) -> Any:
+    """A tensor of a checkpoint as an abstract float32 model holds it."""
+    return value if is_weight(value) else np.asarray(value).astype(like.dtype)
 
 
 def of_recipe(recipe: Recipe, params: Mapping[str, Any]) -> Tensors:

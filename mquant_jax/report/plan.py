@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mquant_jax.layer_plan import LayerPlan, LayerSpec, PartPlan
@@ -50,8 +50,8 @@ def table(plan: LayerPlan) -> str:
     head = ("part", "layers", "weights", "group", "activations", "rotation", "MiB before", "after")
     rows = []
     for part, count in _kinds(plan.parts):
-        empty: list[tuple[list[str], LayerSpec | None]] = [([], None)]
-        for i, (names, layer) in enumerate(_alike(part.layers) or empty):
+        groups: Sequence[tuple[list[str], LayerSpec | None]] = _alike(part.layers) or [([], None)]
+        for i, (names, layer) in enumerate(groups):
             name = (f"{_kind(part.name)} x{count}" if count > 1 else part.name) if i == 0 else ""
             sizes = [f"{count * size / _MIB:.1f}" for size in (part.bytes_before, part.bytes_after)]
             rows.append((name, *_cells(names, layer), *(sizes if i == 0 else ("", ""))))
