@@ -117,8 +117,8 @@ class Task:
     def question(self, fields: Fields) -> Question:
         """The question that a row asks."""
         text = self.ask(fields) + self.suffix
-        images: tuple[Any, ...] = fields.images
-        messages: tuple[Any, ...] = ()
+        images = fields.images
+        messages: tuple[dict[str, Any], ...] = ()
         if self.arrange is not None:
             parts, images = self.arrange(fields, text)
             messages = ({"role": "user", "content": parts},) if parts else ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -78,13 +77,17 @@ class Table:
         return worst, first
 
     def _rows(self, mask: np.ndarray) -> Table:
-        kept = np.flatnonzero(mask)
-        texts: dict[str, Any] = {
-            name: tuple(getattr(self, name)[i] for i in kept)
-            for name in ("readings", "truths", "categories")
-        }
-        arrays = {name: getattr(self, name)[mask] for name in ("scores", "sizes", "groups")}
-        return Table(**texts, **arrays)
+        def kept(texts: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(t for t, keep in zip(texts, mask, strict=True) if keep)
+
+        return Table(
+            self.scores[mask],
+            self.sizes[mask],
+            kept(self.readings),
+            kept(self.truths),
+            kept(self.categories),
+            self.groups[mask],
+        )
 
     @functools.cached_property
     def by_category(self) -> dict[str, tuple[np.ndarray, Table]]:

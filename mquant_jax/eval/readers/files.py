@@ -118,25 +118,25 @@ def _pictures(
 
     Args:
         cells: index -> cell of the column ``image``.
-        known: those already decoded, which rows share.
+        known: cell -> its pictures, which rows share.
     """
-    cell, key = row.get("image", ""), row.get("index", "")
+    cell = row.get("image", "")
     if not cell:
         names = row.get("image_path", "") if "image" not in row else ""
-        refs = listed(names) or ([names] if names else [])
-        return [RowReader(path).picture(ref) for ref in refs]
+        files = listed(names) or ([names] if names else [])
+        return [RowReader(path).picture(name) for name in files]
     if len(cell) <= _REFERENCE and not cell.startswith("["):
         key, cell = cell, cells.get(cell, "")
         if len(cell) <= _REFERENCE:
             raise UserError(f"image {shortened(key, 40)!r} is the index of no row that has a "
                             "picture")  # fmt: skip
-    if key not in known:
-        given = listed(cell) if cell.startswith("[") else [cell]
-        if given is None or not all(isinstance(ref, str) for ref in given):
+    if cell not in known:
+        refs = listed(cell) if cell.startswith("[") else [cell]
+        if refs is None or not all(isinstance(ref, str) for ref in refs):
             raise UserError(f"image {shortened(cell, 40)!r}: expected base64, or a list of it")
-        known[key] = [decoded(ref.partition(",")[2] if ref.startswith("data:") else ref, ref)
-                      for ref in given]  # fmt: skip
-    return known[key]
+        known[cell] = [decoded(ref.partition(",")[2] if ref.startswith("data:") else ref, ref)
+                       for ref in refs]  # fmt: skip
+    return known[cell]
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -67,6 +67,13 @@ def test_tsv_with_references_lists_and_options(tmp_path) -> None:
     assert len(questions_of(TASKS["mmbench"], path, 2)) == 2
 
 
+def test_rows_without_an_index_keep_their_pictures(tmp_path) -> None:
+    path = write_tsv(tmp_path / "t.tsv", ("image", "question", "answer"),
+                     (b64(1), "q", "a"), (b64(2), "q", "a"))  # fmt: skip
+    one, two = questions_of(TASKS["docvqa"], path)
+    assert (one.sample.images, two.sample.images) == ((png(1),), (png(2),))
+
+
 def test_tsv_with_picture_files_and_many_answers(tmp_path) -> None:
     (tmp_path / "a.png").write_bytes(png(9))
     path = write_tsv(
