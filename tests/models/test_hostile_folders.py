@@ -32,8 +32,8 @@ KEYS = {
     "generation_config.json": ("eos_token_id", "chat_format", "max_window_size", "temperature"),
     "preprocessor_config.json": (
         "size", "min_pixels", "max_pixels", "image_mean", "image_std", "norm_mean", "norm_std",
-        "patch_size", "merge_size", "min_patches", "max_patches", "max_slice_nums", "im_start", "crop_size", "do_pad",
-        "do_center_crop",
+        "patch_size", "merge_size", "min_patches", "max_patches", "max_slice_nums", "im_start",
+        "crop_size", "do_pad", "do_center_crop",
         "scale_resolution", "do_rescale", "rescale_factor", "resample", "use_image_id",
         "image_processor_type",
     ),
