@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from mquant_jax.models.base import abstract_model
 
 from benchmarks.output import add_output_options, deliver, save
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
+from mquant_jax.models.base import abstract_model
 from mquant_jax.nn.params import set_params
 from mquant_jax.presets import METHODS
 from mquant_jax.ptq.pipeline import quantize_params, untied
@@ -55,7 +55,7 @@ class Row:
                 section = dataclasses.replace(section, group_size=self.group_size)
             sections[name] = dataclasses.replace(section, activations=self.activations)
         if float_head:
-            sections["head"] = Section()
+            sections |= {"head": Section(), "embedding": Section()}
         return dataclasses.replace(self.recipe, **sections)
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.output import add_output_options, bytes_read, deliver, peak_bytes, save
+from benchmarks.output import add_output_options, bytes_read, deliver, save
 from benchmarks.random_checkpoint import DEMO, FULL, QWEN2_VL, layer_count, write
-from mquant_jax.cli_support import OK, Parser, run_cli
+from mquant_jax.cli_support import OK, Parser, peak_bytes, run_cli
 from mquant_jax.commands.bench import machine
 from mquant_jax.presets import resolve_recipe
 from mquant_jax.ptq.convert import convert

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.base import abstract_model
-from mquant_jax.models.registry import family_for
 
 from benchmarks.outliers import with_outliers
 from mquant_jax.api import Model
 from mquant_jax.checkpoint.plan import plan
 from mquant_jax.checkpoint.source import Reader
 from mquant_jax.eval.exact_match import evaluate
+from mquant_jax.models.base import abstract_model
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import set_params
 from mquant_jax.ptq.calibration_data import load_calibration, with_answer
 from mquant_jax.ptq.pipeline import untied

@@ -25,13 +25,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from mquant_jax.models.base import Batch, Family, abstract_model
-from mquant_jax.models.registry import family_for
 from safetensors.numpy import load_file
 
 from benchmarks.outliers import with_outliers
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import Batch, Family, abstract_model
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import Params, set_params
 from mquant_jax.presets import METHODS
 from mquant_jax.ptq.pipeline import quantize_params, untied

@@ -10,9 +10,9 @@ activation function. Driven by the family's declared streams.
 from __future__ import annotations
 
 import numpy as np
-from mquant_jax.models.streams import Streams
 
 from mquant_jax.lazy import lazy
+from mquant_jax.models.streams import Streams
 from mquant_jax.nn.params import Params
 from mquant_jax.ptq.channels import can_shift, links, scale, shift
 

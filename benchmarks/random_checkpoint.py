@@ -18,13 +18,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.models.qwen2_vl.weights import weight_rules
 
 from benchmarks.aot.sizes import MODELS
 from mquant_jax.checkpoint.tensor_file import TensorFileWriter
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.weights import weight_rules
 from mquant_jax.samples import DEMO_ASSETS
 
 QWEN2_VL = ("qwen2_vl-2b", "qwen2_vl-7b")

@@ -25,14 +25,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mquant_jax.models.base import VLM, Batch, Family, abstract_model
-from mquant_jax.models.llama.config import LlamaConfig
-from mquant_jax.models.llama.processing import collate, text_prompt
-from mquant_jax.models.registry import family_for
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import VLM, Batch, Family, abstract_model
+from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.llama.processing import collate, text_prompt
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import Params, abstract_params, set_params
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import Generator

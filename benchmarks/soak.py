@@ -26,8 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mquant_jax.models.base import Prompt
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from benchmarks.output import add_output_options, deliver
 from benchmarks.random_checkpoint import cut_config
@@ -37,6 +35,8 @@ from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.commands.bench import machine
 from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import NEVER_STOP, Greedy
+from mquant_jax.models.base import Prompt
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.presets import PRESETS
 from mquant_jax.runtime.generate import Generator
 from mquant_jax.runtime.programs import Programs

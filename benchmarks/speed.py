@@ -38,18 +38,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.base import VLM, Batch, Family, abstract_model
-from mquant_jax.models.qwen2_vl import FAMILY
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 
 from benchmarks.aot.sizes import MODELS
-from benchmarks.output import add_output_options, deliver, peak_bytes, save
+from benchmarks.output import add_output_options, deliver, save
 from benchmarks.random_checkpoint import cut_config
-from mquant_jax.cli_support import OK, Parser, progress, run_cli
+from mquant_jax.cli_support import OK, Parser, peak_bytes, progress, run_cli
 from mquant_jax.commands.bench import machine
 from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import measure, summary
 from mquant_jax.eval.speed import table as speed_table
+from mquant_jax.models.base import VLM, Batch, Family, abstract_model
+from mquant_jax.models.qwen2_vl import FAMILY
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import held

@@ -41,12 +41,11 @@ PARTS = ("import", "load", "compile_prefill", "compile_decode", "first_token")
 
 def write(folder: Path, layers: int) -> int:
     """Write the checkpoint; its size in bytes."""
-    from mquant_jax.models.qwen2_vl import FAMILY
-
     from benchmarks.aot.sizes import MODELS
     from benchmarks.random_checkpoint import cut_config
     from benchmarks.speed import random_model
     from mquant_jax.checkpoint.writer import save
+    from mquant_jax.models.qwen2_vl import FAMILY
     from mquant_jax.nn.params import get_params
     from mquant_jax.presets import PRESETS
 

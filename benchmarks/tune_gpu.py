@@ -27,8 +27,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mquant_jax.models.base import abstract_model
-from mquant_jax.models.registry import family_for
 
 from benchmarks.aot.backend import prepare, sharding
 from benchmarks.aot.devices import DEVICES
@@ -37,6 +35,8 @@ from benchmarks.aot.sizes import MODELS
 from benchmarks.output import add_output_options, deliver, save
 from mquant_jax.cli_support import OK, Parser, run_cli
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import abstract_model
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.ops import gpu, xla

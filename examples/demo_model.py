@@ -8,13 +8,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
+
+from examples import demo_pictures, demo_tasks, demo_tokenizer
 from mquant_jax.models.base import Batch, VisionInput
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.modeling import Qwen2VL
 from mquant_jax.models.qwen2_vl.weights import export_hf
-from safetensors.numpy import save_file
-
-from examples import demo_pictures, demo_tasks, demo_tokenizer
 from mquant_jax.nn.params import get_params
 
 PATCH, MERGE, GRID = 14, 2, demo_pictures.SIZE // 14

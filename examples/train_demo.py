@@ -29,16 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from mquant_jax.models.base import Batch
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.models.qwen2_vl.modeling import Qwen2VL
-from mquant_jax.models.registry import family_for
 
 from examples import demo_tasks
 from examples.demo_model import PLACE_CLASSES, Collator, Pair, export, hf_config
 from examples.demo_pictures import CELL_CLASSES
 from mquant_jax.checkpoint.plan import plan
 from mquant_jax.checkpoint.source import Reader
+from mquant_jax.models.base import Batch
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.modeling import Qwen2VL
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import set_params
 from mquant_jax.nn.stack import Runner
 

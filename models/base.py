@@ -1,6 +1,6 @@
 """What every model is made of, and what a family must bring.
 
-``ptq``, ``runtime`` and ``convert`` know models through this module alone.
+The rest of the package knows families through this module, their streams and weight rules.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.config_keys import Tables, unknown_keys
-from mquant_jax.models.streams import Streams
 
 from mquant_jax.errors import PromptError
+from mquant_jax.models.config_keys import Tables, unknown_keys
+from mquant_jax.models.rules import WeightRule
+from mquant_jax.models.streams import Streams
 from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.flow import EmbeddingCall, Flow, run
+from mquant_jax.nn.params import dense_layers
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.numerics import AnyArray
 from mquant_jax.recipe import Recipe
+from mquant_jax.sections import check_rules
 
 
 @partial(
@@ -103,12 +106,19 @@ class VLM(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        """
+        Raises:
+            UserError: the recipe's rules do not fit the model.
+        """
         recipe = recipe or Recipe()
         self.config = config
         if self.VISION is not None:
             self.vision = self.VISION(config, recipe, dtype, rngs=rngs)
         place = Placement.of(recipe, "language", dtype)
-        self.language = Decoder(config.language, place, recipe.head, rngs=rngs)
+        self.language = Decoder(config.language, place, rngs=rngs)
+        if recipe.rules:
+            layers = dense_layers(self)
+            check_rules(recipe.rules, {path: recipe.section_for(path) for path in layers})
 
     def visual(self, batch: Batch, runner: Runner = SCAN) -> jax.Array | None:
         """Visual features ``[N * M, hidden]``, which ``visual_index`` counts."""
@@ -224,84 +234,6 @@ def _layout(batch: Batch, pictures: Any) -> dict[str, Any]:
     """What a decoder is told of where visual tokens stand; nowhere, without pictures."""
     slots = batch.visual_slots if pictures is not None else 0
     return {"visual_slots": slots, "visual": batch.token_class == VISUAL}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Some rows of a fused source, whose first axis is seen as ``[groups, of, size]``.
-
-    Attributes:
-        start, stop: the slices taken of each group.
-        of: equal slices in a group.
-        groups: groups that follow each other; a fused ``[q; k; v]`` is one group of three.
-    """
-
-    start: int
-    stop: int
-    of: int
-    groups: int = 1
-
-    def view(self, source: np.ndarray) -> np.ndarray:
-        """The rows, a view: ``[groups, stop - start, size, ...]``."""
-        groups = source.reshape(self.groups, self.of, -1, *source.shape[1:])
-        return groups[:, self.start : self.stop]
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightRule:
-    """One tensor of our model and where it comes from.
-
-    Attributes:
-        dst: our name, layers separate: ``language/layers/0/q_proj/kernel``.
-        src: name in the Hugging Face checkpoint.
-        shape: shape of our tensor.
-        src_shape: shape that the source must have.
-        rows: the part of the source that is ours; ``None``: all of it.
-        transposed: the source, a matrix, stands the other way round (``x @ W``).
-        order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
-        otherwise: values where the checkpoint holds no such tensor; ``None``: it must.
-    """
-
-    dst: str
-    src: str
-    shape: tuple[int, ...]
-    src_shape: tuple[int, ...]
-    rows: Rows | None = None
-    transposed: bool = False
-    order: tuple[int, ...] | None = None
-    otherwise: tuple[float, ...] | None = None
-
-    def apply(self, source: np.ndarray) -> np.ndarray:
-        """The source's part of our tensor, in our shape."""
-        source = source.T if self.transposed else source
-        source = source if self.rows is None else self.rows.view(source)
-        source = source.reshape(self.shape)
-        if self.order is None:
-            return source
-        return source.reshape(-1, len(self.order), *self.shape[1:])[:, self.order].reshape(
-            self.shape
-        )
-
-    def run(self) -> tuple[int, int | None]:
-        """The first source row of ours and how many follow each other, where our rows are a run of
-        the source's and each is as it stands there; else ``(0, None)``."""
-        if self.transposed or self.order is not None or not self.shape:
-            return 0, None
-        if self.rows is None:
-            same = self.shape[0] == self.src_shape[0]
-            return (0, self.shape[0]) if same else (0, None)
-        if self.rows.groups > 1:
-            return 0, None
-        return self.rows.start * (self.src_shape[0] // self.rows.of), self.shape[0]
-
-    def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
-        """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
-        source = source.T if self.transposed else source
-        part = source if self.rows is None else self.rows.view(source)
-        if self.order is not None:
-            back = np.argsort(self.order)
-            ours = ours.reshape(-1, len(back), *self.shape[1:])[:, back]
-        part[...] = ours.reshape(part.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,3 +375,9 @@ def abstract_model(family: Family, config: Config, recipe: Recipe, dtype=jnp.flo
         ValueError: shapes and recipe do not fit together.
     """
     return nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
+
+
+def with_head(config: Config, tied: bool) -> Config:
+    """A family's config whose head is the embedding, or is not."""
+    language = dataclasses.replace(config.language, tied_head=tied)
+    return dataclasses.replace(config, language=language)

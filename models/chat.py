@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+
+from mquant_jax.errors import PromptError, UserError
+from mquant_jax.files import is_file, read_json_if_any
 from mquant_jax.models import chat_files
 from mquant_jax.models.base import Prompt
 from mquant_jax.models.prompts import check_ids
 from mquant_jax.models.template import ChatTemplate
-
-from mquant_jax.errors import PromptError, UserError
-from mquant_jax.files import is_file, read_json_if_any
 from mquant_jax.validate import listed
 from mquant_jax.validate import text as checked_text
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from mquant_jax.errors import UserError
 from mquant_jax.files import check_regular, is_file, read_json_if_any, read_text
-from mquant_jax.schema import shown, token_ids, whole
+from mquant_jax.schema import token_ids, whole
+from mquant_jax.validate import shown
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import isqrt
 from typing import Any, ClassVar
 
@@ -15,16 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mquant_jax.models.base import Batch, Prompt, Rows, WeightRule
+
+from mquant_jax.errors import PromptError
+from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.language import dense_rules, direct
 from mquant_jax.models.prompts import check_prompts
+from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.models.squares import pack_vision
 from mquant_jax.models.streams import Hidden, ValueOutput
 from mquant_jax.models.text import collate as collate_text
-
-from mquant_jax.errors import PromptError
-from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
@@ -94,11 +95,9 @@ class Convolution(nnx.Module):
     def __init__(self, c: EVA2Config, place: Placement, *, rngs: nnx.Rngs):
         width = MERGE * MERGE * c.tower.hidden_size
         rotation = place.read_rotation(width)
-        self.conv_in = ActQuant("conv_in", place.section, rotation=rotation)
-        self.proj = Dense(
-            rotation.n if rotation else width, c.conv_width, section=place.section,
-            dtype=place.dtype, rngs=rngs,
-        )  # fmt: skip
+        self.conv_in = place.point("conv_in", self.POINTS, rotation)
+        inputs = rotation.n if rotation else width
+        self.proj = place.dense("proj", inputs, c.conv_width, rngs=rngs)
 
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """``[N, P, width]`` -> ``[N, P/4, conv_width]``."""
@@ -118,24 +117,20 @@ class Adapter(nnx.Module):
     }
 
     def __init__(self, c: EVA2Config, place: Placement, *, rngs: nnx.Rngs):
-        section, dtype, d = place.section, place.dtype, c.hidden_size
-
-        def dense(into: int, out: int) -> Dense:
-            return Dense(into, out, bias=False, section=section, dtype=dtype, rngs=rngs)
-
+        d, dense = c.hidden_size, partial(place.dense, bias=False, rngs=rngs)
         rotation = place.online_rotation(c.conv_width)
-        self.merger_in = ActQuant("merger_in", section, rotation=rotation)
-        self.linear_proj = dense(rotation.n if rotation else c.conv_width, d)
-        self.norm = LayerNorm(d, NORM_EPS, dtype)
+        self.merger_in = place.point("merger_in", self.POINTS, rotation)
+        self.linear_proj = dense("linear_proj", rotation.n if rotation else c.conv_width, d)
+        self.norm = LayerNorm(d, NORM_EPS, place.dtype)
         rotation = place.online_rotation(d)
-        self.mlp_in = ActQuant("mlp_in", section, rotation=rotation)
+        self.mlp_in = place.point("mlp_in", self.POINTS, rotation)
         into = rotation.n if rotation else d
-        self.gate_proj = dense(into, c.inner)
-        self.up_proj = dense(into, c.inner)
+        self.gate_proj = dense("gate_proj", into, c.inner)
+        self.up_proj = dense("up_proj", into, c.inner)
         rotation = place.online_rotation(c.inner)  # up_proj has its signs
         hidden = rotation and rotation.without_signs()
-        self.merger_hidden = ActQuant("merger_hidden", section, rotation=hidden)
-        self.down_proj = dense(rotation.n if rotation else c.inner, d)
+        self.merger_hidden = place.point("merger_hidden", self.POINTS, hidden)
+        self.down_proj = dense("down_proj", rotation.n if rotation else c.inner, d)
 
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """``[N, T, conv_width]`` -> ``[N, T, hidden]``."""
@@ -169,9 +164,9 @@ class EVA2Vision(ViT):
     def __init__(self, config: Any, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
         c = config.vision
         super().__init__(c.tower, Placement.of(recipe, "vision", dtype), rngs=rngs)
-        place = Placement.of(recipe, "connector", dtype)
-        self.conv = Convolution(c, place, rngs=rngs)
-        self.merger = Adapter(c, place, rngs=rngs)
+        conv, merger = (Placement.of(recipe, f"vision/{n}", dtype) for n in ("conv", "merger"))
+        self.conv = Convolution(c, conv, rngs=rngs)
+        self.merger = Adapter(c, merger, rngs=rngs)
         self.ends = Ends(c, dtype)
 
     def tokens(self, patches: int) -> int:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.chat import ChatFolder, Message, check_count
 from mquant_jax.models.eva2 import VISUAL, EVA2Config
 from mquant_jax.models.images import load_image
 from mquant_jax.models.squares import patchify, squeeze
-
-from mquant_jax.errors import UserError
 
 
 class OnePictureChat(ChatFolder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     check_grid,
@@ -19,8 +20,6 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.eva2 import MERGE, EVA2Config
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import REQUIRED, choice, whole
 

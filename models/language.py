@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mquant_jax.models.base import Rows, WeightRule
+from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.models.streams import Hidden, Read, Stream, ValueOutput
-
 from mquant_jax.nn.decoder_block import DecoderConfig
 
 _L = "language/layers/*"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models import rope_config
 from mquant_jax.models.config_keys import (
     check_groups,
@@ -22,19 +23,9 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.rope_config import read_rope
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
-from mquant_jax.schema import (
-    Field,
-    Refused,
-    choice,
-    flag,
-    inside,
-    items,
-    shown,
-    text,
-)
+from mquant_jax.schema import Field, Refused, choice, flag, inside, items, text
+from mquant_jax.validate import shown
 
 _THETA = 10000.0
 

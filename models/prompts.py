@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from mquant_jax.models.base import Prompt, longest
 
 from mquant_jax.errors import PromptError
+from mquant_jax.models.base import Prompt, longest
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab: int, placeholder: int | None = None) -> None:

@@ -6,10 +6,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from mquant_jax.models.base import Family
-
 from mquant_jax.errors import UserError
-from mquant_jax.schema import shown
+from mquant_jax.models.base import Family
+from mquant_jax.validate import shown
 
 # model_type in config.json -> package that exposes ``FAMILY``; and ``TEXT_FAMILY``, where the type
 # is also that of a language model alone, which has no ``vision_config``.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mquant_jax.models.base import Rows, WeightRule
-from mquant_jax.models.language import dense_rules, direct
-from mquant_jax.models.streams import Hidden, Read, Stream, ValueOutput
-
 from mquant_jax.errors import UserError
+from mquant_jax.models.language import dense_rules, direct
+from mquant_jax.models.rules import Rows, WeightRule
+from mquant_jax.models.streams import Hidden, Read, Stream, ValueOutput
 from mquant_jax.nn.resampler import ResamplerConfig
 
 

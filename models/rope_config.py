@@ -10,22 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mquant_jax.models.config_keys import theta
-
 from mquant_jax.errors import UserError
+from mquant_jax.models.config_keys import theta
 from mquant_jax.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, Scaling, YarnScaling
-from mquant_jax.schema import (
-    Refused,
-    Schema,
-    choice,
-    flag,
-    inside,
-    items,
-    real,
-    shown,
-    table,
-    whole,
-)
+from mquant_jax.schema import Refused, Schema, choice, flag, inside, items, real, table, whole
+from mquant_jax.validate import shown
 
 NAMES = ("rope_scaling", "rope_parameters")
 _ORIGINAL = "original_max_position_embeddings"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.prompts import check_patches
 

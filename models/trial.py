@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from mquant_jax.models.chat_files import TOKENIZERS
 
 from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
 from mquant_jax.files import is_file
+from mquant_jax.models.chat_files import TOKENIZERS
 
 if TYPE_CHECKING:
     from mquant_jax.models.base import Config, Family

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import io
 import os
+import resource
 import signal
 import sys
 import threading
@@ -169,3 +170,9 @@ def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> It
     from tqdm import tqdm
 
     return tqdm(items, desc=desc, total=total, leave=False, file=sys.stderr)
+
+
+def peak_bytes() -> int:
+    """The peak resident memory of this process; Linux counts in KiB, macOS in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from mquant_jax.checkpoint.reader import (
 )
 from mquant_jax.checkpoint.tensor_file import Entry
 from mquant_jax.errors import CheckpointError
-from mquant_jax.models.base import VLM, Config, Family, abstract_model
+from mquant_jax.models.base import VLM, Config, Family, abstract_model, with_head
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import (
     STACK,
@@ -105,9 +104,8 @@ def describe(
     hf_config = load_json(folder / CONFIG)
     family = family_for(hf_config, folder / CONFIG)
     config = family.config_from_hf(hf_config)
-    language = dataclasses.replace(config.language, tied_head=manifest["tied_head"])
     recipe = Recipe.from_json(manifest["recipe"], f"{folder}: recipe")
-    return family, dataclasses.replace(config, language=language), recipe, hf_config
+    return family, with_head(config, manifest["tied_head"]), recipe, hf_config
 
 
 def held_bytes(folder: Path) -> int:
@@ -119,12 +117,19 @@ def held_bytes(folder: Path) -> int:
     manifest = load_manifest(folder)
     family, config, recipe, _ = describe(folder, manifest)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    total = 0
-    for _, variable in variables(abstract_model(family, config, recipe, dtype)):
-        value = variable.get_value()
-        value = jax.eval_shape(lambda w: held(w), value) if isinstance(value, QWeight) else value
-        total += parameter_bytes({"": value})
-    return total
+    return model_bytes(abstract_model(family, config, recipe, dtype))
+
+
+def model_bytes(model: VLM) -> int:
+    """Bytes of an abstract model's tensors in the form in which the platform that is traced for
+    holds them."""
+
+    def form(value: Any) -> Any:
+        # A function of its own: JAX would remember what `held` gave for another platform.
+        return jax.eval_shape(lambda w: held(w), value) if isinstance(value, QWeight) else value
+
+    values = (variable.get_value() for _, variable in variables(model))
+    return sum(parameter_bytes({"": form(value)}) for value in values)
 
 
 def check_tensors(manifest: dict[str, Any], expected: Params, folder: Path) -> None:

@@ -8,66 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from mquant_jax.errors import UserError
-from mquant_jax.schema import shown
+from mquant_jax.recipe_fields import read
+from mquant_jax.sections import SECTIONS, Rule, Section, section_name
+from mquant_jax.validate import shown
 
-SECTIONS = ("vision", "connector", "language", "head")
-_CHOICES = {
-    "w_bits": (4, 8, 16),
-    "bits": (4, 8, 16),
-    "criterion": ("none", "paper", "measured"),
-    "activations": ("static", "dynamic", "none"),
-    "method": ("gptq", "rtn"),
-    "inputs": ("quantised", "float"),
-    "observer": ("minmax", "percentile", "mse", "output"),
-}
-# Numbers beyond these bounds serve nothing, and some make NaN or zeros of the weights.
-_RANGES = {
-    "group_size": (1, 2**20),
-    "asymmetry": (0, 1),
-    "refit": (0, 100),
-    "visual_weight": (0, 1e3),
-    "sink_weight": (0, 1e3),
-    "prefix_sinks": (0, 64),
-    "seed": (0, 2**32 - 1),
-    "headroom": (0.5, 10),
-    "max_samples": (1, 2**20),
-    "epochs": (0, 1000),
-    "rate": (0, 1),
-    "act_rate": (0, 1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """How the dense layers of one part of the model are quantised.
-
-    Attributes:
-        w_bits: bits per weight; 16 leaves the weights in float.
-        group_size: input columns that share a weight scale; ``None`` is per output channel.
-        activations: ``static`` (calibrated int8 scales), ``dynamic`` (int8, scale per token found
-            at run time) or ``none`` (float activations).
-        dynamic_points: names of quantisation points (``mlp_hidden``, say) that are dynamic where
-            the rest of the section is static.
-    """
-
-    w_bits: int = 16
-    group_size: int | None = None
-    activations: str = "none"
-    dynamic_points: tuple[str, ...] = ()
-
-    @property
-    def quantised(self) -> bool:
-        return self.w_bits < 16
-
-    def mode(self, point: str) -> str:
-        """Activation mode of one quantisation point, whichever expert's it is."""
-        name = point.rpartition("/")[2]
-        dynamic = self.activations == "static" and name in self.dynamic_points
-        return "dynamic" if dynamic else self.activations
+VERSION = 2  # of the JSON form; 1 had no rules and no embedding section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +110,10 @@ class Recipe:
 
     Attributes:
         name: the preset's name, or the user's.
-        vision, connector, language, head: one :class:`Section` each. A tied head shares the token
-            embedding, which is then quantised with it.
+        vision, connector, language, head, embedding: one :class:`Section` each. A tied head is
+            the token embedding, which is then quantised as the head is.
+        rules: what is different in some layers, see :class:`~mquant_jax.sections.Rule`; the first
+            that matches a layer's path changes its section. ``(pattern, changes)`` will do.
         weights: see :class:`Weights`.
         modality_scales: visual and text tokens have static scales of their own in the language
             model (MSQ, paper section 3.1) instead of one shared scale.
@@ -194,6 +144,8 @@ class Recipe:
     connector: Section = Section()
     language: Section = Section()
     head: Section = Section()
+    embedding: Section = Section()
+    rules: tuple[Rule, ...] = ()
     weights: Weights = Weights()
     modality_scales: bool = True
     sink_class: bool = False
@@ -208,6 +160,10 @@ class Recipe:
     seed: int = 0
     calibration: Calibration = Calibration()
     tune: Tuning = Tuning()
+    version: ClassVar[int] = VERSION
+
+    def __post_init__(self):
+        object.__setattr__(self, "rules", tuple(map(Rule.of, self.rules)))
 
     @property
     def class_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -222,7 +178,7 @@ class Recipe:
     @property
     def marks_sinks(self) -> bool:
         """Whether the model has to know its sinks."""
-        return self.sink_class and self.language.activations == "static"
+        return self.sink_class and any(s.activations == "static" for s in self._of("language"))
 
     @property
     def finds_sinks(self) -> bool:
@@ -242,6 +198,18 @@ class Recipe:
     def section(self, name: str) -> Section:
         return getattr(self, name)
 
+    def section_for(self, path: str) -> Section:
+        """How one dense layer is quantised, or a table: ``language/layers/3/down_proj``,
+        ``language/embedding``. A tied table has the head's path."""
+        section = self.section(section_name(path))
+        rule = next((rule for rule in self.rules if rule.matches(path)), None)
+        return section if rule is None else rule.applied(section)
+
+    def _of(self, *names: str) -> list[Section]:
+        """What layers of these sections may have, by one rule or by none."""
+        own = list(map(self.section, names))
+        return own + [rule.applied(section) for rule in self.rules for section in own]
+
     @property
     def changes_weights(self) -> bool:
         """Whether the checkpoint holds anything else than the source's tensors."""
@@ -249,33 +217,44 @@ class Recipe:
             self.rotate
             or self.smooth
             or self.balance
-            or any(s.quantised or s.activations != "none" for s in map(self.section, SECTIONS))
+            or any(s.quantised or s.activations != "none" for s in self._of(*SECTIONS))
         )
 
     @property
     def learns(self) -> bool:
         """Whether scales are learned after rounding."""
-        return self.tune.epochs > 0 and self.language.quantised
+        return self.tune.epochs > 0 and any(s.quantised for s in self._of("language"))
 
     @property
     def needs_calibration(self) -> bool:
-        parts = [self.section(s) for s in SECTIONS]
-        gptq = self.weights.method == "gptq" and any(s.quantised for s in parts)
+        layers = self._of(*(name for name in SECTIONS if name != "embedding"))
+        gptq = self.weights.method == "gptq" and any(s.quantised for s in layers)
         weights = gptq or self.smooth or self.balance or self.split.wanted or self.learns
-        return weights or self.prefix_sinks > 0 or any(s.activations == "static" for s in parts)
+        return weights or self.prefix_sinks > 0 or any(s.activations == "static" for s in layers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings: what a JSON file would give back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        fields = dataclasses.asdict(self) | {"rules": [rule.to_json() for rule in self.rules]}
+        return {"version": VERSION, **json.loads(json.dumps(fields))}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], origin: str = "recipe") -> Recipe:
-        """Build and check a recipe.
+        """Build and check a recipe. One without a version is read as the first.
 
         Raises:
-            UserError: an unknown key or value; the message names it and the allowed ones.
+            UserError: an unknown key, value or version; the message names it and the allowed ones.
         """
-        return _build(cls, data, origin)
+        rules = []
+        if isinstance(data, dict):
+            data = dict(data)
+            version, rules = data.pop("version", 1), data.pop("rules", rules)
+            if type(version) is not int or not 1 <= version <= VERSION:
+                raise UserError(f"{origin}.version: {shown(version)} is not one of 1 to {VERSION}; "
+                                "a newer mquant_jax may have written it")  # fmt: skip
+        if not isinstance(rules, list | tuple):
+            raise UserError(f"{origin}.rules: expected a list, found {shown(rules)}")
+        made = [Rule.of(rule, f"{origin}.rules[{i}]") for i, rule in enumerate(rules)]
+        return cls(**read(cls, data, origin), rules=tuple(made))
 
     def table(self) -> str:
         """The plan as lines of text, one per section."""
@@ -284,55 +263,8 @@ class Recipe:
             s = self.section(name)
             bits = f"int{s.w_bits}" if s.quantised else "float"
             rows.append(f"{name:<10} {bits:<8} {s.group_size or '-':<6} {s.activations}")
+        rows += [f"{rule.pattern}: {dict(rule.changes)}" for rule in self.rules]
         how = f"weights by {self.weights.method}" if self.changes_weights else "as it was"
         turned = f", rotated (seed {self.seed})" if self.rotate else ", not rotated"
         rows.append(how + (turned if self.changes_weights else ""))
         return "\n".join(rows)
-
-
-def _build(cls, data: Any, origin: str):
-    if not isinstance(data, dict):
-        raise UserError(f"{origin}: expected a JSON object, found {type(data).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in data:
-        if key not in fields:
-            raise UserError(f"{origin}: unknown key {shown(key)}; known keys: {', '.join(fields)}")
-    values = {}
-    for key, value in data.items():
-        default = fields[key].default
-        where = f"{origin}.{key}"
-        if dataclasses.is_dataclass(default):
-            values[key] = _build(type(default), value, where)
-        else:
-            values[key] = _check(key, value, default, where)
-    return cls(**values)
-
-
-def _check(key: str, value: Any, default: Any, where: str):
-    if key in _CHOICES:
-        if not any(type(value) is type(c) and value == c for c in _CHOICES[key]):
-            allowed = ", ".join(map(repr, _CHOICES[key]))
-            raise UserError(f"{where}: {shown(value)} is not one of {allowed}")
-        return value
-    if key == "group_size":
-        good = value is None or (type(value) is int and value > 0)
-        expected = "a positive integer or null"
-    elif isinstance(default, tuple):
-        good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
-        value, expected = tuple(value) if good else value, "a list of names"
-    elif isinstance(default, float):
-        good = type(value) in (int, float) and 0 <= value <= sys.float_info.max
-        value, expected = float(value) if good else value, "a number, zero or more"
-    else:
-        good = type(value) is type(default) and (not isinstance(value, int) or value >= 0)
-        expected = type(default).__name__
-    if not good:
-        raise UserError(f"{where}: expected {expected}, found {shown(value)}")
-    _check_range(key, value, where)
-    return value
-
-
-def _check_range(key: str, value: Any, where: str) -> None:
-    low, high = _RANGES.get(key, (value, value))
-    if value is not None and not low <= value <= high:
-        raise UserError(f"{where}: expected {low:g} to {high:g}, found {shown(value)}")

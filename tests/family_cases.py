@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from mquant_jax.models.base import VLM, Batch, Family, abstract_model
 from mquant_jax.models.registry import family_for
-
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.ptq.pipeline import float_model, quantize_params
 from mquant_jax.recipe import Recipe

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mquant_jax.models.base import VLM, Batch, Family, Prompt, abstract_model
-from mquant_jax.models.registry import family_for
 from safetensors.numpy import load_file
 
 import mquant_jax as mq
 from convert import hf_to_flax, verify
+from mquant_jax.models.base import VLM, Batch, Family, Prompt, abstract_model
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import quantize_params

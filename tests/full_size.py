@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from mquant_jax.models.base import VLM, Batch, Family, abstract_model
 
+from mquant_jax.models.base import VLM, Batch, Family, abstract_model
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.params import Params, abstract_params
 from mquant_jax.nn.vit import VisionInput

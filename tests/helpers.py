@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.base import VLM, Family, abstract_model
 from mquant_jax.models.llama.config import LlamaConfig
 from mquant_jax.models.llama.modeling import Llama
@@ -22,9 +25,6 @@ from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.modeling import Qwen2VL
 from mquant_jax.models.qwen2_vl.weights import weight_rules
 from mquant_jax.models.registry import family_for
-from safetensors.numpy import load_file
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight
 from mquant_jax.ops.dense import target_platform

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from mquant_jax.models.internvl import FAMILY
-
 from tests import family_cases
 from tests.family_cases import changed_config, golden_case  # noqa: F401  (for the tests)
 

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from mquant_jax.models.minicpmv import FAMILY
-
 from tests import family_cases
 
 FOLDER = "minicpmv2_6"

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from mquant_jax.models.qwen_vl import FAMILY
-
 from tests import family_cases
 from tests.family_cases import golden_case  # noqa: F401  (for the tests)
 

@@ -16,7 +16,6 @@ import sys
 from typing import Any
 
 import jax
-from mquant_jax.models.registry import family_for
 
 from benchmarks.aot.backend import prepare, sharding
 from benchmarks.aot.devices import DEVICES, Device
@@ -26,6 +25,7 @@ from benchmarks.aot.sizes import MODELS
 from benchmarks.output import add_output_options, deliver
 from mquant_jax.cli_support import OK, Parser, run_cli
 from mquant_jax.errors import UserError
+from mquant_jax.models.registry import family_for
 from mquant_jax.presets import PRESETS
 
 RECIPES = {FLOAT: "float", DYNAMIC: "w4a8-dynamic", STATIC: "w4a8"}

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Sharding
-from mquant_jax.models.base import Batch, Family, abstract_model
 
 from benchmarks.aot.cost import Cost, program_cost
 from benchmarks.aot.devices import Device
 from benchmarks.aot.hlo import parse
+from mquant_jax.models.base import Batch, Family, abstract_model
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import held, target_platform
 from mquant_jax.recipe import Recipe

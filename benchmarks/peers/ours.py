@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from mquant_jax.models.base import VLM
-from mquant_jax.models.llama.processing import collate, text_prompt
 
 from benchmarks.accuracy import built, quantised_params
 from benchmarks.peers.base import Peer, Source
 from mquant_jax.eval.speed import Greedy
+from mquant_jax.models.base import VLM
+from mquant_jax.models.llama.processing import collate, text_prompt
 from mquant_jax.nn.params import get_params, parameter_bytes
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import held

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -21,8 +22,6 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.eva2 import EVA2Config
 from mquant_jax.models.eva2_config import VISION, eva2_config
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.schema import Refused, choice, flag, table
 

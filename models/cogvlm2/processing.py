@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.cogvlm2.config import CogVLM2Config
 from mquant_jax.models.eva2 import VISUAL

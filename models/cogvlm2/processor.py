@@ -9,14 +9,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import Message, text_of
 from mquant_jax.models.cogvlm2.config import CogVLM2Config
 from mquant_jax.models.cogvlm2.processing import collate
 from mquant_jax.models.eva2 import VISUAL
 from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of
-
-from mquant_jax.errors import UserError
 
 _ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
 

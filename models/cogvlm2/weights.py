@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from mquant_jax.models.base import Rows, WeightRule
 from mquant_jax.models.cogvlm2.config import CogVLM2Config
 from mquant_jax.models.eva2 import eva2_rules
 from mquant_jax.models.language import dense_rules, direct
-
+from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.rope import frequencies
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.eva2 import VISUAL
 from mquant_jax.models.eva2 import collate as collate_eva2

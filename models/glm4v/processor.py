@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models import chat_files
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import Message, import_transformers, text_of
@@ -17,8 +18,6 @@ from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of
 from mquant_jax.models.glm4v.config import GLM4VConfig
 from mquant_jax.models.glm4v.processing import collate
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
-
-from mquant_jax.errors import UserError
 from mquant_jax.validate import text as checked_text
 
 # What a word is to the tokenizer; in the published code, and in no file.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mquant_jax.models.base import Rows, WeightRule
 from mquant_jax.models.eva2 import eva2_rules
 from mquant_jax.models.glm4v.config import GLM4VConfig
 from mquant_jax.models.language import dense_rules, direct
-
+from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.nn.decoder_block import DecoderConfig
 
 

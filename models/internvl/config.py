@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -24,11 +25,10 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
-from mquant_jax.schema import Refused, Schema, choice, flag, real, shown, square, table, text, whole
+from mquant_jax.schema import Refused, Schema, choice, flag, real, square, table, text, whole
+from mquant_jax.validate import shown
 
 CHAT, NATIVE = "internvl_chat", "internvl"
 # Language models by the class that config.json names, or by model_type.

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import jax
 from flax import nnx
+
 from mquant_jax.models.base import VLM
 from mquant_jax.models.internvl.config import InternVLConfig
-
-from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import VisionInput, ViT, gelu, tower_norm
@@ -41,14 +40,13 @@ class Projector(nnx.Module):
     def __init__(self, config: InternVLConfig, place: Placement, *, rngs: nnx.Rngs):
         self.merge, self.transposed = config.merge, config.transposed
         merged, out = config.vision.hidden_size * self.merge**2, config.language.hidden_size
-        section, dtype = place.section, place.dtype
         self.norm = tower_norm(merged, NORM_EPS, place, keeps_mean=True)
-        self.merger_in = ActQuant("merger_in", section)
-        self.fc1 = Dense(merged, out, section=section, dtype=dtype, rngs=rngs)
+        self.merger_in = place.point("merger_in", self.POINTS)
+        self.fc1 = place.dense("fc1", merged, out, rngs=rngs)
         rotation = place.online_rotation(out)
-        self.merger_hidden = ActQuant("merger_hidden", section, rotation=rotation)
+        self.merger_hidden = place.point("merger_hidden", self.POINTS, rotation)
         hidden = rotation.n if rotation else out
-        self.fc2 = Dense(hidden, out, section=section, dtype=dtype, rngs=rngs)
+        self.fc2 = place.dense("fc2", hidden, out, rngs=rngs)
 
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """Features ``[N, P, width]`` -> tokens ``[N, P/merge^2, hidden]`` of the decoder."""
@@ -62,7 +60,7 @@ class InternVLVision(ViT):
 
     def __init__(self, config: InternVLConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
         super().__init__(config.vision, Placement.of(recipe, "vision", dtype), rngs=rngs)
-        self.merger = Projector(config, Placement.of(recipe, "connector", dtype), rngs=rngs)
+        self.merger = Projector(config, Placement.of(recipe, "vision/merger", dtype), rngs=rngs)
 
     def tokens(self, patches: int) -> int:
         return patches // self.merger.merge**2

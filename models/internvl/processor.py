@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import UserError
 from mquant_jax.models import chat_files, image_settings
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import ChatFolder, Message, check_count
@@ -19,8 +21,6 @@ from mquant_jax.models.internvl.config import CHAT, InternVLConfig
 from mquant_jax.models.internvl.processing import collate
 from mquant_jax.models.internvl.tiles import MEAN, STD, Tiling
 from mquant_jax.models.squares import patchify
-
-from mquant_jax.errors import UserError
 from mquant_jax.schema import Schema, table, whole
 
 START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"

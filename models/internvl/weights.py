@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mquant_jax.models.base import Rows, WeightRule
 from mquant_jax.models.internvl.config import CHAT, InternVLConfig
 from mquant_jax.models.language import decoder_rules, dense_rules, direct, internlm2_rules
+from mquant_jax.models.rules import Rows, WeightRule
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from mquant_jax.models.config_keys import FILE, Tables, read_tables
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
-
 from mquant_jax.nn.decoder_block import DecoderConfig
 
 

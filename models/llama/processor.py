@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import ChatFolder, Message, text_of
 from mquant_jax.models.llama.config import LlamaConfig
 from mquant_jax.models.llama.processing import batch_of
-
-from mquant_jax.errors import UserError
 from mquant_jax.validate import listed
 from mquant_jax.validate import text as checked_text
 

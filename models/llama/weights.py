@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mquant_jax.models.base import WeightRule
 from mquant_jax.models.language import decoder_rules
 from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.rules import WeightRule
 
 
 def weight_rules(config: LlamaConfig) -> list[WeightRule]:

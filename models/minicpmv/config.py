@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -22,12 +23,11 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
-from mquant_jax.schema import Field, Refused, choice, flag, shown, square, table, whole
+from mquant_jax.schema import Field, Refused, choice, flag, square, table, whole
+from mquant_jax.validate import shown
 
 HEAD_DIM = 128  # of the resampler, which has ``hidden_size // 128`` heads
 

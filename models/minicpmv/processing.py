@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import PromptError
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.slices import Slicing
 from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.text import collate as collate_text
-
-from mquant_jax.errors import PromptError
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime.buckets import fine
 

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from mquant_jax.errors import UserError
 from mquant_jax.models import chat_files, image_settings
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import ChatFolder, Message, check_count
@@ -17,9 +20,6 @@ from mquant_jax.models.images import load_frames, load_image
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.processing import MASKED, VISUAL, collate
 from mquant_jax.models.minicpmv.slices import MEAN, STD, Slicing
-from PIL import Image
-
-from mquant_jax.errors import UserError
 from mquant_jax.schema import Refused, Schema, flag, text, whole
 
 MARK = "(<image>./</image>)"  # where a picture stands in a chat's text, as the published code says

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -22,11 +23,10 @@ from mquant_jax.models.config_keys import (
 from mquant_jax.models.language_config import SCHEMAS, decoder_config, decoder_fields
 from mquant_jax.models.rope_config import FIELDS as ROPE_FIELDS
 from mquant_jax.models.rope_config import read_rope
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
-from mquant_jax.schema import Refused, Schema, choice, real, shown, table, whole
+from mquant_jax.schema import Refused, Schema, choice, real, table, whole
+from mquant_jax.validate import shown
 
 _TEXT = SCHEMAS["qwen2"] | common(
     decoder_fields(152064, 8192, 29568, 80, 64, 8, 32768) | {"rms_norm_eps": norm_eps(1e-5)},

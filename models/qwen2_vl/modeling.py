@@ -6,11 +6,10 @@ from typing import ClassVar
 
 import jax
 from flax import nnx
+
 from mquant_jax.models.base import VLM
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-
-from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import VisionInput, ViT, gelu, tower_norm
@@ -26,14 +25,13 @@ class PatchMerger(nnx.Module):
         width, out = config.vision.hidden_size, config.language.hidden_size
         self.block = config.merge_size**2
         merged = width * self.block
-        section, dtype = place.section, place.dtype
         self.norm = tower_norm(width, config.vision.norm_eps, place)
-        self.merger_in = ActQuant("merger_in", section)
-        self.fc1 = Dense(merged, merged, section=section, dtype=dtype, rngs=rngs)
+        self.merger_in = place.point("merger_in", self.POINTS)
+        self.fc1 = place.dense("fc1", merged, merged, rngs=rngs)
         rotation = place.online_rotation(merged)
-        self.merger_hidden = ActQuant("merger_hidden", section, rotation=rotation)
+        self.merger_hidden = place.point("merger_hidden", self.POINTS, rotation)
         hidden = rotation.n if rotation else merged
-        self.fc2 = Dense(hidden, out, section=section, dtype=dtype, rngs=rngs)
+        self.fc2 = place.dense("fc2", hidden, out, rngs=rngs)
 
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """Features ``[N, P, width]`` in merge-block order -> tokens ``[N, P/4, hidden]``."""
@@ -48,7 +46,7 @@ class Qwen2VLVision(ViT):
 
     def __init__(self, config: Qwen2VLConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
         super().__init__(config.vision, Placement.of(recipe, "vision", dtype), rngs=rngs)
-        self.merger = PatchMerger(config, Placement.of(recipe, "connector", dtype), rngs=rngs)
+        self.merger = PatchMerger(config, Placement.of(recipe, "vision/merger", dtype), rngs=rngs)
 
     @property
     def patches_per_token(self) -> int:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import PromptError
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.prompts import check_patches, check_prompts
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-
-from mquant_jax.errors import PromptError
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime.buckets import fine
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from mquant_jax.errors import UserError
 from mquant_jax.models import chat_files
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import ChatFolder, Message, check_count, import_transformers
@@ -20,9 +23,6 @@ from mquant_jax.models.image_settings import agree, read_area
 from mquant_jax.models.images import load_frames, load_image
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.processing import Grid, collate
-from PIL import Image
-
-from mquant_jax.errors import UserError
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from mquant_jax.models.base import Rows, WeightRule
+
 from mquant_jax.models.language import decoder_rules, dense_rules, direct
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-
+from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.nn.params import Params
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -25,8 +26,6 @@ from mquant_jax.models.config_keys import (
     vocabulary,
     width,
 )
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.rope import SteppedScaling

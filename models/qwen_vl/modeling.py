@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from flax import nnx
+
 from mquant_jax.models.base import VLM
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
-
 from mquant_jax.nn.resampler import ResampledViT
 from mquant_jax.recipe import Recipe
 

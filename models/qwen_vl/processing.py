@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import PromptError
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
 from mquant_jax.models.squares import pack_vision, patchify
 from mquant_jax.models.text import collate as collate_text
-
-from mquant_jax.errors import PromptError
 
 VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
 

@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import UserError
+from mquant_jax.files import read_json_if_any
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import (
     ChatFolder,
@@ -24,9 +27,6 @@ from mquant_jax.models.qwen_vl.config import QwenVLConfig
 from mquant_jax.models.qwen_vl.processing import VISUAL, collate, picture_ids
 from mquant_jax.models.squares import patchify, squeeze
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
-
-from mquant_jax.errors import UserError
-from mquant_jax.files import read_json_if_any
 from mquant_jax.schema import Schema, choice, whole
 
 # What a word is to the tokenizer; in the published code, and in no file.

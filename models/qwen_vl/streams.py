@@ -6,7 +6,6 @@ from mquant_jax.models.language import decoder_attention, decoder_hidden, decode
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
 from mquant_jax.models.resampler import resampler_attention, resampler_hiddens, resampler_streams
 from mquant_jax.models.streams import Hidden, Read, Stream, Streams, ValueOutput
-
 from mquant_jax.nn.vit import STREAM
 
 _V = "vision/layers/*"

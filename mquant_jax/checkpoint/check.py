@@ -140,7 +140,7 @@ def check_result(
     manifest = load_manifest(folder)
     if processor is None and any(name in manifest["files"] for name in _TOKENIZERS):
         processor = family.processor(folder, config)
-    needed, free = held_bytes(folder) + _SPARE, available_memory()
+    needed, free = run_bytes(held_bytes(folder)), available_memory()
     if free is not None and needed > free:
         misfits = examine(folder)
         if misfits:
@@ -167,6 +167,11 @@ def check_result(
 def _last_logits(model: VLM, batch: Batch) -> jax.Array:
     """Those that choose the first token of the answer, float32 ``[vocab]``."""
     return model(batch)[0, -1]
+
+
+def run_bytes(held: int) -> int:
+    """Free memory that trying a model takes whose weights take ``held`` bytes."""
+    return held + _SPARE
 
 
 def available_memory() -> int | None:

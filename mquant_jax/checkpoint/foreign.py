@@ -12,7 +12,7 @@ from typing import Any
 
 from mquant_jax.errors import UserError
 from mquant_jax.files import is_file, read_json
-from mquant_jax.schema import shown
+from mquant_jax.validate import shown
 
 ADAPTER = "adapter_config.json"
 _MERGE = "merge it into the base model first (peft: merge_and_unload(), then save_pretrained)"

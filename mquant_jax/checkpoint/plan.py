@@ -11,7 +11,8 @@ from mquant_jax.checkpoint.source import FLOAT_DTYPES, Reader
 from mquant_jax.checkpoint.tensor_file import DTYPES
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy
-from mquant_jax.models.base import Config, Family, WeightRule
+from mquant_jax.models.base import Config, Family, with_head
+from mquant_jax.models.rules import WeightRule
 
 _HEAD = "language/head/"
 _SHOWN = 10
@@ -98,11 +99,11 @@ def plan(family: Family, config: Config, reader: Reader) -> Plan:
         UserError: tensors are missing, unplaced, of the wrong shape or not float; all are listed.
     """
     names = _canonical(family, reader)
-    config = _with_head(config, tied=False)
+    config = with_head(config, tied=False)
     rules = family.weight_rules(config)
     head = [r.src for r in rules if r.dst.startswith(_HEAD)]
     if not any(src in names for src in head):
-        config = _with_head(config, tied=True)
+        config = with_head(config, tied=True)
         rules = family.weight_rules(config)
     shapes = {r.src: r.src_shape for r in rules}
     optional = {r.src for r in rules if r.otherwise is not None}
@@ -128,11 +129,6 @@ def plan(family: Family, config: Config, reader: Reader) -> Plan:
             + "; ".join(p for p in parts if p)
         )
     return Plan(config, rules, names)
-
-
-def _with_head(config: Config, tied: bool) -> Config:
-    language = dataclasses.replace(config.language, tied_head=tied)
-    return dataclasses.replace(config, language=language)
 
 
 def _canonical(family: Family, reader: Reader) -> dict[str, str]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mquant_jax.checkpoint.hub import model_folder
 from mquant_jax.checkpoint.source import INDEX, Reader
 from mquant_jax.checkpoint.tensor_file import file_hash
 from mquant_jax.errors import UserError
@@ -44,10 +45,12 @@ def source_misfits(source: Mapping[str, Mapping[str, Any]], folder: Path) -> Ite
 
     Args:
         source: the table of a manifest.
+        folder: the model's, or its hub name.
 
     Raises:
         UserError: no such folder, or a file that cannot be read.
     """
+    folder = model_folder(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --source takes the folder that was converted")
     if not source:

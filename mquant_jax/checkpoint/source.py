@@ -17,7 +17,7 @@ from mquant_jax.checkpoint.foreign import (
 from mquant_jax.checkpoint.tensor_file import DTYPE_NAMES, TensorFile
 from mquant_jax.errors import UserError
 from mquant_jax.files import check_inside, is_file, read_json
-from mquant_jax.schema import shown
+from mquant_jax.validate import shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mquant_jax.cli_support import OK, WARNINGS, Parser, strict
+from mquant_jax.cli_support import OK, WARNINGS, Parser, peak_bytes, strict
+from mquant_jax.commands.dry_run import dry_run, show
 from mquant_jax.compile_cache import keep_compiled_programs
+from mquant_jax.errors import UserError
 from mquant_jax.presets import METHODS, PRESETS, resolve_recipe
 from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import SECTIONS
+from mquant_jax.runtime.memory import ACCELERATORS
+from mquant_jax.stages import listening
 from mquant_jax.validate import choice
 
 
@@ -36,6 +40,7 @@ def _parser() -> Parser:
 examples:
   python -m mquant_jax convert Qwen2-VL-2B-Instruct out/float
   python -m mquant_jax convert Qwen2-VL-2B-Instruct out/w4a8 --recipe w4a8 --calibration my.jsonl
+  python -m mquant_jax convert Qwen/Qwen2-VL-2B-Instruct --recipe w4a8 --dry-run --device v5e
   python -m convert.verify out/float --reference goldens/qwen2_vl/public
 
 DST appears only when it is complete. Until then finished parts, a journal and hidden states are in
@@ -45,9 +50,11 @@ Memory depends on the widest layer, not on the number of layers.
 exit status: 0 success, 2 bad usage or input
 """
     parser = Parser("python -m mquant_jax convert", __doc__ or "", epilog)
-    parser.add_argument("src", metavar="SRC", type=Path, help="folder with config.json and "
-                        "model.safetensors (or its index and shards)")  # fmt: skip
-    parser.add_argument("dst", metavar="DST", type=Path, help="checkpoint folder to write")
+    parser.add_argument("src", metavar="SRC", help="folder with config.json and model.safetensors "
+                        "(or its index and shards), or the name of a model in the Hugging Face "
+                        "cache")  # fmt: skip
+    parser.add_argument("dst", metavar="DST", type=Path, nargs="?",
+                        help="checkpoint folder to write")  # fmt: skip
     parser.add_argument("--recipe", default="float", metavar="PRESET|FILE.json",
                         help="what is quantised and how (default: float)")  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE.jsonl",
@@ -62,6 +69,10 @@ exit status: 0 success, 2 bad usage or input
     parser.add_argument("--strict", nargs="?", const=",".join(WARNINGS), default="",
                         metavar="KIND,...", help="warnings of these kinds are errors: "
                         f"{', '.join(WARNINGS)}; all of them where none is named")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, with sizes, memory "
+                        "and time, and convert nothing; config.json is enough")  # fmt: skip
+    parser.add_argument("--device", action="append", default=[], choices=ACCELERATORS, help="with "
+                        "--dry-run, may be repeated: whether the result fits")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -82,19 +93,39 @@ def _summary(dst: Path, manifest: dict[str, Any]) -> str:
     )
 
 
+def _cost(stages: dict[str, float]) -> str:
+    """Time by stage and peak memory as a line of text."""
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
+    return f"{sum(stages.values()):.1f} s ({parts}), peak memory {peak_bytes() / 2**30:.2f} GiB"
+
+
 def main(argv: list[str]) -> int:
     """Convert; print a summary, or with ``--json`` one object."""
     args: argparse.Namespace = _parser().parse_args(argv)
     recipe = resolve_recipe(args.recipe)
+    if args.dry_run:
+        show(dry_run(args.src, recipe, args.calibration, args.device), args.json)
+        return OK
+    if args.dst is None:
+        raise UserError("DST is missing; only --dry-run goes without")
+    if args.device:
+        raise UserError("--device goes with --dry-run; `inspect DST --memory` has it as well")
     keep_compiled_programs()
-    with strict(_strict_kinds(args.strict)):
+    stages: dict[str, float] = {}
+
+    def note(name: str, seconds: float) -> None:
+        stages[name] = stages.get(name, 0.0) + seconds
+
+    with strict(_strict_kinds(args.strict)), listening(note):
         manifest = convert(
             args.src, args.dst, recipe, args.calibration, args.overwrite,
             resume=args.resume, restart=args.restart,
         )  # fmt: skip
     if args.json:
         keys = ("family", "tied_head", "recipe", "total_bytes", "dtype_counts")
-        print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}}))
+        cost = {"seconds": stages, "peak_rss_bytes": peak_bytes()}
+        print(json.dumps({"dst": str(args.dst), **{k: manifest[k] for k in keys}, **cost}))
     else:
         print(_summary(args.dst, manifest))
+        print(_cost(stages))
     return OK

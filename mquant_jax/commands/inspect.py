@@ -10,25 +10,21 @@ from mquant_jax.checkpoint.manifest import REPORT
 from mquant_jax.cli_support import OK, Parser, add_no_verify
 from mquant_jax.errors import UserError
 from mquant_jax.loading import load_model
-from mquant_jax.nn.params import abstract_params
+from mquant_jax.nn.params import dense_layers
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import platform, select_path
-from mquant_jax.ptq.pipeline import section_of
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import KV_CACHES
 from mquant_jax.runtime.memory import ACCELERATORS, checkpoint_plan
+from mquant_jax.sections import kind_of
 from mquant_jax.validate import count
 
 
 def layer_paths(model, recipe: Recipe) -> list[dict]:
     """One row per kind of dense layer: bits, activation mode and the form that runs."""
     rows: dict[tuple, dict] = {}
-    for name, value in abstract_params(model).items():
-        if not name.endswith(("/kernel", "/embedding")):
-            continue
-        path = name.removesuffix("/kernel").split("/")
-        kind = "/".join("*" if part.isdigit() else part for part in path)
-        section = section_of(name, recipe)
+    for path, value in dense_layers(model).items():
+        kind, section = kind_of(path), recipe.section_for(path)
         row = {"layer": kind, "count": 0, "weights": "float", "activations": "float"}
         if isinstance(value, QWeight):
             int8 = section.activations != "none"

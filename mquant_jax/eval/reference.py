@@ -23,7 +23,6 @@ from mquant_jax.loading import Loaded, load_model
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.stack import Runner
 from mquant_jax.numerics import AnyArray
-from mquant_jax.recipe import SECTIONS
 from mquant_jax.validate import number
 
 FLOAT_RTOL = 1e-3
@@ -234,6 +233,5 @@ def verify_reference(
     loaded = load_model(checkpoint, jnp.float32, verify=verify)
     with jax.default_matmul_precision("highest"):  # no TF32 on GPUs
         result = compare(loaded, inputs, outputs, reference)
-    sections = [loaded.manifest["recipe"].get(s, {}) for s in SECTIONS]
-    is_float = all(s.get("w_bits", 16) == 16 for s in sections)
+    is_float = not any("bits" in entry for entry in loaded.manifest["tensors"].values())
     return {"ok": judge(result, rtol, is_float), **result}

@@ -12,14 +12,13 @@ from flax import nnx
 from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order
 from mquant_jax.nn.decoder_block import DecoderBlock, DecoderConfig, DecoderContext, ExpertBlock
-from mquant_jax.nn.dense import FLOAT, Dense, empty_qweight, linear
+from mquant_jax.nn.dense import empty_qweight, linear
 from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import multi_axis_angles, slot_positions
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, scan_layers, stack_layers
 from mquant_jax.numerics import AnyArray, QWeight
-from mquant_jax.recipe import Section
 
 
 class SinkRule(nnx.Module):
@@ -44,26 +43,24 @@ class SinkRule(nnx.Module):
 class Decoder(nnx.Module):
     """Token embedding, a stack of blocks, final norm and head (own or tied)."""
 
-    def __init__(
-        self, cfg: DecoderConfig, place: Placement, head: Section = FLOAT, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg, self.dtype = cfg, place.dtype
         table = jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.hidden_size), jnp.float32)
         own: Any = (0.02 * table).astype(place.dtype)
-        if cfg.tied_head and head.quantised:
-            own = empty_qweight(cfg.vocab_size, cfg.hidden_size, head)
+        rows = place.section("head" if cfg.tied_head else "embedding")
+        if rows.quantised:
+            own = empty_qweight(cfg.vocab_size, cfg.hidden_size, rows)
         self.embedding = nnx.Param(own)
         block = ExpertBlock if cfg.visual_expert else DecoderBlock
-        self.layers = stack_layers(lambda r: block(cfg, place, rngs=r), cfg.num_layers, rngs)
+        layer = place.layer("layers")
+        self.layers = stack_layers(lambda r: block(cfg, layer, rngs=r), cfg.num_layers, rngs)
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
         if place.sink_class:
             self.sinks = SinkRule()
-        self.head_in = ActQuant("head_in", head)  # one scale: only text is ever predicted
+        # One scale: only text is ever predicted.
+        self.head_in = ActQuant("head_in", place.section("head"))
         if not cfg.tied_head:
-            self.head = Dense(
-                cfg.hidden_size, cfg.vocab_size, bias=False, section=head, dtype=place.dtype,
-                rngs=rngs,
-            )  # fmt: skip
+            self.head = place.dense("head", cfg.hidden_size, cfg.vocab_size, bias=False, rngs=rngs)
 
     def embed(self, ids: AnyArray) -> jax.Array:
         """int32 ``[B, T]`` -> ``[B, T, hidden]``."""

@@ -13,7 +13,6 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.cache import Store, write
-from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, YarnScaling, apply_rope
@@ -133,26 +132,26 @@ class Projections(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """``prefix``: of the points' names."""
-        dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
+        dense = partial(place.dense, rngs=rngs)
 
         def point(name: str, rotation=None) -> ActQuant:
-            return ActQuant(prefix + name, place.section, place.n_classes, rotation)
+            return place.point(name, Projections.POINTS, rotation, prefix)
 
         d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         self.attn_in = point("attn_in")
-        self.q_proj = dense(d, q, bias=qkv_bias)
-        self.k_proj = dense(d, kv, bias=qkv_bias)
-        self.v_proj = dense(d, kv, bias=qkv_bias)
+        self.q_proj = dense("q_proj", d, q, bias=qkv_bias)
+        self.k_proj = dense("k_proj", d, kv, bias=qkv_bias)
+        self.v_proj = dense("v_proj", d, kv, bias=qkv_bias)
         self.attn_out = point("attn_out")
-        self.o_proj = dense(q, d, bias=cfg.o_bias)
+        self.o_proj = dense("o_proj", q, d, bias=cfg.o_bias)
         self.mlp_in = point("mlp_in")
-        self.gate_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
-        self.up_proj = dense(d, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.gate_proj = dense("gate_proj", d, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.up_proj = dense("up_proj", d, cfg.intermediate_size, bias=cfg.mlp_bias)
         # The signs of the rotation are folded into up_proj.
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = point("mlp_hidden", rotation and rotation.without_signs())
         hidden = rotation.n if rotation else cfg.intermediate_size
-        self.down_proj = dense(hidden, d, bias=cfg.mlp_bias, split=place.split)
+        self.down_proj = dense("down_proj", hidden, d, bias=cfg.mlp_bias, split=place.split)
 
     def project(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> Heads:
         """Queries, keys and values ``[B, T, heads * d]`` of the normed stream."""
@@ -314,7 +313,7 @@ class ExpertBlock(DecoderBlock):
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         super().__init__(cfg, place, rngs=rngs)
-        self.visual = Projections(cfg, place, True, "visual/", rngs=rngs)
+        self.visual = Projections(cfg, place.within("visual"), True, "visual/", rngs=rngs)
 
     @staticmethod
     def _visual(ctx: DecoderContext) -> jax.Array:

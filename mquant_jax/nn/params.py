@@ -53,6 +53,24 @@ def abstract_params(model: nnx.Module) -> Params:
     return out
 
 
+def layer_path(name: str, tied_head: bool) -> str | None:
+    """The path of the dense layer, or table, whose weight a tensor is, if it is one; that of a tied
+    table is the head's."""
+    if name == "language/embedding":
+        return "language/head" if tied_head else name
+    path, _, leaf = name.rpartition("/")
+    return path if leaf == "kernel" else None
+
+
+def dense_layers(model: nnx.Module) -> Params:
+    """The weight of each dense layer and table of a whole model, as :func:`abstract_params` has it,
+    by :func:`layer_path`."""
+    params = abstract_params(model)
+    tied = "language/head/kernel" not in params
+    paths = {name: layer_path(name, tied) for name in params}
+    return {path: params[name] for name, path in paths.items() if path is not None}
+
+
 def get_params(model: nnx.Module) -> Params:
     """Name -> NumPy array (or QWeight of them), layers separate."""
     out: Params = {}
@@ -115,5 +133,6 @@ def assign(model: nnx.Module, path: tuple[str, ...], value: Any) -> None:
 
 
 def parameter_bytes(params: Params) -> int:
-    """Bytes that the values take where they are held."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    """Bytes that the values take where they are held; int4 takes half of one."""
+    leaves = jax.tree.leaves(params)
+    return sum(x.size // (2 if x.dtype == jax.numpy.int4 else 1) * x.dtype.itemsize for x in leaves)

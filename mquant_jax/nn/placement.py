@@ -1,4 +1,7 @@
-"""How one part of a model is quantised and computed: what its blocks are built from."""
+"""How one part of a model is quantised and computed: what its blocks are built from.
+
+Dense layers and quantisation points are made here, so that the recipe's rules reach all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
+from mquant_jax.errors import UserError
 from mquant_jax.hadamard import Orthogonal, Rotation, plan_rotation, stream_rotation
-from mquant_jax.nn.dense import FLOAT
+from mquant_jax.nn.act_quant import ActQuant, Points
+from mquant_jax.nn.dense import WHOLE, Dense
 from mquant_jax.recipe import Recipe, Section, Split
 
 
@@ -17,7 +23,8 @@ class Placement:
     """How one part of a model is quantised and computed.
 
     Attributes:
-        section: bits and activation mode.
+        path: of the part in the model; of a stack, that of its first layer.
+        recipe: says how each layer is quantised.
         n_classes: entries in each static scale table.
         dtype: float type of everything that is not integer.
         rotated: norms and rotations have been folded into the weights.
@@ -30,7 +37,8 @@ class Placement:
         orthogonal: those are random orthogonal matrices.
     """
 
-    section: Section = FLOAT
+    path: str
+    recipe: Recipe = Recipe()
     n_classes: int = 1
     dtype: Any = jnp.float32
     rotated: bool = False
@@ -43,11 +51,13 @@ class Placement:
     orthogonal: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe, section: str, dtype) -> Placement:
-        """The placement of one of the recipe's sections; ``language`` alone has token classes."""
-        language = section == "language"
+    def of(cls, recipe: Recipe, path: str, dtype) -> Placement:
+        """The placement of a part of the model, ``vision/merger``; ``language`` alone has token
+        classes."""
+        language = path == "language"
         return cls(
-            section=recipe.section(section),
+            path,
+            recipe,
             n_classes=recipe.n_classes if language else 1,
             dtype=dtype,
             rotated=recipe.rotate,
@@ -59,6 +69,60 @@ class Placement:
             seed=recipe.seed,
             orthogonal=recipe.orthogonal,
         )
+
+    def within(self, name: str) -> Placement:
+        """The placement of a module inside the part."""
+        return dataclasses.replace(self, path=f"{self.path}/{name}")
+
+    def layer(self, name: str) -> Placement:
+        """The placement of the equal layers of a stack."""
+        return self.within(f"{name}/0")
+
+    def section(self, name: str) -> Section:
+        """How a dense layer of the part is quantised."""
+        return self.recipe.section_for(f"{self.path}/{name}")
+
+    def dense(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        split: Split = WHOLE,
+        rngs: nnx.Rngs,
+    ) -> Dense:
+        """The dense layer that the part has as ``name``."""
+        return Dense(
+            in_features, out_features, bias=bias, section=self.section(name), split=split,
+            dtype=self.dtype, rngs=rngs,
+        )  # fmt: skip
+
+    def point(
+        self,
+        name: str,
+        points: Points,
+        rotation: Rotation | None = None,
+        prefix: str = "",
+    ) -> ActQuant:
+        """A quantisation point of the part.
+
+        Args:
+            points: which dense layers of the part read it.
+            prefix: stands in front of the point's name.
+
+        Raises:
+            UserError: rules that give the readers of one input different activation modes.
+        """
+        readers = points[name]
+        modes = {reader: self.section(reader).mode(name) for reader in readers}
+        if len(set(modes.values())) > 1:
+            found = ", ".join(f"{reader} {mode}" for reader, mode in modes.items())
+            raise UserError(
+                f"recipe: rules give the layers behind {self.path}/{name} different activations "
+                f"({found}); they read the same input, so name all of them in one rule"
+            )
+        return ActQuant(prefix + name, self.section(readers[0]), self.n_classes, rotation)
 
     def online_rotation(self, width: int) -> Rotation | None:
         """The rotation before an MLP's last layer; it may pad that layer's inputs."""

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
@@ -83,22 +82,19 @@ class Keys(nnx.Module):
 
     def __init__(self, cfg: ResamplerConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg, out = cfg, cfg.width
-        section, dtype = place.section, place.dtype
         if cfg.projects:
-            self.kv_in = ActQuant("kv_in", section)
+            self.kv_in = place.point("kv_in", self.POINTS)
             bias = cfg.kv_bias and place.rotated
-            self.kv_proj = Dense(
-                cfg.features, out, bias=bias, section=section, dtype=dtype, rngs=rngs
-            )
-        self.norm = LayerNorm(out, cfg.norm_eps, dtype)
+            self.kv_proj = place.dense("kv_proj", cfg.features, out, bias=bias, rngs=rngs)
+        self.norm = LayerNorm(out, cfg.norm_eps, place.dtype)
         if cfg.stored_positions:
-            self.positions = nnx.Param(jnp.zeros((cfg.queries, out), dtype))
+            self.positions = nnx.Param(jnp.zeros((cfg.queries, out), place.dtype))
         rotation = place.online_rotation(out)
-        self.k_in = ActQuant("k_in", section, rotation=rotation)
-        self.v_in = ActQuant("v_in", section, rotation=rotation)
+        self.k_in = place.point("k_in", self.POINTS, rotation)
+        self.v_in = place.point("v_in", self.POINTS, rotation)
         inner = rotation.n if rotation else out
-        self.k_proj = Dense(inner, out, section=section, dtype=dtype, rngs=rngs)
-        self.v_proj = Dense(inner, out, section=section, dtype=dtype, rngs=rngs)
+        self.k_proj = place.dense("k_proj", inner, out, rngs=rngs)
+        self.v_proj = place.dense("v_proj", inner, out, rngs=rngs)
 
     def __call__(self, x: tuple[jax.Array, jax.Array], tap: Tap | None = None) -> jax.Array:
         """Features ``[N, P, features]`` and int32 ``[N, P, 2]`` -> ``[N, P, 2 * width]``."""
@@ -125,7 +121,7 @@ class Queries(nnx.Module):
     POINTS: ClassVar[Points] = {"q_in": ("q_proj",)}
 
     def __init__(self, cfg: ResamplerConfig, place: Placement, *, rngs: nnx.Rngs):
-        width, section = cfg.width, place.section
+        width = cfg.width
         self.placed = cfg.stored_positions
         rotation = None
         if self.placed:
@@ -134,9 +130,9 @@ class Queries(nnx.Module):
             rotation = place.online_rotation(width)
         else:
             self.norm = tower_norm(width, cfg.norm_eps, place)
-        self.q_in = ActQuant("q_in", section, rotation=rotation)
+        self.q_in = place.point("q_in", self.POINTS, rotation)
         inner = rotation.n if rotation else width
-        self.q_proj = Dense(inner, width, section=section, dtype=place.dtype, rngs=rngs)
+        self.q_proj = place.dense("q_proj", inner, width, rngs=rngs)
 
     def __call__(self, query: jax.Array, tap: Tap | None = None) -> jax.Array:
         """``[1, Q, width]``, and so is what comes out."""
@@ -152,14 +148,14 @@ class Resampler(nnx.Module):
     POINTS: ClassVar[Points] = {"attn_out": ("out_proj",), "proj_in": ("proj",)}
 
     def __init__(self, cfg: ResamplerConfig, place: Placement, *, rngs: nnx.Rngs):
-        width, section, dtype = cfg.width, place.section, place.dtype
+        width = cfg.width
         self.heads = cfg.heads
-        self.attn_out = ActQuant("attn_out", section)
-        self.out_proj = Dense(width, width, section=section, dtype=dtype, rngs=rngs)
+        self.attn_out = place.point("attn_out", self.POINTS)
+        self.out_proj = place.dense("out_proj", width, width, rngs=rngs)
         self.norm = tower_norm(width, cfg.norm_eps, place)
-        self.proj_in = ActQuant("proj_in", section)
+        self.proj_in = place.point("proj_in", self.POINTS)
         # Published without a bias; a rotated model's comes from the folded norm.
-        self.proj = Dense(width, width, bias=place.rotated, section=section, dtype=dtype, rngs=rngs)
+        self.proj = place.dense("proj", width, width, bias=place.rotated, rngs=rngs)
 
     def pool(self, x: tuple[jax.Array, jax.Array, jax.Array], tap: Tap | None = None) -> jax.Array:
         """The attention output for each picture, ``[N, Q, width]``, before the norm.
@@ -192,11 +188,14 @@ class ResampledViT(ViT):
         self, tower: ViTConfig, cfg: ResamplerConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs
     ):
         super().__init__(tower, Placement.of(recipe, "vision", dtype), rngs=rngs)
-        place = Placement.of(recipe, "connector", dtype)
+
+        def place(name: str) -> Placement:
+            return Placement.of(recipe, f"vision/{name}", dtype)
+
         self.query = nnx.Param(jnp.zeros((cfg.queries, cfg.width), dtype))
-        self.keys = Keys(cfg, place, rngs=rngs)
-        self.queries = Queries(cfg, place, rngs=rngs)
-        self.merger = Resampler(cfg, place, rngs=rngs)
+        self.keys = Keys(cfg, place("keys"), rngs=rngs)
+        self.queries = Queries(cfg, place("queries"), rngs=rngs)
+        self.merger = Resampler(cfg, place("merger"), rngs=rngs)
 
     def tokens(self, patches: int) -> int:
         return self.query.get_value().shape[0]

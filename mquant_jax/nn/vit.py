@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mquant_jax.hadamard import Rotation
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.cache import key_order
 from mquant_jax.nn.dense import Dense
@@ -175,11 +176,10 @@ class PatchEmbed(nnx.Module):
     POINTS: ClassVar[Points] = {"patch_in": ("proj",)}
 
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
-        self.patch_in = ActQuant("patch_in", place.section)
-        self.proj = Dense(
-            cfg.patch_dim, cfg.hidden_size, bias=cfg.patch_bias, section=place.section,
-            dtype=place.dtype, rngs=rngs,
-        )  # fmt: skip
+        self.patch_in = place.point("patch_in", self.POINTS)
+        self.proj = place.dense(
+            "proj", cfg.patch_dim, cfg.hidden_size, bias=cfg.patch_bias, rngs=rngs
+        )
 
     def __call__(self, patches: jax.Array, tap: Tap | None = None) -> jax.Array:
         return self.proj(self.patch_in(patches, None, tap))
@@ -203,8 +203,11 @@ class ViTBlock(nnx.Module):
 
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        dense = partial(Dense, section=place.section, dtype=place.dtype, rngs=rngs)
-        point = partial(ActQuant, section=place.section)
+        dense = partial(place.dense, rngs=rngs)
+
+        def point(name: str, rotation: Rotation | None = None) -> ActQuant:
+            return place.point(name, self.POINTS, rotation)
+
         d = cfg.hidden_size
         self.attn_norm = self._norm(place)
         reading = place.read_rotation(d) if cfg.post_norm else None
@@ -212,25 +215,25 @@ class ViTBlock(nnx.Module):
         self.attn_in = point("attn_in", rotation=reading)
         # A rotated LayerNorm has left its bias in the layers that read it.
         bias = cfg.qkv_bias or (place.rotated and not cfg.rms_norm and not cfg.post_norm)
-        self.q_proj = dense(into, d, bias=bias)
-        self.k_proj = dense(into, d, bias=bias)
-        self.v_proj = dense(into, d, bias=bias)
+        self.q_proj = dense("q_proj", into, d, bias=bias)
+        self.k_proj = dense("k_proj", into, d, bias=bias)
+        self.v_proj = dense("v_proj", into, d, bias=bias)
         if cfg.qk_norm_eps is not None:
             self.q_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
             self.k_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
         self.attn_out = point("attn_out")
-        self.o_proj = dense(d, d)
+        self.o_proj = dense("o_proj", d, d)
         self.has_gains = cfg.layer_scale and not place.rotated
         if self.has_gains:
             self.attn_gain = nnx.Param(jnp.ones((d,), place.dtype))
             self.mlp_gain = nnx.Param(jnp.ones((d,), place.dtype))
         self.mlp_norm = self._norm(place)
         self.mlp_in = point("mlp_in", rotation=reading)
-        self.fc1 = dense(into, cfg.intermediate_size)
+        self.fc1 = dense("fc1", into, cfg.intermediate_size)
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = point("mlp_hidden", rotation=rotation)
         hidden = rotation.n if rotation else cfg.intermediate_size
-        self.fc2 = dense(hidden, d, split=place.split)
+        self.fc2 = dense("fc2", hidden, d, split=place.split)
 
     def _norm(self, place: Placement) -> TowerNorm:
         cfg = self.cfg
@@ -319,13 +322,14 @@ class ViT(nnx.Module):
 
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.patch_embed = PatchEmbed(cfg, place, rngs=rngs)
+        self.patch_embed = PatchEmbed(cfg, place.within("patch_embed"), rngs=rngs)
         if cfg.class_token:
             self.class_token = nnx.Param(jnp.zeros((1, cfg.hidden_size), place.dtype))
         if cfg.position_grid:
             rows = cfg.position_grid**2 + cfg.class_token
             self.positions = nnx.Param(jnp.zeros((rows, cfg.hidden_size), place.dtype))
-        self.layers = stack_layers(lambda r: ViTBlock(cfg, place, rngs=r), cfg.num_layers, rngs)
+        layer = place.layer("layers")
+        self.layers = stack_layers(lambda r: ViTBlock(cfg, layer, rngs=r), cfg.num_layers, rngs)
         if cfg.input_norm:
             self.input = InputNorm(cfg, place)
         if cfg.final_norm:

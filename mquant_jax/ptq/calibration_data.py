@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
+from mquant_jax.files import read_json
 from mquant_jax.models.base import Batch, Processor, Prompt
+from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.states import States, loaded
+from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.buckets import fine
-from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, each, read_samples
+from mquant_jax.samples import BUNDLED_CALIBRATION, DEMO_ASSETS, Sample, each, read_samples
+from mquant_jax.sections import kind_of
 
 CHUNK_TOKENS = 4096  # tokens or patches that run at a time
 
@@ -58,12 +63,16 @@ class Chunks:
     Attributes:
         batches: the prompts.
         fingerprint: a hash of all of them.
-        tokens: how many there are.
+        samples: how many prompts there are.
+        tokens: of all of them, padding left out.
+        patches: of all their pictures, padding left out.
     """
 
     batches: list[Batch]
     fingerprint: str
+    samples: int
     tokens: int
+    patches: int
 
 
 def calibration_chunks(
@@ -93,19 +102,59 @@ def calibration_chunks(
 
 def chunked(prompts: Sequence[Prompt], processor: Processor, states: States) -> Chunks:
     """Prompts, whose patches may be stored, in batches of a few thousand tokens."""
-    packed, digest, batches, tokens = states.spool(), hashlib.sha256(), [], 0
+    packed, digest, batches, tokens, patches = states.spool(), hashlib.sha256(), [], 0, 0
     for group in grouped(prompts):
         group = [dataclasses.replace(p, patches=loaded(p.patches)) for p in group]
         batch = processor.collate(group, pad_to=fine(max(len(p.input_ids) for p in group), 64))
         for leaf in jax.tree.leaves(batch):
             digest.update(np.ascontiguousarray(leaf).data)
         if batch.vision is not None:
+            patches += int(np.asarray(batch.vision.valid).sum())
             stored: Any = packed.append(batch.vision.patches)
             vision = dataclasses.replace(batch.vision, patches=stored)
             batch = dataclasses.replace(batch, vision=vision)
         batches.append(batch)
         tokens += int((np.asarray(batch.token_class) >= 0).sum())
-    return Chunks(batches, digest.hexdigest(), tokens)
+    return Chunks(batches, digest.hexdigest(), len(prompts), tokens, patches)
+
+
+def warn_of_few(chunks: Chunks, layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """Say where GPTQ has fewer rows than a layer has inputs: its Hessian then lacks directions, and
+    damping decides for them.
+
+    Args:
+        layers: path of each dense layer -> its weight (``QWeight`` where it is quantised).
+    """
+    if recipe.weights.method != "gptq":
+        return
+    for stack, kind, count in (
+        ("language/layers/", "tokens", chunks.tokens),
+        ("vision/", "patches", chunks.patches),
+    ):
+        widths = {
+            path: w.in_features
+            for path, w in layers.items()
+            if path.startswith(stack) and isinstance(w, QWeight)
+        }
+        widest = max(widths, key=widths.__getitem__, default=None)
+        if widest is not None and count < widths[widest]:
+            more = -(-widths[widest] * chunks.samples // max(count, 1))
+            warn(
+                f"calibration has {count} {kind} in {chunks.samples} samples, fewer than the "
+                f"{widths[widest]} inputs of {kind_of(widest)}; {more} samples like these suffice",
+                "calibration",
+            )
+
+
+def warn_of_bundled(folder: Path, hf_config: Mapping[str, Any]) -> None:
+    """Say loudly that the bundled pictures are used for another model than the demo."""
+    if hf_config != read_json(DEMO_ASSETS / "model" / "config.json"):
+        warn(
+            f"NO --calibration FOR {folder}: the bundled samples are drawn shapes that the demo "
+            "model was trained on, and this is another model; its scales and weights will suit "
+            "neither photos nor text. Pass --calibration FILE.jsonl with samples of your own use",
+            "calibration",
+        )
 
 
 def grouped(prompts: Sequence[Prompt], most: int = CHUNK_TOKENS) -> Iterator[list[Prompt]]:

@@ -10,6 +10,7 @@ import numpy as np
 from mquant_jax import __version__
 from mquant_jax.checkpoint.check import check_result
 from mquant_jax.checkpoint.destination import check_destination
+from mquant_jax.checkpoint.hub import model_folder
 from mquant_jax.checkpoint.journal import Journal
 from mquant_jax.checkpoint.manifest import MANIFEST, load_manifest
 from mquant_jax.checkpoint.plan import Plan, plan
@@ -20,21 +21,28 @@ from mquant_jax.checkpoint.workspace import Workspace, workspace
 from mquant_jax.checkpoint.writer import CheckpointWriter, by_part
 from mquant_jax.cli_support import progress, warn
 from mquant_jax.errors import UserError
-from mquant_jax.models.base import Config, Family, abstract_model
+from mquant_jax.layer_plan import target_model
+from mquant_jax.models.base import Config, Family
 from mquant_jax.models.registry import family_for
-from mquant_jax.ptq.calibration_data import Chunks, calibration_chunks
-from mquant_jax.ptq.ledger import JournalLedger
+from mquant_jax.nn.params import dense_layers
+from mquant_jax.ptq.calibration_data import (
+    Chunks,
+    calibration_chunks,
+    warn_of_bundled,
+    warn_of_few,
+)
+from mquant_jax.ptq.ledger import LEARNED, JournalLedger
 from mquant_jax.ptq.pipeline import Conversion, untied
 from mquant_jax.ptq.states import States
 from mquant_jax.recipe import Recipe
-from mquant_jax.schema import shown
 from mquant_jax.stages import stage
+from mquant_jax.validate import shown
 
 _SHOWN = 10  # unknown keys that a warning names
 
 
 def convert(
-    src: Path,
+    src: str | Path,
     dst: Path,
     recipe: Recipe,
     calibration: Path | None = None,
@@ -46,6 +54,7 @@ def convert(
     """Convert ``src`` into the checkpoint ``dst``; everything cheap is checked first.
 
     Args:
+        src: a model folder, or a hub name that the local cache knows.
         overwrite: replace the checkpoint at ``dst``.
         resume: go on with what a stopped conversion of the same inputs left in ``DST.work``.
         restart: remove that, and begin anew.
@@ -60,11 +69,11 @@ def convert(
     check_destination(dst, MANIFEST, **options)
     if calibration is not None and not calibration.is_file():
         raise UserError(f"--calibration {calibration}: no such file")
-    reader = Reader(src)
-    family = family_for(reader.config, src / "config.json")
-    config = read_config(family, reader)
+    reader = Reader(model_folder(src))
+    family = family_for(reader.config, reader.folder / "config.json")
+    config = read_config(family, reader.config, reader.folder)
     todo = plan(family, config, reader)
-    _check_recipe(family, todo, recipe)
+    layers = dense_layers(target_model(family, todo.config, recipe))  # groups and rules fit
     check_ties(config, todo, reader)
     family.check_processor(reader.folder, todo.config)
     ledger: JournalLedger | None = None
@@ -73,14 +82,16 @@ def convert(
         return recipe.needs_calibration and ledger is not None and bool(ledger.records)
 
     with workspace(dst, MANIFEST, **options, keep=worth_keeping) as work:
-        if work.published:
-            return load_manifest(dst)
         states = States(work.states)
         with stage("read calibration"):
             chunks = _calibration(family, todo, recipe, reader, calibration, states)
+        if chunks is not None:
+            warn_of_few(chunks, layers, recipe)
         with stage("hash source"):
             source = hash_files(source_files(reader))
         ledger = JournalLedger(Journal(work.journal), _header(source, recipe, chunks))
+        if work.published:  # and stopped before DST.work was removed
+            return load_manifest(dst)
         manifest = _fill(work, family, todo, recipe, reader, chunks, states, ledger, source)
         with stage("read back"):
             check_result(work.result, family, todo.config)
@@ -120,11 +131,10 @@ def _fill(
         family, config, recipe, params, batches, states=states, ledger=ledger, progress=progress
     )
     report = job.run(writer.write_part)
-    records = {record["part"]: record for record in ledger.records if "file" in record}
 
     def finish() -> dict[str, Any]:
         return writer.finish(
-            records.values(),
+            ledger.files().values(),
             family=family.name,
             hf_config=reader.config,
             recipe=recipe,
@@ -134,43 +144,41 @@ def _fill(
             source=source,
         )
 
-    manifest = finish()
     if recipe.learns:
-        with stage("learn scales"):
-            made, _ = load_params(work.result, verify=False)
-            learned, report["tuning"] = job.learned(made)
-        for part, tensors in by_part(made | learned).items():
-            if tensors.keys() & learned.keys():
-                records[part] = writer.write_part(part, tensors)
-        manifest = finish()
-    return manifest
+        if ledger.done(f"{LEARNED}/all") is None:
+            finish()
+            _learn(job, work, writer, ledger)
+        report["tuning"] = (ledger.done(f"{LEARNED}/all") or {})["tuning"]
+    return finish()
 
 
-def read_config(family: Family, reader: Reader) -> Config:
+def _learn(
+    job: Conversion, work: Workspace, writer: CheckpointWriter, ledger: JournalLedger
+) -> None:
+    """Learn the scales of the model that was written; parts that change get files of their own, so
+    that a kill leaves those they had."""
+    made, _ = load_params(work.result, verify=False)
+    with stage("learn scales"):
+        learned, report = job.learned(made)
+    for part, tensors in by_part(made | learned).items():
+        if tensors.keys() & learned.keys():
+            ledger.commit(f"{LEARNED}/{part}", writer.write_part(f"{part}.{LEARNED}", tensors))
+    ledger.commit(f"{LEARNED}/all", {"tuning": report})
+
+
+def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Config:
     """The family's config object; keys that are not known are named in a warning.
 
     Raises:
         UserError: a key of config.json is missing or has an impossible value.
     """
-    config = family.config_from_hf(reader.config)
-    if unknown := family.unknown_keys(reader.config):
+    config = family.config_from_hf(hf_config)
+    if unknown := family.unknown_keys(hf_config):
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         names = ", ".join(map(shown, unknown[:_SHOWN])) + more
-        warn(f"{reader.folder / 'config.json'}: ignored, because no {family.name} model is known "
+        warn(f"{folder / 'config.json'}: ignored, because no {family.name} model is known "
              f"to have such keys: {names}", "config")  # fmt: skip
     return config
-
-
-def _check_recipe(family: Family, todo: Plan, recipe: Recipe) -> None:
-    """Shapes and recipe fit together (group sizes divide, say).
-
-    Raises:
-        UserError: they do not.
-    """
-    try:
-        abstract_model(family, todo.config, recipe)
-    except ValueError as e:
-        raise UserError(f"recipe {recipe.name!r} does not fit this model: {e}") from e
 
 
 def check_ties(config: Config, todo: Plan, reader: Reader) -> None:
@@ -213,6 +221,8 @@ def _calibration(
         if path is not None:
             warn(f"--calibration is not used: recipe {recipe.name!r} needs no data", "calibration")
         return None
+    if path is None:
+        warn_of_bundled(reader.folder, reader.config)
     processor = family.processor(reader.folder, todo.config)
     limit = recipe.calibration.max_samples
     return calibration_chunks(path, processor, states, limit, family.pictures)

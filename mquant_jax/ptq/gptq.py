@@ -23,7 +23,7 @@ from mquant_jax.numerics import INT_MAX, AnyArray, QWeight
 
 DAMPING, DAMPING_GROWTH, MOST_GROWTHS = 0.01, 10.0, 5
 BLOCK = 128
-_ROWS = 1024  # of a [K, K] array that are moved at a time
+_ROWS = 256  # of a [K, K] array that are moved at a time
 
 
 def empty_gram(k: int) -> Any:
@@ -58,7 +58,8 @@ def accumulate(gram: Any, x: jax.Array, weight: jax.Array, y: jax.Array | None =
 def _accumulate(gram, x, weight, y):
     root = jnp.sqrt(weight.reshape(-1, 1))
     x, y = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) * root for a in (x, y))
-    return gram + jax.lax.dot_general(y, x, (((0,), (0,)), ((), ())))
+    highest = jax.lax.Precision.HIGHEST  # no bfloat16 or TF32 passes on accelerators
+    return gram + jax.lax.dot_general(y, x, (((0,), (0,)), ((), ())), precision=highest)
 
 
 def complete(gram: np.ndarray) -> None:

@@ -19,9 +19,9 @@ from flax import nnx
 from mquant_jax.checkpoint.writer import Rows, by_part
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy, Tensors, lazy
-from mquant_jax.models.base import VLM, Batch, Config, Family, abstract_model
+from mquant_jax.models.base import VLM, Batch, Config, Family, abstract_model, with_head
 from mquant_jax.nn.decoder import SinkRule
-from mquant_jax.nn.params import Params, abstract_params, set_params
+from mquant_jax.nn.params import Params, abstract_params, layer_path, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.balance import balance_params
 from mquant_jax.ptq.ledger import Ledger
@@ -34,21 +34,14 @@ from mquant_jax.ptq.smooth import smooth_params
 from mquant_jax.ptq.states import States
 from mquant_jax.ptq.statistics import Statistics
 from mquant_jax.ptq.tune import tune
-from mquant_jax.ptq.walk import Progress, Visitor, Walk, no_progress, working
+from mquant_jax.ptq.walk import Progress, RowChange, Visitor, Walk, no_progress, working
 from mquant_jax.recipe import Recipe, Section
 from mquant_jax.stages import stage
 
 Batches = Batch | Sequence[Batch]
-
-
-def section_of(name: str, recipe: Recipe) -> Section:
-    """The recipe's section that governs a tensor or quantisation point."""
-    if name.startswith(("language/head", "language/embedding")):
-        return recipe.head  # a tied table is the head
-    if name.startswith("language/"):
-        return recipe.language
-    in_tower = name.startswith(("vision/patch_embed/", "vision/layers/"))
-    return recipe.vision if in_tower else recipe.connector
+# Parts that no walk visits: tables and single vectors.
+OUTSIDE = ("language.embedding", "language.norm", "language.head", "language.sinks",
+           "vision.class_token", "vision.positions", "vision.query")  # fmt: skip
 
 
 def quantize_params(
@@ -139,11 +132,13 @@ class Conversion:
         self.target = abstract_model(family, config, recipe)
         self._shapes = abstract_params(self.target)
         self._written: set[str] = set()
+        self._bar: Iterator[Any] = iter(())
         self.report: dict[str, Any] = {"weights": {}, "points": {}}
 
     def run(self, sink: Sink) -> dict[str, Any]:
         """Make every tensor and hand it, part by part, to ``sink``; returns the report."""
         recipe, streams = self.recipe, self.family.streams
+        self._bar = iter(self.progress(range(self._visits()), "convert"))
         if recipe.balance:
             look = Statistics(columns=True, sample=0)
             self._walk("balance", Recipe(), look)
@@ -162,16 +157,32 @@ class Conversion:
         if recipe.needs_calibration:
             self._calibrate(sink)
         self._rest(sink)
+        for _ in self._bar:  # parts that calibration did not reach, without pictures say
+            pass
         return self.report
 
-    def _walk(self, name: str, recipe: Recipe, visitor: Visitor, twin: bool = False) -> None:
+    def _visits(self) -> int:
+        """How many parts are visited, once per pass over the model."""
+        parts, recipe = by_part(self._shapes), self.recipe
+        inner = [p for p in parts if p not in OUTSIDE]
+        walks = recipe.balance + recipe.smooth + recipe.finds_sinks + recipe.needs_calibration
+        return walks * len(inner) + len(parts) - (len(inner) if walks else 0)
+
+    def _walk(
+        self,
+        name: str,
+        recipe: Recipe,
+        visitor: Visitor,
+        twin: bool = False,
+        rounded: RowChange | None = None,
+    ) -> None:
         """One pass over the float model that ``recipe`` describes."""
         model = abstract_float(self.family, self.config, recipe)
         params = of_recipe(recipe, self.params)
         with stage(name):
             Walk(
                 name, model, params, self.batches, self.states, self.ledger, twin=twin,
-                progress=self.progress,
+                rounded=rounded, advance=lambda: next(self._bar, None),
             ).run(visitor)  # fmt: skip
 
     def _calibrate(self, sink: Sink) -> None:
@@ -182,15 +193,16 @@ class Conversion:
             self._walk("smooth", bare, look)
             streams = self.family.streams(self.config)
             self.params, self.report["smoothing"] = smooth_params(
-                self.params, streams, recipe, look, section_of
+                self.params, streams, recipe, look
             )
         if recipe.finds_sinks:
             look = Statistics(columns=False)
             self._walk("sinks", bare, look)
             self._mark_sinks(sinks_of(look, self.batches))
         dtypes = {name: value.dtype for name, value in self.source.items()}
-        quantiser = Quantiser(self.target, recipe, section_of, dtypes, self.states, sink)
-        self._walk("round", recipe, quantiser, recipe.weights.needs_float_inputs)
+        quantiser = Quantiser(self.target, recipe, dtypes, self.states, sink)
+        rounded = self._rounded_rows if self._table.quantised else None
+        self._walk("round", recipe, quantiser, recipe.weights.needs_float_inputs, rounded)
         self._written |= quantiser.written
         self.report |= {k: v for k, v in quantiser.report.items() if v or k != "split"}
 
@@ -210,7 +222,7 @@ class Conversion:
     def _rest(self, sink: Sink) -> None:
         """The tensors that no walk has made: large tables, and all, where nothing is calibrated."""
         left = [n for n in abstract_params(self.target) if n not in self._written]
-        for part, names in self.progress(list(by_part(dict.fromkeys(left)).items()), "write"):
+        for part, names in by_part(dict.fromkeys(left)).items():
             key = f"rest/{part}"
             record = self.ledger.done(key)
             if record is None:
@@ -219,17 +231,30 @@ class Conversion:
                 record["report"] = {"weights": errors}
                 self.ledger.commit(key, record)
             self.report["weights"].update(record["report"]["weights"])
+            next(self._bar, None)
 
     def _made(self, name: str, errors: dict[str, float]) -> Any:
         """A tensor as the checkpoint holds it, block by block of rows; ``errors`` gets a rounded
         one's relative error once all blocks are taken."""
         like, tensor = self._shapes[name], self.params[name]
         if isinstance(like, QWeight):
-            s = section_of(name, self.recipe)
+            s = self.recipe.section_for(layer_path(name, self.config.language.tied_head))
             blocks = self._rounded(name, tensor, s, errors)
             return Rows(tensor.shape, blocks, bits=s.w_bits, groups=like.groups)
         tensor = tensor.astype(self.source.get(name, tensor).dtype)
         return Rows(tensor.shape, tensor.blocks(), tensor.dtype) if tensor.ndim else tensor.load()
+
+    @property
+    def _table(self) -> Section:
+        """How the token embedding is quantised."""
+        tied = self.config.language.tied_head
+        return self.recipe.section_for(layer_path("language/embedding", tied))
+
+    def _rounded_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of the token embedding as the quantised model looks them up."""
+        s = self._table
+        q = round_weight(rows, s.w_bits, s.group_size, self.recipe.weights.clip)
+        return np.asarray(q.dequantize())
 
     def _rounded(
         self, name: str, tensor: Lazy, section: Section, errors: dict[str, float]
@@ -313,6 +338,5 @@ def untied(config: Config, params: Mapping[str, Any]) -> tuple[Config, dict[str,
     """
     if not config.language.tied_head:
         return config, dict(params)
-    language = dataclasses.replace(config.language, tied_head=False)
     head = {"language/head/kernel": params["language/embedding"]}
-    return dataclasses.replace(config, language=language), {**params, **head}
+    return with_head(config, tied=False), {**params, **head}

@@ -19,6 +19,7 @@ import numpy as np
 from mquant_jax.hadamard import Orthogonal, Rotation, hadamard, plan_rotation, stream_rotation
 from mquant_jax.lazy import Lazy, lazy
 from mquant_jax.models.streams import Gain, Hidden, Read, Stream, Streams, ValueOutput
+from mquant_jax.sections import numbered
 
 Params = dict[str, Lazy]
 Change = Callable[[np.ndarray], np.ndarray]
@@ -129,19 +130,13 @@ def norms_of(read: Read, params: Mapping[str, Any]) -> Iterator[str]:
 def readers_of(read: Read, norm: str) -> Iterator[str]:
     """The readers behind one norm: those of its own layer."""
     for reader in read.readers:
-        yield _beside(reader, norm)
-
-
-def _beside(pattern: str, path: str) -> str:
-    """``pattern`` with the layer number of ``path``."""
-    number = next((part for part in path.split("/") if part.isdigit()), "*")
-    return pattern.replace("*", number)
+        yield numbered(reader, norm)
 
 
 def _absorb(p: Params, gain: Gain) -> None:
     """Move a layer scale into the layer that writes."""
     for writer in expand(gain.writer, p):
-        vector = np.asarray(p.pop(_beside(gain.vector, writer)).load(), np.float32)
+        vector = np.asarray(p.pop(numbered(gain.vector, writer)).load(), np.float32)
         p[f"{writer}/kernel"] = changed(
             p[f"{writer}/kernel"], partial(np.multiply, vector[:, None])
         )
@@ -231,7 +226,7 @@ def _rotate_heads(p: Params, attention: ValueOutput, rotation: Rotation | Orthog
     pairs = ((v, o) for value, o in attention.pairs for v in expand(value, p))
     for value, output in pairs:
         _rotate_outputs(p, value, rotation)
-        _rotate_inputs(p, _beside(output, value), rotation)
+        _rotate_inputs(p, numbered(output, value), rotation)
 
 
 def _rotate_hidden(p: Params, hidden: Hidden, seed: int | None) -> None:

@@ -33,7 +33,6 @@ from mquant_jax.ptq.statistics import Sampler, classes_at
 from mquant_jax.ptq.walk import LAST, Part, block_of, outputs
 from mquant_jax.recipe import Recipe, Section
 
-SectionOf = Callable[[str, Recipe], Section]
 # Takes the tensors of a finished part; returns what a journal has to know of them.
 Sink = Callable[[str, Params], dict[str, Any]]
 
@@ -85,7 +84,6 @@ class Quantiser:
     Args:
         target: the abstract quantised model; tells which tensors are to be made.
         recipe: how.
-        section_of: the recipe's section that governs a path.
         dtypes: types in which float tensors are kept; float32 where none is named.
         states: where the inputs of a part's points are kept.
         sink: takes each part's tensors.
@@ -99,12 +97,11 @@ class Quantiser:
         self,
         target: nnx.Module,
         recipe: Recipe,
-        section_of: SectionOf,
         dtypes: Mapping[str, Any],
         states: States,
         sink: Sink,
     ):
-        self.target, self.recipe, self.section_of = target, recipe, section_of
+        self.target, self.recipe = target, recipe
         self.dtypes, self.states, self.sink = dtypes, states, sink
         self.multimodal = getattr(target, "vision", None) is not None
         self.report: dict[str, dict[str, Any]] = {"weights": {}, "points": {}, "split": {}}
@@ -117,18 +114,15 @@ class Quantiser:
         if part.name == LAST:  # a point on its own: its reader, the head, is handled elsewhere
             self._work = Work(dataclasses.replace(part, name="language"), None)
             point: Any = part.module
-            self._point(self._work, point.name, ())
+            self._point(self._work, point.name, ("head",), fixed=True)
             return outputs(part.module, part.inputs), None
         self._work = work = Work(part, self._target(part.name))
         if part.twin is not None:
             work.twin = _copy(part.module)
-        section = self.section_of(f"{part.name}/", self.recipe)
-        quantised = part.module
-        if section.quantised or section.activations != "none":
-            module: Any = part.module
-            for name, readers in module.POINTS.items():
-                self._point(work, name, readers)
-            quantised = self._quantised(work)
+        module: Any = part.module
+        for name, readers in module.POINTS.items():
+            self._point(work, name, readers)
+        quantised = self._quantised(work) if self._touches(part) else part.module
         for spool in work.known.values():
             spool.clear()
         twin = None
@@ -151,6 +145,13 @@ class Quantiser:
         self.written |= set(record["names"])
         for kind, entries in record["report"].items():
             self.report[kind].update(entries)
+
+    def _touches(self, part: Part) -> bool:
+        """Whether the recipe quantises weights or activations of a part."""
+        module: Any = part.module
+        readers = (reader for behind in module.POINTS.values() for reader in behind)
+        sections = (self.recipe.section_for(f"{part.name}/{reader}") for reader in readers)
+        return any(s.quantised or s.activations != "none" for s in sections)
 
     def _target(self, name: str) -> Any:
         """The abstract quantised form of a part."""
@@ -184,13 +185,16 @@ class Quantiser:
 
     # --- points ------------------------------------------------------------------------------
 
-    def _point(self, work: Work, point: str, readers: tuple[str, ...]) -> None:
-        """Scale of one point, then the weights behind it, rounded in place in the module."""
+    def _point(self, work: Work, point: str, behind: tuple[str, ...], fixed: bool = False) -> None:
+        """Scale of one point, then the weights behind it, rounded in place in the module.
+
+        ``fixed``: those weights are rounded elsewhere.
+        """
         part = work.part
         path = f"{part.name}/{point}"
-        section = self.section_of(path, self.recipe)
-        readers = readers if section.quantised else ()
-        static = section.mode(point) == "static"
+        sections = {r: self.recipe.section_for(f"{part.name}/{r}") for r in behind}
+        static = sections[behind[0]].mode(point) == "static"  # all readers agree
+        readers = () if fixed else tuple(r for r in behind if sections[r].quantised)
         if not static and not readers:
             return
         seen = self._watch(work, point, bool(readers))
@@ -204,7 +208,10 @@ class Quantiser:
             with named(path):
                 inputs = prepare(seen.hessian, seen.cross, self.recipe.weights.act_order)
         whole = [r for r in readers if not getattr(find(work.target, r), "has_split", False)]
-        together = self._round_together(whole, kernels, inputs, section)
+        together = {}
+        for section in dict.fromkeys(sections[r] for r in whole):
+            alike = [r for r in whole if sections[r] == section]
+            together |= self._round_together(alike, kernels, inputs, section)
         for reader, kernel in kernels.items():
             weight = kernel.get_value()
             name = f"{part.name}/{reader}"
@@ -213,7 +220,7 @@ class Quantiser:
                 work.made[f"{name}/kernel"] = q.packed()
                 rounded = np.asarray(q.dequantize())
             else:
-                rounded = self._round_split(work, name, weight, seen, inputs, section)
+                rounded = self._round_split(work, name, weight, seen, inputs, sections[reader])
             before = np.asarray(weight, np.float32)
             if before.any() and not rounded.any():
                 raise UserError(
@@ -226,8 +233,6 @@ class Quantiser:
     def _round_together(self, readers, kernels, inputs, section: Section) -> dict[str, QWeight]:
         """Layers that read one point as one matrix: rows are rounded each on its own, and the long
         loop over the columns runs once."""
-        if not readers:
-            return {}
         weights = [np.asarray(kernels[reader].get_value()) for reader in readers]
         q = self._round(np.concatenate(weights), inputs, section)
         ends = np.cumsum([w.shape[0] for w in weights])

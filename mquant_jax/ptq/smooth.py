@@ -7,7 +7,7 @@ the error that quantisation then leaves in the outputs of the layers behind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,14 +46,13 @@ def _error(x, amax, weight, s, section: Section):
 
 
 def smooth_params(
-    params: Mapping[str, Any], streams: Streams, recipe: Recipe, look: Statistics, section_of: Any
+    params: Mapping[str, Any], streams: Streams, recipe: Recipe, look: Statistics
 ) -> tuple[Params, dict[str, float]]:
     """Smooth every link whose readers have quantised inputs.
 
     Args:
         params: float tensors by name, layers separate. Left as they are.
         look: what the float model showed at its points.
-        section_of: the recipe's section that governs a path.
 
     Returns:
         New tensors, float32 where they changed, and the strength chosen for each (first)
@@ -62,16 +61,17 @@ def smooth_params(
     out = lazy(params)
     chosen: dict[str, float] = {}
     for link in links(params, streams):
-        section = section_of(link.readers[0], recipe)
-        if link.readers[0] not in look.point_of or section.activations == "none":
+        sections = [recipe.section_for(reader) for reader in link.readers]
+        unseen = link.readers[0] not in look.point_of
+        if unseen or all(s.activations == "none" for s in sections):
             continue
-        alpha, gains = _search(out, link, look, section)
+        alpha, gains = _search(out, link, look, sections)
         chosen[link.readers[0]] = alpha
         scale(out, link, 1.0 / gains)
     return out, chosen
 
 
-def _search(params: Params, link: Link, look: Statistics, section: Section):
+def _search(params: Params, link: Link, look: Statistics, sections: Sequence[Section]):
     """The strength with the least error, and its scales, float64 ``[width]``.
 
     Readers may stand behind several points: experts have one each.
@@ -93,7 +93,8 @@ def _search(params: Params, link: Link, look: Statistics, section: Section):
             gains = np.clip(gains / np.exp(np.log(gains).mean()), 1e-4, 1e4)
         s = jnp.asarray(gains[link.columns], jnp.float32)
         error = sum(
-            float(_error(*seen[p], w, s, section)) for p, w in zip(points, weights, strict=True)
+            float(_error(*seen[p], w, s, section))
+            for p, w, section in zip(points, weights, sections, strict=True)
         )
         if error < least:
             least, best = error, (alpha, gains)

@@ -79,6 +79,15 @@ class Spool(Sequence):
         for index in range(len(self)) if self._durable else ():
             _flush(self._path(index))
 
+    def release(self) -> None:
+        """Give back the memory; only what another process may ask for stays, on the disk."""
+        if not self._durable:
+            self.clear()
+        for index, held in enumerate(self._held):
+            if held is not None:
+                self.states.take(-held.nbytes)
+                self._held[index] = None
+
     def clear(self) -> None:
         """Forget everything, files included."""
         for index, held in enumerate(self._held):
@@ -137,6 +146,13 @@ class States:
             return None
         spool._held = [None] * count
         return spool
+
+    def forget(self, name: str) -> None:
+        """Remove the files of all keys below ``name``: a pass that is done."""
+        if self.keeps and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name.startswith(f"{name}."):
+                    path.unlink()
 
     def close(self) -> None:
         """Remove the temporary folder."""

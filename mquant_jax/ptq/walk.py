@@ -27,6 +27,7 @@ from mquant_jax.ptq.ledger import Ledger
 from mquant_jax.ptq.states import Spool, States, loaded
 
 Progress = Callable[[Iterable, str], Iterable]
+RowChange = Callable[[np.ndarray], np.ndarray]
 LAST = "language/head_in"  # what comes after it, the head, needs no calibration
 SMALL = 1 << 22  # elements of a tensor that may stay in memory through a walk
 
@@ -120,6 +121,9 @@ class Walk:
         states: where what goes from part to part is kept.
         ledger: what an earlier process has finished, and where parts are reported.
         twin: carry the float model's activations along.
+        rounded: what becomes of rows of the token embedding (float32 ``[n, hidden]``, and so is
+            what it gives); the twin's stay as they are.
+        advance: called when a part is done.
     """
 
     def __init__(
@@ -132,11 +136,12 @@ class Walk:
         ledger: Ledger,
         *,
         twin: bool = False,
-        progress: Progress = no_progress,
+        rounded: RowChange | None = None,
+        advance: Callable[[], None] = lambda: None,
     ):
-        self.name, self.model, self.params = name, model, params
+        self.name, self.model, self.params, self.rounded = name, model, params, rounded
         self.batches, self.states, self.ledger = batches, states, ledger
-        self.twin, self.progress = twin, progress
+        self.twin, self.advance = twin, advance
         for path, variable in variables(model):
             key = "/".join(path)
             if key in params and np.prod(variable.get_value().shape) <= SMALL:
@@ -144,6 +149,15 @@ class Walk:
 
     def run(self, visitor: Visitor) -> None:
         """Show the visitor every part in the order in which the model runs them."""
+        if self.ledger.done(self._key(LAST)) is not None:
+            for part, record in self.ledger.below(self.name):
+                visitor.restore(part, record)
+                self.advance()
+        else:
+            self._run(visitor)
+        self.states.forget(self.name)
+
+    def _run(self, visitor: Visitor) -> None:
         batches = [on_device(b) for b in self.batches]
         flows = [self.model.flow(b) for b in batches]
         twins = [self.model.flow(b) for b in batches] if self.twin else []
@@ -157,19 +171,21 @@ class Walk:
             if isinstance(here[0].call, EmbeddingCall):
                 for c in [*here, *(there or [])]:
                     assert isinstance(c.call, EmbeddingCall), "equal names are equal calls"
-                    c.send(self._embedded(c.call))
+                    c.send(self._embedded(c.call, self.rounded if c in here else None))
                 continue
-            outs, twin_outs = self._carry_out(name, here, there, visitor)
-            for n, c in enumerate(here):
-                c.send(jnp.asarray(outs[n]) if outs is not None else None)
-            for n, c in enumerate(there or []):
-                c.send(jnp.asarray(twin_outs[n]) if twin_outs is not None else None)
+            made = self._carry_out(name, here, there, visitor)
+            for outs, waiting in zip(made, (here, there or []), strict=True):
+                for n, c in enumerate(waiting):
+                    c.send(None if outs is None else jnp.asarray(outs[n]))
+                if outs is not None:
+                    outs.release()
 
-    def _embedded(self, call: EmbeddingCall) -> jax.Array:
+    def _embedded(self, call: EmbeddingCall, rounded: RowChange | None = None) -> jax.Array:
         """Rows of the token embedding: only those that calibration needs are read."""
         table = self.params[call.name]
         ids, back = np.unique(np.asarray(call.ids), return_inverse=True)
         rows = np.concatenate([table.read(int(i), int(i) + 1) for i in ids])
+        rows = rows if rounded is None else rounded(np.asarray(rows, np.float32))
         return working(rows)[back.reshape(call.ids.shape)]
 
     def _carry_out(
@@ -200,13 +216,14 @@ class Walk:
         first = next((i for i, record in enumerate(done) if record is None), depth)
         for i, record in enumerate(done[:first]):
             visitor.restore(f"{name}/{i}", record or {})
+            self.advance()
         if first:
             states = self._found(f"{name}/{first - 1}", len(calls))
         else:
             states = self._spooled([c.x for c in calls]), None
             if twins is not None:
                 states = states[0], self._spooled([c.x for c in twins])
-        for i in self.progress(range(first, depth), name):
+        for i in range(first, depth):
             here, there = states
 
             def part(i=i, here=here, there=there) -> Part:
@@ -230,6 +247,7 @@ class Walk:
         record = self.ledger.done(key)
         if record is not None:
             visitor.restore(name, record)
+            self.advance()
             return self._found(name, record["chunks"])
         outs, twin_outs = visitor.visit(part())
         made: tuple[Spool, Spool | None] = self._kept(outs, key), None
@@ -242,6 +260,7 @@ class Walk:
         for spool in before or ():
             if spool is not None:
                 spool.clear()
+        self.advance()
         return made
 
     def _found(self, name: str, count: int) -> tuple[Spool | None, Spool | None]:

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 
 from mquant_jax.checkpoint.manifest import load_manifest
 from mquant_jax.errors import UserError
-from mquant_jax.loading import describe
+from mquant_jax.loading import describe, model_bytes
 from mquant_jax.models.base import VLM, Family, abstract_model
-from mquant_jax.nn.params import variables
-from mquant_jax.numerics import QWeight
-from mquant_jax.ops.dense import held, target_platform
+from mquant_jax.nn.params import parameter_bytes
+from mquant_jax.ops.dense import target_platform
 from mquant_jax.recipe import Recipe
 
 RESERVED = 1.0e9  # bytes for the runtime, compiled programs and what lies fragmented
@@ -37,10 +36,15 @@ class Accelerator:
 
 
 ACCELERATORS = {
+    "v4": Accelerator("tpu", "TPU v4", 32e9),
     "v5e": Accelerator("tpu", "TPU v5 lite", 16e9),
     "v5p": Accelerator("tpu", "TPU v5p", 95e9),
     "v6e": Accelerator("tpu", "TPU v6 lite", 32e9),
+    "l4-24": Accelerator("gpu", "NVIDIA L4", 24e9),
+    "a100-40": Accelerator("gpu", "NVIDIA A100-SXM4-40GB", 40e9),
+    "a100-80": Accelerator("gpu", "NVIDIA A100-SXM4-80GB", 80e9),
     "h100-80": Accelerator("gpu", "NVIDIA H100 80GB HBM3", 80e9),
+    "h200-141": Accelerator("gpu", "NVIDIA H200", 141e9),
 }
 
 
@@ -115,7 +119,7 @@ def memory_plan(
     chip = ACCELERATORS[device]
     with target_platform(chip.platform, chip.kind):
         model = abstract_model(family, config, recipe, _DTYPE)
-        weights = _weight_bytes(model)
+        weights = model_bytes(model)
     one, two = (_cache_bytes(model, batch, n, int8_cache) for n in (1, 2))
     per_token = two - one + _working_bytes(config, batch)
     fixed = weights + (one - (two - one)) + _logit_bytes(config, batch)
@@ -129,23 +133,9 @@ def memory_plan(
     )  # fmt: skip
 
 
-def _weight_bytes(model: VLM) -> int:
-    """Bytes of all parameters in the form in which the platform holds them."""
-    total = 0
-    for _, variable in variables(model):
-        value = variable.get_value()
-        if isinstance(value, QWeight):
-            value = jax.eval_shape(lambda w: held(w), value)
-        for leaf in jax.tree.leaves(value):
-            # JAX counts an int4 as a byte; accelerators hold two in one.
-            bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
-            total += leaf.size * bits // 8
-    return total
-
-
 def _cache_bytes(model: VLM, batch: int, slots: int, int8: bool) -> int:
     cache = jax.eval_shape(lambda m: m.language.init_cache(batch, slots, int8), model)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return parameter_bytes({"": cache})
 
 
 def _working_bytes(config: Any, batch: int) -> int:

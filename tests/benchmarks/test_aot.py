@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.registry import family_for
 
 from benchmarks.aot import backend, cost, hlo, occupancy, report
 from benchmarks.aot.__main__ import _run
@@ -19,6 +18,7 @@ from benchmarks.aot.devices import DEVICES
 from benchmarks.aot.programs import Program, flop_count, prompt, size
 from benchmarks.aot.sizes import MODELS
 from mquant_jax.cli_support import run_cli
+from mquant_jax.models.registry import family_for
 
 V5E = DEVICES["tpu-v5e"]
 PER_CYCLE = 819e9 / 1.5e9  # bytes

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from mquant_jax.models.base import abstract_model
-from mquant_jax.models.registry import family_for
 
 from benchmarks.families import GOLDENS, WIDE, error, merged, table
+from mquant_jax.models.base import abstract_model
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.presets import METHODS
 from mquant_jax.ptq.pipeline import untied

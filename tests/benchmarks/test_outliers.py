@@ -2,10 +2,10 @@
 
 import jax
 import numpy as np
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from benchmarks.demo_bed import interval
 from benchmarks.outliers import HIGH, LOW, with_outliers
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.ptq.pipeline import float_model
 from mquant_jax.recipe import Recipe

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.cogvlm2 import FAMILY
 from mquant_jax.models.cogvlm2.config import CogVLM2Config
 from mquant_jax.models.cogvlm2.processing import (
@@ -19,8 +21,6 @@ from mquant_jax.models.cogvlm2.processing import (
 )
 from mquant_jax.models.eva2 import VISUAL
 from mquant_jax.models.registry import family_for
-
-from mquant_jax.errors import UserError
 from tests.eva2_cases import ODD_TOWER
 from tests.family_cases import changed_config, golden_case, model_of, random_params
 from tests.family_checks import (

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from convert import hf_to_flax
 from mquant_jax.models.cogvlm2.config import CogVLM2Config
 from mquant_jax.models.cogvlm2.processor import CogVLM2Processor, render
 from mquant_jax.models.eva2 import VISUAL
 from mquant_jax.models.squares import squeeze
-from PIL import Image
-
-from convert import hf_to_flax
 from tests.family_checks import answers, cheap_w4a8
 from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from mquant_jax.models.registry import family_for
 
+from mquant_jax.models.registry import family_for
 from tests.full_size import prefill_and_decode, quantised_count, w4a8
 
 PUBLISHED = {

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from mquant_jax.models.config_keys import read_tables
-from mquant_jax.models.language_config import SCHEMAS
-from mquant_jax.models.registry import family_for
 
 from benchmarks.aot.sizes import MODELS
 from mquant_jax.errors import UserError
+from mquant_jax.models.config_keys import read_tables
+from mquant_jax.models.language_config import SCHEMAS
+from mquant_jax.models.registry import family_for
 from tests.helpers import GOLDENS
 from tests.models import (
     test_cogvlm2_sizes,

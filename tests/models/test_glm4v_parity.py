@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
+
+from convert import hf_to_flax, verify
+from mquant_jax.errors import UserError
+from mquant_jax.eval.reference import greedy_tokens
 from mquant_jax.models.eva2 import VISUAL
 from mquant_jax.models.glm4v import FAMILY, TEXT_FAMILY
 from mquant_jax.models.glm4v.config import GLM4VConfig
 from mquant_jax.models.glm4v.processing import collate, expand, reference_batch, reference_prompts
 from mquant_jax.models.glm4v.weights import rope_order, weight_rules
 from mquant_jax.models.registry import family_for
-from safetensors.numpy import save_file
-
-from convert import hf_to_flax, verify
-from mquant_jax.errors import UserError
-from mquant_jax.eval.reference import greedy_tokens
 from mquant_jax.nn.params import get_params
 from mquant_jax.nn.rope import apply_rope, frequencies
 from tests.eva2_cases import ODD_TOWER

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mquant_jax.models.eva2 import VISUAL
-from mquant_jax.models.glm4v.config import GLM4VConfig
-from mquant_jax.models.glm4v.processor import GLM4VProcessor
-from mquant_jax.models.squares import squeeze
 from PIL import Image
 
 import mquant_jax as mq
 from convert import hf_to_flax
 from mquant_jax.errors import UserError
+from mquant_jax.models.eva2 import VISUAL
+from mquant_jax.models.glm4v.config import GLM4VConfig
+from mquant_jax.models.glm4v.processor import GLM4VProcessor
+from mquant_jax.models.squares import squeeze
 from tests.family_checks import answers, cheap_w4a8, drawn
 from tests.helpers import GOLDENS, fails, golden, golden_pictures
 

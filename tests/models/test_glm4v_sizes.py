@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from mquant_jax.models.registry import family_for
-
 from tests.full_size import prefill_and_decode, quantised_count, w4a8
 
 PUBLISHED = {

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mquant_jax.models.registry import family_for
 
 from mquant_jax.errors import UserError
+from mquant_jax.models.registry import family_for
 from tests.helpers import GOLDENS
 from tests.hf_folders import write_tokenizer
 from tests.models import (

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.images import load_frames, load_image
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from transformers import Qwen2VLImageProcessorPil
 
 import mquant_jax as mq
+from mquant_jax.models.images import load_frames, load_image
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), np.uint8)

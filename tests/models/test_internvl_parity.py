@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from mquant_jax.models.base import Rows
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.internvl.config import InternVLConfig
 from mquant_jax.models.internvl.modeling import pixel_shuffle
 from mquant_jax.models.internvl.processing import collate, reference_batch, reference_prompts
 from mquant_jax.models.internvl.weights import canonical_name, weight_rules
-
-from mquant_jax.errors import UserError
+from mquant_jax.models.rules import Rows
 from mquant_jax.nn.resample import cubic_weights, resample_grid
 from mquant_jax.nn.rope import DynamicScaling, frequencies, multi_axis_angles
 from tests.family_checks import rows_stand_alone, verified

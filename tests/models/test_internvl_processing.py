@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mquant_jax.models.internvl.config import InternVLConfig
-from mquant_jax.models.internvl.processor import InternVLProcessor
-from mquant_jax.models.internvl.tiles import Tiling
 from PIL import Image
 
 from convert import hf_to_flax
+from mquant_jax.models.internvl.config import InternVLConfig
+from mquant_jax.models.internvl.processor import InternVLProcessor
+from mquant_jax.models.internvl.tiles import Tiling
 from tests.family_checks import answers
 from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer

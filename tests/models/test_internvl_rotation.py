@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 from flax import nnx
+
 from mquant_jax.models.internvl import FAMILY
 from mquant_jax.models.internvl.config import InternVLConfig
-
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm
 from mquant_jax.nn.params import get_params
 from mquant_jax.ptq.pipeline import quantize_params, untied

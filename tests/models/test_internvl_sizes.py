@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from mquant_jax.models.registry import family_for
 
 from benchmarks.aot.sizes import INTERNVIT_300M, MODELS
+from mquant_jax.models.registry import family_for
 from mquant_jax.ptq.pipeline import untied
 from tests.full_size import prefill_and_decode, quantised_count, w4a8
 

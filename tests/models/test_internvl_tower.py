@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from mquant_jax.models.internvl import FAMILY
 from mquant_jax.models.internvl.config import InternVLConfig
-
 from mquant_jax.nn.params import get_params
 from tests.helpers import golden, relative
 from tests.internvl_cases import BIG_TOWER, changed_config, model_of, random_params

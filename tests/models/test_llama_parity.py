@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+
 from mquant_jax.models.llama import FAMILY
 from mquant_jax.models.llama.processing import collate, reference_batch, reference_prompts
-
 from mquant_jax.nn.params import get_params
 from mquant_jax.nn.rope import Llama3Scaling, frequencies
 from mquant_jax.ptq.pipeline import float_model, quantize_params, untied

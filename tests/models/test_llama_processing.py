@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mquant_jax.models.llama.config import LlamaConfig
-from mquant_jax.models.llama.processor import LlamaProcessor
 from safetensors.numpy import load_file, save_file
 
 import mquant_jax as mq
 from convert import hf_to_flax
 from mquant_jax import cli
 from mquant_jax.errors import UserError
+from mquant_jax.models.llama.config import LlamaConfig
+from mquant_jax.models.llama.processor import LlamaProcessor
 from tests.family_checks import verified
 from tests.helpers import GOLDENS, golden
 from tests.hf_folders import write_tokenizer

@@ -8,6 +8,9 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.minicpmv import FAMILY
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.processing import (
@@ -18,9 +21,6 @@ from mquant_jax.models.minicpmv.processing import (
     reference_prompts,
 )
 from mquant_jax.models.minicpmv.weights import ignored, weight_rules
-from safetensors.numpy import load_file
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.resampler import sincos
 from tests.family_checks import (
     RTOL,

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from convert import hf_to_flax
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
 from mquant_jax.models.minicpmv.processing import VISUAL, reference_prompts, unpack
 from mquant_jax.models.minicpmv.processor import MARK, MiniCPMVProcessor
 from mquant_jax.models.minicpmv.slices import Slicing
-from PIL import Image
-
-from convert import hf_to_flax
 from tests.family_checks import answers, drawn
 from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+
 from mquant_jax.models.minicpmv import FAMILY
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
-
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.params import get_params
 from mquant_jax.ptq.pipeline import quantize_params

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-from mquant_jax.models.registry import family_for
-
 from benchmarks.aot.sizes import MODELS
+from mquant_jax.models.registry import family_for
 from tests.full_size import prefill_and_decode, quantised_count, w4a8
 
 PUBLISHED = MODELS["minicpmv-2.6"]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.models.qwen2_vl.processor import Qwen2VLProcessor
 from tokenizers import pre_tokenizers
 
 from convert import hf_to_flax
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen2_vl import FAMILY
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.processor import Qwen2VLProcessor
 from tests.helpers import GOLDENS, fails, golden
 from tests.hf_folders import write_tokenizer
 

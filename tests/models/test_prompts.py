@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mquant_jax.models.base import Prompt
-from mquant_jax.models.chat import ChatFolder
-from mquant_jax.models.text import text_prompt
 
 import mquant_jax as mq
 from mquant_jax.errors import PromptError, UserError
+from mquant_jax.models.base import Prompt
+from mquant_jax.models.chat import ChatFolder
+from mquant_jax.models.text import text_prompt
 from tests.family_cases import family_of
 from tests.helpers import golden
 from tests.hf_folders import write_tokenizer

@@ -7,8 +7,8 @@ from functools import partial
 import jax
 import pytest
 from flax import nnx
-from mquant_jax.models.qwen2_vl.processing import collate, reference_batch, reference_prompts
 
+from mquant_jax.models.qwen2_vl.processing import collate, reference_batch, reference_prompts
 from tests.family_checks import RTOL, greedy_with_the_cache, rows_stand_alone
 from tests.helpers import forward, golden_qwen2_vl, relative
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.processing import (
     mrope_positions,
@@ -18,9 +21,6 @@ from mquant_jax.models.qwen2_vl.processing import (
 )
 from mquant_jax.models.qwen2_vl.processor import Qwen2VLProcessor, load_image
 from mquant_jax.models.qwen2_vl.weights import weight_rules
-from PIL import Image
-
-from mquant_jax.errors import UserError
 from tests.helpers import GOLDENS, golden
 from tests.hf_folders import write_tokenizer
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.qwen_vl import FAMILY
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
 from mquant_jax.models.qwen_vl.processing import VISUAL, collate, reference_batch
 from mquant_jax.models.qwen_vl.weights import ignored, weight_rules
 from mquant_jax.models.registry import family_for
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.flow import run
 from mquant_jax.nn.params import get_params
 from mquant_jax.nn.rope import SteppedScaling, frequencies, multi_axis_angles

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mquant_jax.models.qwen_vl.config import QwenVLConfig
-from mquant_jax.models.qwen_vl.processing import VISUAL
-from mquant_jax.models.qwen_vl.processor import MARK, QwenVLProcessor
-from mquant_jax.models.squares import patchify, squeeze
 from PIL import Image
 
 from convert import hf_to_flax
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen_vl.config import QwenVLConfig
+from mquant_jax.models.qwen_vl.processing import VISUAL
+from mquant_jax.models.qwen_vl.processor import MARK, QwenVLProcessor
+from mquant_jax.models.squares import patchify, squeeze
 from mquant_jax.samples import Sample, write_samples
 from tests.family_checks import answers, drawn
 from tests.helpers import GOLDENS, fails, golden, golden_pictures

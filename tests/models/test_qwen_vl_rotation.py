@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+
 from mquant_jax.models.qwen_vl import FAMILY
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
-
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm
 from mquant_jax.nn.params import get_params
 from mquant_jax.ptq.pipeline import quantize_params

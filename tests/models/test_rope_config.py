@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from mquant_jax.models.registry import family_for
 
 from mquant_jax.errors import UserError
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.rope import LinearScaling, YarnScaling, frequencies
 from tests.family_cases import batch_of, changed_config, model_of, random_params
 from tests.helpers import forward, relative

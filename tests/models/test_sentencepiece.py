@@ -7,11 +7,11 @@ import struct
 from pathlib import Path
 
 import pytest
+
+from mquant_jax.errors import UserError
 from mquant_jax.models.internvl.config import InternVLConfig
 from mquant_jax.models.internvl.processor import InternVLProcessor
 from mquant_jax.models.sentencepiece import merges_of, read_pieces
-
-from mquant_jax.errors import UserError
 from tests.helpers import golden
 
 WORDS = ("he", "ll", "hell", "hello", "\u2581wor", "ld", "wor", "or", "\u2581hello", "\u2581w")

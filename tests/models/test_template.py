@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+
 from mquant_jax.models import template as sandbox
 from mquant_jax.models.template import ChatTemplate, TemplateLimit
 

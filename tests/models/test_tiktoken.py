@@ -7,10 +7,10 @@ import random
 
 import pytest
 import regex
-from mquant_jax.models.glm4v.processor import PATTERN
-from mquant_jax.models.tiktoken import build_tokenizer, byte_letters, read_ranks
 
 from mquant_jax.errors import UserError
+from mquant_jax.models.glm4v.processor import PATTERN
+from mquant_jax.models.tiktoken import build_tokenizer, byte_letters, read_ranks
 
 TEXT = "the cat sat on the mat, it's 12345 o'clock; naïve café 漢字 !!\n\n  hello   world 're THE "
 SPECIAL = {"<|end|>": 700, "<|user|>": 600}

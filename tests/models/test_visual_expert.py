@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from mquant_jax.models.base import abstract_model
 from mquant_jax.models.cogvlm2 import FAMILY
-
 from mquant_jax.nn.act_quant import SINK, VISUAL
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.presets import METHODS, PRESETS
@@ -20,7 +20,6 @@ from mquant_jax.ptq.pipeline import (
     looked,
     no_progress,
     quantize_params,
-    section_of,
 )
 from mquant_jax.ptq.smooth import smooth_params
 from mquant_jax.ptq.tune import tune
@@ -192,7 +191,7 @@ def test_smoothing_moves_both_experts_together() -> None:
     params = golden_params(CASE)
     recipe = dataclasses.replace(METHODS["smoothquant"], vision=Section(), connector=Section())
     look = looked(FAMILY, config, Recipe(), params, batch)
-    smooth, chosen = smooth_params(params, FAMILY.streams(config), recipe, look, section_of)
+    smooth, chosen = smooth_params(params, FAMILY.streams(config), recipe, look)
     assert {n.rpartition("/")[2] for n in chosen} == {"q_proj", "gate_proj", "o_proj", "down_proj"}
     joint = {n: a for n, a in chosen.items() if "down_proj" not in n}
     assert len(joint) == 3 * 2 and any(joint.values())

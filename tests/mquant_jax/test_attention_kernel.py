@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.processing import reference_batch
-
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.numerics import QTensor

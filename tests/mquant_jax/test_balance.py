@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from benchmarks.outliers import with_outliers
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import METHODS
 from mquant_jax.ptq.balance import balance_params

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.runtime.generate import Generator, decode, prefill
 from mquant_jax.runtime.sampling import Sampling, per_row, sample
 from tests.helpers import golden_qwen2_vl, relative

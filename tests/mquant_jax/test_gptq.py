@@ -1,5 +1,7 @@
 """GPTQ on single layers: the error it leaves, and what it survives."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -103,3 +105,17 @@ def test_the_shift_makes_up_for_inputs_that_differ() -> None:
     best = np.linalg.lstsq(seen, wanted, rcond=None)[0].T
     errors = [relative(seen @ w.T, wanted) for w in (np.asarray(weight), moved, best)]
     assert errors[1] < 0.6 * errors[0] and errors[1] < 1.05 * errors[2]
+
+
+def test_no_more_than_three_square_arrays_are_alive() -> None:
+    """The Hessian, what the float model differs by, and a copy that is factored in place."""
+    k = 1536
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((300, k), np.float32), rng.standard_normal((32, k), np.float32)
+    scale = np.asarray(clip_search(weight, 4))
+    tracemalloc.start()
+    inputs = prepare(gram(x), gram(x, None, 0.1 * x))
+    gptq(inputs.target(weight), inputs, scale, 4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / (4 * k * k) < 3.6  # blocks of rows and the inputs themselves come on top

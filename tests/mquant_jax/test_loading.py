@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from mquant_jax.models.base import abstract_model
-from mquant_jax.models.registry import family_for
 from safetensors.numpy import load_file
 
 from mquant_jax.checkpoint.check import check_result, examine
@@ -23,6 +21,8 @@ from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.checkpoint.writer import save
 from mquant_jax.errors import CheckpointError
 from mquant_jax.loading import held_bytes, load_model
+from mquant_jax.models.base import abstract_model
+from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops import cpu

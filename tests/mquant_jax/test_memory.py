@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from benchmarks.aot.devices import DEVICES
 from benchmarks.aot.sizes import MODELS
 from mquant_jax.commands import inspect
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.presets import PRESETS
+from mquant_jax.recipe import Section
 from mquant_jax.runtime.memory import ACCELERATORS, memory_plan
 from tests.helpers import GOLDENS, fails
 
@@ -31,7 +32,8 @@ def test_the_plan_is_what_the_compiler_says(device, target, size):
     # As rotated checkpoints have it.
     language = dataclasses.replace(config.language, tied_head=False)
     config = dataclasses.replace(config, language=language)
-    plan = memory_plan(FAMILY, config, PRESETS["w4a8"], device, context=result["cache_slots"])
+    recipe = dataclasses.replace(PRESETS["w4a8"], embedding=Section())  # as it was compiled
+    plan = memory_plan(FAMILY, config, recipe, device, context=result["cache_slots"])
     # Weights, cache and the inputs of one step, on both sides in their layout.
     assert plan.weights + plan.cache == pytest.approx(memory["arguments"], rel=0.01)
     assert plan.capacity < DEVICES[target].memory == ACCELERATORS[device].memory

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.processing import reference_batch
-
 from mquant_jax.nn.dense import Dense
 from mquant_jax.numerics import QTensor, QWeight, quantize_dynamic, quantize_weight
 from mquant_jax.ops import cpu, xla

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.processing import reference_batch
-
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.stack import Runner, stack_layers
 from mquant_jax.numerics import QTensor, QWeight, pack_int4, quantize_dynamic

@@ -6,10 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.base import Prompt
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.models.qwen2_vl.processor import Qwen2VLProcessor
-from mquant_jax.models.text import text_prompt
 from PIL import Image
 
 import mquant_jax as mq
@@ -18,6 +14,10 @@ from mquant_jax.api import Model
 from mquant_jax.checkpoint.manifest import load_json
 from mquant_jax.cli import main
 from mquant_jax.eval.exact_match import evaluate
+from mquant_jax.models.base import Prompt
+from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
+from mquant_jax.models.qwen2_vl.processor import Qwen2VLProcessor
+from mquant_jax.models.text import text_prompt
 from mquant_jax.runtime.options import Options, sampling_key
 from mquant_jax.runtime.sampling import Sampling
 from mquant_jax.samples import DEMO_ASSETS, Sample

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.base import Batch
-from mquant_jax.models.text import collate, text_prompt
 
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import lazy
+from mquant_jax.models.base import Batch
+from mquant_jax.models.text import collate, text_prompt
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.pipeline import abstract_float, float_model, quantize_params, untied

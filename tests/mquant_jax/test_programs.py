@@ -5,8 +5,8 @@ import gc
 import jax
 import numpy as np
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
 
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.cache import NEVER
 from mquant_jax.runtime.generate import Generator
 from mquant_jax.runtime.programs import Programs

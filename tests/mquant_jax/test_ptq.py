@@ -4,14 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from mquant_jax.errors import UserError
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.numerics import QWeight, quantize_weight
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.observe import Histogram
-from mquant_jax.ptq.pipeline import Conversion, quantize_params, section_of
+from mquant_jax.ptq.pipeline import Conversion, quantize_params
 from mquant_jax.ptq.scales import clip_search, mse_clip
 from mquant_jax.ptq.sequential import Quantiser
 from mquant_jax.recipe import Calibration, Recipe, Section, Weights
@@ -45,7 +45,7 @@ def walked(golden, recipe: Recipe, batches) -> Quantiser:
     """A quantiser that was shown the golden's float model, and keeps nothing."""
     model, config, _, _, _ = golden
     job = Conversion(FAMILY, config, recipe, get_params(model), batches)
-    quantiser = Quantiser(job.target, recipe, section_of, {}, job.states, lambda *_: {})
+    quantiser = Quantiser(job.target, recipe, {}, job.states, lambda *_: {})
     job._walk("round", recipe, quantiser)
     return quantiser
 

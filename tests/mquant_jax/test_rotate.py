@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from mquant_jax.hadamard import plan_rotation, stream_rotation
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.flow import run
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.params import get_params

@@ -3,8 +3,8 @@
 import dataclasses
 
 import numpy as np
-from mquant_jax.models.qwen2_vl import FAMILY
 
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS

@@ -3,12 +3,12 @@
 import dataclasses
 
 import numpy as np
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from benchmarks.outliers import with_outliers
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import float_model, looked, quantize_params, section_of, untied
+from mquant_jax.ptq.pipeline import float_model, looked, quantize_params, untied
 from mquant_jax.ptq.smooth import smooth_params
 from mquant_jax.recipe import Recipe, Weights
 from tests.helpers import golden_qwen2_vl, quantised, relative
@@ -24,7 +24,7 @@ def test_smoothing_keeps_the_function_and_lowers_the_error() -> None:
     streams = FAMILY.streams(config)
     hard = with_outliers(params, streams, seed=0)
     look = looked(FAMILY, config, Recipe(), hard, batch)
-    smooth, strengths = smooth_params(hard, streams, PLAIN, look, section_of)
+    smooth, strengths = smooth_params(hard, streams, PLAIN, look)
     got = np.asarray(float_model(FAMILY, config, Recipe(), smooth)(batch))[real]
     assert relative(got, outputs["logits"][real]) < 1e-4
     assert max(strengths.values()) > 0

@@ -7,12 +7,12 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-from mquant_jax.models.registry import family_for
 from safetensors.numpy import load_file, save_file
 
 from mquant_jax.checkpoint.plan import plan
 from mquant_jax.checkpoint.source import Reader
 from mquant_jax.errors import UserError
+from mquant_jax.models.registry import family_for
 from tests.hf_folders import edit_index, hf_folder, shard
 
 

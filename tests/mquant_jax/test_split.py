@@ -5,9 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.qwen2_vl import FAMILY
 
 from mquant_jax.hadamard import plan_rotation
+from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.numerics import QWeight, quantize_weight
 from mquant_jax.presets import PRESETS

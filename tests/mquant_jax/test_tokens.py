@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mquant_jax.models.base import Batch
 
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import Batch
 from mquant_jax.nn.act_quant import SINK
 from mquant_jax.runtime.generate import Generator, decode, extend, prefill
 from mquant_jax.runtime.tokens import arrange, chunks, follow, restore, uses_aifs

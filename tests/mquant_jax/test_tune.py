@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from mquant_jax.models.base import abstract_model
 from mquant_jax.models.qwen2_vl import FAMILY
-
 from mquant_jax.nn.act_quant import ActQuant
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_static, simulate_static

@@ -1,0 +1,85 @@
+"""Where each tensor of a family comes from in a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some rows of a fused source, whose first axis is seen as ``[groups, of, size]``.
+
+    Attributes:
+        start, stop: the slices taken of each group.
+        of: equal slices in a group.
+        groups: groups that follow each other; a fused ``[q; k; v]`` is one group of three.
+    """
+
+    start: int
+    stop: int
+    of: int
+    groups: int = 1
+
+    def view(self, source: np.ndarray) -> np.ndarray:
+        """The rows, a view: ``[groups, stop - start, size, ...]``."""
+        groups = source.reshape(self.groups, self.of, -1, *source.shape[1:])
+        return groups[:, self.start : self.stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRule:
+    """One tensor of our model and where it comes from.
+
+    Attributes:
+        dst: our name, layers separate: ``language/layers/0/q_proj/kernel``.
+        src: name in the Hugging Face checkpoint.
+        shape: shape of our tensor.
+        src_shape: shape that the source must have.
+        rows: the part of the source that is ours; ``None``: all of it.
+        transposed: the source, a matrix, stands the other way round (``x @ W``).
+        order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
+        otherwise: values where the checkpoint holds no such tensor; ``None``: it must.
+    """
+
+    dst: str
+    src: str
+    shape: tuple[int, ...]
+    src_shape: tuple[int, ...]
+    rows: Rows | None = None
+    transposed: bool = False
+    order: tuple[int, ...] | None = None
+    otherwise: tuple[float, ...] | None = None
+
+    def apply(self, source: np.ndarray) -> np.ndarray:
+        """The source's part of our tensor, in our shape."""
+        source = source.T if self.transposed else source
+        source = source if self.rows is None else self.rows.view(source)
+        source = source.reshape(self.shape)
+        if self.order is None:
+            return source
+        return source.reshape(-1, len(self.order), *self.shape[1:])[:, self.order].reshape(
+            self.shape
+        )
+
+    def run(self) -> tuple[int, int | None]:
+        """The first source row of ours and how many follow each other, where our rows are a run of
+        the source's and each is as it stands there; else ``(0, None)``."""
+        if self.transposed or self.order is not None or not self.shape:
+            return 0, None
+        if self.rows is None:
+            same = self.shape[0] == self.src_shape[0]
+            return (0, self.shape[0]) if same else (0, None)
+        if self.rows.groups > 1:
+            return 0, None
+        return self.rows.start * (self.src_shape[0] // self.rows.of), self.shape[0]
+
+    def scatter(self, ours: np.ndarray, source: np.ndarray) -> None:
+        """The inverse of :meth:`apply`: write our tensor into its place in ``source``."""
+        source = source.T if self.transposed else source
+        part = source if self.rows is None else self.rows.view(source)
+        if self.order is not None:
+            back = np.argsort(self.order)
+            ours = ours.reshape(-1, len(back), *self.shape[1:])[:, back]
+        part[...] = ours.reshape(part.shape)
