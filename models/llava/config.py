@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -20,8 +21,6 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
-
-from mquant_jax.errors import UserError
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import (

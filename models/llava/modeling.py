@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import jax
 from flax import nnx
+
 from mquant_jax.models.base import VLM
 from mquant_jax.models.llava.config import LlavaConfig
-
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.flow import Flow, ModuleCall

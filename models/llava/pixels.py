@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mquant_jax.models import image_settings
-from mquant_jax.models.chat import import_transformers
-from mquant_jax.models.llava.config import CLIP, DINOV2, SIGLIP, LlavaConfig
 from PIL import Image
 
 from mquant_jax.errors import ImageError, UserError
+from mquant_jax.models import image_settings
+from mquant_jax.models.chat import import_transformers
+from mquant_jax.models.llava.config import CLIP, DINOV2, SIGLIP, LlavaConfig
 from mquant_jax.schema import Field, Schema, flag, real, shown, whole
 
 # What a tower's processor is, where the folder names none.

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+
+from mquant_jax.errors import PromptError
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.llava.config import LlavaConfig
 from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.squares import pack_vision, patchify
 from mquant_jax.models.text import collate as collate_text
-
-from mquant_jax.errors import PromptError
 
 
 def collate(

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from mquant_jax.errors import UserError
+from mquant_jax.files import read_json_if_any
 from mquant_jax.models import chat_files
 from mquant_jax.models.base import Batch, Prompt
 from mquant_jax.models.chat import ChatFolder, Message, check_count
@@ -19,9 +22,6 @@ from mquant_jax.models.llava.config import LlavaConfig
 from mquant_jax.models.llava.pixels import SquarePictures
 from mquant_jax.models.llava.processing import collate
 from mquant_jax.models.squares import patchify
-
-from mquant_jax.errors import UserError
-from mquant_jax.files import read_json_if_any
 from mquant_jax.schema import shown
 
 IMAGE = "<image>"

@@ -9,15 +9,15 @@ from functools import partial
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import hf_to_flax
+from mquant_jax.errors import UserError
 from mquant_jax.models.llava import FAMILY
 from mquant_jax.models.llava.config import LlavaConfig
 from mquant_jax.models.llava.processing import collate, reference_batch, reference_prompts
 from mquant_jax.models.llava.weights import canonical_name, weight_rules
 from mquant_jax.models.prompts import PromptError
-from safetensors.numpy import load_file, save_file
-
-from convert import hf_to_flax
-from mquant_jax.errors import UserError
 from mquant_jax.runtime.generate import Generator
 from tests.family_cases import batch_of, changed_config, golden_case, model_of, random_params
 from tests.family_checks import (

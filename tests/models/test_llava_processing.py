@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mquant_jax.models.llava.config import LlavaConfig
-from mquant_jax.models.llava.processor import LlavaProcessor
 from PIL import Image
 
 from convert import hf_to_flax
+from mquant_jax.models.llava.config import LlavaConfig
+from mquant_jax.models.llava.processor import LlavaProcessor
 from tests.family_cases import changed_config
 from tests.family_checks import answers, cheap_w4a8, drawn
 from tests.helpers import GOLDENS, fails, golden, golden_pictures

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 from flax import nnx
+
 from mquant_jax.models.llava import FAMILY
 from mquant_jax.models.llava.config import LlavaConfig
-
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm
 from mquant_jax.nn.params import get_params
 from mquant_jax.ptq.pipeline import untied

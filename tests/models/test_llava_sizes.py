@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import pytest
-from mquant_jax.models.registry import family_for
 
+from mquant_jax.models.registry import family_for
 from mquant_jax.ptq.pipeline import untied
 from tests.full_size import prefill_and_decode, quantised_count, w4a8
 

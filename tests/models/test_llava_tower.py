@@ -9,10 +9,10 @@ import math
 
 import numpy as np
 import pytest
+
 from mquant_jax.models.llava import FAMILY
 from mquant_jax.models.llava.config import SIGLIP, LlavaConfig
 from mquant_jax.models.squares import pack_vision, patchify
-
 from tests.family_cases import changed_config, model_of, random_params
 from tests.helpers import golden, relative
 from tests.llava_cases import CLIP, VARIED
