@@ -30,11 +30,11 @@ from mquant_jax.schema import (
     flag,
     items,
     real,
-    shown,
     square,
     table,
     whole,
 )
+from mquant_jax.validate import shown
 
 CLIP, SIGLIP, DINOV2 = "clip_vision_model", "siglip_vision_model", "dinov2"
 _LANGUAGES = ("llama", "qwen2")

@@ -9,8 +9,7 @@ from flax import nnx
 
 from mquant_jax.models.base import VLM
 from mquant_jax.models.llava.config import LlavaConfig
-from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import ACTIVATIONS, VisionInput, ViT
@@ -26,14 +25,13 @@ class Projector(nnx.Module):
         into, out, bias = (
             config.vision.hidden_size, config.language.hidden_size, config.projector_bias
         )  # fmt: skip
-        section, dtype = place.section, place.dtype
         self.activation = config.projector_act
-        self.merger_in = ActQuant("merger_in", section)
-        self.fc1 = Dense(into, out, bias=bias, section=section, dtype=dtype, rngs=rngs)
+        self.merger_in = place.point("merger_in", self.POINTS)
+        self.fc1 = place.dense("fc1", into, out, bias=bias, rngs=rngs)
         rotation = place.online_rotation(out)
-        self.merger_hidden = ActQuant("merger_hidden", section, rotation=rotation)
+        self.merger_hidden = place.point("merger_hidden", self.POINTS, rotation)
         hidden = rotation.n if rotation else out
-        self.fc2 = Dense(hidden, out, bias=bias, section=section, dtype=dtype, rngs=rngs)
+        self.fc2 = place.dense("fc2", hidden, out, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """Features ``[N, M, width]`` -> tokens ``[N, M, hidden]`` of the decoder."""
@@ -47,7 +45,7 @@ class LlavaVision(ViT):
     def __init__(self, config: LlavaConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
         super().__init__(config.vision, Placement.of(recipe, "vision", dtype), rngs=rngs)
         self.config = config
-        self.merger = Projector(config, Placement.of(recipe, "connector", dtype), rngs=rngs)
+        self.merger = Projector(config, Placement.of(recipe, "vision/merger", dtype), rngs=rngs)
 
     def tokens(self, patches: int) -> int:
         return self.config.tokens_of(patches)

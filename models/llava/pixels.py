@@ -13,7 +13,8 @@ from mquant_jax.errors import ImageError, UserError
 from mquant_jax.models import image_settings
 from mquant_jax.models.chat import import_transformers
 from mquant_jax.models.llava.config import CLIP, DINOV2, SIGLIP, LlavaConfig
-from mquant_jax.schema import Field, Schema, flag, real, shown, whole
+from mquant_jax.schema import Field, Schema, flag, real, whole
+from mquant_jax.validate import shown
 
 # What a tower's processor is, where the folder names none.
 _KINDS = {CLIP: "CLIPImageProcessor", SIGLIP: "SiglipImageProcessor", DINOV2: "BitImageProcessor"}

@@ -22,7 +22,7 @@ from mquant_jax.models.llava.config import LlavaConfig
 from mquant_jax.models.llava.pixels import SquarePictures
 from mquant_jax.models.llava.processing import collate
 from mquant_jax.models.squares import patchify
-from mquant_jax.schema import shown
+from mquant_jax.validate import shown
 
 IMAGE = "<image>"
 _PLACED = re.compile(r"<(image)>")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from mquant_jax.models.base import WeightRule
 from mquant_jax.models.language import decoder_rules, dense_rules, direct
 from mquant_jax.models.llava.config import CLIP, DINOV2, LlavaConfig
+from mquant_jax.models.rules import WeightRule
 
 _PREFIXES = (
     ("model.language_model.", "language_model.model."),
