@@ -244,7 +244,7 @@ class Recipe:
         Raises:
             UserError: an unknown key, value or version; the message names it and the allowed ones.
         """
-        rules = []
+        rules: Any = []
         if isinstance(data, dict):
             data = dict(data)
             version, rules = data.pop("version", 1), data.pop("rules", rules)

@@ -238,7 +238,7 @@ class Conversion:
         one's relative error once all blocks are taken."""
         like, tensor = self._shapes[name], self.params[name]
         if isinstance(like, QWeight):
-            s = self.recipe.section_for(layer_path(name, self.config.language.tied_head))
+            s = self._section(name)
             blocks = self._rounded(name, tensor, s, errors)
             return Rows(tensor.shape, blocks, bits=s.w_bits, groups=like.groups)
         tensor = tensor.astype(self.source.get(name, tensor).dtype)
@@ -247,8 +247,11 @@ class Conversion:
     @property
     def _table(self) -> Section:
         """How the token embedding is quantised."""
-        tied = self.config.language.tied_head
-        return self.recipe.section_for(layer_path("language/embedding", tied))
+        return self._section("language/embedding")
+
+    def _section(self, name: str) -> Section:
+        """How a dense layer's weight, or a table, is quantised."""
+        return self.recipe.section_for(layer_path(name, self.config.language.tied_head) or name)
 
     def _rounded_rows(self, rows: np.ndarray) -> np.ndarray:
         """Rows of the token embedding as the quantised model looks them up."""

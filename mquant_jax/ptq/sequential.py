@@ -208,7 +208,7 @@ class Quantiser:
             with named(path):
                 inputs = prepare(seen.hessian, seen.cross, self.recipe.weights.act_order)
         whole = [r for r in readers if not getattr(find(work.target, r), "has_split", False)]
-        together = {}
+        together: dict[str, QWeight] = {}
         for section in dict.fromkeys(sections[r] for r in whole):
             alike = [r for r in whole if sections[r] == section]
             together |= self._round_together(alike, kernels, inputs, section)

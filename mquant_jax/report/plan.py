@@ -50,8 +50,8 @@ def table(plan: LayerPlan) -> str:
     head = ("part", "layers", "weights", "group", "activations", "rotation", "MiB before", "after")
     rows = []
     for part, count in _kinds(plan.parts):
-        groups = _alike(part.layers) or [((), None)]
-        for i, (names, layer) in enumerate(groups):
+        empty: list[tuple[list[str], LayerSpec | None]] = [([], None)]
+        for i, (names, layer) in enumerate(_alike(part.layers) or empty):
             name = (f"{_kind(part.name)} x{count}" if count > 1 else part.name) if i == 0 else ""
             sizes = [f"{count * size / _MIB:.1f}" for size in (part.bytes_before, part.bytes_after)]
             rows.append((name, *_cells(names, layer), *(sizes if i == 0 else ("", ""))))
