@@ -55,6 +55,8 @@ WIDE: dict[str, dict[str, Any]] = {
     },
     "internvl2/public": {"llm_config": _LLM, "vision_config": _VIT},
     "internvl/public": {"text_config": _LLM | {"head_dim": 64}, "vision_config": _VIT},
+    "llava/public": {"text_config": _LLM, "vision_config": _VIT},
+    "llava/public_dinov2": {"text_config": _LLM, "vision_config": _VIT | {"mlp_ratio": 3}},
     "minicpmv2_6/public": _LLM | {
         "vision_config": _VIT | {"hidden_size": 576, "intermediate_size": 1080},
     },

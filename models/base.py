@@ -314,6 +314,7 @@ class Family:
         model: the family's :class:`VLM`.
         weight_rules: ``config -> rules``.
         ignored: whether a checkpoint tensor of this name is known and not needed.
+        unused: ``(config, name)``: the same, as the config decides.
         processor_class: ``module:Class`` of its :class:`Processor`, made from a folder and the
             config. Imported on first use: weights convert and verify without it.
         reference_batch: ``(config, arrays of a golden's inputs) -> Batch``.
@@ -345,6 +346,7 @@ class Family:
     pictures: bool = True
     most_pictures: int | None = None
     videos: bool = False
+    unused: Callable[[Any, str], bool] = lambda config, name: False
 
     def build(self, config: Config, recipe: Recipe | None, dtype, rngs: nnx.Rngs) -> VLM:
         """The model with fresh weights."""

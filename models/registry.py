@@ -17,6 +17,7 @@ _BY_MODEL_TYPE = {
     "internvl": "mquant_jax.models.internvl",
     "internvl_chat": "mquant_jax.models.internvl",
     "llama": "mquant_jax.models.llama",
+    "llava": "mquant_jax.models.llava",
     "minicpmv": "mquant_jax.models.minicpmv",
     "qwen": "mquant_jax.models.qwen_vl",
     "qwen2": "mquant_jax.models.llama",

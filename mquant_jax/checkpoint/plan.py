@@ -110,7 +110,9 @@ def plan(family: Family, config: Config, reader: Reader) -> Plan:
     optional = {r.src for r in rules if r.otherwise is not None}
     missing = sorted(set(shapes) - set(names) - optional)
     unplaced = sorted(
-        n for src, n in names.items() if src not in shapes and not family.ignored(src)
+        n
+        for src, n in names.items()
+        if not (src in shapes or family.ignored(src) or family.unused(config, src))
     )
     wrong = [
         text

@@ -77,8 +77,8 @@ def capture(model: VLM, batch: Batch) -> Arrays:
 
     Returns:
         logits, embeds, hidden_i ``[B, T, ...]``; vision ``[tokens, hidden]`` and vision_pre
-        ``[patches, width]`` (with class tokens, if there are any) of all pictures in prompt order,
-        padding removed.
+        ``[patches, width]`` (with class tokens, unless the tower drops them) of all pictures in
+        prompt order, padding removed.
     """
     logits, seen, real = jax.tree.map(np.asarray, _forward(model, batch))
     stream = seen["language/layers"]
@@ -86,7 +86,8 @@ def capture(model: VLM, batch: Batch) -> Arrays:
     out |= {f"hidden_{i}": x for i, x in enumerate(stream)}
     if batch.vision is not None:
         last = seen.get("vision/final", seen["vision/layers"][-1])
-        out["vision_pre"] = last[real["vision/layers"]]
+        last, kept = (model.vision.selected(x) for x in (last, real["vision/layers"]))
+        out["vision_pre"] = last[kept]
         merger = "vision/ends" if "vision/ends" in seen else "vision/merger"
         out["vision"] = seen[merger][real[merger]]
         if "vision/conv" in seen:

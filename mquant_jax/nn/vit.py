@@ -73,6 +73,8 @@ class ViTConfig:
             absorbs its weight and bias.
         keeps_mean: the connector uses the mean of the stream, which a rotation must therefore
             keep.
+        drops_first: the features leave the first token out, whatever it is: the class token, or in
+            a tower without one the first patch.
     """
 
     hidden_size: int
@@ -94,6 +96,7 @@ class ViTConfig:
     input_norm: bool = False
     final_norm: bool = False
     keeps_mean: bool = False
+    drops_first: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -351,7 +354,8 @@ class ViT(nnx.Module):
         return self.features(vision)
 
     def features(self, vision: VisionInput) -> Flow[jax.Array]:
-        """Patches -> features ``[N, P, hidden]``; the class token, if there is one, is the first.
+        """Patches -> features ``[N, P, hidden]``; the class token, if there is one, is the first
+        (:attr:`ViTConfig.drops_first`).
 
         Raises:
             ValueError: pictures that are not square, in a tower with learned positions.
@@ -371,7 +375,11 @@ class ViT(nnx.Module):
         x = yield StackCall("vision/layers", self.layers, x, VisionContext(angles, classes))
         if cfg.final_norm:
             x = yield ModuleCall("vision/final", self.final, x, classes)
-        return x
+        return self.selected(x)
+
+    def selected(self, x: jax.Array) -> jax.Array:
+        """Of each row's tokens ``[N, P, ...]`` those that are features."""
+        return x[:, int(self.cfg.drops_first) :]
 
     def _positions(self, vision: VisionInput) -> jax.Array:
         """Positions ``[N, P, hidden]`` as the pictures choose them, or the table for squares: the

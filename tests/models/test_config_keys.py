@@ -19,6 +19,7 @@ from tests.models import (
     test_cogvlm2_sizes,
     test_glm4v_sizes,
     test_internvl_sizes,
+    test_llava_sizes,
     test_qwen_vl_sizes,
 )
 
@@ -73,6 +74,9 @@ FULL = {
     "glm4v": test_glm4v_sizes.PUBLISHED,
     "internvl3-8b": test_internvl_sizes.INTERNVL3_8B,
     "internvl3-38b": test_internvl_sizes.INTERNVL3_38B,
+    "llava-1.5-7b": test_llava_sizes.LLAVA_7B,
+    "llava-siglip-llama3": test_llava_sizes.MANTIS_8B,
+    "llava-dinov2-qwen2": test_llava_sizes.DINO_QWEN,
     "qwen_vl": test_qwen_vl_sizes.PUBLISHED,
 }
 
@@ -140,6 +144,33 @@ def test_defaults_of_internvl_are_those_of_transformers() -> None:
     assert config_of(saved) == config_of(with_tie)
 
 
+@pytest.mark.parametrize("tower", ["CLIPVision", "SiglipVision", "Dinov2"])
+@pytest.mark.parametrize("language", ["Llama", "Qwen2"])
+def test_defaults_of_llava_are_those_of_transformers(tower, language) -> None:
+    import transformers
+
+    vision, text = (getattr(transformers, f"{name}Config")() for name in (tower, language))
+    published = transformers.LlavaConfig(vision_config=vision, text_config=text)
+    saved = json.loads(published.to_json_string(use_diff=False))
+    assert family_for(saved).unknown_keys(saved) == []
+    bare = {
+        "model_type": "llava", "vision_config": {"model_type": vision.model_type},
+        "text_config": {"model_type": text.model_type},
+    }  # fmt: skip
+    assert config_of(bare) == config_of(saved)
+    tables = read_tables(family_for(bare).config_tables(bare))
+    assert_defaults(tables["vision_config"], vision)
+    assert_defaults(tables["text_config"], text)
+
+
+def test_llava_without_a_tower_has_the_published_one() -> None:
+    import transformers
+
+    published, bare = transformers.LlavaConfig(), {"model_type": "llava"}
+    assert config_of(bare) == config_of(json.loads(published.to_json_string(use_diff=False)))
+    assert_defaults(read_tables(family_for(bare).config_tables(bare))[""], published)
+
+
 def test_a_fine_tune_saved_as_differences() -> None:
     """``vision_config`` of a published Qwen2-VL fine-tune holds four keys."""
     hf = {k: v for k, v in FULL["qwen2_vl-2b"].items() if k != "rope_theta"}
@@ -180,6 +211,8 @@ def test_minicpmv_without_a_tower_has_the_published_one() -> None:
         ("qwen2_vl/public", "vision_config", "window_size", 112),
         ("internvl2/public", "llm_config", "attn_logit_softcapping", 50.0),
         ("internvl/public", "vision_config", "use_absolute_position_embeddings", False),
+        ("llava/public_dinov2", "vision_config", "use_swiglu_ffn", True),
+        ("llava/public", "text_config", "attn_logit_softcapping", 30.0),
         ("minicpmv2_6/public", "", "scale_emb", 12),
         ("minicpmv2_6/public", "", "slice_mode", False),
         ("glm4v/public", "", "quantization_bit", 4),

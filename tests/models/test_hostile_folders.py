@@ -19,6 +19,7 @@ from tests.models import (
     test_cogvlm2_processing,
     test_glm4v_processing,
     test_internvl_processing,
+    test_llava_processing,
     test_minicpmv_processing,
     test_qwen2_vl_processing,
     test_qwen_vl_processing,
@@ -32,10 +33,11 @@ KEYS = {
     "preprocessor_config.json": (
         "size", "min_pixels", "max_pixels", "image_mean", "image_std", "norm_mean", "norm_std",
         "patch_size", "merge_size", "min_patches", "max_patches", "max_slice_nums", "im_start",
+        "crop_size", "do_pad", "do_center_crop",
         "scale_resolution", "do_rescale", "rescale_factor", "resample", "use_image_id",
         "image_processor_type",
     ),
-    "processor_config.json": ("image_processor", "video_processor", "chat_template"),
+    "processor_config.json": ("image_processor", "video_processor", "chat_template", "image_token"),
     "tokenizer_config.json": (
         "chat_template", "added_tokens_decoder", "bos_token", "eos_token", "pad_token",
         "tokenizer_class", "model_max_length", "add_bos_token", "extra_special_tokens",
@@ -70,6 +72,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "internvl": lambda f: test_internvl_processing.make_folder(f, "internvl/public"),
     "internvl2": lambda f: test_internvl_processing.make_folder(f, "internvl2/public"),
     "llama": llama,
+    "llava": test_llava_processing.make_folder,
     "minicpmv": test_minicpmv_processing.make_folder,
     "qwen2_vl": qwen2_vl,
     "qwen_vl": qwen_vl,

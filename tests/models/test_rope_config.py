@@ -18,6 +18,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768
 TEXTS = {
     "qwen2_vl/public": None, "llama/public": None, "qwen2/public": None,
     "minicpmv2_6/public": None, "internvl2/public": "llm_config", "internvl/public": "text_config",
+    "llava/public": "text_config", "llava/public_dinov2": "text_config",
 }  # fmt: skip
 
 

@@ -1,0 +1,134 @@
+"""Pictures as the squares that a tower takes, by the image processors of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mquant_jax.errors import ImageError, UserError
+from mquant_jax.models import image_settings
+from mquant_jax.models.chat import import_transformers
+from mquant_jax.models.llava.config import CLIP, DINOV2, SIGLIP, LlavaConfig
+from mquant_jax.schema import Field, Schema, flag, real, whole
+from mquant_jax.validate import shown
+
+# What a tower's processor is, where the folder names none.
+_KINDS = {CLIP: "CLIPImageProcessor", SIGLIP: "SiglipImageProcessor", DINOV2: "BitImageProcessor"}
+_KNOWN = (*_KINDS.values(), "LlavaImageProcessor")
+_SIDE = whole(None, 1, 2**13, null=True)
+_SIZE = Schema({"shortest_edge": _SIDE, "height": _SIDE, "width": _SIDE})
+
+
+def _size(square: bool) -> Field:
+    """A size as an object or, in older files, as one number."""
+
+    def convert(value: Any, where: str) -> Any:
+        if isinstance(value, Mapping):
+            return {k: v for k, v in _SIZE.read(value, where).items() if v is not None}
+        side = _SIDE.read(value, where)
+        return {"height": side, "width": side} if square else {"shortest_edge": side}
+
+    return Field("a size in pixels", convert, None, null=True)
+
+
+_SETTINGS = Schema(
+    {
+        "do_resize": flag(True),
+        "do_center_crop": flag(None),
+        "do_rescale": flag(True),
+        "do_normalize": flag(True),
+        "do_convert_rgb": flag(True),
+        "do_pad": flag(False),
+        "rescale_factor": real(1 / 255, 0.0, 1.0, above=True),
+        "resample": whole(3, 0, 5),
+        "image_mean": image_settings.MEAN,
+        "image_std": image_settings.STD,
+        "size": _size(square=False),
+        "crop_size": _size(square=True),
+    }
+)
+
+
+class SquarePictures:
+    """Resizes, crops and normalises pictures to the one size of a tower.
+
+    Args:
+        settings: content of preprocessor_config.json, or empty.
+        path: that file, for messages.
+        config: the model's config.
+
+    Raises:
+        UserError: settings of another type or range, or of an unknown processor.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], path: Path, config: LlavaConfig):
+        self.path, self.side = path, config.image_size
+        kind = _kind(settings, path, config.tower)
+        read = _SETTINGS.read(settings, str(path))
+        whole_square, crops = {"height": self.side, "width": self.side}, kind != _KINDS[SIGLIP]
+        read["size"] = read["size"] or ({"shortest_edge": self.side} if crops else whole_square)
+        read["crop_size"] = read["crop_size"] or whole_square
+        _check_size(read["size"], f"{path}: size", {"shortest_edge"}, set(whole_square))
+        _check_size(read["crop_size"], f"{path}: crop_size", set(whole_square))
+        self.pads = read["do_pad"] and kind == _KNOWN[-1]
+        self.shortest = read["size"].get("shortest_edge") if read["do_resize"] else None
+        # transformers takes null for a value, and the others' do_pad for another kind of padding.
+        read["do_pad"] = True if self.pads else None
+        read["crop_size"] = read["crop_size"] if crops or read["do_center_crop"] else None
+        given = {key: value for key, value in read.items() if value is not None}
+        self.processor = getattr(import_transformers(), f"{kind}Pil")(**given)
+
+    def pixels(self, image: Image.Image, name: str) -> np.ndarray:
+        """float32 ``[3, side, side]`` of an RGB picture.
+
+        Raises:
+            ImageError: it is too long and narrow to be resized.
+            UserError: the settings make pictures of another size than the tower's.
+        """
+        self._check_shape(image, name)
+        out = self.processor(images=[image], return_tensors="np")["pixel_values"][0]
+        if out.shape != (3, self.side, self.side):
+            raise UserError(f"{self.path}: makes a picture of {out.shape[2]} x {out.shape[1]} "
+                            f"pixels of {name}; config.json says {self.side} x {self.side}, and "
+                            "other sizes are not supported")  # fmt: skip
+        return np.asarray(out, np.float32)
+
+    def _check_shape(self, image: Image.Image, name: str) -> None:
+        """No step between makes an enormous picture."""
+        short, long = sorted(image.size)
+        pixels = long * long if self.pads else 0
+        if self.shortest and not self.pads:
+            pixels = self.shortest * (self.shortest * long // short)
+        if pixels > image_settings.MOST_PIXELS:
+            raise ImageError(f"{name}: {image.size[0]} x {image.size[1]} pixels would be resized "
+                             f"to {pixels}; expected {image_settings.MOST_PIXELS} at most, cut the "
+                             "picture first")  # fmt: skip
+
+
+def _kind(settings: Mapping[str, Any], path: Path, tower: str) -> str:
+    """The name of the image processor, of either speed.
+
+    Raises:
+        UserError: one that is not known.
+    """
+    found = settings.get("image_processor_type")
+    if found is None:
+        return _KINDS[tower]
+    if not isinstance(found, str) or (name := found.removesuffix("Fast")) not in _KNOWN:
+        raise UserError(f"{path}: image_processor_type {shown(found)} is not supported; known: "
+                        f"{', '.join(_KNOWN)}")  # fmt: skip
+    return name
+
+
+def _check_size(size: Mapping[str, int], where: str, *forms: set[str]) -> None:
+    """
+    Raises:
+        UserError: the size has none of the forms.
+    """
+    if set(size) not in forms:
+        known = " or ".join(" and ".join(sorted(form)) for form in forms)
+        raise UserError(f"{where} {shown(size)}: expected {known}")
