@@ -36,7 +36,10 @@ DEMO_ASSETS = Path(__file__).parent / "assets" / "demo"
 BUNDLED_CALIBRATION = DEMO_ASSETS / "calibration.jsonl"
 BUNDLED_HELDOUT = DEMO_ASSETS / "heldout.jsonl"
 _MOST_BYTES = 4 << 30  # of a JSONL file, pictures in base64 included
-_LISTED = 10  # bad samples that an error message names
+_LISTED, _LONGEST = (
+    10,
+    160,
+)  # bad samples that an error names, characters of each  # bad samples that an error message names
 T = TypeVar("T")
 
 
@@ -141,11 +144,18 @@ def write_samples(path: Path, samples: list[Sample]) -> None:
 
 
 def _raise(bad: Sequence[str], where: str, kind: type[UserError] = UserError) -> None:
+    """All bad samples in one error: the first ten, the file's whole path once."""
     if len(bad) == 1:
         raise kind(bad[0])
     if bad:
         more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-        raise kind(f"{where}: {len(bad)} bad samples: {'; '.join(bad[:_LISTED])}{more}")
+        short = f"{Path(where).name}:"
+        listed = "; ".join(_cut(text.replace(f"{where}:", short, 1)) for text in bad[:_LISTED])
+        raise kind(f"{where}: {len(bad)} bad samples: {listed}{more}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def json_lines(path: Path) -> Iterable[tuple[int, str]]:

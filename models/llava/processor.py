@@ -76,9 +76,12 @@ class LlavaProcessor(ChatFolder):
     @functools.cached_property
     def template_takes_parts(self) -> bool:
         """Whether the chat template places pictures; that of a language model knows text alone."""
+        template = self.chat_template
+        if template is None:
+            return False
         parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
         try:
-            text = self.render([{"role": "user", "content": parts}], self.chat_template)
+            text = self.render([{"role": "user", "content": parts}], template)
         except UserError:
             return False
         return self.image_token in text and _PROBE in text
