@@ -168,8 +168,11 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
 
 
 # A conversion that stays where all is written and nothing yet renamed.
+# Signals count even where the shell that started the tests ignores them.
 HELD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from convert.hf_to_flax import main
 from mquant_jax.checkpoint import workspace
 workspace._sync = lambda folder: time.sleep(600)
@@ -177,18 +180,11 @@ sys.exit(main())
 """
 
 
-def _hears_hangups() -> None:
-    """The tests themselves may run where SIGHUP is ignored."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def _start(dst: Path, marker: str = "", *program: str) -> subprocess.Popen:
     """A conversion, when ``marker`` is in the folder that it fills (or it has ended)."""
     command = [sys.executable, *(program or ("-m", "convert.hf_to_flax"))]
     command += [str(GOLDENS / "public"), str(dst)]
-    child = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=_hears_hangups
-    )
+    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while child.poll() is None and not (dst.parent / f"{dst.name}.work" / marker).exists():
         time.sleep(0.001)
     return child

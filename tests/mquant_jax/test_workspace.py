@@ -378,13 +378,21 @@ sys.exit(run_cli(main))
 """
 
 
+# Signals count even where the shell that started the tests ignores them.
+HEARS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "keep"),
     [("SIGTERM", "keep"), ("SIGTERM", "drop"), ("SIGHUP", "drop"), ("SIGINT", "keep"),
      ("SIGKILL", "drop")],
 )  # fmt: skip
 def test_signals(tmp_path, name, keep):
-    args = [sys.executable, "-c", PROGRAM, str(tmp_path / "dst"), keep]
+    args = [sys.executable, "-c", HEARS + PROGRAM, str(tmp_path / "dst"), keep]
     child = subprocess.Popen(
         args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
