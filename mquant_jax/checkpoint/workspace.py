@@ -259,10 +259,12 @@ def _release(work: Workspace, remove: bool) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a work folder, its lock last: until then it is known to be ours."""
+    """Remove a work folder. Its lock goes last: until then it is known to be ours. The note of what
+    was published goes just before: a kill while states are removed must not hide whose DST is."""
     for path in folder.iterdir():
-        if path.name != "lock":
+        if path.name not in ("lock", "publishing"):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (folder / "publishing").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -309,6 +309,27 @@ def test_a_kill_after_the_last_rename(tmp_path, monkeypatch):
     assert _names(tmp_path) == ["dst"] and (dst / "mark").read_text() == "new"
 
 
+def test_the_note_of_what_was_published_goes_last(tmp_path, monkeypatch):
+    """A kill while states are removed leaves it: a resumed conversion knows that DST is done."""
+    order = []
+    rmtree, unlink = module.shutil.rmtree, Path.unlink
+
+    def noting(path, *args, **options):
+        order.append(Path(path).name)
+        rmtree(path, *args, **options)
+
+    def noting_unlink(path, *args, **options):
+        order.append(path.name)
+        unlink(path, *args, **options)
+
+    with monkeypatch.context() as m:
+        m.setattr(module.shutil, "rmtree", noting)
+        m.setattr(Path, "unlink", noting_unlink)
+        _publish(tmp_path / "dst")
+    assert order[-2:] == ["publishing", "dst.work"] and "states" in order[:-2]
+    assert _names(tmp_path) == ["dst"]
+
+
 def _failing(monkeypatch, code):
     def fail(folder):
         raise OSError(code, os.strerror(code), str(folder))
