@@ -67,6 +67,12 @@ def groups(n: int, size: int, platform: str) -> list[int]:
     return out
 
 
+def together(n: int, size: int, platform: str) -> int:
+    """Rows of ``size`` patches or tokens that one call takes of ``n``, a power of two."""
+    most = max(1, MOST_TOGETHER.get(platform, MOST_TOGETHER_ELSEWHERE) // size)
+    return min(rows(n), 1 << most.bit_length() - 1)
+
+
 def fine(n: int, multiple: int = 1) -> int:
     """At most an eighth more than ``n``: for batches as families collate them, which calibration
     runs as they are."""

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -229,6 +229,27 @@ class Generator:
             self._nothing = jax.device_put(zeros)
         return self._nothing
 
+    def force(self, batch: Batch, answers: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """What the model expects next while it is given answers, token by token.
+
+        Args:
+            answers: ids for every row of the batch.
+
+        Yields:
+            float32 ``[B, vocab]``: log-probabilities of token 0, 1, ... of every answer, as many
+            as the longest answer has tokens and one more. Past its own end a row's are of nothing.
+        """
+        longest = max(map(len, answers))
+        fed = self.start(batch, longest + 1)
+        rows, slots = fed.tokens.shape
+        for i in range(longest + 1):
+            tokens = np.zeros(rows, np.int32)
+            if i:
+                tokens[: len(answers)] = [a[i - 1] if i <= len(a) else 0 for a in answers]
+            force = self._program("force", rows, slots, i == 0)
+            expected, fed = force(self.params, fed, tokens)
+            yield np.asarray(expected)[: len(answers)]
+
     def _stream(self, answers: Answers, count: int, limit: int, how: RowSampling, on_tokens):
         step = 1
         while True:
@@ -249,37 +270,51 @@ class Generator:
         """``step(model, ...)`` as a function of ``(params, ...)``."""
         return lambda params, *rest: step(nnx.merge(self.graphdef, params), *rest)
 
-    def _compiled(self, step: Callable, *args: Any, donate: int | None = None) -> Any:
+    def _compiled(
+        self,
+        step: Callable,
+        arguments: Callable[[int], tuple],
+        rows: int,
+        donate: int | None = None,
+    ) -> Any:
+        """``step(model, *arguments(rows))`` as a program; the shapes are those of so many rows."""
         donated = () if donate is None else (donate,)
         jitted = jax.jit(self._bound(step), donate_argnums=donated)
-        return jitted.lower(self.params, *args).compile()
+        return jitted.lower(self.params, *arguments(rows)).compile()
 
     def _compile_see(self, rows: int, patches: int) -> Any:
+        return self._compiled(steps.see, lambda n: (self._vision_shapes(n, patches),), rows)
+
+    def _vision_shapes(self, rows: int, patches: int) -> VisionInput:
         tower, i32 = self.model.vision, np.int32
         shape = (rows, patches)
         positions = None
         if tower.cfg.position_grid and tower.takes_any_size:
             positions = _shape(shape, i32)
-        vision = VisionInput(
+        return VisionInput(
             _shape((*shape, tower.cfg.patch_dim), np.float32),
             _shape((*shape, 2), i32),
             _shape(shape, bool),
             positions,
         )
-        return self._compiled(steps.see, vision)
 
     def _compile_read(self, rows: int, width: int, count: int, visual_slots: int | None) -> Any:
         language = self.model.language
-        ids = _shape((rows, width), np.int32)
-        streams = len(language.cfg.rope_sections)
-        positions = _shape((streams, rows, width), np.int32)
-        batch = Batch(ids, ids, positions, ids, ids, None, visual_slots)
         piece = _shape((PIECE, language.cfg.hidden_size), language.dtype)
 
         def read(model: VLM, batch: Batch, features: tuple) -> tuple[Entry, ...]:
             return steps.read(model, batch, features, self.int8_cache)
 
-        return self._compiled(read, batch, (piece,) * count)
+        return self._compiled(
+            read, lambda n: (self._batch_shapes(n, width, visual_slots), (piece,) * count), rows
+        )
+
+    def _batch_shapes(self, rows: int, width: int, visual_slots: int | None) -> Batch:
+        """A batch without pictures."""
+        ids = _shape((rows, width), np.int32)
+        streams = len(self.model.language.cfg.rope_sections)
+        positions = _shape((streams, rows, width), np.int32)
+        return Batch(ids, ids, positions, ids, ids, None, visual_slots)
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
         return lambda model: steps.empty(model, rows, slots, self.int8_cache)
@@ -288,7 +323,7 @@ class Generator:
         return jax.eval_shape(self._bound(self._empty(rows, slots)), self.params)
 
     def _compile_empty(self, rows: int, slots: int) -> Any:
-        return self._compiled(self._empty(rows, slots))
+        return self._compiled(self._empty(rows, slots), lambda n: (), rows)
 
     def _compile_insert(self, rows: int, slots: int) -> Any:
         # One row of one piece has the shapes of an entry.
@@ -303,9 +338,19 @@ class Generator:
         def run(model: VLM, answers: Answers, until: jax.Array, how: RowSampling) -> Answers:
             return steps.run(model, answers, until, how, self.stop_ids)
 
-        until = _shape((rows,), np.int32)
-        how = steps.shapes_of(per_row(Sampling(), None, rows))
-        return self._compiled(run, self._answers(rows, slots), until, how, donate=1)
+        def arguments(n: int) -> tuple[Answers, Any, RowSampling]:
+            how = steps.shapes_of(per_row(Sampling(), None, n))
+            return self._answers(n, slots), _shape((n,), np.int32), how
+
+        return self._compiled(run, arguments, rows, donate=1)
+
+    def _compile_force(self, rows: int, slots: int, first: bool) -> Any:
+        def force(model: VLM, answers: Answers, tokens: jax.Array) -> tuple[jax.Array, Answers]:
+            return steps.force(model, answers, tokens, first)
+
+        return self._compiled(
+            force, lambda n: (self._answers(n, slots), _shape((n,), np.int32)), rows, donate=1
+        )
 
 
 def _shape(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -229,12 +229,22 @@ def insert(answers: Answers, entry: Entry, row: jax.Array, slot: jax.Array) -> A
     )
 
 
-def begin(model: VLM, batch: Batch, slots: int, int8_cache: bool = False) -> Answers:
-    """Pictures and prompts of a whole batch as one program, for sizes that do not vary."""
-    hidden, state = _fresh(model, batch, slots, int8_cache)
+def begin(
+    model: VLM,
+    batch: Batch,
+    slots: int,
+    int8_cache: bool = False,
+    visual: jax.Array | None = None,
+) -> Answers:
+    """Prompts of a whole batch as one program; rows without a token are done.
+
+    Args:
+        visual: features of the batch's pictures, when they are known already.
+    """
+    hidden, state = _fresh(model, batch, slots, int8_cache, visual)
     zero = jnp.zeros_like(state.order)
     tokens = jnp.zeros((len(zero), slots), jnp.int32)
-    return Answers(state, hidden, tokens, zero, zero > 0)
+    return Answers(state, hidden, tokens, zero, state.order == 0)
 
 
 def run(
@@ -272,6 +282,25 @@ def run(
         lambda: (answers.tokens, answers.count, answers.done),
     )
     return jax.lax.while_loop(lambda a: jnp.any(active(a)), body, with_drawn(answers, first))
+
+
+def force(
+    model: VLM, answers: Answers, tokens: jax.Array, first: bool
+) -> tuple[jax.Array, Answers]:
+    """Go on with given tokens, int32 ``[B]``; donate ``answers``.
+
+    Args:
+        first: nothing was given yet, and nothing is now: what the prompts alone expect.
+
+    Returns:
+        Log-probabilities of the next token, float32 ``[B, vocab]``.
+    """
+    if first:
+        logits, state = model.language.logits(answers.hidden), answers.state
+    else:
+        logits, state = decode(model, tokens, answers.state)
+    expected = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return expected, dataclasses.replace(answers, state=state)
 
 
 def _stops(tokens: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
