@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.compile_cache import keep_compiled_programs
@@ -15,6 +16,7 @@ from mquant_jax.errors import PromptTooLong, UserError
 from mquant_jax.models.base import VLM, Batch, Family, Processor, Prompt, longest
 from mquant_jax.presets import resolve_recipe
 from mquant_jax.recipe import Recipe
+from mquant_jax.runtime.data_parallel import DataParallel
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.options import Options, sampling_key
 from mquant_jax.runtime.prompts import padded
@@ -35,6 +37,8 @@ class Model:
         layout: where visual tokens stand while a prompt runs, see :class:`Generator`.
         kv_cache: ``float`` or ``int8``.
         family: the model family.
+        devices: of this process, among which batches are cut; ``None``: JAX's default alone. Set it
+            before the first use.
     """
 
     module: VLM
@@ -44,14 +48,17 @@ class Model:
     layout: str = "auto"
     kv_cache: str = "float"
     family: Family | None = None
+    devices: Sequence[Any] | None = None
     _generator: Generator | None = None
 
     @property
     def generator(self) -> Generator:
         """The compiled programs; made at first use."""
         if self._generator is None:
-            self._generator = Generator(
-                self.module, self.processor.stop_ids, self.layout, self.kv_cache
+            how = (self.module, self.processor.stop_ids, self.layout, self.kv_cache)
+            several = self.devices is not None and len(self.devices) > 1
+            self._generator = (
+                DataParallel(*how, devices=self.devices) if several else Generator(*how)
             )
         return self._generator
 
@@ -195,6 +202,21 @@ class Model:
         limit = min(options.max_new_tokens, self.max_positions - longest(prompts))
         on_tokens = None if stream is None else _TextStream(self.processor, stream)
         return self.generator.generate(batch, limit, options.sampling, key, on_tokens)
+
+    def force(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
+    ) -> Iterator[np.ndarray]:
+        """What the model expects while it is given answers: see :meth:`Generator.force`.
+
+        Raises:
+            UserError: as :meth:`collate`, or an answer that does not fit the context.
+        """
+        batch = self._collate(prompts)
+        tokens = longest(prompts) + max(map(len, answers))
+        if tokens > self.max_positions:
+            raise PromptTooLong(f"prompt and answer have {tokens} tokens, the model's context is "
+                                f"{self.max_positions}")  # fmt: skip
+        return self.generator.force(batch, answers)
 
 
 class _TextStream:

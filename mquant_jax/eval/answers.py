@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mquant_jax.errors import UserError
+from mquant_jax.eval import hosts
 from mquant_jax.validate import shown
 
 HEADER = "run"
@@ -24,11 +25,13 @@ class Answer:
         text: the answer; "" for a text that is scored.
         tokens: generated, or scored.
         nats: the summed loss of a scored text, else ``None``.
+        ids: the generated tokens.
     """
 
     text: str
     tokens: int
     nats: float | None = None
+    ids: tuple[int, ...] = ()
 
 
 _KEYS = {"id", *(field.name for field in dataclasses.fields(Answer))}
@@ -48,27 +51,42 @@ class Answers:
         """Keep the answers of a batch."""
         self.found.update(answers)
 
+    def merge(self) -> None:
+        """Add what other hosts have; each of them calls this."""
+        found = hosts.merged({k: dataclasses.asdict(a) for k, a in self.found.items()})
+        self.add([(key, _answer(row)) for key, row in found.items()])
+
+
+def _answer(row: Mapping[str, Any]) -> Answer:
+    return Answer(**{**row, "ids": tuple(row["ids"])})
+
 
 class AnswerFile(Answers):
     """The same, kept in a file; what it holds already is not asked again.
 
     Its first line is the run's header, each other one an answer. A last line that is not whole, as
-    a killed run leaves it, is cut off.
+    a killed run leaves it, is cut off. Hosts other than the first put their number behind the
+    file's name, and each knows the answers of all such files that it finds.
 
     Args:
+        path: the first host's.
         header: all that answers depend on.
+        host: of this process.
 
     Raises:
         UserError: the file is of a run with another header, or damaged.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]):
+    def __init__(self, path: Path, header: Mapping[str, Any], host: int = 0):
         super().__init__()
-        self.path, self.header = path, json.loads(json.dumps(header))
+        self.header = json.loads(json.dumps(header))
+        self.path = path.with_name(f"{path.stem}-{host}{path.suffix}") if host else path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._read()
-        if not path.exists():
+        self._cut()
+        others = sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+        for each in (path, *others):
+            self._read(each)
+        if not self.path.exists():
             self._append([{HEADER: self.header}])
 
     def add(self, answers: Sequence[tuple[str, Answer]]) -> None:
@@ -84,42 +102,49 @@ class AnswerFile(Answers):
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self) -> None:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
+    def _cut(self) -> None:
+        """Cut off a last line that is not whole; the files of other hosts may be growing."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data.rfind(b"\n") + 1
         if not whole:
-            self.path.unlink()
-            return
-        if whole != data:
+            self.path.unlink(missing_ok=True)
+        elif whole < len(data):
             with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        lines = whole.decode("utf-8", "surrogatepass").split("\n")[:-1]
-        self._check(self._row(lines[0], 1))
-        for number, line in enumerate(lines[1:], 2):
-            row = self._row(line, number)
-            kinds = [type(row.get(name)) for name in ("id", "text", "tokens")]
-            if kinds != [str, str, int] or not row.keys() <= _KEYS:
-                raise UserError(f"{self.path}:{number}: no answer; {_CURE}")
+                file.truncate(whole)
+
+    def _read(self, path: Path) -> None:
+        data = path.read_bytes() if path.exists() else b""
+        lines = data.decode("utf-8", "surrogatepass").split("\n")[:-1]
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            row = _row(line, where)
+            if number == 1:
+                self._check(row, path)
+                continue
+            kinds = [type(row.get(name)) for name in ("id", "text", "tokens", "ids")]
+            if kinds != [str, str, int, list] or not row.keys() <= _KEYS:
+                raise UserError(f"{where}: no answer; {_CURE}")
             key = row.pop("id")
-            self.found[key] = Answer(**row)
+            self.found[key] = _answer(row)
 
-    def _row(self, line: str, number: int) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{self.path}:{number}: damaged: {e}; {_CURE}") from e
-        if not isinstance(row, dict):
-            raise UserError(f"{self.path}:{number}: damaged: no JSON object; {_CURE}")
-        return row
-
-    def _check(self, first: Mapping[str, Any]) -> None:
+    def _check(self, first: Mapping[str, Any], path: Path) -> None:
         found = first.get(HEADER)
         if found == self.header:
             return
         if not isinstance(found, dict):
-            raise UserError(f"{self.path}: holds no answers of a run; {_CURE}")
+            raise UserError(f"{path}: holds no answers of a run; {_CURE}")
         other = next(k for k in (*self.header, *found) if self.header.get(k) != found.get(k))
         raise UserError(
-            f"{self.path}: its answers were made with another {other}: "
+            f"{path}: its answers were made with another {other}: "
             f"{shown(found.get(other))}, now {shown(self.header.get(other))}; {_CURE}"
         )
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: damaged: {e}; {_CURE}") from e
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: damaged: no JSON object; {_CURE}")
+    return row

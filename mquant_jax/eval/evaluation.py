@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -12,23 +11,25 @@ from typing import Any
 
 import jax
 
-import mquant_jax
 from mquant_jax.api import Model, load
-from mquant_jax.checkpoint.manifest import Verify, content_hash
-from mquant_jax.checkpoint.provenance import hash_files
+from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.errors import UserError
+from mquant_jax.eval import hosts
 from mquant_jax.eval.answers import Answer, AnswerFile, Answers
 from mquant_jax.eval.compare import Difference, compare
+from mquant_jax.eval.forced import Agreement, TeacherForcing
 from mquant_jax.eval.overlap import Fingerprints, Overlap, calibration_of
-from mquant_jax.eval.perplexity import LENGTH, score_text
-from mquant_jax.eval.question import Question, Task, picture_key
-from mquant_jax.eval.runner import WINDOW, Progress, ask, silent
+from mquant_jax.eval.perplexity import score_text
+from mquant_jax.eval.question import Question, Task
+from mquant_jax.eval.record import describe, of_checkpoint
+from mquant_jax.eval.runner import Progress, ask, silent
 from mquant_jax.eval.scoring import Metrics, Table, Verdict, once, table_of
+from mquant_jax.eval.swap import with_swapped_pictures
 from mquant_jax.eval.tasks import questions_of
-from mquant_jax.files import read_json_if_any
 from mquant_jax.runtime.options import Options
+from mquant_jax.validate import count
 
-ANSWERS, RESULT = "answers.jsonl", "result.json"
+ANSWERS, SWAPPED, RESULT = "answers.jsonl", "swapped.jsonl", "result.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,8 @@ class ModelResult:
         table: the judged answers.
         score, metrics: as published.
         overlap: questions that the calibration data have, too; ``None`` where that is not known.
+        agreement: with the first checkpoint, fed with its answers, where that was asked for.
+        swapped: the score with pictures of other questions, where that was asked for.
         difference: to the first checkpoint; ``None`` for the first itself.
     """
 
@@ -52,6 +55,8 @@ class ModelResult:
     score: float
     metrics: Metrics
     overlap: Overlap | None = None
+    agreement: Agreement | None = None
+    swapped: float | None = None
     difference: Difference | None = None
 
     @property
@@ -64,14 +69,26 @@ class ModelResult:
         """Tokens of an answer, or of a scored window."""
         return sum(a.tokens for a in self.answers) / len(self.answers)
 
+    def own(self) -> dict[str, Any]:
+        """What does not depend on the other checkpoints' answers, but for the agreement."""
+        return {
+            "score": self.score,
+            "metrics": self.metrics,
+            "empty": self.empty,
+            "mean_answer_tokens": self.mean_tokens,
+            "calibration_overlap": self.overlap,
+            "token_agreement": self.agreement.agreement if self.agreement else None,
+            "kl_nats": self.agreement.kl if self.agreement else None,
+            "swapped_images_score": self.swapped,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The entry of ``eval --json``."""
         d = self.difference
         flips = d is not None and d.mcnemar_p is not None
         return {
             "path": self.path,
-            "score": self.score,
-            "metrics": self.metrics,
+            **self.own(),
             "delta": d.delta if d else None,
             "ci95": list(d.ci95) if d else None,
             "flips": {
@@ -79,10 +96,33 @@ class ModelResult:
                 "wrong_to_right": len(d.wrong_to_right),
             } if d and flips else None,
             "mcnemar_p": d.mcnemar_p if d else None,
-            "empty": self.empty,
-            "mean_answer_tokens": self.mean_tokens,
-            "calibration_overlap": self.overlap,
         }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """What is measured beside the score, each at the cost of another pass.
+
+    Attributes:
+        agreement: how often models find the same token the likeliest as the first.
+        kl: divergence from the first on so many questions (:class:`TeacherForcing`); 0: none.
+        swap_images: the score with pictures of other questions.
+
+    Raises:
+        UserError: ``kl`` is no number of questions.
+    """
+
+    agreement: bool = False
+    kl: int = 0
+    swap_images: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kl", count(self.kl, "kl", least=0))
+
+    @property
+    def forced(self) -> bool:
+        """Whether models are fed the first one's answers."""
+        return self.agreement or self.kl > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +133,13 @@ class Evaluation:
         task: the benchmark.
         questions: what was asked, or the windows of a text.
         models: one entry per checkpoint.
+        checks: what was measured beside the score.
     """
 
     task: Task
     questions: list[Question]
     models: list[ModelResult]
+    checks: Checks
 
     def to_json(self) -> dict[str, Any]:
         """What ``eval --json`` prints."""
@@ -116,47 +158,77 @@ def evaluate(
     options: Options | None = None,
     out: Path | None = None,
     *,
+    checks: Checks = Checks(),
+    devices: Sequence[Any] | None = None,
     verify: Verify = True,
     progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate checkpoints, one in memory at a time, and compare them with the first.
+
+    Where JAX runs on several hosts, each calls this and answers its share; all return the whole.
 
     Args:
         data: the task's file; ``None``: the task's own.
         options: ``max_new_tokens``, ``batch_size``, ``limit`` (questions, or windows of a text) and
             ``kv_cache`` are used; by default answers are as long as the task allows.
         out: folder for answers and results; a run that was stopped goes on from the answers there.
+        devices: among which batches are cut; by default all that this process has.
         verify: see :func:`mquant_jax.api.load`.
 
     Raises:
-        UserError: bad data or checkpoints; answers in ``out`` that another run made.
+        UserError: bad data or checkpoints; answers in ``out`` that another run made; checks that
+            the task or the number of checkpoints does not allow.
     """
     if not checkpoints:
         raise UserError("no checkpoint to evaluate")
+    _allowed(checks, task, len(checkpoints))
     options = options or Options(task.max_new_tokens or 1)
     source = task.data if data is None else data
     questions = questions_of(task, source, options.limit)
     about = describe(task, source, questions, options)
+    others = None
+    if checks.swap_images:
+        swapped = with_swapped_pictures(questions)
+        others = swapped, describe(task, source, swapped, options) | {"pictures": "swapped"}
     prints = Fingerprints(questions) if task.judge else None
     results: list[ModelResult] = []
-    for checkpoint in checkpoints:
-        job = _Job(str(checkpoint), task, questions, options, about, out, verify)
-        asked, result = job.run(prints, progress)
-        if results and len(asked) != len(results[0].answers):
-            raise UserError(f"{checkpoint}: cuts the text into {len(asked)} windows, the first "
-                            f"checkpoint into {len(results[0].answers)}; models are compared on "
-                            "one tokenizer")  # fmt: skip
-        first = results[0].table if results else None
-        if first is not None:
-            difference = compare(task, first, result.table)
-            result = dataclasses.replace(result, difference=difference)
-        results.append(result)
-    return Evaluation(task, asked, results)
+    with TeacherForcing(checks.kl, out) as forced:
+        for checkpoint in checkpoints:
+            job = _Job(
+                str(checkpoint), task, questions, options, about, out, verify, others,
+                forced if checks.forced else None, devices or jax.local_devices(),
+            )  # fmt: skip
+            asked, result = job.run(prints, progress)
+            if results:
+                result = _compared(task, results[0], result)
+            results.append(result)
+    return Evaluation(task, asked, results, checks)
+
+
+def _allowed(checks: Checks, task: Task, checkpoints: int) -> None:
+    if task.judge is None and (checks.forced or checks.swap_images):
+        raise UserError(f"task {task.name} scores a text: it has no answers to compare token by "
+                        "token, and no pictures to swap")  # fmt: skip
+    if checks.forced and checkpoints == 1:
+        raise UserError("--agreement and --kl compare checkpoints with the first; name two at "
+                        "least")  # fmt: skip
+
+
+def _compared(task: Task, first: ModelResult, result: ModelResult) -> ModelResult:
+    if len(result.answers) != len(first.answers):
+        raise UserError(f"{result.path}: cuts the text into {len(result.answers)} windows, the "
+                        f"first checkpoint into {len(first.answers)}; models are compared on one "
+                        "tokenizer")  # fmt: skip
+    return dataclasses.replace(result, difference=compare(task, first.table, result.table))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One checkpoint's evaluation; attributes as the arguments of :func:`evaluate`."""
+    """One checkpoint's evaluation; attributes as the arguments of :func:`evaluate`.
+
+    Attributes:
+        others: the questions with swapped pictures, and what those answers depend on.
+    """
 
     path: str
     task: Task
@@ -165,6 +237,9 @@ class _Job:
     about: dict[str, Any]
     out: Path | None
     verify: Verify
+    others: tuple[list[Question], dict[str, Any]] | None
+    forced: TeacherForcing | None
+    devices: Sequence[Any]
 
     def run(
         self, prints: Fingerprints | None, progress: Progress
@@ -172,24 +247,33 @@ class _Job:
         """What was asked, and the result."""
         task, started = self.task, time.time()
         model = load(self.path, kv_cache=self.options.kv_cache, verify=self.verify)
-        run = self.about | of_checkpoint(model)
-        folder = self._folder(run["checkpoint"])
-        answers = AnswerFile(folder / ANSWERS, run) if folder else Answers()
+        model.devices = self.devices
+        of_it = of_checkpoint(model)
+        run = self.about | of_it
+        folder = self._folder(of_it["checkpoint"])
+        answers = _kept(folder, ANSWERS, run)
         before = len(answers.found)
         questions, said = self._answers(model, answers, progress)
-        verdicts = [verdict(task, a, q) for a, q in zip(said, questions, strict=True)]
-        table = table_of(verdicts, questions)
+        table = _judged(task, said, questions)
         score, metrics = task.score(table, once(table)), task.details(table)
-        known = calibration_of(Path(self.path))
-        overlap = prints.overlap(known) if prints and known else None
-        result = ModelResult(self.path, run, said, table, score, metrics, overlap)
-        if folder:
+        result = ModelResult(
+            self.path, run, said, table, score, metrics,
+            overlap=self._overlap(prints),
+            agreement=self.forced.visit(model, questions, said, self.options, progress)
+            if self.forced else None,
+            swapped=self._swapped(model, folder, of_it, progress),
+        )  # fmt: skip
+        if folder and hosts.is_first():
             _write(folder / RESULT, result, len(said) - before, time.time() - started)
         return questions, result
 
     def _folder(self, checkpoint: str) -> Path | None:
         name = f"{Path(self.path).resolve().name}-{checkpoint[:8]}"
         return None if self.out is None else self.out / name
+
+    def _overlap(self, prints: Fingerprints | None) -> Overlap | None:
+        known = calibration_of(Path(self.path))
+        return prints.overlap(known) if prints and known else None
 
     def _answers(
         self, model: Model, answers: Answers, progress: Progress
@@ -198,6 +282,28 @@ class _Job:
             return self.questions, ask(model, self.questions, self.options, answers, progress)
         text = self.questions[0].sample.question
         return score_text(model, text, self.options.limit, answers, progress)
+
+    def _swapped(
+        self, model: Model, folder: Path | None, of_it: dict[str, Any], progress: Progress
+    ) -> float | None:
+        """The score with pictures of other questions, where that is asked for."""
+        if self.others is None:
+            return None
+        questions, about = self.others
+        answers = _kept(folder, SWAPPED, about | of_it)
+        said = ask(model, questions, self.options, answers, progress)
+        table = _judged(self.task, said, questions)
+        return self.task.score(table, once(table))
+
+
+def _kept(folder: Path | None, name: str, run: dict[str, Any]) -> Answers:
+    """Where answers are kept: a file, or memory."""
+    return AnswerFile(folder / name, run, jax.process_index()) if folder else Answers()
+
+
+def _judged(task: Task, said: Sequence[Answer], questions: Sequence[Question]) -> Table:
+    verdicts = [verdict(task, a, q) for a, q in zip(said, questions, strict=True)]
+    return table_of(verdicts, questions)
 
 
 def verdict(task: Task, answer: Answer, question: Question) -> Verdict:
@@ -212,60 +318,8 @@ def _write(path: Path, result: ModelResult, asked: int, seconds: float) -> None:
     body = {
         "run": result.run,
         "n": len(result.answers),
-        "score": result.score,
-        "metrics": result.metrics,
-        "empty": result.empty,
-        "mean_answer_tokens": result.mean_tokens,
-        "calibration_overlap": result.overlap,
+        **result.own(),
         "times": {"seconds": seconds, "questions_asked": asked},
-        "devices": [str(d) for d in jax.local_devices()],
+        "devices": [str(d) for d in jax.devices()],
     }
     path.write_text(json.dumps(body, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
-
-
-def describe(
-    task: Task, data: Path | None, questions: Sequence[Question], options: Options
-) -> dict[str, Any]:
-    """What answers depend on besides the checkpoint."""
-    digest = hashlib.sha256()
-    for q in questions:
-        pictures = [picture_key(image) for image in q.sample.images]
-        text = json.dumps([q.id, q.sample.question, q.sample.messages, pictures])
-        digest.update(text.encode())
-    return {
-        "task": task.name,
-        "data": hash_files([data]) if data else {},
-        "limit": options.limit,
-        "questions": len(questions),
-        "questions_sha256": digest.hexdigest(),
-        "prompt": {
-            "suffix": task.suffix,
-            "example": questions[0].sample.question if task.judge else "",
-        },
-        "option_rules": task.rules,
-        "decoding": {
-            "kind": "greedy" if task.judge else f"none; loss of windows of {LENGTH} tokens",
-            "max_new_tokens": options.max_new_tokens,
-            "batch_size": options.batch_size,
-            "window": WINDOW * options.batch_size,
-            "kv_cache": options.kv_cache,
-            "layout": options.layout,
-        },
-        "versions": {"mquant_jax": mquant_jax.__version__, "jax": jax.__version__},
-    }
-
-
-def of_checkpoint(model: Model) -> dict[str, Any]:
-    """The checkpoint's hash, recipe, and how it prepares pictures, with its pixel limits."""
-    manifest = model.manifest
-    folder = getattr(model.processor, "folder", None)
-    pictures = read_json_if_any(Path(folder) / "preprocessor_config.json") if folder else {}
-    return {
-        "checkpoint": manifest.get("sha256") or content_hash(manifest),
-        "family": manifest["family"],
-        "recipe": manifest["recipe"],
-        "preprocessor": pictures,
-        "dtype": str(model.module.language.dtype)
-        if hasattr(model.module.language, "dtype")
-        else "",
-    }

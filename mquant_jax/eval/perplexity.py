@@ -10,6 +10,7 @@ import numpy as np
 
 from mquant_jax.api import Model
 from mquant_jax.errors import UserError
+from mquant_jax.eval import hosts
 from mquant_jax.eval.answers import Answer, Answers
 from mquant_jax.eval.question import Question
 from mquant_jax.eval.runner import Progress, silent
@@ -63,9 +64,11 @@ def score_text(
     answers = Answers() if answers is None else answers
     windows = windows_of(model, text, limit)
     losses = jax.jit(_losses)
-    for window, ids in progress(windows, "score text"):
+    own = [window for i, window in enumerate(windows) if hosts.has(i)]
+    for window, ids in progress(own, "score text"):
         if window.id not in answers.found:
             answers.add([(window.id, _score(model, ids, losses))])
+    answers.merge()
     return [window for window, _ in windows], [answers.found[w.id] for w, _ in windows]
 
 

@@ -2,7 +2,7 @@
 
 The questions are cut into windows; those of a window are sorted by the length of their prompts, so
 that little is padding, and cut into batches. A run that goes on makes the same batches of the full
-list, and so the same answers.
+list, and so the same answers. Several hosts take the windows in turn.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mquant_jax.api import Model
 from mquant_jax.errors import UserError
+from mquant_jax.eval import hosts
 from mquant_jax.eval.answers import Answer, Answers
 from mquant_jax.eval.question import Question
 from mquant_jax.models.base import Prompt
@@ -49,31 +50,39 @@ def ask(
     if not questions:
         raise UserError("no samples to evaluate")
     answers = Answers() if answers is None else answers
-    size = WINDOW * options.batch_size
-    starts = range(0, len(questions), size)
-    for start in progress(starts, "answer"):
-        window = questions[start : start + size]
+    for window in windows(questions, options, progress, "answer"):
         if any(q.id not in answers.found for q in window):
             _ask_window(model, window, options, answers)
+    answers.merge()
     return [answers.found[q.id] for q in questions]
+
+
+def windows(
+    questions: Sequence[Question], options: Options, progress: Progress, label: str
+) -> Iterator[Sequence[Question]]:
+    """This host's share of the questions, a window at a time."""
+    size = WINDOW * options.batch_size
+    cuts = [questions[start : start + size] for start in range(0, len(questions), size)]
+    yield from progress([cut for i, cut in enumerate(cuts) if hosts.has(i)], label)
 
 
 def _ask_window(
     model: Model, window: Sequence[Question], options: Options, answers: Answers
 ) -> None:
-    prompts = each([q.sample for q in window], lambda sample: sample.prompt(model.processor))
-    # The batches of a window are what a data-parallel run will hand out to devices.
-    for batch in batches(prompts, options.batch_size):
-        ids = [window[i].id for i in batch]
+    for ids, prompts in batches(model, window, options):
         if all(key in answers.found for key in ids):
             continue
-        out = model.generate_prompts([prompts[i] for i in batch], options.max_new_tokens)
-        texts = [Answer(model.processor.decode(tokens), len(tokens)) for tokens in out.tokens]
-        answers.add(list(zip(ids, texts, strict=True)))
+        out = model.generate_prompts(prompts, options.max_new_tokens)
+        said = [Answer(model.processor.decode(t), len(t), ids=tuple(t)) for t in out.tokens]
+        answers.add(list(zip(ids, said, strict=True)))
 
 
-def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-    """Places of the prompts that run together: neighbours in length."""
+def batches(
+    model: Model, window: Sequence[Question], options: Options
+) -> Iterator[tuple[list[str], list[Prompt]]]:
+    """Ids and prompts of the questions that run together: neighbours in length."""
+    prompts = each([q.sample for q in window], lambda sample: sample.prompt(model.processor))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    for start in range(0, len(order), options.batch_size):
+        places = order[start : start + options.batch_size]
+        yield [window[i].id for i in places], [prompts[i] for i in places]

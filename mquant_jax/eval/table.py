@@ -5,17 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mquant_jax.eval.evaluation import Evaluation, ModelResult
+from mquant_jax.eval.evaluation import Checks, Evaluation, ModelResult
 from mquant_jax.report.flips import Flip, flips_page
 
-HEADER = ("model", "score", "difference", "95 % interval", "McNemar p", "right > wrong",
+_HEADER = ("model", "score", "difference", "95 % interval", "McNemar p", "right > wrong",
           "wrong > right", "empty", "tokens")  # fmt: skip
 _MOST_FLIPS = 200  # of one kind and model that the page shows
 
 
+def header(evaluation: Evaluation) -> list[str]:
+    """Names of the columns."""
+    checks = evaluation.checks
+    asked = {"same token": checks.forced, "KL, nats": checks.kl, "pictures swapped":
+             checks.swap_images}  # fmt: skip
+    return [*_HEADER, *(name for name, wanted in asked.items() if wanted)]
+
+
 def rows(evaluation: Evaluation) -> list[list[str]]:
-    """One row of cells per model, under :data:`HEADER`."""
-    return [_cells(m) for m in evaluation.models]
+    """One row of cells per model, under :func:`header`."""
+    return [[*_cells(m), *_checked(m, evaluation.checks)] for m in evaluation.models]
+
+
+def _checked(m: ModelResult, checks: Checks) -> list[str]:
+    """What was measured beside the score."""
+    cells, a = [], m.agreement
+    if checks.forced:
+        cells.append(f"{100 * a.agreement:.2f} %" if a else "-")
+    if checks.kl:
+        cells.append(f"{a.kl:.5f}" if a and a.kl is not None else "-")
+    return cells + ([f"{m.swapped:.2f}"] if m.swapped is not None else [])
 
 
 def _cells(m: ModelResult) -> list[str]:
@@ -34,7 +52,7 @@ def _cells(m: ModelResult) -> list[str]:
 def text(evaluation: Evaluation) -> str:
     """The table that a person reads, and the first model's metrics beside the others'."""
     task = evaluation.task
-    table = [list(HEADER), *rows(evaluation)]
+    table = [header(evaluation), *rows(evaluation)]
     lines = [f"{task.title}: {len(evaluation.questions)} "
              f"{'questions' if task.judge else 'windows'}, score in {task.unit}"
              + (", lower is better" if task.lower_is_better else "")]  # fmt: skip
@@ -74,7 +92,7 @@ def write_flips(evaluation: Evaluation, path: Path) -> None:
                 more = f", {len(places)} in all" if len(places) > _MOST_FLIPS else ""
                 sections[f"{m.path}: {name}{more}"] = shown
     page = flips_page(
-        f"{evaluation.task.title}: flipped answers", HEADER, rows(evaluation), sections
+        f"{evaluation.task.title}: flipped answers", header(evaluation), rows(evaluation), sections
     )
     path.write_text(page, encoding="utf-8")
 

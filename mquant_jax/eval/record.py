@@ -1,0 +1,69 @@
+"""What a result depends on, for the record: data, prompts, decoding, versions, checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mquant_jax
+from mquant_jax.api import Model
+from mquant_jax.checkpoint.manifest import content_hash
+from mquant_jax.checkpoint.provenance import hash_files
+from mquant_jax.eval.perplexity import LENGTH
+from mquant_jax.eval.question import Question, Task, picture_key
+from mquant_jax.eval.runner import WINDOW
+from mquant_jax.files import read_json_if_any
+from mquant_jax.runtime.options import Options
+
+
+def describe(
+    task: Task, data: Path | None, questions: Sequence[Question], options: Options
+) -> dict[str, Any]:
+    """What answers depend on besides the checkpoint."""
+    digest = hashlib.sha256()
+    for q in questions:
+        pictures = [picture_key(image) for image in q.sample.images]
+        text = json.dumps([q.id, q.sample.question, q.sample.messages, pictures])
+        digest.update(text.encode())
+    return {
+        "task": task.name,
+        "data": hash_files([data]) if data else {},
+        "limit": options.limit,
+        "questions": len(questions),
+        "questions_sha256": digest.hexdigest(),
+        "prompt": {
+            "suffix": task.suffix,
+            "example": questions[0].sample.question if task.judge else "",
+        },
+        "option_rules": task.rules,
+        "decoding": {
+            "kind": "greedy" if task.judge else f"none; loss of windows of {LENGTH} tokens",
+            "max_new_tokens": options.max_new_tokens,
+            "batch_size": options.batch_size,
+            "window": WINDOW * options.batch_size,
+            "kv_cache": options.kv_cache,
+            "layout": options.layout,
+        },
+        "versions": {"mquant_jax": mquant_jax.__version__, "jax": jax.__version__},
+    }
+
+
+def of_checkpoint(model: Model) -> dict[str, Any]:
+    """The checkpoint's hash, recipe, and how it prepares pictures, with its pixel limits."""
+    manifest = model.manifest
+    folder = getattr(model.processor, "folder", None)
+    pictures = read_json_if_any(Path(folder) / "preprocessor_config.json") if folder else {}
+    return {
+        "checkpoint": manifest.get("sha256") or content_hash(manifest),
+        "family": manifest["family"],
+        "recipe": manifest["recipe"],
+        "preprocessor": pictures,
+        "dtype": str(model.module.language.dtype)
+        if hasattr(model.module.language, "dtype")
+        else "",
+    }
