@@ -71,6 +71,17 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
         return INTERRUPTED if isinstance(e, KeyboardInterrupt) else USAGE
 
 
+def keep_stdout_clean() -> None:
+    """What C++ libraries print goes to stderr from now on; Python's output stays on stdout.
+
+    Gloo, which connects processes on CPUs, says hello on stdout, where JSON is to come.
+    """
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+
+
 def utf8(argument: str) -> str:
     """A text from the command line, which is UTF-8 whatever the locale says.
 

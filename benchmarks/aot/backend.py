@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -95,6 +96,15 @@ def sharding(device: Device) -> NamedSharding:
     Raises:
         UserError: the compiler does not start.
     """
+    return NamedSharding(Mesh(chips(device)[:1], ("chip",)), PartitionSpec())
+
+
+def chips(device: Device) -> list[Any]:
+    """All chips of the target's topology.
+
+    Raises:
+        UserError: the compiler does not start.
+    """
     from jax.experimental import topologies
 
     how = {"platform": "tpu", "topology_name": device.topology}
@@ -104,9 +114,8 @@ def sharding(device: Device) -> NamedSharding:
             "target_config": _H100,
         }  # fmt: skip
     try:
-        topology = topologies.get_topology_desc(**how)
+        return topologies.get_topology_desc(**how).devices
     except Exception as e:  # whatever a foreign compiler says, the remedy is the same
         raise UserError(
             f"the compiler for {device.name} does not start ({e}): {INSTALL[device.platform]}"
         ) from e
-    return NamedSharding(Mesh(topology.devices[:1], ("chip",)), PartitionSpec())

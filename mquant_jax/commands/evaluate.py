@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from mquant_jax.cli_support import OK, Parser, add_no_verify, progress, warn
+from mquant_jax.cli_support import OK, Parser, add_no_verify, keep_stdout_clean, progress, warn
 from mquant_jax.errors import UserError
 from mquant_jax.eval import hosts, table
 from mquant_jax.eval.evaluation import Checks, Evaluation, ModelResult, evaluate
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     cluster = (args.coordinator_address, args.num_processes, args.process_id)
     if args.distributed or any(x is not None for x in cluster):
+        keep_stdout_clean()
         hosts.join(*cluster)
     task, data = _task(args)
     options = Options(

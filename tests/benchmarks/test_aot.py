@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.aot import backend, cost, hlo, occupancy, report
 from benchmarks.aot.__main__ import _run
+from benchmarks.aot.data_parallel import collectives
 from benchmarks.aot.devices import DEVICES
 from benchmarks.aot.programs import Program, flop_count, prompt, size
 from benchmarks.aot.sizes import MODELS
@@ -335,6 +336,28 @@ def test_a_real_compile(tmp_path) -> None:
     # All weights but the embedding are read once; the cache's keys and values, too.
     held = ours["memory"]["arguments"]
     assert 0.3 * held < ours["bytes"] < held
+
+
+@pytest.mark.skipif(
+    backend.missing(V5E) is not None, reason=f"no TPU compiler: {backend.missing(V5E)}"
+)
+def test_data_parallel_programs_hold_no_collective() -> None:
+    command = [sys.executable, "-m", "benchmarks.aot.data_parallel", "--target", "tpu-v5e"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["chips"] == 4
+    assert result["collectives"] == {"see": [], "begin": [], "decode": []}
+
+
+def test_collectives_are_found() -> None:
+    text = """HloModule m
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %s = f32[8]{0} all-reduce-start(f32[8]{0} %p), to_apply=%add
+  ROOT %d = f32[8]{0} all-reduce-done(f32[8]{0} %s)
+}
+"""
+    assert collectives(text) == ["all-reduce-start", "all-reduce-done"]
 
 
 @pytest.mark.skipif(
