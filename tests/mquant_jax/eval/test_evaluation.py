@@ -14,15 +14,19 @@ from mquant_jax.errors import UserError
 from mquant_jax.eval import evaluation, perplexity
 from mquant_jax.eval.answers import Answer, AnswerFile
 from mquant_jax.eval.compare import compare, interval, mcnemar
-from mquant_jax.eval.evaluation import evaluate
+from mquant_jax.eval.evaluation import Checks, evaluate
 from mquant_jax.eval.runner import ask
 from mquant_jax.eval.scoring import Table, Verdict, table_of
+from mquant_jax.eval.swap import with_swapped_pictures
+from mquant_jax.eval.table import text
 from mquant_jax.eval.tasks import TASKS
 from mquant_jax.eval.tasks.plain import questions_from
 from mquant_jax.models.base import Prompt
 from mquant_jax.runtime.options import Options
 from mquant_jax.samples import Sample
 from tests.helpers import fails
+
+VOCABULARY = 129
 
 
 class Processor:
@@ -54,6 +58,15 @@ class Parrot:
         self.manifest = {"sha256": self.name * 8, "family": "parrot", "recipe": {}}
         language = types.SimpleNamespace(dtype=jnp.float32)
         self.module = types.SimpleNamespace(language=language)
+
+    def force(self, prompts, answers):
+        """Expects its own reply's character with probability 1/2, of ``VOCABULARY``."""
+        said = [self.replies["".join(map(chr, p.input_ids))] for p in prompts]
+        for i in range(max(map(len, answers)) + 1):
+            rows = np.full((len(said), VOCABULARY), np.log(0.5 / (VOCABULARY - 1)), np.float32)
+            for row, reply in zip(rows, said, strict=True):
+                row[ord(reply[i]) if i < len(reply) else 0] = np.log(0.5)
+            yield rows
 
     def generate_prompts(self, prompts, max_new_tokens):
         if len(self.batches) == self.stops_after:
@@ -171,6 +184,83 @@ def test_several_checkpoints_against_the_first(models, data) -> None:
     assert second["mcnemar_p"] == 0.5
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate([], TASKS["jsonl"], data)
+
+
+def test_agreement_and_divergence_on_the_first_ones_answers(models, data, tmp_path) -> None:
+    def run(kl=0, agreement=True, folder=None):
+        checks = Checks(agreement, kl)
+        out = evaluate(["a/float", "b/w4"], TASKS["jsonl"], data, Options(9, batch_size=3), folder,
+                       checks=checks)  # fmt: skip
+        first, second = out.to_json()["models"]
+        assert first["token_agreement"] is first["kl_nats"] is None
+        return second["token_agreement"], second["kl_nats"]
+
+    # 9 answers of 8 characters, one of 9, each with its end; "answer 4" for "answer 3" differs in
+    # one position, "" for "answer 5" in all 8 that are not the end.
+    positions = 10 * 9 + 10
+    assert run() == (pytest.approx(1 - 9 / positions), None)
+    # Where the likeliest token is another one: 1/2 of the mass against (1/2) / 128, both ways.
+    nats = (0.5 - 0.5 / 128) * np.log(128)
+    agreement, kl = run(kl=100, agreement=False, folder=tmp_path)
+    assert agreement == pytest.approx(1 - 9 / positions)
+    assert kl == pytest.approx(9 * nats / positions, rel=1e-5)
+    # "answer 3" is the third question.
+    assert run(kl=2)[1] == 0 and run(kl=3)[1] == pytest.approx(nats / 27, rel=1e-5)
+    fails("kl is -1", lambda: Checks(kl=-1))
+    fails("name two at least", lambda: evaluate(
+        ["a/float"], TASKS["jsonl"], data, checks=Checks(kl=1)))  # fmt: skip
+    fails("scores a text", lambda: evaluate(
+        ["a/float", "b/w4"], TASKS["perplexity"], data, checks=Checks(True)))  # fmt: skip
+
+
+def test_vocabularies_of_two_sizes_are_not_compared(models, data, monkeypatch) -> None:
+    small = lambda prompts, answers: iter([np.zeros((len(prompts), 7))] * 20)  # noqa: E731
+    monkeypatch.setattr(models["b/w4"], "force", small)
+    fails("vocabulary has 129 tokens, this one's 7", lambda: evaluate(
+        ["a/float", "b/w4"], TASKS["jsonl"], data, checks=Checks(True)))  # fmt: skip
+
+
+def with_pictures(*pictures):
+    return questions_from([Sample(tuple(p), f"q{i}", "a") for i, p in enumerate(pictures)])
+
+
+def test_swapped_pictures_are_others_and_as_many() -> None:
+    a, b, c, d = (np.full((2, 2, 3), i, np.uint8) for i in range(4))
+    questions = with_pictures([a], [a], [b], [], [c], [a, b], [c, d])
+    swapped = with_swapped_pictures(questions)
+    assert [q.id for q in swapped] == [q.id for q in questions]
+    assert swapped[0].sample.images[0] is swapped[1].sample.images[0] is b
+    assert swapped[2].sample.images[0] is c and swapped[4].sample.images[0] is a
+    assert swapped[3] == questions[3]
+    assert swapped[5].sample.images[0] is c and swapped[6].sample.images[1] is b
+    assert all(
+        s.sample.question == q.sample.question for s, q in zip(swapped, questions, strict=True)
+    )
+    fails("no question can be given other pictures", lambda: with_swapped_pictures(
+        with_pictures([a], [a], [], [a, b])))  # fmt: skip
+
+
+def test_a_model_that_looks_at_pictures_fails_on_others(models, tmp_path) -> None:
+    shades = {"0": 10, "1": 200}
+    rows = [{"question": "q", "answer": f"a{i}", "image": f"{i}.png"} for i in shades]
+    for i, shade in shades.items():
+        Image.new("L", (8, 8), shade).save(tmp_path / f"{i}.png")
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+    def seen(text, images=(), videos=()):
+        return Prompt([ord(p.stem) for p in images], [], np.zeros((0, 0), np.float32))
+
+    model = models["a/float"]
+    model.processor.prompt, model.replies = seen, {"0": "a0", "1": "a1"}
+    checks = Checks(swap_images=True)
+    run = lambda: evaluate(["a/float"], TASKS["jsonl"], path, Options(4, batch_size=1),  # noqa: E731
+                           tmp_path / "o", checks=checks)  # fmt: skip
+    (result,) = run().to_json()["models"]
+    assert (result["score"], result["swapped_images_score"]) == (100, 0)
+    asked = len(model.batches)
+    assert run().to_json()["models"] == [result] and len(model.batches) == asked == 4
+    assert "pictures swapped" in text(run())
 
 
 def test_mcnemar_and_bootstrap_by_hand() -> None:
