@@ -56,10 +56,10 @@ class Model:
         """The compiled programs; made at first use."""
         if self._generator is None:
             how = (self.module, self.processor.stop_ids, self.layout, self.kv_cache)
-            several = self.devices is not None and len(self.devices) > 1
-            self._generator = (
-                DataParallel(*how, devices=self.devices) if several else Generator(*how)
-            )
+            if self.devices is not None and len(self.devices) > 1:
+                self._generator = DataParallel(*how, devices=self.devices)
+            else:
+                self._generator = Generator(*how)
         return self._generator
 
     @property

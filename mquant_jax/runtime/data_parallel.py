@@ -84,9 +84,13 @@ def _with_rows(batch: Batch, rows: int) -> Batch:
         widths[axis] = (0, missing)
         return np.pad(x, widths, constant_values=_FILL.get(name, 0))
 
-    names = ("input_ids", "order", "token_class", "visual_index")
     return dataclasses.replace(
-        batch, positions=fit("positions", 1), **{name: fit(name) for name in names}
+        batch,
+        input_ids=fit("input_ids"),
+        order=fit("order"),
+        positions=fit("positions", 1),
+        token_class=fit("token_class"),
+        visual_index=fit("visual_index"),
     )
 
 
