@@ -48,7 +48,7 @@ def missing(device: Device) -> str | None:
         return f"compiling for {device.name} needs {name}: {INSTALL[device.platform]}"
     if wanted and have and not re.fullmatch(re.escape(wanted).replace(r"\*", ".*"), have):
         return (
-            f"{name} {have} does not match jax {jax.__version__}, which needs {wanted}: "
+            f"{name} {have} is not the one that jax {jax.__version__} needs ({wanted}): "
             f"{INSTALL[device.platform]}"
         )
     return None
