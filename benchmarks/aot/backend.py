@@ -91,22 +91,22 @@ def prepare(device: Device) -> None:
 
 
 def sharding(device: Device) -> NamedSharding:
-    """Return the sharding onto one chip of the target, which every argument must carry.
+    """One chip of the target, as the sharding that every argument must carry.
 
     Raises:
         UserError: the compiler does not start.
     """
     from jax.experimental import topologies
 
-    options = {"platform": "tpu", "topology_name": device.topology}
+    how = {"platform": "tpu", "topology_name": device.topology}
     if device.platform == "gpu":
-        options = {
+        how = {
             "platform": "cuda", "topology_name": "h100", "topology": device.topology,
             "target_config": _H100,
         }  # fmt: skip
     try:
-        topology = topologies.get_topology_desc(**options)
-    except Exception as e:  # a plugin may raise anything; the remedy is the same
+        topology = topologies.get_topology_desc(**how)
+    except Exception as e:  # whatever a foreign compiler says, the remedy is the same
         raise UserError(
             f"the compiler for {device.name} does not start ({e}): {INSTALL[device.platform]}"
         ) from e
