@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mquant_jax.cli_support import FAILED, OK, Parser, run_cli
+from mquant_jax.cli_support import FAILED, OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.samples import DEMO_ASSETS
 
@@ -69,12 +69,15 @@ def run(out: Path, source: Path, recipe: str, kills: int, seed: int) -> dict[str
     whole = time.perf_counter() - began
     expected = content(reference)
     result = {"kills": 0, "chains": 0, "differences": 0, "leftovers": 0}
+    bar = iter(progress(range(kills), "kill"))
     while result["kills"] < kills:
         ended = convert(source, dst, recipe, rng.uniform(0, whole))
         allowed = {"reference", "dst"} if ended else {"reference", "dst", "dst.work"}
         result["leftovers"] += len({p.name for p in out.iterdir()} - allowed)
         result["kills" if not ended else "chains"] += 1
-        if ended:
+        if not ended:
+            next(bar)
+        else:
             result["differences"] += content(dst) != expected
             shutil.rmtree(dst)
     if (out / "dst.work").exists() or dst.exists():  # the last killed run is still to be resumed
@@ -91,7 +94,7 @@ def _run(argv: list[str]) -> int:
     add("--source", type=Path, default=DEMO_ASSETS / "model", help="default: the bundled model")
     add("--recipe", default="w4a8", help="default w4a8")
     add("--kills", type=int, default=200, metavar="N", help="default 200")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the moments (default 0)")
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     if args.out.exists():

