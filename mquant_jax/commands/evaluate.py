@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     result = evaluate(
         args.checkpoint, task, data, options, args.out,
         checks=Checks(args.agreement, args.kl, args.swap_images),
-        devices=_devices(args.devices), verify=args.verify, progress=progress,
+        split=args.split, devices=_devices(args.devices), verify=args.verify, progress=progress,
     )  # fmt: skip
     if hosts.is_first():
         _report(result, args.out, args.json)
@@ -78,7 +78,8 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("checkpoint", nargs="+", help="folders written by python -m mquant_jax convert")
     add("--task", metavar="NAME", help="a benchmark, see below (default demo)")
-    add("--data", type=Path, metavar="FILE", help="the benchmark's file")
+    add("--data", type=Path, metavar="FILE", help="its file, a folder of shards, or a pattern")
+    add("--split", metavar="NAME", help="of data with several, such as validation")
     add("--samples", type=Path, metavar="FILE.jsonl", help="short for --task jsonl --data FILE")
     add("--limit", type=int, metavar="N", help="use the first N questions only")
     add("--out", type=Path, metavar="DIR", help="keep answers and results; go on from those there")

@@ -158,6 +158,7 @@ def evaluate(
     options: Options | None = None,
     out: Path | None = None,
     *,
+    split: str | None = None,
     checks: Checks = Checks(),
     devices: Sequence[Any] | None = None,
     verify: Verify = True,
@@ -168,10 +169,11 @@ def evaluate(
     Where JAX runs on several hosts, each calls this and answers its share; all return the whole.
 
     Args:
-        data: the task's file; ``None``: the task's own.
+        data: the task's file, a folder of shards, or a pattern; ``None``: the task's own.
         options: ``max_new_tokens``, ``batch_size``, ``limit`` (questions, or windows of a text) and
             ``kv_cache`` are used; by default answers are as long as the task allows.
         out: folder for answers and results; a run that was stopped goes on from the answers there.
+        split: of a data set that has several.
         devices: among which batches are cut; by default all that this process has.
         verify: see :func:`mquant_jax.api.load`.
 
@@ -184,12 +186,12 @@ def evaluate(
     _allowed(checks, task, len(checkpoints))
     options = options or Options(task.max_new_tokens or 1)
     source = task.data if data is None else data
-    questions = questions_of(task, source, options.limit)
-    about = describe(task, source, questions, options)
+    questions = questions_of(task, source, options.limit, split)
+    about = describe(task, source, questions, options, split)
     others = None
     if checks.swap_images:
         swapped = with_swapped_pictures(questions)
-        others = swapped, describe(task, source, swapped, options) | {"pictures": "swapped"}
+        others = swapped, describe(task, source, swapped, options, split) | {"pictures": "swapped"}
     prints = Fingerprints(questions) if task.judge else None
     results: list[ModelResult] = []
     with TeacherForcing(checks.kl, out) as forced:

@@ -16,13 +16,18 @@ from mquant_jax.checkpoint.manifest import content_hash
 from mquant_jax.checkpoint.provenance import hash_files
 from mquant_jax.eval.perplexity import LENGTH
 from mquant_jax.eval.question import Question, Task, picture_key
+from mquant_jax.eval.readers.shards import files_of
 from mquant_jax.eval.runner import WINDOW
-from mquant_jax.files import read_json_if_any
+from mquant_jax.files import is_folder, read_json_if_any
 from mquant_jax.runtime.options import Options
 
 
 def describe(
-    task: Task, data: Path | None, questions: Sequence[Question], options: Options
+    task: Task,
+    data: Path | None,
+    questions: Sequence[Question],
+    options: Options,
+    split: str | None = None,
 ) -> dict[str, Any]:
     """What answers depend on besides the checkpoint."""
     digest = hashlib.sha256()
@@ -32,7 +37,8 @@ def describe(
         digest.update(text.encode())
     return {
         "task": task.name,
-        "data": hash_files([data]) if data else {},
+        "data": hashes(data, split) if data else {},
+        "split": split,
         "limit": options.limit,
         "questions": len(questions),
         "questions_sha256": digest.hexdigest(),
@@ -51,6 +57,15 @@ def describe(
         },
         "versions": {"mquant_jax": mquant_jax.__version__, "jax": jax.__version__},
     }
+
+
+def hashes(data: Path, split: str | None) -> dict[str, Any]:
+    """File -> its size and SHA-256, files of a folder under their path in it."""
+    found = {}
+    for file in files_of(data, split):
+        name = str(file.relative_to(data)) if is_folder(data) else file.name
+        found[name] = hash_files([file])[file.name]
+    return found
 
 
 def of_checkpoint(model: Model) -> dict[str, Any]:

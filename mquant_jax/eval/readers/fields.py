@@ -11,6 +11,8 @@ from typing import Any
 from mquant_jax.errors import UserError
 from mquant_jax.eval.question import Fields, Question, Task
 from mquant_jax.eval.readers.files import IMAGES, Row, listed, read_rows
+from mquant_jax.eval.readers.shards import SPLIT, files_of, split_of
+from mquant_jax.validate import path as checked_path
 from mquant_jax.validate import shortened
 
 _IDS = ("index", "question_id", "questionId", "id", "pid", "qid")
@@ -21,23 +23,47 @@ _HINTS = ("hint", "context")
 _MISSING = ("", "nan")  # how texts of data frames write no value
 
 
-def read_questions(path: Path, task: Task, limit: int | None = None) -> list[Question]:
-    """The questions of a benchmark's file, in its order.
+def read_questions(
+    path: Path, task: Task, limit: int | None = None, split: str | None = None
+) -> list[Question]:
+    """The questions of a benchmark's file or files, in their order.
 
     Args:
         limit: the first so many.
+        split: of the data set, by the names of its files or the rows' column ``split``.
 
     Raises:
-        UserError: as :func:`read_rows`; a row without a question or an answer; no rows.
+        UserError: as :func:`files_of` and :func:`read_rows`; a row without a question or an answer;
+            no rows, or none of the split.
     """
     questions: list[Question] = []
-    for fields in unique_ids(fields_of(row, task, i) for i, row in enumerate(read_rows(path))):
+    rows = enumerate(_rows_of(path, split))
+    for fields in unique_ids(fields_of(row, task, i) for i, row in rows):
         if limit is not None and len(questions) == limit:
             break
         questions.append(task.question(fields))
     if not questions:
         raise UserError(f"{path}: holds no questions")
     return questions
+
+
+def _rows_of(path: Path, split: str | None) -> Iterator[Row]:
+    """
+    Raises:
+        UserError: see :func:`read_questions`.
+    """
+    kept, others = 0, set()
+    for file in files_of(checked_path(path, "data"), split):
+        for where, raw in read_rows(file):
+            named = raw.get(SPLIT) if split_of(file) != split else split
+            if split is None or named == split:
+                kept += 1
+                yield where, raw
+            else:
+                others.add(str(named))
+    if others and not kept:
+        found = ", ".join(sorted(others - {"None"})) or "none: rows and file names say no split"
+        raise UserError(f"{path}: has no split {split!r}; found {found}")
 
 
 def unique_ids(rows: Iterable[Fields]) -> Iterator[Fields]:

@@ -23,12 +23,15 @@ def find_task(name: str) -> Task:
     return TASKS[choice(name, "task", tuple(TASKS))]
 
 
-def questions_of(task: Task, data: Path | None, limit: int | None = None) -> list[Question]:
-    """The task's questions, from a file.
+def questions_of(
+    task: Task, data: Path | None, limit: int | None = None, split: str | None = None
+) -> list[Question]:
+    """The task's questions, from its files.
 
     Args:
-        data: the file; ``None``: the task's own, if it has one.
+        data: a file, a folder or a pattern; ``None``: the task's own, if it has one.
         limit: the first so many.
+        split: of a data set that has several.
 
     Raises:
         UserError: no file, or one that cannot be read; see the readers.
@@ -37,4 +40,8 @@ def questions_of(task: Task, data: Path | None, limit: int | None = None) -> lis
     if data is None:
         raise UserError(f"task {task.name} needs --data FILE: nothing is fetched, and no data come "
                         "with this package")  # fmt: skip
-    return (task.read or read_questions)(data, task, limit)
+    if task.read is None:
+        return read_questions(data, task, limit, split)
+    if split is not None:
+        raise UserError(f"--split {split}: data of task {task.name} have no splits")
+    return task.read(data, task, limit)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mquant_jax.errors import UserError
 from mquant_jax.eval.question import Question
+from mquant_jax.eval.record import hashes
 from mquant_jax.eval.scoring import once, table_of
 from mquant_jax.eval.tasks import TASKS, questions_of
 from mquant_jax.samples import Sample
@@ -203,11 +204,14 @@ def test_ocrbench_is_of_a_thousand() -> None:
     formula = "Handwritten Mathematical Expression Recognition"
     score, details = scored("ocrbench", [
         ({"category": "Regular Text Recognition", "answers": ("CENTRE",)}, "the word centre"),
+        ({"category": "Digit String Recognition", "answers": ("12",)}, "1 2"),
+        ({"category": "Handwriting Recognition", "answers": ("at",)}, "cat"),
         ({"category": formula, "answers": ("x + 1",)}, "$x+1$"),
         ({"category": formula, "answers": ("X",)}, "x"),
         ({"category": formula, "answers": ("X",)}, ""),
     ])  # fmt: skip
     assert score == 500 and details[f"category/{formula}"] == 1
+    assert details["text_recognition"] == 2 and details["category/Digit String Recognition"] == 0
 
 
 @pytest.mark.parametrize(
@@ -239,3 +243,56 @@ def test_tasks_are_named_once() -> None:
         from mquant_jax.eval.tasks import find_task
 
         find_task("nope")
+
+
+def shard(path, question, split=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {"question": question, "answer": "a"} | ({"split": split} if split else {})
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def asked(path, split=None):
+    return [q.sample.question[:1] for q in questions_of(TASKS["docvqa"], path, split=split)]
+
+
+def test_shards_and_splits_by_file_name(tmp_path) -> None:
+    for name, question in (("validation-00001-of-00002", "b"), ("test-00000-of-00001", "t"),
+                           ("validation-00000-of-00002-0123abcd", "a")):  # fmt: skip
+        shard(tmp_path / "data" / f"{name}.jsonl", question)
+    assert asked(tmp_path, "validation") == ["a", "b"] and asked(tmp_path / "data", "test") == ["t"]
+    assert asked(tmp_path / "data" / "val*.jsonl") == ["a", "b"]
+    assert asked(tmp_path / "**" / "test-*.jsonl") == ["t"]
+    fails("the splits test, validation; choose one with --split", lambda: asked(tmp_path))
+    fails("no split 'dev'; found test, validation", lambda: asked(tmp_path, "dev"))
+    (tmp_path / "data" / "validation-00001-of-00002.jsonl").unlink()
+    fails("of the 2 shards of validation, these are missing: 1", lambda: asked(
+        tmp_path, "validation"))  # fmt: skip
+    shard(tmp_path / "x.tsv", "q")
+    fails("files of several kinds .*jsonl, .tsv", lambda: asked(tmp_path))
+    fails("no file has such a name", lambda: asked(tmp_path / "*.parquet"))
+    (tmp_path / "empty").mkdir()
+    fails("holds no file named", lambda: asked(tmp_path / "empty"))
+
+
+def test_splits_by_column(tmp_path) -> None:
+    path = tmp_path / "all.jsonl"
+    for question, split in (("a", "dev"), ("b", "validation"), ("c", "dev")):
+        shard(path, question, split)
+    assert asked(path) == ["a", "b", "c"] and asked(path, "dev") == ["a", "c"]
+    fails("no split 'test'; found dev, validation", lambda: asked(path, "test"))
+    shard(tmp_path / "plain.jsonl", "a")
+    fails("no split 'test'; found none", lambda: asked(tmp_path / "plain.jsonl", "test"))
+    fails("data of task jsonl have no splits", lambda: questions_of(
+        TASKS["jsonl"], path, split="test"))  # fmt: skip
+
+
+def test_the_record_names_every_shard(tmp_path) -> None:
+    for name in ("art/test-00000-of-00001", "law/test-00000-of-00001"):
+        shard(tmp_path / f"{name}.jsonl", name)
+    assert list(hashes(tmp_path, None)) == [
+        "art/test-00000-of-00001.jsonl", "law/test-00000-of-00001.jsonl"
+    ]  # fmt: skip
+    assert list(hashes(tmp_path / "law" / "test-00000-of-00001.jsonl", "test")) == [
+        "test-00000-of-00001.jsonl"
+    ]
