@@ -1,8 +1,11 @@
 """Runs that are stopped and go on, comparisons and pages, with a model that is a table."""
 
+import base64
 import dataclasses
+import io
 import json
 import types
+from html.parser import HTMLParser
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +21,7 @@ from mquant_jax.eval.evaluation import Checks, evaluate
 from mquant_jax.eval.runner import ask
 from mquant_jax.eval.scoring import Table, Verdict, table_of
 from mquant_jax.eval.swap import with_swapped_pictures
-from mquant_jax.eval.table import text
+from mquant_jax.eval.table import text, write_flips
 from mquant_jax.eval.tasks import TASKS
 from mquant_jax.eval.tasks.plain import questions_from
 from mquant_jax.models.base import Prompt
@@ -327,3 +330,42 @@ def test_the_command(models, tmp_path, capsys) -> None:
     fails("give one of them", lambda: command.main([*argv, "--task", "mme"]))
     fails("task is 'frob'", lambda: command.main(["a/float", "--task", "frob"]))
     fails("needs --data FILE", lambda: command.main(["a/float", "--task", "mme"]))
+
+
+class Page(HTMLParser):
+    """Tags that are open, and what pictures and links name."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs) -> None:
+        attrs = dict(attrs)
+        assert tag != "img" or attrs["alt"]
+        assert tag not in ("script", "link", "iframe")
+        self.sources += [attrs[name] for name in ("src", "href") if name in attrs]
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_of_flips_is_whole_and_alone(models, tmp_path) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    rows = [{"question": s.question, "answer": s.answer, "image": "a.png"} for s in samples()]
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    models["b/w4"].replies["q" * 4] = '<img src=x onerror="1">&"'
+    out = evaluate(["a/float", "b/w4"], TASKS["jsonl"], path, checks=Checks(agreement=True))
+    write_flips(out, tmp_path / "flips.html")
+    text_of_page = (tmp_path / "flips.html").read_text(encoding="utf-8")
+    page = Page(text_of_page)
+    assert page.open == [] and len(page.sources) == 2 and "same token" in text_of_page
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    for source in page.sources:
+        Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).verify()
