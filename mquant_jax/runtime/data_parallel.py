@@ -146,7 +146,7 @@ class DataParallel(Generator):
     def _sizes(self, *args: int) -> Iterator[tuple]:
         return iter(())
 
-    def _compiled(
+    def _over_rows(
         self,
         step: Callable,
         arguments: Callable[[int], tuple],
@@ -183,7 +183,7 @@ class DataParallel(Generator):
         def see(model: VLM, vision: VisionInput) -> jax.Array:
             return model.vision(vision).astype(model.language.dtype)
 
-        return self._compiled(see, lambda n: (self._vision_shapes(n, patches),), rows)
+        return self._over_rows(see, lambda n: (self._vision_shapes(n, patches),), rows)
 
     def _compile_begin(
         self, rows: int, width: int, slots: int, features: tuple, visual_slots: int | None
@@ -193,14 +193,21 @@ class DataParallel(Generator):
         def arguments(n: int) -> tuple:
             found = [(s[0] * n // rows, *s[1:]) for s in features]
             held = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in found)
-            return self._batch_shapes(n, width, visual_slots), held
+            return self._batch(n, width, visual_slots), held
 
         def begin(model: VLM, batch: Batch, features: tuple) -> Answers:
             flat = [f.reshape(-1, f.shape[-1]) for f in features]
             visual = jnp.concatenate(flat) if flat else None
             return steps.begin(model, batch, slots, self.int8_cache, visual)
 
-        return self._compiled(begin, arguments, rows)
+        return self._over_rows(begin, arguments, rows)
+
+    def _batch(self, rows: int, width: int, visual_slots: int | None) -> Batch:
+        """Shapes of prompts without pictures."""
+        ids = jax.ShapeDtypeStruct((rows, width), np.int32)
+        streams = len(self.model.language.cfg.rope_sections)
+        positions = jax.ShapeDtypeStruct((streams, rows, width), np.int32)
+        return Batch(ids, ids, positions, ids, ids, None, visual_slots)
 
 
 def _cut(part: Any, whole: Any) -> PartitionSpec:

@@ -270,7 +270,12 @@ class Generator:
         """``step(model, ...)`` as a function of ``(params, ...)``."""
         return lambda params, *rest: step(nnx.merge(self.graphdef, params), *rest)
 
-    def _compiled(
+    def _compiled(self, step: Callable, *args: Any, donate: int | None = None) -> Any:
+        donated = () if donate is None else (donate,)
+        jitted = jax.jit(self._bound(step), donate_argnums=donated)
+        return jitted.lower(self.params, *args).compile()
+
+    def _over_rows(
         self,
         step: Callable,
         arguments: Callable[[int], tuple],
@@ -278,12 +283,10 @@ class Generator:
         donate: int | None = None,
     ) -> Any:
         """``step(model, *arguments(rows))`` as a program; the shapes are those of so many rows."""
-        donated = () if donate is None else (donate,)
-        jitted = jax.jit(self._bound(step), donate_argnums=donated)
-        return jitted.lower(self.params, *arguments(rows)).compile()
+        return self._compiled(step, *arguments(rows), donate=donate)
 
     def _compile_see(self, rows: int, patches: int) -> Any:
-        return self._compiled(steps.see, lambda n: (self._vision_shapes(n, patches),), rows)
+        return self._compiled(steps.see, self._vision_shapes(rows, patches))
 
     def _vision_shapes(self, rows: int, patches: int) -> VisionInput:
         tower, i32 = self.model.vision, np.int32
@@ -300,21 +303,16 @@ class Generator:
 
     def _compile_read(self, rows: int, width: int, count: int, visual_slots: int | None) -> Any:
         language = self.model.language
+        ids = _shape((rows, width), np.int32)
+        streams = len(language.cfg.rope_sections)
+        positions = _shape((streams, rows, width), np.int32)
+        batch = Batch(ids, ids, positions, ids, ids, None, visual_slots)
         piece = _shape((PIECE, language.cfg.hidden_size), language.dtype)
 
         def read(model: VLM, batch: Batch, features: tuple) -> tuple[Entry, ...]:
             return steps.read(model, batch, features, self.int8_cache)
 
-        return self._compiled(
-            read, lambda n: (self._batch_shapes(n, width, visual_slots), (piece,) * count), rows
-        )
-
-    def _batch_shapes(self, rows: int, width: int, visual_slots: int | None) -> Batch:
-        """A batch without pictures."""
-        ids = _shape((rows, width), np.int32)
-        streams = len(self.model.language.cfg.rope_sections)
-        positions = _shape((streams, rows, width), np.int32)
-        return Batch(ids, ids, positions, ids, ids, None, visual_slots)
+        return self._compiled(read, batch, (piece,) * count)
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
         return lambda model: steps.empty(model, rows, slots, self.int8_cache)
@@ -323,7 +321,7 @@ class Generator:
         return jax.eval_shape(self._bound(self._empty(rows, slots)), self.params)
 
     def _compile_empty(self, rows: int, slots: int) -> Any:
-        return self._compiled(self._empty(rows, slots), lambda n: (), rows)
+        return self._compiled(self._empty(rows, slots))
 
     def _compile_insert(self, rows: int, slots: int) -> Any:
         # One row of one piece has the shapes of an entry.
@@ -342,13 +340,13 @@ class Generator:
             how = steps.shapes_of(per_row(Sampling(), None, n))
             return self._answers(n, slots), _shape((n,), np.int32), how
 
-        return self._compiled(run, arguments, rows, donate=1)
+        return self._over_rows(run, arguments, rows, donate=1)
 
     def _compile_force(self, rows: int, slots: int, first: bool) -> Any:
         def force(model: VLM, answers: Answers, tokens: jax.Array) -> tuple[jax.Array, Answers]:
             return steps.force(model, answers, tokens, first)
 
-        return self._compiled(
+        return self._over_rows(
             force, lambda n: (self._answers(n, slots), _shape((n,), np.int32)), rows, donate=1
         )
 
