@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mquant_jax.api import Model
 from mquant_jax.errors import UserError
@@ -15,6 +18,7 @@ from mquant_jax.eval.answers import Answer, Answers
 from mquant_jax.eval.question import Question
 from mquant_jax.eval.runner import Progress, silent
 from mquant_jax.models.base import VLM, Batch, Prompt
+from mquant_jax.runtime.data_parallel import AXIS
 from mquant_jax.samples import Sample
 
 LENGTH = 512  # tokens of a window
@@ -63,24 +67,66 @@ def score_text(
     """
     answers = Answers() if answers is None else answers
     windows = windows_of(model, text, limit)
-    losses = jax.jit(_losses)
     own = [window for i, window in enumerate(windows) if hosts.has(i)]
-    for window, ids in progress(own, "score text"):
-        if window.id not in answers.found:
-            answers.add([(window.id, _score(model, ids, losses))])
+    missing = [(w.id, ids) for w, ids in own if w.id not in answers.found]
+    scorer = Scorer(model)
+    for alike in progress(rounds(missing, scorer.devices), "score text"):
+        nats = scorer([ids for _, ids in alike])
+        found = zip(alike, nats, strict=True)
+        answers.add([(key, Answer("", len(ids) - 1, loss)) for (key, ids), loss in found])
     answers.merge()
     return [window for window, _ in windows], [answers.found[w.id] for w, _ in windows]
 
 
-def _score(model: Model, ids: list[int], losses: Callable[[VLM, Batch], jax.Array]) -> Answer:
-    prompt = Prompt(ids, [], np.zeros((0, 0), np.float32))
-    batch = jax.tree.map(jnp.asarray, model.collate([prompt]))
-    nats = float(np.asarray(losses(model.module, batch), np.float64).sum())
-    return Answer("", len(ids) - 1, nats)
+def rounds(
+    windows: Sequence[tuple[str, list[int]]], most: int
+) -> list[list[tuple[str, list[int]]]]:
+    """``(key, ids)`` of windows of one length that follow each other, ``most`` at a time."""
+    out: list[list[tuple[str, list[int]]]] = []
+    for window in windows:
+        if not out or len(out[-1]) == most or len(out[-1][0][1]) != len(window[1]):
+            out.append([])
+        out[-1].append(window)
+    return out
+
+
+class Scorer:
+    """The losses of windows of one length, one window on each of the model's devices.
+
+    A window's loss is the same on any number of devices.
+
+    Attributes:
+        devices: how many windows run at a time.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        places = model.devices or jax.local_devices()[:1]
+        self.devices = len(places)
+        mesh = Mesh(np.asarray(places), (AXIS,))
+        graphdef, params = nnx.split(model.module)
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        row, streams = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
+        cuts: Any = Batch(row, row, streams, row, row, None)  # type: ignore[arg-type]
+        self._run = jax.jit(
+            jax.shard_map(
+                lambda params, batch: _losses(nnx.merge(graphdef, params), batch)[None],
+                mesh=mesh, in_specs=(PartitionSpec(), cuts), out_specs=row, check_vma=False,
+            )
+        )  # fmt: skip
+
+    def __call__(self, windows: Sequence[list[int]]) -> list[float]:
+        """Nats of each window's tokens after its first."""
+        filled = [*windows, *[windows[-1]] * (self.devices - len(windows))]
+        empty = np.zeros((0, 0), np.float32)
+        batch = self.model.collate([Prompt(ids, [], empty) for ids in filled])
+        found = np.asarray(self._run(self._params, batch), np.float64).sum(axis=1)
+        return found[: len(windows)].tolist()
 
 
 def _losses(module: VLM, batch: Batch) -> jax.Array:
-    """float32 ``[T - 1]``: the loss of each token given those before it; 0 for padding."""
+    """float32 ``[T - 1]``: the loss of each token of one row given those before it; 0 for
+    padding."""
     log_probs = jax.nn.log_softmax(module(batch)[0].astype(jnp.float32))
     nats = -jnp.take_along_axis(log_probs[:-1], batch.input_ids[0, 1:, None], axis=1)[:, 0]
     return jnp.where(batch.token_class[0, :-1] >= 0, nats, 0.0)

@@ -204,9 +204,9 @@ class DataParallel(Generator):
 
     def _batch(self, rows: int, width: int, visual_slots: int | None) -> Batch:
         """Shapes of prompts without pictures."""
-        ids = jax.ShapeDtypeStruct((rows, width), np.int32)
+        ids: Any = jax.ShapeDtypeStruct((rows, width), np.int32)
         streams = len(self.model.language.cfg.rope_sections)
-        positions = jax.ShapeDtypeStruct((streams, rows, width), np.int32)
+        positions: Any = jax.ShapeDtypeStruct((streams, rows, width), np.int32)
         return Batch(ids, ids, positions, ids, ids, None, visual_slots)
 
 

@@ -297,8 +297,17 @@ def _table(scores) -> Table:
 
 
 def test_perplexity_of_windows(monkeypatch, models, tmp_path) -> None:
-    monkeypatch.setattr(perplexity, "_score", lambda model, ids, _: Answer(
-        "", len(ids) - 1, (len(ids) - 1) * (1.0 + int(model.name))))  # fmt: skip
+    class Scorer:
+        devices = 2
+
+        def __init__(self, model):
+            self.nats = 1.0 + int(model.name)
+
+        def __call__(self, windows):
+            assert len({len(ids) for ids in windows}) == 1
+            return [(len(ids) - 1) * self.nats for ids in windows]
+
+    monkeypatch.setattr(perplexity, "Scorer", Scorer)
     path = tmp_path / "t.txt"
     path.write_text("x" * 199, encoding="utf-8")  # windows of 99, 99 and 1, which predicts nothing
     out = evaluate(["a/float", "b/w4"], TASKS["perplexity"], path).to_json()
@@ -330,6 +339,12 @@ def test_the_command(models, tmp_path, capsys) -> None:
     fails("give one of them", lambda: command.main([*argv, "--task", "mme"]))
     fails("task is 'frob'", lambda: command.main(["a/float", "--task", "frob"]))
     fails("needs --data FILE", lambda: command.main(["a/float", "--task", "mme"]))
+
+
+def test_windows_of_one_length_go_together() -> None:
+    windows = [(str(i), [0] * n) for i, n in enumerate([5, 5, 5, 5, 5, 3])]
+    keys = [[key for key, _ in some] for some in perplexity.rounds(windows, 2)]
+    assert keys == [["0", "1"], ["2", "3"], ["4"], ["5"]] and perplexity.rounds([], 2) == []
 
 
 class Page(HTMLParser):

@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 import mquant_jax as mq
 from mquant_jax.eval import hosts
+from mquant_jax.eval.perplexity import LENGTH, Scorer
+from mquant_jax.models.base import Prompt
 from mquant_jax.samples import DEMO_ASSETS
 from tests.helpers import fails
 
@@ -92,6 +96,22 @@ def test_two_hosts_of_two_devices_share_the_questions(checkpoint, whole, tmp_pat
     (shared,) = (tmp_path / "1").glob("*/answers-1.jsonl")
     assert sorted(shared.read_text(encoding="utf-8").splitlines()) == answers
     assert not (tmp_path / "1" / "evaluation.json").exists()
+
+
+@pytest.mark.slow
+def test_a_text_is_scored_the_same_on_any_number_of_devices(checkpoint, tmp_path) -> None:
+    data = tmp_path / "text.txt"
+    data.write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    more = ["--task", "perplexity", "--data", str(data)]
+    processes = [start(checkpoint, tmp_path / str(n), *more, devices=n) for n in (1, 3)]
+    one, three = [json.loads(finished(process)) for process in processes]
+    assert one == three and one["n"] > 3
+    model = mq.load(checkpoint)
+    ids = model.processor.encode(data.read_text(encoding="utf-8"))[:LENGTH]
+    batch = model.collate([Prompt(ids, [], np.zeros((0, 0), np.float32))])
+    log_probs = jax.nn.log_softmax(model.module(batch)[0, -len(ids) : -1])
+    wanted = -np.asarray(log_probs)[np.arange(len(ids) - 1), ids[1:]].sum()
+    assert Scorer(model)([ids])[0] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_hosts_that_are_not_said_in_full() -> None:
