@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,19 @@ from mquant_jax.errors import PromptTooLong, UserError
 from mquant_jax.models.base import VLM, Batch, Family, Processor, Prompt, longest
 from mquant_jax.presets import resolve_recipe
 from mquant_jax.recipe import Recipe
+from mquant_jax.runtime.chats import Chats, chat_options
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.options import Options, sampling_key
 from mquant_jax.runtime.prompts import padded
 from mquant_jax.runtime.sampling import Sampling
+from mquant_jax.runtime.text_stream import TextStream
 from mquant_jax.samples import Sample
 from mquant_jax.validate import kind, listed, path
 
+_MAKING = threading.Lock()
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(repr=False)
 class Model:
     """A loaded checkpoint.
 
@@ -45,6 +51,12 @@ class Model:
     kv_cache: str = "float"
     family: Family | None = None
     _generator: Generator | None = None
+    _chats: Chats | None = None
+
+    def __repr__(self) -> str:
+        name = self.family.name if self.family else type(self.module).__name__
+        recipe = self.manifest.get("recipe", {}).get("name", "float")
+        return f"Model({name}, recipe {recipe!r}, context of {self.max_positions} tokens)"
 
     @property
     def generator(self) -> Generator:
@@ -54,6 +66,15 @@ class Model:
                 self.module, self.processor.stop_ids, self.layout, self.kv_cache
             )
         return self._generator
+
+    @property
+    def chats(self) -> Chats:
+        """The engine behind :meth:`chat`; made at first use."""
+        with _MAKING:
+            if self._chats is None:
+                self._chats = Chats(self)
+                weakref.finalize(self, self._chats.close)
+            return self._chats
 
     @property
     def max_positions(self) -> int:
@@ -122,6 +143,44 @@ class Model:
         out = self.generate_prompts(made, options.max_new_tokens, options.sampling, key, stream)
         answers = [self.processor.decode(ids) for ids in out.tokens]
         return answers[0] if single else answers
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> str:
+        """Answer a conversation.
+
+        Texts are nothing but text: special tokens and placeholders of pictures that they spell
+        become letters. :meth:`generate` places pictures by placeholder.
+
+        Args:
+            messages: ``{"role": ..., "content": text or parts}``, as transformers has them; a part
+                is ``{"type": "text", "text": ...}``, ``{"type": "image", "image": picture}``
+                (whatever :func:`mquant_jax.models.images.load_image` takes) or, where the family
+                takes videos, ``{"type": "video", "video": frames}``; see
+                :func:`mquant_jax.models.chat_media.take_media`.
+            stream: called with each new piece of text.
+            options: those of :class:`mquant_jax.runtime.requests.RequestOptions`. By default 512
+                new tokens, drawn as the model's generation_config.json says.
+
+        Raises:
+            ImageError: a picture that cannot be read; URLs are not fetched.
+            PromptTooLong: a conversation that leaves no room for an answer.
+            UserError: a malformed message, or a bad option.
+        """
+        if stream is not None and not callable(stream):
+            raise UserError(f"stream: expected a function of the new text, found {kind(stream)}")
+        asked = chat_options(self.processor, options)
+        request = self.chats.submit(self.processor.chat(messages), asked)
+        try:
+            for text in request if stream is not None else ():
+                stream(text)
+            return request.result().text
+        finally:
+            request.cancel()  # where the caller no longer waits
 
     def warm_up(
         self,
@@ -193,26 +252,19 @@ class Model:
         key = sampling_key(key)
         batch = self._collate(prompts)
         limit = min(options.max_new_tokens, self.max_positions - longest(prompts))
-        on_tokens = None if stream is None else _TextStream(self.processor, stream)
+        on_tokens = None if stream is None else self._emitter(stream)
         return self.generator.generate(batch, limit, options.sampling, key, on_tokens)
 
+    def _emitter(self, stream: Callable[[str], None]) -> Callable[[Any], None]:
+        """Gives ``stream`` the text of the first row's tokens, whole characters only."""
+        text, stops = TextStream(self.processor.decode), self.processor.stop_ids
 
-class _TextStream:
-    """Turns one token per call into pieces of text, holding back incomplete characters."""
+        def emit(tokens: Any) -> None:
+            token = int(tokens[0])
+            if token not in stops and (new := text.push(token)):
+                stream(new)
 
-    def __init__(self, processor: Processor, emit: Callable[[str], None]):
-        self.processor, self.emit = processor, emit
-        self.ids: list[int] = []
-        self.shown = ""
-
-    def __call__(self, tokens) -> None:
-        if int(tokens[0]) in self.processor.stop_ids:
-            return
-        self.ids.append(int(tokens[0]))
-        text = self.processor.decode(self.ids)
-        if not text.endswith("\ufffd") and len(text) > len(self.shown):
-            self.emit(text[len(self.shown) :])
-            self.shown = text
+        return emit
 
 
 def load(
@@ -329,5 +381,5 @@ def quantize(
     )
     manifest = {"family": family.name, "recipe": recipe.to_json(), "report": report}
     return dataclasses.replace(
-        model, module=module, config=config, manifest=manifest, _generator=None
+        model, module=module, config=config, manifest=manifest, _generator=None, _chats=None
     )
