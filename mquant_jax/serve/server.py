@@ -11,6 +11,7 @@ import uvicorn
 from mquant_jax.errors import UserError
 from mquant_jax.serve.app import make_app
 from mquant_jax.serve.service import Service
+from mquant_jax.validate import count
 
 _MORE_SECONDS = 5  # for the last bytes of cancelled answers
 
@@ -21,10 +22,11 @@ def open_socket(host: str, port: int) -> socket.socket:
     Raises:
         UserError: the address cannot be used.
     """
+    port = count(port, "--port", 0, 65535)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as e:
+    except OSError as e:
         why = getattr(e, "strerror", None) or e
         raise UserError(f"--host {host} --port {port}: cannot listen there: {why}; "
                         "choose another port, or 0 for a free one") from e  # fmt: skip
