@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from mquant_jax.runtime.sampling import Sampling
 from mquant_jax.samples import Sample
 from mquant_jax.validate import kind, listed, path
 
+_MAKING = threading.Lock()
+
 
 @dataclasses.dataclass
 class Model:
-    """A loaded checkpoint.
+    """A loaded checkpoint. Several threads may use it at once.
 
     Attributes:
         module: the Flax module; use it with :mod:`mquant_jax.runtime.generate` in JAX programs.
@@ -48,12 +51,13 @@ class Model:
 
     @property
     def generator(self) -> Generator:
-        """The compiled programs; made at first use."""
-        if self._generator is None:
-            self._generator = Generator(
-                self.module, self.processor.stop_ids, self.layout, self.kv_cache
-            )
-        return self._generator
+        """The compiled programs; made at first use, one for all threads."""
+        with _MAKING:
+            if self._generator is None:
+                self._generator = Generator(
+                    self.module, self.processor.stop_ids, self.layout, self.kv_cache
+                )
+            return self._generator
 
     @property
     def max_positions(self) -> int:
