@@ -26,12 +26,12 @@ from mquant_jax.runtime.text_stream import TextStream
 from mquant_jax.samples import Sample
 from mquant_jax.validate import kind, listed, path
 
-_MAKING = threading.Lock()
+_MAKING = threading.RLock()  # one thing that is made needs another
 
 
 @dataclasses.dataclass(repr=False)
 class Model:
-    """A loaded checkpoint.
+    """A loaded checkpoint. Several threads may use it at once.
 
     Attributes:
         module: the Flax module; use it with :mod:`mquant_jax.runtime.generate` in JAX programs.
@@ -60,12 +60,13 @@ class Model:
 
     @property
     def generator(self) -> Generator:
-        """The compiled programs; made at first use."""
-        if self._generator is None:
-            self._generator = Generator(
-                self.module, self.processor.stop_ids, self.layout, self.kv_cache
-            )
-        return self._generator
+        """The compiled programs; made at first use, one for all threads."""
+        with _MAKING:
+            if self._generator is None:
+                self._generator = Generator(
+                    self.module, self.processor.stop_ids, self.layout, self.kv_cache
+                )
+            return self._generator
 
     @property
     def chats(self) -> Chats:

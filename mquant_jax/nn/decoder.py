@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -192,6 +193,9 @@ class Decoder(nnx.Module):
         span = jnp.max(positions, axis=(0, 2)) + 1
         span = jnp.maximum(cache.span, jnp.where(cache.cursor == 0, span, 0))
         ctx = self.context(positions, order, token_class, keys, visual_slots, visual, span)
+        if cache.cursor.ndim:
+            used = jnp.where(order[:, 0] < 0, 0, cache.cursor + 1)
+            ctx = dataclasses.replace(ctx, used=used)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
         # place; as a scanned input and output it would be copied whole at every step.

@@ -207,7 +207,8 @@ def step(model: VLM, slots: Slots, active: jax.Array) -> tuple[Slots, jax.Array]
         The slots, and all rows' tokens, int32 ``[B]``.
     """
     start, old = slots.start, slots.cache
-    logits, state = decode(model, slots.token, DecodeState(old, start.order, start.position))
+    order = jnp.where(active, start.order, -1)  # as padding, which sees nothing and is not seen
+    logits, state = decode(model, slots.token, DecodeState(old, order, start.position))
     drawn = _draw(logits, start, slots.counts, slots.count)
     on = active.astype(jnp.int32)
     token = jnp.where(active, drawn, slots.token)
