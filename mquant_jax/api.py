@@ -177,8 +177,9 @@ class Model:
         asked = chat_options(self.processor, options)
         request = self.chats.submit(self.processor.chat(messages), asked)
         try:
-            for text in request if stream is not None else ():
-                stream(text)
+            if stream is not None:
+                for text in request:
+                    stream(text)
             return request.result().text
         finally:
             request.cancel()  # where the caller no longer waits

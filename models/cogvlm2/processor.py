@@ -17,7 +17,6 @@ from mquant_jax.models.cogvlm2.processing import collate
 from mquant_jax.models.eva2 import VISUAL
 from mquant_jax.models.eva2_chat import OnePictureChat, pixels_of
 
-_SYSTEM_FIRST = ("system", "user")
 _ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
 
 
@@ -87,17 +86,16 @@ def _without_system(messages: Any) -> Any:
     """A conversation whose first question begins with what the system message says."""
     if not isinstance(messages, list | tuple) or len(messages) < 2:
         return messages
-    first, second = messages[:2]
-    parts = [_parts(message) for message in (first, second)]
-    if any(found is None for found in parts) or (first["role"], second["role"]) != _SYSTEM_FIRST:
+    system, question = _parts(messages[0], "system"), _parts(messages[1], "user")
+    if system is None or question is None:
         return messages
     newline = {"type": "text", "text": "\n"}
-    return [{**second, "content": [*parts[0], newline, *parts[1]]}, *messages[2:]]
+    return [{**messages[1], "content": [*system, newline, *question]}, *messages[2:]]
 
 
-def _parts(message: Any) -> list[Any] | None:
-    """The content of a well-formed message as a list."""
-    if not isinstance(message, Mapping) or "role" not in message:
+def _parts(message: Any, role: str) -> list[Any] | None:
+    """The content of a well-formed message of this role as a list."""
+    if not isinstance(message, Mapping) or message.get("role") != role:
         return None
     content = message.get("content")
     if isinstance(content, str):

@@ -32,7 +32,7 @@ def chat_options(processor: Processor, given: Mapping[str, Any]) -> RequestOptio
     return RequestOptions(**(defaults | said))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Parts:
     """What an engine needs of a model, without a reference to it."""
 

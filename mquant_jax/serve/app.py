@@ -195,8 +195,10 @@ class _Answering(Response):
         status = 200
         try:
             async for item in deltas:
-                ended = isinstance(item, Answer)
-                await _more(send, self.reply.end(item) if ended else self.reply.text(item))
+                if isinstance(item, Answer):
+                    await _more(send, self.reply.end(item))
+                else:
+                    await _more(send, self.reply.text(item))
         except ApiError as e:
             status = e.status
             await _more(send, event(e.body()))

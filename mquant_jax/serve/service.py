@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from mquant_jax.models.base import Prompt
@@ -116,7 +115,7 @@ class Service:
         self._open.add(request)
         return request
 
-    async def deltas(self, request: Request) -> AsyncIterator[str | Answer]:
+    async def deltas(self, request: Request) -> AsyncGenerator[str | Answer]:
         """The pieces of an answer's text as they come, then the answer.
 
         A request that nobody goes on with is cancelled.
@@ -125,7 +124,10 @@ class Service:
             ApiError: the engine failed, or the server ended.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        put = partial(loop.call_soon_threadsafe, queue.put_nowait)
+
+        def put(item: Any) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
         pumped = loop.run_in_executor(self._waiters, _pump, request, put)
         try:
             while True:

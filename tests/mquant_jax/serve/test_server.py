@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
-from PIL import Image
 
 import mquant_jax as mq
 from mquant_jax.runtime.engine import Engine
-from mquant_jax.serve.server import Server, open_socket, url_of
-from mquant_jax.serve.service import Limits, Service
+from mquant_jax.serve.server import open_socket
 from tests.chat_cases import folder_of
 from tests.helpers import fails
+from tests.mquant_jax.serve.running import NAME, data_url, served
 
-NAME, KEY = "tiny", "secret"
+KEY = "secret"
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 255, (28 * (1 + i), 56, 3), np.uint8) for i in range(3)]
 
@@ -45,26 +40,6 @@ def engine(model) -> Iterator[Engine]:
         yield engine
 
 
-@contextmanager
-def served(
-    model: Any, engine: Engine, grace: int = 30, key: str | None = None, **limits: int
-) -> Iterator[tuple[str, Server]]:
-    """A server in a thread: its URL, and itself."""
-    with open_socket("127.0.0.1", 0) as listening:
-        ready = threading.Event()
-        service = Service(model, engine, NAME, Limits(**limits))
-        server = Server(service, key, grace, ready.set)
-        thread = threading.Thread(target=server.run_on, args=(listening,))
-        thread.start()
-        try:
-            assert ready.wait(60)
-            yield url_of(listening), server
-        finally:
-            server.should_exit = True
-            thread.join(60)
-            assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def server(model, engine) -> Iterator[str]:
     with served(model, engine) as (url, _):
@@ -80,12 +55,6 @@ def user(text: str, *pictures: np.ndarray) -> list[dict[str, Any]]:
         {"type": "image_url", "image_url": {"url": data_url(x)}} for x in pictures
     ]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def data_url(picture: np.ndarray) -> str:
-    out = io.BytesIO()
-    Image.fromarray(picture).save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def post(url: str, body: bytes, **headers: str) -> tuple[int, Any]:
