@@ -89,13 +89,12 @@ def page(browser: str, folder: Path) -> Iterator[Page]:
     command_in, command_out = os.pipe()
     answer_in, answer_out = os.pipe()
 
-    def wire() -> None:  # the protocol's descriptors are 3 and 4
-        os.dup2(command_in, 3)
-        os.dup2(answer_out, 4)
-
-    command = [browser, *_FLAGS, f"--user-data-dir={folder}"]
-    with subprocess.Popen(command, preexec_fn=wire, pass_fds=(3, 4, command_in, answer_out),
-                          stderr=subprocess.DEVNULL) as process:  # fmt: skip
+    # The protocol's descriptors are 3 and 4.
+    wired = f'exec "$0" "$@" 3</dev/fd/{command_in} 4>/dev/fd/{answer_out}'
+    command = ["sh", "-c", wired, browser, *_FLAGS, f"--user-data-dir={folder}"]
+    with subprocess.Popen(
+        command, pass_fds=(command_in, answer_out), stderr=subprocess.DEVNULL
+    ) as process:
         os.close(command_in)
         os.close(answer_out)
         with os.fdopen(answer_in, "rb") as answers:
