@@ -79,8 +79,11 @@ _MESSAGE = Schema(
         "content": _anything("a text or a list of parts", (str, list)),
     },
     harmless=frozenset({"name"}),
-    refused={key: Refused(([],), _NOT_HERE)
-             for key in ("tool_calls", "function_call", "refusal", "audio", "annotations")},
+    refused={
+        "type": Refused(("text",), _NOT_HERE),  # lm-eval says so of messages
+        **{key: Refused(([],), _NOT_HERE)
+           for key in ("tool_calls", "function_call", "refusal", "audio", "annotations")},
+    },
 )  # fmt: skip
 _PARTS = {
     "text": Schema({"type": text(), "text": text()}),

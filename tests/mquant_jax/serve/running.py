@@ -21,12 +21,17 @@ NAME = "tiny"
 
 @contextmanager
 def served(
-    model: Any, engine: Engine, grace: int = 30, key: str | None = None, **limits: int
+    model: Any,
+    engine: Engine,
+    grace: int = 30,
+    key: str | None = None,
+    name: str = NAME,
+    **limits: int,
 ) -> Iterator[tuple[str, Server]]:
     """A server in a thread: its URL, and itself."""
     with open_socket("127.0.0.1", 0) as listening:
         ready = threading.Event()
-        service = Service(model, engine, NAME, Limits(**limits))
+        service = Service(model, engine, name, Limits(**limits))
         server = Server(service, key, grace, ready.set)
         thread = threading.Thread(target=server.run_on, args=(listening,))
         thread.start()

@@ -118,7 +118,7 @@ def test_pictures_and_their_pixels() -> None:
 
 def test_roles_and_content() -> None:
     messages = [{"role": "developer", "content": "a", "name": "x"},
-                {"role": "assistant", "content": None, "refusal": None}]  # fmt: skip
+                {"role": "assistant", "content": None, "type": "text"}]  # fmt: skip
     assert read(messages=messages).messages == [{"role": "system", "content": "a"},
                                                 {"role": "assistant", "content": ""}]  # fmt: skip
 
