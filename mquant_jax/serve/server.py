@@ -59,8 +59,8 @@ class Server(uvicorn.Server):
     ):
         app = make_app(service, api_key)
         super().__init__(uvicorn.Config(
-            app, log_level="error", access_log=False, lifespan="off", http="h11", ws="none",
-            timeout_graceful_shutdown=grace + _MORE_SECONDS,
+            app, log_config=None, log_level="error", access_log=False, lifespan="off",
+            http="h11", ws="none", timeout_graceful_shutdown=grace + _MORE_SECONDS,
         ))  # fmt: skip
         self.service, self.grace, self.on_ready = service, grace, on_ready
 
