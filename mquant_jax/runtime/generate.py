@@ -47,7 +47,7 @@ class Generation:
         steps: decode steps run.
     """
 
-    tokens: list[list[int]]
+    tokens: list[list[int]] = dataclasses.field(repr=False)
     stopped: list[bool]
     prefill_seconds: float
     decode_seconds: float

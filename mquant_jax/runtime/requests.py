@@ -107,7 +107,7 @@ class Answer:
     """
 
     text: str
-    tokens: list[int]
+    tokens: list[int] = dataclasses.field(repr=False)
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int

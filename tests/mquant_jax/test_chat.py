@@ -97,6 +97,16 @@ def test_a_model_says_what_it_is_and_goes_when_it_is_not_needed(place) -> None:
     assert sum(t.is_alive() for t in engines) < len(engines)
 
 
+def test_results_say_what_they_are(model) -> None:
+    asked = chat_options(model.processor, {"max_new_tokens": 2})
+    prompt = model.processor.chat(QUESTION)
+    said = repr(model.chats.submit(prompt, asked).result())
+    assert said.startswith("Answer(text=") and "finish_reason='length'" in said
+    assert "tokens=[" not in said and "prefill_seconds=" in said
+    said = repr(model.generate_prompts([prompt], 2))
+    assert said.startswith("Generation(stopped=[False]") and len(said) < 200
+
+
 def told(place, monkeypatch, capsys, lines: str, *args: str) -> tuple[int, str, str]:
     """Status, answers and errors of the command with piped input."""
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
