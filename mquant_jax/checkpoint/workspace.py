@@ -1,12 +1,12 @@
 """The work folder of a conversion, ``DST.work``, and how its result becomes DST.
 
-    DST.work/lock            held by the conversion at work
-    DST.work/journal.jsonl   what is finished
+    DST.work/lock            held by the running conversion
+    DST.work/journal.jsonl   finished steps
     DST.work/states/         hidden states that do not fit in memory
     DST.work/result/         becomes DST by one rename
-    DST.work/publishing      which folder is becoming DST
 
-DST appears complete or not at all, and what others put there meanwhile is never touched.
+DST appears complete or not at all, and anything that others put there in the meantime is left
+alone.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from mquant_jax.checkpoint.destination import (
     check_running,
     check_stale,
     identity,
-    inode,
-    is_published,
     put_back,
     real_path,
     turn,
@@ -52,17 +50,16 @@ class Workspace:
     """A locked work folder; see :func:`workspace`.
 
     Attributes:
-        dst: what the result becomes, all links resolved.
+        dst: path of the result, all links resolved.
         folder: the work folder.
         result, states: its folders to fill.
         journal: path of its journal.
-        published: whether the result is DST, now or since an earlier run that was stopped while it
-            cleaned up. Then nothing is left to do.
+        published: whether DST is the result.
         resumed: whether the work folder is that of an earlier run.
     """
 
-    def __init__(self, dst: Path, marker: str):
-        self.dst, self.marker = dst, marker
+    def __init__(self, dst: Path, marker: str, overwrite: bool):
+        self.dst, self.marker, self.overwrite = dst, marker, overwrite
         self.folder = work_folder(dst)
         self.result, self.states = self.folder / "result", self.folder / "states"
         self.journal = self.folder / "journal.jsonl"
@@ -81,15 +78,29 @@ class Workspace:
                 f"{self.dst}: needs {needed} bytes, the disk has {free} free; free some space"
             )
 
+    def has_result(self, of_same_inputs: Callable[[], bool]) -> bool:
+        """Return whether DST, found at the start of a run with ``resume``, already is the result.
+
+        Args:
+            of_same_inputs: whether the checkpoint at DST was made from this run's inputs.
+
+        Raises:
+            UserError: it is another checkpoint, and there was no ``overwrite``.
+        """
+        self.published = self.before is not None and of_same_inputs()
+        if not self.published:
+            self._check_replaceable()
+        return self.published
+
     def publish(self) -> None:
         """Rename the result to DST.
 
         Raises:
-            UserError: something appeared at DST that was not there at the start.
+            UserError: DST exists without ``overwrite``, or appeared since the start.
         """
+        self._check_replaceable()
         _sync(self.result)
         with signals_deferred(), turn(self.dst.parent):
-            self._note_publishing()
             if self.before is None:
                 self._put_new()
             else:
@@ -97,10 +108,12 @@ class Workspace:
             self.published = True
             sync_folder(self.dst.parent)
 
-    def _note_publishing(self) -> None:
-        """Let a later run see whether DST is this result."""
-        _write(self.folder / "publishing", inode(self.result))
-        sync_folder(self.folder)
+    def _check_replaceable(self) -> None:
+        if self.before is not None and not self.overwrite:
+            raise UserError(
+                f"{self.dst}: exists already and was made from other inputs; choose another DST "
+                "or pass --overwrite"
+            )
 
     def _put_new(self) -> None:
         try:
@@ -112,7 +125,7 @@ class Workspace:
             ) from e
 
     def _replace(self) -> None:
-        if not os.path.lexists(self.dst):  # somebody removed it
+        if not os.path.lexists(self.dst):  # another process removed it
             self._put_new()
             return
         self._check_unchanged(self.dst)
@@ -134,7 +147,7 @@ class Workspace:
             raise
 
     def _check_unchanged(self, folder: Path) -> None:
-        """``folder`` is what was at DST at the start."""
+        """Check that ``folder`` is what was at DST at the start."""
         if identity(folder, self.marker) != self.before:
             raise UserError(
                 f"{self.dst}: was changed or replaced while this conversion was running and is "
@@ -152,26 +165,28 @@ def workspace(
     restart: bool = False,
     keep: Callable[[], bool] = lambda: False,
 ) -> Iterator[Workspace]:
-    """A locked work folder beside ``dst``, removed when the block has published its result.
+    """Yield a locked work folder beside ``dst``, removed when the block has published its result.
 
     Args:
-        marker: a file that checkpoints of ours hold; folders without it are never replaced.
-        overwrite: replace the checkpoint that is at DST now. A DST that is a link stays one; what
-            it points to is replaced.
-        resume: go on with the work folder of a stopped conversion, if there is one.
-        restart: remove that work folder and begin anew.
-        keep: whether there is work worth resuming; asked when the block fails. If not, the work
+        marker: a file that all our checkpoints hold; folders without it are never replaced.
+        overwrite: replace the checkpoint that is at DST now. If DST is a link, its target is
+            replaced and the link is kept.
+        resume: continue with the work folder of a stopped conversion, if there is one. DST may
+            then be a checkpoint: perhaps the result of that conversion, which was killed while
+            removing its work folder (:meth:`Workspace.has_result`).
+        restart: remove that work folder and start again.
+        keep: whether there is work worth resuming; called when the block fails. If not, the work
             folder is removed.
 
     Raises:
         UserError: DST exists (without ``overwrite``), is no checkpoint, cannot be written or has
-            too long a name; another conversion to it is running; a work folder is there and
-            neither ``resume`` nor ``restart`` was asked for; the disk is full.
+            too long a name; another conversion to it is running; there is a work folder, but
+            neither ``resume`` nor ``restart``; the disk is full.
     """
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
     given = Path(dst)
-    work = Workspace(real_path(given), marker)
+    work = Workspace(real_path(given), marker, overwrite)
     try:
         with _clear_errors(given):
             _open(work, given, overwrite, resume, restart)
@@ -188,15 +203,13 @@ def workspace(
 
 
 def _open(work: Workspace, given: Path, overwrite: bool, resume: bool, restart: bool) -> None:
-    """Check everything, make the work folder and lock it."""
+    """Check everything, create the work folder and lock it."""
     check_place(work.dst)
     with signals_deferred(), turn(work.dst.parent):
         check_running(work.dst)
-        work.published = resume and is_published(work.dst)
         put_back(work.dst)
-        if not work.published:
-            check_existing(given, work.dst, work.marker, overwrite)
-            check_stale(work.dst, resume, restart)
+        check_existing(given, work.dst, work.marker, overwrite, resume)
+        check_stale(work.dst, resume, restart)
         work.before = identity(work.dst, work.marker)
         if restart and work.folder.is_dir():
             _remove(work.folder)
@@ -210,7 +223,7 @@ def _open(work: Workspace, given: Path, overwrite: bool, resume: bool, restart: 
 
 
 def _fill(work: Workspace) -> None:
-    """Lock the work folder and make what belongs in it."""
+    """Lock the work folder and create its content."""
     work.lock = os.open(work.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     fcntl.flock(work.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     text = f"{MAGIC}{os.getpid()}\n".encode()
@@ -227,8 +240,8 @@ def _fill(work: Workspace) -> None:
 
 
 def _after_failure(work: Workspace, keep: Callable[[], bool], error: BaseException) -> None:
-    """Remove the work folder, or say where it is. One of an earlier run is never removed: it may
-    belong to other inputs."""
+    """Remove the work folder, or say where it is. An earlier run's is never removed: it may belong
+    to other inputs."""
     if work.lock < 0:
         return
     kept = not work.published and (work.resumed or keep())
@@ -248,7 +261,7 @@ def _close(work: Workspace, remove: bool) -> None:
 
 
 def _release(work: Workspace, remove: bool) -> None:
-    """Let go of the lock."""
+    """Release the lock."""
     lock, work.lock = work.lock, -1
     try:
         if remove:
@@ -259,18 +272,16 @@ def _release(work: Workspace, remove: bool) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a work folder. Its lock goes last: until then it is known to be ours. The note of what
-    was published goes just before: a kill while states are removed must not hide whose DST is."""
+    """Remove a work folder, its lock file last: it marks the folder as ours."""
     for path in folder.iterdir():
-        if path.name not in ("lock", "publishing"):
+        if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (folder / "publishing").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _clear_errors(dst: Path) -> Iterator[None]:
-    """A disk that fails is one clear line."""
+    """Turn disk errors into one clear line."""
     try:
         yield
     except OSError as e:
@@ -288,7 +299,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Flush files and folders to the disk, so that the rename is never ahead of its content."""
+    """Flush files and folders to the disk, so that the rename never precedes its content."""
     for root, _, names in os.walk(folder):
         for path in (*(os.path.join(root, n) for n in names), root):
             sync_folder(Path(path))

@@ -1,7 +1,8 @@
-"""The conversion of a Hugging Face model folder into a checkpoint folder, part by part."""
+"""Convert a Hugging Face model folder into a checkpoint folder, part by part."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mquant_jax import __version__
 from mquant_jax.checkpoint.check import check_result
 from mquant_jax.checkpoint.destination import check_destination
 from mquant_jax.checkpoint.hub import model_folder
-from mquant_jax.checkpoint.journal import Journal
+from mquant_jax.checkpoint.journal import Journal, differences
 from mquant_jax.checkpoint.manifest import MANIFEST, load_manifest
 from mquant_jax.checkpoint.plan import Plan, plan
 from mquant_jax.checkpoint.provenance import hash_files, source_files
@@ -39,7 +40,7 @@ from mquant_jax.recipe import Recipe
 from mquant_jax.stages import stage
 from mquant_jax.validate import shown
 
-_SHOWN = 10  # unknown keys that a warning names
+_SHOWN = 10  # unknown keys listed in a warning
 
 
 def convert(
@@ -52,19 +53,19 @@ def convert(
     resume: bool = False,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Convert ``src`` into the checkpoint ``dst``; everything cheap is checked first.
+    """Convert ``src`` into the checkpoint ``dst``; cheap checks run first.
 
     Args:
-        src: a model folder, or a hub name that the local cache knows.
+        src: a model folder, or a Hub name found in the local cache.
         overwrite: replace the checkpoint at ``dst``.
-        resume: go on with what a stopped conversion of the same inputs left in ``DST.work``.
-        restart: remove that, and begin anew.
+        resume: continue from what a stopped conversion of the same inputs left in ``DST.work``.
+        restart: remove that, and start again.
 
     Returns:
         The manifest, as written to mquant.json.
 
     Raises:
-        UserError: bad input; ``dst`` is as it was.
+        UserError: bad input; ``dst`` is unchanged.
     """
     options = {"overwrite": overwrite, "resume": resume, "restart": restart}
     check_destination(dst, MANIFEST, **options)
@@ -74,7 +75,7 @@ def convert(
     family = family_for(reader.config, reader.folder / "config.json")
     config = read_config(family, reader.config, reader.folder)
     todo = plan(family, config, reader)
-    layers = dense_layers(target_model(family, todo.config, recipe))  # groups and rules fit
+    layers = dense_layers(target_model(family, todo.config, recipe))  # checks groups and rules
     check_ties(config, todo, reader)
     family.check_processor(reader.folder, todo.config)
     ledger: JournalLedger | None = None
@@ -90,10 +91,11 @@ def convert(
             warn_of_few(chunks, layers, recipe)
         with stage("hash source"):
             source = hash_files(source_files(reader))
-        ledger = JournalLedger(Journal(work.journal), _header(source, recipe, chunks))
-        if work.published:  # and stopped before DST.work was removed
+        header = _header(source, recipe, chunks)
+        ledger = JournalLedger(Journal(work.journal), header)
+        if resume and work.has_result(lambda: _same_inputs(dst, header)):
             return load_manifest(dst)
-        manifest = _fill(work, family, todo, recipe, reader, chunks, states, ledger, source)
+        manifest = _fill(work, family, todo, recipe, reader, chunks, states, ledger, header)
         with stage("read back"):
             check_result(work.result, family, todo.config)
         work.publish()
@@ -101,13 +103,20 @@ def convert(
 
 
 def _header(source: dict[str, Any], recipe: Recipe, chunks: Chunks | None) -> dict[str, Any]:
-    """What a result depends on."""
+    """Return everything that the result depends on."""
     return {
         "mquant_jax": __version__,
         "source": source,
         "recipe": recipe.to_json(),
         "calibration": None if chunks is None else chunks.fingerprint,
     }
+
+
+def _same_inputs(dst: Path, header: dict[str, Any]) -> bool:
+    """Return whether a checkpoint is the result of a conversion with this header."""
+    manifest = load_manifest(dst, verify=False)
+    found = {key: manifest.get(key) for key in header}
+    return not list(differences(found, json.loads(json.dumps(header))))
 
 
 def _fill(
@@ -119,9 +128,9 @@ def _fill(
     chunks: Chunks | None,
     states: States,
     ledger: JournalLedger,
-    source: dict[str, Any],
+    header: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything between the checks and the last rename."""
+    """Do everything between the checks and the final rename."""
     writer = CheckpointWriter(work.result)
     ledger.check(writer.holds)
     config, params = todo.config, todo.tensors(reader)
@@ -143,7 +152,8 @@ def _fill(
             tied_head=config.language.tied_head,
             files=[reader.folder / "config.json", *reader.side_files()],
             report=report if recipe.changes_weights else None,
-            source=source,
+            source=header["source"],
+            calibration=header["calibration"],
         )
 
     if recipe.learns_whole:
@@ -157,8 +167,8 @@ def _fill(
 def _learn(
     job: Conversion, work: Workspace, writer: CheckpointWriter, ledger: JournalLedger
 ) -> None:
-    """Learn the scales of the model that was written; parts that change get files of their own, so
-    that a kill leaves those they had."""
+    """Learn the scales of the written model. Changed parts get new files, so that a kill leaves the
+    old ones intact."""
     made, _ = load_params(work.result, verify=False)
     with stage("learn scales"):
         learned, report = job.learned(made)
@@ -169,7 +179,7 @@ def _learn(
 
 
 def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Config:
-    """The family's config object; keys that are not known are named in a warning.
+    """Return the family's config object; warn of unknown keys.
 
     Raises:
         UserError: a key of config.json is missing or has an impossible value.
@@ -184,14 +194,14 @@ def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Conf
 
 
 def check_ties(config: Config, todo: Plan, reader: Reader) -> None:
-    """Config and checkpoint agree on whether the head is the embedding.
+    """Check that config and checkpoint agree on whether the head is the embedding.
 
     Args:
-        config: the family's, as config.json says.
-        todo: the plan, as the checkpoint has it.
+        config: the family's, according to config.json.
+        todo: the plan, according to the checkpoint.
 
     Raises:
-        UserError: config.json ties them, and the checkpoint holds a head of other values.
+        UserError: config.json ties them, but the checkpoint holds a head with other values.
     """
     if todo.tied_head and reader.config.get("tie_word_embeddings") is False:
         warn("config.json says the head is not tied, but the checkpoint has no head of its own; "
@@ -218,7 +228,7 @@ def _calibration(
     path: Path | None,
     states: States,
 ) -> Chunks | None:
-    """Calibration data, read before the weights so that bad data fails early."""
+    """Read calibration data, before the weights, so that bad data fails early."""
     if not recipe.needs_calibration:
         if path is not None:
             warn(f"--calibration is not used: recipe {recipe.name!r} needs no data", "calibration")

