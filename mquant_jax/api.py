@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.compile_cache import keep_compiled_programs
@@ -20,6 +21,7 @@ from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.options import Options, sampling_key
 from mquant_jax.runtime.prompts import padded
 from mquant_jax.runtime.sampling import Sampling
+from mquant_jax.runtime.text_stream import TextStream
 from mquant_jax.samples import Sample
 from mquant_jax.validate import kind, listed, path
 
@@ -197,26 +199,21 @@ class Model:
         key = sampling_key(key)
         batch = self._collate(prompts)
         limit = min(options.max_new_tokens, self.max_positions - longest(prompts))
-        on_tokens = None if stream is None else _TextStream(self.processor, stream)
-        return self.generator.generate(batch, limit, options.sampling, key, on_tokens)
+        if stream is None:
+            return self.generator.generate(batch, limit, options.sampling, key)
+        text = TextStream(self.processor.decode)
 
+        def emit(piece: str) -> None:
+            if piece:
+                stream(piece)
 
-class _TextStream:
-    """Turns one token per call into pieces of text, holding back incomplete characters."""
+        def on_tokens(tokens: np.ndarray) -> None:
+            if (token := int(tokens[0])) not in self.generator.stop_ids:
+                emit(text.push(token))
 
-    def __init__(self, processor: Processor, emit: Callable[[str], None]):
-        self.processor, self.emit = processor, emit
-        self.ids: list[int] = []
-        self.shown = ""
-
-    def __call__(self, tokens) -> None:
-        if int(tokens[0]) in self.processor.stop_ids:
-            return
-        self.ids.append(int(tokens[0]))
-        text = self.processor.decode(self.ids)
-        if not text.endswith("\ufffd") and len(text) > len(self.shown):
-            self.emit(text[len(self.shown) :])
-            self.shown = text
+        out = self.generator.generate(batch, limit, options.sampling, key, on_tokens)
+        emit(text.end())
+        return out
 
 
 def load(
