@@ -192,7 +192,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for ax, (name, values) in zip(axes, curves.items(), strict=True):
         ax.plot(range(1, len(values) + 1), values)
         ax.set_ylabel(name)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.15 * max(values))
         ax.grid(alpha=0.3)
     axes[2].axhline(result["limit"], color="black", linestyle="--", linewidth=1)
     axes[2].annotate("limit", (1, result["limit"]), xytext=(0, 3), textcoords="offset points")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.compile_cache import keep_compiled_programs
@@ -254,19 +255,21 @@ class Model:
         key = sampling_key(key)
         batch = self._collate(prompts)
         limit = min(options.max_new_tokens, self.max_positions - longest(prompts))
-        on_tokens = None if stream is None else self._emitter(stream)
-        return self.generator.generate(batch, limit, options.sampling, key, on_tokens)
+        if stream is None:
+            return self.generator.generate(batch, limit, options.sampling, key)
+        text = TextStream(self.processor.decode)
 
-    def _emitter(self, stream: Callable[[str], None]) -> Callable[[Any], None]:
-        """Gives ``stream`` the text of the first row's tokens, whole characters only."""
-        text, stops = TextStream(self.processor.decode), self.processor.stop_ids
+        def emit(piece: str) -> None:
+            if piece:
+                stream(piece)
 
-        def emit(tokens: Any) -> None:
-            token = int(tokens[0])
-            if token not in stops and (new := text.push(token)):
-                stream(new)
+        def on_tokens(tokens: np.ndarray) -> None:
+            if (token := int(tokens[0])) not in self.generator.stop_ids:
+                emit(text.push(token))
 
-        return emit
+        out = self.generator.generate(batch, limit, options.sampling, key, on_tokens)
+        emit(text.end())
+        return out
 
 
 def load(

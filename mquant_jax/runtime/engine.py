@@ -24,24 +24,17 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
-import secrets
 import threading
 from collections import deque
 from typing import Any, Protocol
-
-import jax
-import numpy as np
 
 from mquant_jax.errors import PromptTooLong, QueueFull, UserError
 from mquant_jax.models.base import Processor, Prompt, longest
 from mquant_jax.runtime.buckets import PIECE
 from mquant_jax.runtime.generate import Generator
-from mquant_jax.runtime.options import SEEDS
-from mquant_jax.runtime.prefill import Plan, plan
+from mquant_jax.runtime.prefill import plan
 from mquant_jax.runtime.requests import Clock, Request, RequestOptions
-from mquant_jax.runtime.rows import Rows, Work
-from mquant_jax.runtime.sampling import RowPenalties, per_row
-from mquant_jax.runtime.slots import Start
+from mquant_jax.runtime.rows import Rows, Work, start_of
 from mquant_jax.runtime.text_stream import TextStream
 from mquant_jax.validate import count
 
@@ -209,7 +202,7 @@ class Engine:
         return Work(
             Request(made.columns, options, self._wake),
             made,
-            _start(made, options),
+            start_of(made, options),
             min(options.max_new_tokens, self.context - made.columns),
             TextStream(processor.decode, options.stop),
             clock,
@@ -258,25 +251,6 @@ class Engine:
                 self._failed += 1
                 work.request.fail(error)
             self._rows.reset()
-
-
-def _start(made: Plan, options: RequestOptions) -> Start:
-    seed = secrets.randbelow(SEEDS) if options.seed is None else options.seed
-
-    def one(value: float) -> np.ndarray:
-        return np.full(1, value, np.float32)
-
-    return Start(
-        per_row(options.sampling, jax.random.key(seed), 1),
-        RowPenalties(
-            one(options.repetition_penalty),
-            one(options.presence_penalty),
-            one(options.frequency_penalty),
-        ),
-        np.full(1, made.length, np.int32),
-        np.full(1, made.position, np.int32),
-        made.present[None],
-    )
 
 
 def _context(context: int | None, most: int) -> int:

@@ -110,10 +110,9 @@ class EnginePrograms:
         batch = Batch(ids, ids, positions, ids, ids, None, visual_slots)
         piece = shape_of((PIECE, language.cfg.hidden_size), language.dtype)
 
-        def read(model: VLM, state: Slots, batch: Batch, features: tuple, *place: jax.Array):
-            return slots.read_chunk(
-                model, state, batch, features, *place, reach, self.generator.int8_cache
-            )
+        def read(model: VLM, state: Slots, batch: Batch, features: tuple, row, start, span):
+            int8 = self.generator.int8_cache
+            return slots.read_chunk(model, state, batch, features, row, start, span, reach, int8)
 
         return self.generator.compiled(
             read, self._slots, batch, (piece,) * count, one, one, one, donate=1

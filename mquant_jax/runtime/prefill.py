@@ -16,6 +16,7 @@ from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.rope import DynamicScaling, SteppedScaling
 from mquant_jax.nn.vit import VisionInput
+from mquant_jax.numerics import AnyArray
 from mquant_jax.runtime import buckets
 from mquant_jax.runtime.prompts import (
     Piece,
@@ -106,7 +107,7 @@ def _chunks(model: VLM, batch: Batch, size: int, keys: list[bytes], key: bytes) 
         yield Chunk(i * size, tokens, group.batch, group.features, key)
 
 
-def _content(part: Batch, keys: list[bytes], row_tokens: int) -> Iterator[bytes | np.ndarray]:
+def _content(part: Batch, keys: list[bytes], row_tokens: int) -> Iterator[bytes | AnyArray]:
     """Everything that cache entries of these tokens depend on, beside the tokens before them."""
     yield from (part.input_ids, part.order, part.positions, part.token_class)
     index = part.visual_index[part.visual_index >= 0]

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mquant_jax.numerics import AnyArray
+
 
 class Kept:
     """Pytrees of arrays by key; beyond ``limit`` bytes the least recently used are dropped.
@@ -47,11 +49,12 @@ class Kept:
         self.bytes = 0
 
 
-def digest(*parts: bytes | np.ndarray | None) -> bytes:
+def digest(*parts: bytes | AnyArray | None) -> bytes:
     """A key of contents, shapes and dtypes."""
     h = hashlib.blake2b(digest_size=32)
     for part in parts:
-        if isinstance(part, np.ndarray):
+        if part is not None and not isinstance(part, bytes):
+            part = np.asarray(part)
             h.update(f"{part.dtype.str} {part.shape} ".encode())
             part = np.ascontiguousarray(part).tobytes()
         h.update(b"-" if part is None else part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ import numpy as np
 
 from mquant_jax.runtime.engine_programs import EnginePrograms
 from mquant_jax.runtime.generate import Generator
+from mquant_jax.runtime.options import SEEDS
 from mquant_jax.runtime.prefill import Chunk, Plan
 from mquant_jax.runtime.prompts import split_pictures
-from mquant_jax.runtime.requests import Clock, FinishReason, Request
+from mquant_jax.runtime.requests import Clock, FinishReason, Request, RequestOptions
 from mquant_jax.runtime.reuse import Kept
+from mquant_jax.runtime.sampling import RowPenalties, per_row
 from mquant_jax.runtime.slots import Start
 from mquant_jax.runtime.text_stream import TextStream
 
@@ -45,6 +48,26 @@ class Work:
         self.request.emit(self.text.end())
         tokens = self.request.prompt_tokens
         self.request.finish(self.clock.answer(self.text.text, self.text.ids, reason, tokens))
+
+
+def start_of(made: Plan, options: RequestOptions) -> Start:
+    """How the answer to a prompt begins."""
+    seed = secrets.randbelow(SEEDS) if options.seed is None else options.seed
+
+    def one(value: float) -> np.ndarray:
+        return np.full(1, value, np.float32)
+
+    return Start(
+        per_row(options.sampling, jax.random.key(seed), 1),
+        RowPenalties(
+            one(options.repetition_penalty),
+            one(options.presence_penalty),
+            one(options.frequency_penalty),
+        ),
+        np.full(1, made.length, np.int32),
+        np.full(1, made.position, np.int32),
+        made.present[None],
+    )
 
 
 class Rows:
@@ -152,6 +175,7 @@ class Rows:
 
     def _begin(self, row: int, work: Work) -> None:
         """Draw the first token of a prompt that has been read."""
+        assert work.hidden is not None, "the last chunk of a prompt always runs"
         self.state, token = self.programs.begin(self.state, work.hidden, row, work.start)
         first = int(np.asarray(token)[0])
         work.clock.first = time.perf_counter()

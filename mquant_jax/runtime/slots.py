@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,9 @@ class Start:
 
     sampling: RowSampling
     penalties: RowPenalties
-    order: AnyArray
-    position: AnyArray
-    prompt: AnyArray
+    order: Any
+    position: Any
+    prompt: Any
 
 
 @partial(
