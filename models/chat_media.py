@@ -49,11 +49,11 @@ def _part(part: Any, where: str, media: Mapping[str, list[Any]]) -> Any:
     """A part without its picture, which goes to ``media``."""
     if not isinstance(part, Mapping):
         raise UserError(f'{where}: expected an object with "type", found {kind(part)}')
-    name = part.get("type")
+    name: Any = part.get("type")
     if name == "image_url":
         url = part.get("image_url")
         part, name = {"image": url.get("url") if isinstance(url, Mapping) else url}, "image"
-    if name not in media:
+    if not isinstance(name, str) or name not in media:
         return dict(part)
     given = [key for key in _PLACES[name] if part.get(key) is not None]
     if len(given) != 1:

@@ -200,7 +200,7 @@ class _Pictures:
 
     def part(self, part: Any, where: str) -> dict[str, Any]:
         name = part.get("type") if isinstance(part, Mapping) else None
-        if name not in _PARTS:
+        if not isinstance(name, str) or name not in _PARTS:
             found = shown(name) if isinstance(part, Mapping) else kind(part)
             raise UserError(f"{where}: expected a part of type {' or '.join(_PARTS)}, "
                             f"found {found}")  # fmt: skip

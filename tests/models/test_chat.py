@@ -209,7 +209,8 @@ def test_malformed_parts() -> None:
     fails("expected frames", chat({"type": "video"}))
     fails("not base64", chat({"type": "image", "base64": "!"}))
     # Others are the families' to judge.
-    assert take_media([{"role": "user", "content": [{"type": "audio"}]}])[1:] == ([], [])
+    for other in ("audio", ["image"], None):
+        assert take_media([{"role": "user", "content": [{"type": other}]}])[1:] == ([], [])
 
 
 def test_sampling_defaults(tmp_path) -> None:
