@@ -98,8 +98,8 @@ class MQuantJax(lmms):
     def _prompt(self, request: Instance) -> Prompt:
         _, to_messages, _, doc, task, split = request.args
         try:
-            return self.model.processor.messages(
-                *conversation(to_messages(self.task_dict[task][split][doc]))
+            return self.model.processor.chat(
+                conversation(to_messages(self.task_dict[task][split][doc]))
             )
         except UserError as e:
             raise type(e)(f"task {task}, document {doc} of {split}: {e}") from e
@@ -119,41 +119,32 @@ class MQuantJax(lmms):
         raise UserError(_ONLY_GENERATES + "generate_until_multi_round")
 
 
-def conversation(
-    messages: Sequence[Mapping[str, Any]],
-) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
-    """lmms-eval's messages, with pictures as ``url``, as ours: messages, pictures, clips.
+def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """lmms-eval's messages, with pictures as ``url``, as ours.
 
     Raises:
         UserError: sound, or a video that is a file: frames are taken.
     """
-    images: list[Any] = []
-    videos: list[Any] = []
     chat = []
     for message in messages:
         parts = message["content"]
         parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        chat.append({"role": message["role"], "content": [_part(p, images, videos) for p in parts]})
-    return chat, images, videos
+        chat.append({"role": message["role"], "content": [_part(part) for part in parts]})
+    return chat
 
 
-def _part(part: Mapping[str, Any], images: list[Any], videos: list[Any]) -> dict[str, Any]:
-    """A part without its picture or clip, which goes into its list."""
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     match part["type"]:
         case "text":
             return {"type": "text", "text": part["text"]}
         case "image":
-            images.append(part["url"])
+            return {"type": "image", "image": part["url"]}
         case "video" if not isinstance(part["url"], str):
-            videos.append(part["url"])
+            return {"type": "video", "video": part["url"]}
         case "video":
             raise UserError(f"video {part['url']}: files of videos are not read here; the task has "
                             "to give frames, a list of pictures")  # fmt: skip
-        case other:
-            raise UserError(
-                f"a message has a part of type {other!r}; expected text, image or video"
-            )
-    return {"type": part["type"]}
+    raise UserError(f"a message has a part of type {part['type']!r}; expected text, image, video")
 
 
 def _sampling(how: Mapping[str, Any]) -> Sampling:

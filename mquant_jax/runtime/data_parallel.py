@@ -158,7 +158,7 @@ class DataParallel(Generator):
         An array is cut along the axis in which it grows with the number of rows. A number is one
         per device, for example how far its cache is filled.
         """
-        bound = self._bound(step)
+        bound = self.bound(step)
         part, whole = arguments(rows // self.mesh.size), arguments(rows)
         results = [jax.eval_shape(bound, self.params, *a) for a in (part, whole)]
         cuts, result_cuts = (jax.tree.map(_cut, *pair) for pair in ((part, whole), results))

@@ -24,7 +24,7 @@ def test_lmms_eval_finds_the_model() -> None:
 
 def test_messages() -> None:
     picture, clip = np.zeros((2, 2, 3), np.uint8), [np.zeros((2, 2, 3), np.uint8)]
-    chat, images, videos = adapter.conversation([
+    chat = adapter.conversation([
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": [
             {"type": "image", "url": picture}, {"type": "text", "text": "what?"},
@@ -32,8 +32,10 @@ def test_messages() -> None:
         ]},
     ])  # fmt: skip
     assert chat[0] == {"role": "system", "content": [{"type": "text", "text": "be brief"}]}
-    assert [part["type"] for part in chat[1]["content"]] == ["image", "text", "video"]
-    assert images[0] is picture and videos[0] is clip
+    image, text, video = chat[1]["content"]
+    assert image["type"] == "image" and image["image"] is picture
+    assert text == {"type": "text", "text": "what?"}
+    assert video["type"] == "video" and video["video"] is clip
     for part, words in (
         ({"type": "audio", "url": "x"}, "part of type 'audio'"),
         ({"type": "video", "url": "a.mp4"}, "video a.mp4: files of videos are not read"),
@@ -64,7 +66,7 @@ def test_stop_strings_and_beams() -> None:
 
 def test_requests_keep_their_order_and_name_their_document() -> None:
     class Processor:
-        def messages(self, chat, images, videos):
+        def chat(self, chat):
             if chat[0]["content"][0]["text"] == "bad":
                 raise UserError("no prompt")
             return chat[0]["content"][0]["text"]
