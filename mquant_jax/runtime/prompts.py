@@ -172,7 +172,7 @@ def right_padded(batch: Batch, width: int) -> Batch:
 
 def without_padding(batch: Batch) -> Batch:
     """A batch without the columns on its left that no row has a token in."""
-    real = (batch.order >= 0).any(axis=0)
+    real = (np.asarray(batch.order) >= 0).any(axis=0)
     return _left_padded(batch, len(real) - int(real.argmax()))
 
 
