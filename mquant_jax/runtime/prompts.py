@@ -172,8 +172,8 @@ def right_padded(batch: Batch, width: int) -> Batch:
 
 def without_padding(batch: Batch) -> Batch:
     """A batch without the columns on its left that no row has a token in."""
-    real = (batch.order >= 0).any(axis=0)
-    return _left_padded(batch, len(real) - int(real.argmax()))
+    first = int((np.asarray(batch.order) >= 0).any(axis=0).argmax())
+    return _left_padded(batch, batch.order.shape[1] - first)
 
 
 def _padded(

@@ -108,8 +108,7 @@ class Routes:
     async def _asked(self, request: Request) -> Response:
         service = self.service
         try:
-            asked, prompt = await service.read(await self._body(request))
-            submitted = service.submit(asked, prompt)
+            asked, submitted = await service.submit(await self._body(request))
         except BaseException:
             service.leave()
             raise

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mquant_jax.models.base import Prompt
 from mquant_jax.runtime.chats import MAX_NEW_TOKENS, chat_options
 from mquant_jax.runtime.engine import Engine, Served
 from mquant_jax.runtime.requests import Answer, Request, RequestOptions
@@ -85,16 +84,16 @@ class Service:
     def leave(self) -> None:
         self._busy -= 1
 
-    async def read(self, body: bytes) -> tuple[ChatRequest, Prompt]:
-        """What a body asks for, and its prompt; made beside the event loop.
+    async def submit(self, body: bytes) -> tuple[ChatRequest, Request]:
+        """Give what a body asks for to the engine; pictures are decoded beside the event loop.
 
         Raises:
             ApiError, UserError: it is refused.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._readers, self._read, body)
+        return await loop.run_in_executor(self._readers, self._submit, body)
 
-    def _read(self, body: bytes) -> tuple[ChatRequest, Prompt]:
+    def _submit(self, body: bytes) -> tuple[ChatRequest, Request]:
         asked = read_request(body, self.name, self.limits.pixels)
         prompt = self.processor.chat(asked.messages)
         found, most = len(prompt.input_ids), self.limits.prompt_tokens
@@ -102,18 +101,10 @@ class Service:
             raise ApiError(400, f"the prompt has {found} tokens, pictures included; this server "
                            f"takes {most} at most: shorten the text or send smaller pictures",
                            "context_length_exceeded", "messages")  # fmt: skip
-        return asked, prompt
-
-    def submit(self, asked: ChatRequest, prompt: Prompt) -> Request:
-        """Give a request to the engine.
-
-        Raises:
-            UserError: as :meth:`Engine.submit`.
-        """
         options: dict[str, Any] = {"max_new_tokens": self.limits.max_new_tokens, **asked.options}
         request = self.engine.submit(prompt, chat_options(self.processor, options))
         self._open.add(request)
-        return request
+        return asked, request
 
     async def deltas(self, request: Request) -> AsyncGenerator[str | Answer]:
         """The pieces of an answer's text as they come, then the answer.

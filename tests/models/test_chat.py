@@ -18,7 +18,9 @@ from mquant_jax.models.base import Processor
 from mquant_jax.models.chat_files import sampling_defaults
 from mquant_jax.models.chat_media import take_media
 from mquant_jax.models.literal import LiteralText, is_hidden, shown
+from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
 from tests.chat_cases import CASES, processor_of
+from tests.family_cases import family_of
 from tests.helpers import fails
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
@@ -194,6 +196,18 @@ def test_generate_still_places_pictures(made) -> None:
     for mark in processor.MARKS[:1] if family.pictures else ():
         prompt = processor.prompt(f"a {mark} b", [PIXELS])
         assert prompt.grids == processor.prompt("a b", [PIXELS]).grids
+
+
+def test_a_trained_tokenizer() -> None:
+    """The demonstration model's: the copy that knows no spellings gives the same ids."""
+    family, config = family_of(json.loads((DEMO_ASSETS / "model" / "config.json").read_text()))
+    processor = family.processor(DEMO_ASSETS / "model", config)
+    for sample in read_samples(BUNDLED_HELDOUT, 40):
+        chat = [{"role": "user", "content": f"{sample.question} {sample.answer}\n"}]
+        expected = processor.messages(chat).input_ids
+        assert processor.chat(chat).input_ids == expected
+        text = processor.tokenizer.decode(expected)
+        assert processor.literal.encode(text) == expected
 
 
 def test_malformed_parts() -> None:

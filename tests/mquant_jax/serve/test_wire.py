@@ -91,7 +91,8 @@ def test_what_is_refused_names_its_field(fields, param) -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        "x", None, {"type": []}, {"type": {"type": "text"}}, {"type": "image", "image": "/etc/passwd"}, {"type": "input_audio"},
+        "x", None, {"type": []}, {"type": {"type": "text"}}, {"type": "input_audio"},
+        {"type": "image", "image": "/etc/passwd"},
         {"type": "text"}, {"type": "text", "text": 3}, {"type": "text", "text": "x", "y": 1},
         {"type": "image_url"}, {"type": "image_url", "image_url": {}},
         {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}},
