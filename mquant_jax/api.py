@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,21 +276,6 @@ class Model:
         out = self.generator.generate(batch, limit, options.sampling, key, on_tokens)
         emit(text.end())
         return out
-
-    def force(
-        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
-    ) -> Iterator[np.ndarray]:
-        """What the model expects while it is given answers: see :meth:`Generator.force`.
-
-        Raises:
-            UserError: as :meth:`collate`, or an answer that does not fit the context.
-        """
-        batch = self._collate(prompts)
-        tokens = longest(prompts) + max(map(len, answers))
-        if tokens > self.max_positions:
-            raise PromptTooLong(f"prompt and answer have {tokens} tokens, the model's context is "
-                                f"{self.max_positions}")  # fmt: skip
-        return self.generator.force(batch, answers)
 
 
 def load(

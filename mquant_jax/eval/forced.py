@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from mquant_jax.api import Model
-from mquant_jax.errors import UserError
+from mquant_jax.errors import PromptTooLong, UserError
 from mquant_jax.eval import hosts
 from mquant_jax.eval.answers import Answer
 from mquant_jax.eval.question import Question
 from mquant_jax.eval.runner import Progress, batches, silent, windows
+from mquant_jax.models.base import Prompt, longest
 from mquant_jax.runtime.options import Options
 
 _Position = tuple[int, int]  # of a question among all, and of a token in its answer
@@ -116,7 +117,7 @@ class TeacherForcing:
         for window in windows(questions, options, progress, "feed answers"):
             for ids, prompts in batches(model, window, options):
                 fed = [self._answers[number[key]].ids for key in ids]
-                for i, rows in enumerate(model.force(prompts, fed)):
+                for i, rows in enumerate(_expected(model, prompts, fed)):
                     for key, tokens, row in zip(ids, fed, rows, strict=True):
                         if i <= len(tokens):
                             yield (number[key], i), row
@@ -132,6 +133,20 @@ class TeacherForcing:
         size = 4 * self._vocabulary
         self._file.seek(self._rows[at] * size)
         return np.frombuffer(self._file.read(size), np.float32)
+
+
+def _expected(
+    model: Model, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
+) -> Iterator[np.ndarray]:
+    """
+    Raises:
+        PromptTooLong: prompts and answers do not fit this model's context.
+    """
+    tokens = longest(prompts) + max(map(len, answers))
+    if tokens > model.max_positions:
+        raise PromptTooLong(f"a prompt and the first model's answer have {tokens} tokens, this "
+                            f"model's context is {model.max_positions}")  # fmt: skip
+    return model.generator.force(model.collate(prompts), answers)
 
 
 def divergence(first: np.ndarray, other: np.ndarray) -> float:

@@ -62,6 +62,13 @@ class Parrot:
         language = types.SimpleNamespace(dtype=jnp.float32)
         self.module = types.SimpleNamespace(language=language)
 
+    @property
+    def generator(self):
+        return self
+
+    def collate(self, prompts):
+        return prompts
+
     def force(self, prompts, answers):
         """Expects its own reply's character with probability 1/2, of ``VOCABULARY``."""
         said = [self.replies["".join(map(chr, p.input_ids))] for p in prompts]
@@ -223,6 +230,12 @@ def test_vocabularies_of_two_sizes_are_not_compared(models, data, monkeypatch) -
     small = lambda prompts, answers: iter([np.zeros((len(prompts), 7))] * 20)  # noqa: E731
     monkeypatch.setattr(models["b/w4"], "force", small)
     fails("vocabulary has 129 tokens, this one's 7", lambda: evaluate(
+        ["a/float", "b/w4"], TASKS["jsonl"], data, checks=Checks(True)))  # fmt: skip
+
+
+def test_answers_that_do_not_fit_a_model(models, data) -> None:
+    models["b/w4"].max_positions = 15
+    fails("answer have 20 tokens, this model's context is 15", lambda: evaluate(
         ["a/float", "b/w4"], TASKS["jsonl"], data, checks=Checks(True)))  # fmt: skip
 
 
