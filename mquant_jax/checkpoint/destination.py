@@ -37,9 +37,7 @@ def check_destination(
     check_place(real)
     with turn(real.parent):
         check_running(real)
-        if resume and is_published(real):
-            return
-        check_existing(Path(dst), real, marker, overwrite)
+        check_existing(Path(dst), real, marker, overwrite, resume)
         check_stale(real, resume, restart)
 
 
@@ -88,8 +86,17 @@ def check_place(dst: Path) -> None:
         raise UserError(f"{parent}: cannot be written; choose another DST")
 
 
-def check_existing(given: Path, dst: Path, marker: str, overwrite: bool) -> None:
-    if not os.path.lexists(dst):
+def check_existing(
+    given: Path, dst: Path, marker: str, overwrite: bool, resume: bool = False
+) -> None:
+    """
+    Args:
+        resume: a checkpoint at ``dst`` may be the result itself.
+
+    Raises:
+        UserError: what is at ``dst`` cannot become, or be, the result.
+    """
+    if not os.path.lexists(dst) or (resume and (dst / marker).is_file()):
         return
     if not overwrite:
         raise UserError(f"{given}: exists already; choose another DST or pass --overwrite")
@@ -141,12 +148,6 @@ def _is_ours(folder: Path) -> bool:
     return text.startswith(MAGIC) or (MAGIC.startswith(text) and not others)
 
 
-def is_published(dst: Path) -> bool:
-    """Whether DST is the result of the work folder beside it, which was then not removed."""
-    note = work_folder(dst) / "publishing"
-    return note.is_file() and dst.is_dir() and note.read_text("utf-8") == inode(dst)
-
-
 def put_back(dst: Path) -> None:
     """Undo half an exchange: a kill came between two renames (:meth:`Workspace._replace`)."""
     old = work_folder(dst) / "old"
@@ -161,11 +162,6 @@ def identity(dst: Path, marker: str) -> Identity | None:
     except OSError:
         return None
     return folder.st_dev, folder.st_ino, file.st_ino, file.st_mtime_ns
-
-
-def inode(folder: Path) -> str:
-    info = os.stat(folder)
-    return f"{info.st_dev} {info.st_ino}"
 
 
 @contextlib.contextmanager

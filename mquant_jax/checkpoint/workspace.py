@@ -4,7 +4,6 @@
     DST.work/journal.jsonl   what is finished
     DST.work/states/         hidden states that do not fit in memory
     DST.work/result/         becomes DST by one rename
-    DST.work/publishing      which folder is becoming DST
 
 DST appears complete or not at all, and what others put there meanwhile is never touched.
 """
@@ -27,8 +26,6 @@ from mquant_jax.checkpoint.destination import (
     check_running,
     check_stale,
     identity,
-    inode,
-    is_published,
     put_back,
     real_path,
     turn,
@@ -56,13 +53,12 @@ class Workspace:
         folder: the work folder.
         result, states: its folders to fill.
         journal: path of its journal.
-        published: whether the result is DST, now or since an earlier run that was stopped while it
-            cleaned up. Then nothing is left to do.
+        published: whether DST is the result.
         resumed: whether the work folder is that of an earlier run.
     """
 
-    def __init__(self, dst: Path, marker: str):
-        self.dst, self.marker = dst, marker
+    def __init__(self, dst: Path, marker: str, overwrite: bool):
+        self.dst, self.marker, self.overwrite = dst, marker, overwrite
         self.folder = work_folder(dst)
         self.result, self.states = self.folder / "result", self.folder / "states"
         self.journal = self.folder / "journal.jsonl"
@@ -81,15 +77,29 @@ class Workspace:
                 f"{self.dst}: needs {needed} bytes, the disk has {free} free; free some space"
             )
 
+    def has_result(self, of_same_inputs: Callable[[], bool]) -> bool:
+        """Whether DST, found at the start of a run with ``resume``, is the result already.
+
+        Args:
+            of_same_inputs: whether the checkpoint at DST was made from what this run is given.
+
+        Raises:
+            UserError: it is another checkpoint, and there was no ``overwrite``.
+        """
+        self.published = self.before is not None and of_same_inputs()
+        if not self.published:
+            self._check_replaceable()
+        return self.published
+
     def publish(self) -> None:
         """Rename the result to DST.
 
         Raises:
-            UserError: something appeared at DST that was not there at the start.
+            UserError: DST is there without ``overwrite``, or appeared since the start.
         """
+        self._check_replaceable()
         _sync(self.result)
         with signals_deferred(), turn(self.dst.parent):
-            self._note_publishing()
             if self.before is None:
                 self._put_new()
             else:
@@ -97,10 +107,12 @@ class Workspace:
             self.published = True
             sync_folder(self.dst.parent)
 
-    def _note_publishing(self) -> None:
-        """Let a later run see whether DST is this result."""
-        _write(self.folder / "publishing", inode(self.result))
-        sync_folder(self.folder)
+    def _check_replaceable(self) -> None:
+        if self.before is not None and not self.overwrite:
+            raise UserError(
+                f"{self.dst}: exists already and was made from other inputs; choose another DST "
+                "or pass --overwrite"
+            )
 
     def _put_new(self) -> None:
         try:
@@ -158,7 +170,9 @@ def workspace(
         marker: a file that checkpoints of ours hold; folders without it are never replaced.
         overwrite: replace the checkpoint that is at DST now. A DST that is a link stays one; what
             it points to is replaced.
-        resume: go on with the work folder of a stopped conversion, if there is one.
+        resume: go on with the work folder of a stopped conversion, if there is one. A DST that is
+            a checkpoint is then let pass: it may be the result of that conversion, killed while it
+            removed its work folder (:meth:`Workspace.has_result`).
         restart: remove that work folder and begin anew.
         keep: whether there is work worth resuming; asked when the block fails. If not, the work
             folder is removed.
@@ -171,7 +185,7 @@ def workspace(
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
     given = Path(dst)
-    work = Workspace(real_path(given), marker)
+    work = Workspace(real_path(given), marker, overwrite)
     try:
         with _clear_errors(given):
             _open(work, given, overwrite, resume, restart)
@@ -192,11 +206,9 @@ def _open(work: Workspace, given: Path, overwrite: bool, resume: bool, restart: 
     check_place(work.dst)
     with signals_deferred(), turn(work.dst.parent):
         check_running(work.dst)
-        work.published = resume and is_published(work.dst)
         put_back(work.dst)
-        if not work.published:
-            check_existing(given, work.dst, work.marker, overwrite)
-            check_stale(work.dst, resume, restart)
+        check_existing(given, work.dst, work.marker, overwrite, resume)
+        check_stale(work.dst, resume, restart)
         work.before = identity(work.dst, work.marker)
         if restart and work.folder.is_dir():
             _remove(work.folder)
@@ -259,12 +271,10 @@ def _release(work: Workspace, remove: bool) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a work folder. Its lock goes last: until then it is known to be ours. The note of what
-    was published goes just before: a kill while states are removed must not hide whose DST is."""
+    """Remove a work folder, its lock last: until then it is known to be ours."""
     for path in folder.iterdir():
-        if path.name not in ("lock", "publishing"):
+        if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (folder / "publishing").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -164,6 +164,7 @@ class CheckpointWriter:
         files: Sequence[Path] = (),
         report: dict[str, Any] | None = None,
         source: dict[str, Any] | None = None,
+        calibration: str | None = None,
     ) -> dict[str, Any]:
         """Write everything that is no tensor, and the manifest last.
 
@@ -173,6 +174,7 @@ class CheckpointWriter:
             files: copied into the folder under their names.
             report: the quantisation report, stored as report.json.
             source: file name -> ``{"bytes", "sha256"}`` of the model that was converted.
+            calibration: fingerprint of the calibration prompts.
 
         Returns:
             The manifest.
@@ -194,6 +196,7 @@ class CheckpointWriter:
             **_tables(records),
             "files": {name: self._write(name, data) for name, data in side.items()},
             "source": source or {},
+            "calibration": calibration,
         }
         manifest["sha256"] = content_hash(manifest)
         self._write(MANIFEST, json_bytes(manifest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mquant_jax import __version__
 from mquant_jax.checkpoint.check import check_result
 from mquant_jax.checkpoint.destination import check_destination
 from mquant_jax.checkpoint.hub import model_folder
-from mquant_jax.checkpoint.journal import Journal
+from mquant_jax.checkpoint.journal import Journal, differences
 from mquant_jax.checkpoint.manifest import MANIFEST, load_manifest
 from mquant_jax.checkpoint.plan import Plan, plan
 from mquant_jax.checkpoint.provenance import hash_files, source_files
@@ -90,10 +91,11 @@ def convert(
             warn_of_few(chunks, layers, recipe)
         with stage("hash source"):
             source = hash_files(source_files(reader))
-        ledger = JournalLedger(Journal(work.journal), _header(source, recipe, chunks))
-        if work.published:  # and stopped before DST.work was removed
+        header = _header(source, recipe, chunks)
+        ledger = JournalLedger(Journal(work.journal), header)
+        if resume and work.has_result(lambda: _same_inputs(dst, header)):
             return load_manifest(dst)
-        manifest = _fill(work, family, todo, recipe, reader, chunks, states, ledger, source)
+        manifest = _fill(work, family, todo, recipe, reader, chunks, states, ledger, header)
         with stage("read back"):
             check_result(work.result, family, todo.config)
         work.publish()
@@ -110,6 +112,13 @@ def _header(source: dict[str, Any], recipe: Recipe, chunks: Chunks | None) -> di
     }
 
 
+def _same_inputs(dst: Path, header: dict[str, Any]) -> bool:
+    """Whether a checkpoint is the result of a conversion with this header."""
+    manifest = load_manifest(dst, verify=False)
+    found = {key: manifest.get(key) for key in header}
+    return not list(differences(found, json.loads(json.dumps(header))))
+
+
 def _fill(
     work: Workspace,
     family: Family,
@@ -119,7 +128,7 @@ def _fill(
     chunks: Chunks | None,
     states: States,
     ledger: JournalLedger,
-    source: dict[str, Any],
+    header: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything between the checks and the last rename."""
     writer = CheckpointWriter(work.result)
@@ -143,7 +152,8 @@ def _fill(
             tied_head=config.language.tied_head,
             files=[reader.folder / "config.json", *reader.side_files()],
             report=report if recipe.changes_weights else None,
-            source=source,
+            source=header["source"],
+            calibration=header["calibration"],
         )
 
     if recipe.learns_whole:

@@ -67,6 +67,12 @@ def test_a_conversion_that_is_stopped_again_and_again(tmp_path, monkeypatch, und
     assert stops >= 4
     assert hashes(dst) == undisturbed
     assert [p.name for p in tmp_path.iterdir()] == ["dst"]
+    made = dst.stat().st_ino
+    convert(SOURCE, dst, RECIPE, resume=True)  # killed after the last rename, for all one knows
+    other = dataclasses.replace(RECIPE, seed=5)
+    with pytest.raises(UserError, match="exists already and was made from other inputs"):
+        convert(SOURCE, dst, other, resume=True)
+    assert dst.stat().st_ino == made and [p.name for p in tmp_path.iterdir()] == ["dst"]
 
 
 def stopped(tmp_path, monkeypatch, recipe=RECIPE):

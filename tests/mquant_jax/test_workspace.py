@@ -305,29 +305,38 @@ def test_a_kill_after_the_last_rename(tmp_path, monkeypatch):
         _publish(dst)
     assert _names(tmp_path) == ["dst", "dst.work"]
     with workspace(dst, "mark", resume=True) as work:
-        assert work.published
+        assert work.has_result(lambda: True)
     assert _names(tmp_path) == ["dst"] and (dst / "mark").read_text() == "new"
 
 
-def test_the_note_of_what_was_published_goes_last(tmp_path, monkeypatch):
-    """A kill while states are removed leaves it: a resumed conversion knows that DST is done."""
-    order = []
-    rmtree, unlink = module.shutil.rmtree, Path.unlink
+@pytest.mark.parametrize("left", [(), ("lock",), ("lock", "journal.jsonl", "states/x")])
+def test_a_kill_while_the_work_folder_is_removed(tmp_path, left):
+    """Whatever was removed by then, the result is known by what it was made from."""
+    dst, folder = tmp_path / "dst", tmp_path / "dst.work"
+    _publish(dst)
+    folder.mkdir()
+    for name in left:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mquant_jax conversion, process 1\n")
+    with workspace(dst, "mark", resume=True) as work:
+        assert work.has_result(lambda: True)
+    assert _names(tmp_path) == ["dst"] and (dst / "mark").read_text() == "new"
 
-    def noting(path, *args, **options):
-        order.append(Path(path).name)
-        rmtree(path, *args, **options)
 
-    def noting_unlink(path, *args, **options):
-        order.append(path.name)
-        unlink(path, *args, **options)
-
-    with monkeypatch.context() as m:
-        m.setattr(module.shutil, "rmtree", noting)
-        m.setattr(Path, "unlink", noting_unlink)
-        _publish(tmp_path / "dst")
-    assert order[-2:] == ["publishing", "dst.work"] and "states" in order[:-2]
-    assert _names(tmp_path) == ["dst"]
+def test_resume_does_not_replace_another_checkpoint(tmp_path):
+    dst = tmp_path / "dst"
+    _publish(dst)
+    refused = pytest.raises(UserError, match="exists already and was made from other inputs")
+    with refused, workspace(dst, "mark", resume=True) as work:
+        work.has_result(lambda: False)
+    with refused, workspace(dst, "mark", resume=True) as work:
+        work.publish()
+    assert _names(tmp_path) == ["dst"] and (dst / "mark").read_text() == "new"
+    with workspace(dst, "mark", resume=True, overwrite=True) as work:
+        assert not work.has_result(lambda: False)
+        (work.result / "mark").write_text("newer")
+        work.publish()
+    assert (dst / "mark").read_text() == "newer"
 
 
 def _failing(monkeypatch, code):
