@@ -158,7 +158,9 @@ _FORMS = {
     **dict.fromkeys(("ranges", "before"), lambda v: _points(v, "amax", "rms")),
     "sinks": lambda v: _has(v, positions=list, ids=list),
     "coverage": lambda v: (
-        _has(v, prompts=int, patches=int, lengths=list) and _numbers(v.get("tokens"))
+        _has(v, prompts=int, patches=int, lengths=list)
+        and len(v["lengths"]) == 3
+        and _numbers(v.get("tokens"))
     ),
     "calibration": lambda v: _has(v, pictures=list, questions=list),
     "tuning": lambda v: isinstance(v, dict),

@@ -57,7 +57,8 @@ class Series:
     band: Mapping[str, Mapping[int, tuple[float, float]]] | None = None
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def empty(width: float, height: float, title: str) -> Figure:
+    """A figure without axes; sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=_DPI)
@@ -77,7 +78,7 @@ def lines(title: str, unit: str, series: Sequence[Series]) -> Figure:
     columns = min(_COLUMNS // wide, len(names))
     rows = -(-len(names) // columns)
     width = max(columns * wide * _PANEL[0], 6.0)
-    figure = _figure(width, rows * _PANEL[1] + 0.8, title)
+    figure = empty(width, rows * _PANEL[1] + 0.8, title)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for ax, name in zip(axes, names, strict=False):
         for s in series:
@@ -136,7 +137,7 @@ def heat(
     heights = [len(rows) for rows in stacks.values()]
     deepest = max(len(_layers(rows)) for rows in stacks.values())
     size = min(max(0.55 * deepest + 3.5, 6.5), 12.0)
-    figure = _figure(size, 0.3 * sum(heights) + 1.0 * len(heights) + 0.7, title)
+    figure = empty(size, 0.3 * sum(heights) + 1.0 * len(heights) + 0.7, title)
     grids = {stack: _grid(rows) for stack, rows in stacks.items()}
     values = np.concatenate([g[np.isfinite(g)] for g in grids.values()])
     low, high = float(values.min()), float(values.max())
@@ -183,7 +184,7 @@ def _map(
 def bars(title: str, unit: str, rows: Sequence[tuple[str, float, str, str]]) -> Figure:
     """Horizontal bars, the first at the top: ``(name, value, colour, text beside it)``."""
     names, values, colours, texts = zip(*rows, strict=True)
-    figure = _figure(9.0, 0.32 * len(rows) + 1.2, title)
+    figure = empty(9.0, 0.32 * len(rows) + 1.2, title)
     ax = figure.subplots()
     drawn = ax.barh(range(len(rows)), values, color=colours)
     ax.bar_label(drawn, texts, padding=4, fontsize=9)
@@ -197,7 +198,7 @@ def paired_bars(
     title: str, unit: str, rows: Mapping[str, tuple[float, float]], labels: tuple[str, str]
 ) -> Figure:
     """Two horizontal bars for each name, first and second, with their values beside them."""
-    figure = _figure(9.0, 0.5 * len(rows) + 1.6, title)
+    figure = empty(9.0, 0.5 * len(rows) + 1.6, title)
     ax = figure.subplots()
     at = np.arange(len(rows))
     for k, (label, colour) in enumerate(zip(labels, (_GREY, BLUE), strict=True)):

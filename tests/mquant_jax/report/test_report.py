@@ -185,15 +185,27 @@ def test_a_float_checkpoint_has_sizes_alone(folders, tmp_path) -> None:
     assert len({before - after for before, after in found.part_bytes.values()}) == 1
 
 
-def test_an_old_checkpoint_says_what_it_lacks(tmp_path) -> None:
-    """Format 2: report.json has errors and points, and nothing of the rest."""
-    found = collect(GOLDENS / "checkpoint_v2")
+def test_a_record_of_before_says_what_it_lacks(halved, tmp_path) -> None:
+    """The first report.json had errors and points, and nothing of the rest."""
+    record = {k: halved.record[k] for k in ("weights", "points", "balance", "sinks")}
+    found = dataclasses.replace(halved, record=record)
     page, *drawn = write_report(found, tmp_path)
     names = {path.stem for path in drawn}
-    assert {"sizes", "weight-sqnr", "weight-scales-language-layers", "sensitivity"} <= names
-    assert not {"output-sqnr", "outliers-language-layers"} & names
-    assert "convert again" in page.read_text() and "not known: " in text(found)
-    assert {row.measure for row in sensitive(found)} <= {"weight"}
+    assert {"sizes", "weight-sqnr", "activation-scales-language-layers", "clipping"} <= names
+    assert not {"output-sqnr"} & names
+    assert "convert again" in page.read_text() and "not known: calibration" in text(found)
+    assert {row.measure for row in sensitive(found)} == {"weight"}
+    assert len(write_report(dataclasses.replace(halved, record={}), tmp_path)) > 4  # scales, sizes
+
+
+def test_format_2_is_read() -> None:
+    found = collect(GOLDENS / "checkpoint_v2")
+    path = "language/layers/2/down_proj"
+    with Checkpoint(found.folder) as checkpoint:
+        scale = checkpoint.read(f"{path}/kernel").scale
+    assert found.weight_scales[path][::2] == (scale.min(), scale.max())
+    assert found.weight_errors[path] == pytest.approx(0.104232, abs=1e-6)
+    assert found.part_bytes["language.layers.*"][1] < found.part_bytes["language.layers.*"][0] / 3
 
 
 @pytest.mark.parametrize(
