@@ -1,17 +1,18 @@
-"""Accuracy of every method beside the float model, on one of three beds.
+"""Measure the accuracy of every method against the float model, on one of three test beds.
 
     python -m benchmarks.accuracy --bed demo|outlier|smollm2 [--ablation] [--quick] [--json]
 
 ``demo``     the bundled model on its held-out questions: exact match, KL
-``outlier``  the same model, same function, with channels made 10 to 100 times larger than the rest
-             (benchmarks/outliers.py), which is what large models look like; several random draws
+``outlier``  the same model with channels made 10 to 100 times larger than the rest without a change
+             of function (benchmarks/outliers.py), as in large models; several random draws
 ``smollm2``  SmolLM2-135M-Instruct on real text: perplexity, KL (benchmarks/smollm2.py says what
              to install)
 
-Calibration never sees what is evaluated. Intervals are 95 % bootstrap intervals over questions;
-KL is the mean over tokens, in nats, from the float model. Dynamic rows have the weights of the
-static ones, with one activation scale per token found at run time. All methods are W4A8 in every
-dense layer (head: W8A8; in smollm2 float). ``--ablation`` adds one part at a time instead.
+Calibration and evaluation data never overlap. Intervals are 95 % bootstrap intervals over
+questions. KL is the mean over tokens of the divergence from the float model, in nats. Dynamic rows
+share the weights of the static rows and compute one activation scale per token at run time. All
+methods quantise every dense layer to W4A8 (the head to W8A8; in smollm2 it stays float).
+``--ablation`` adds the method's parts one at a time instead.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ GROUP = 64
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: a method, the language model's group size, activation mode."""
+    """One row of the table: method, group size of the language model, activation mode."""
 
     method: str
     recipe: Recipe
@@ -47,7 +48,7 @@ class Row:
     activations: str = "static"
 
     def plan(self, float_head: bool) -> Recipe:
-        """The recipe with group size and activation mode applied."""
+        """Return the recipe with group size and activation mode applied."""
         sections = {}
         for name in ("vision", "connector", "language", "head"):
             section = self.recipe.section(name)
@@ -60,7 +61,7 @@ class Row:
 
 
 def method_rows(group_sizes: tuple[int | None, ...]) -> list[Row]:
-    """Every method, static and dynamic."""
+    """Return a static and a dynamic row for every method."""
     return [
         Row(name, recipe, group, activations)
         for group in group_sizes
@@ -70,7 +71,7 @@ def method_rows(group_sizes: tuple[int | None, ...]) -> list[Row]:
 
 
 def ablation_rows() -> list[Row]:
-    """From rounding to nearest to the whole method, one part at a time."""
+    """Return rows from rounding to nearest to the whole method, adding one part at a time."""
     full = METHODS["mquant"]
     recipe, rows = METHODS["rtn"], [Row("rtn", METHODS["rtn"])]
     plain = dataclasses.replace(full.weights, asymmetry=0.0, refit=0, visual_weight=1.0)
@@ -87,7 +88,7 @@ def ablation_rows() -> list[Row]:
     for name, changes in steps.items():
         recipe = dataclasses.replace(recipe, **changes)
         rows.append(Row(name, recipe))
-    rows.append(Row("mquant", full))  # the same without the split
+    rows.append(Row("mquant", full))  # without the split
     paper = dataclasses.replace(recipe, online_signs=False, tune=Tuning())
     rows.append(Row("plain Hadamard", dataclasses.replace(paper, split=Split())))
     rows.append(Row("plain Hadamard +rms", dataclasses.replace(paper, split=Split("paper"))))
@@ -95,7 +96,7 @@ def ablation_rows() -> list[Row]:
 
 
 def quantised_params(bed: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
-    """The bed's model quantised as ``recipe`` says: its config and tensors."""
+    """Quantise the bed's model with ``recipe``; return its config and tensors."""
     params, config = dict(bed.params), bed.config
     if recipe.rotate:
         config, params = untied(config, params)
@@ -104,14 +105,16 @@ def quantised_params(bed: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
 
 
 def built(bed: Any, config: Any, recipe: Recipe, params: dict[str, Any]) -> nnx.Module:
-    """The model of ``recipe``; tensors that it has no use for (static scales) are left out."""
+    """Build the model of ``recipe``; tensors that it does not use, such as static scales, are
+    ignored."""
     module = abstract_model(bed.family, config, recipe)
     set_params(module, dict(params))
     return module
 
 
 def measured(bed: Any, rows: list[Row], float_head: bool) -> Iterator[dict[str, Any]]:
-    """One JSON row after another; a dynamic row takes the weights of the static one before it."""
+    """Yield one JSON row after another; a dynamic row reuses the weights of the static row before
+    it."""
     last: tuple[Any, ...] = (None,)
     for row in progress(rows, "methods"):
         recipe, same = row.plan(float_head), (row.method, row.group_size)
@@ -127,7 +130,7 @@ def measured(bed: Any, rows: list[Row], float_head: bool) -> Iterator[dict[str, 
 
 
 def run_demo(draws: list[int | None], questions: int, rows: list[Row]) -> dict[str, Any]:
-    """The demo bed (``draws = [None]``) or the outlier bed; several draws are averaged."""
+    """Run the demo bed (``draws = [None]``) or the outlier bed, averaged over its draws."""
     from benchmarks.demo_bed import DemoBed
 
     tables = []
@@ -152,7 +155,7 @@ def run_demo(draws: list[int | None], questions: int, rows: list[Row]) -> dict[s
 
 
 def run_text(windows: int, rows: list[Row], file: Path | None) -> dict[str, Any]:
-    """The smollm2 bed; what is known is saved after every row, for it takes a while."""
+    """Run the smollm2 bed and save the result after every row, because a full run is long."""
     from benchmarks.smollm2 import TextBed, perplexity
 
     bed = TextBed(windows)
@@ -165,7 +168,7 @@ def run_text(windows: int, rows: list[Row], file: Path | None) -> dict[str, Any]
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as text."""
+    """Format the rows as text."""
     text = "float_ppl" in result
     if text:
         lines = [f"float perplexity {result['float_ppl']:.3f}"]
@@ -196,8 +199,8 @@ def _run(argv: list[str]) -> int:
     add("--draws", type=int, default=4, metavar="N", help="random draws of the outlier bed "
         "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
-    add("--method", action="append", metavar="NAME", help="only rows of this name; repeatable")
-    add("--quick", action="store_true", help="a minute's version: 100 questions, one draw, "
+    add("--method", action="append", metavar="NAME", help="only this method's rows; repeatable")
+    add("--quick", action="store_true", help="run for about a minute: 100 questions, one draw, "
         "per-channel weights; smollm2: 8 windows, static rows of two methods")  # fmt: skip
     add_output_options(parser)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Small tokenizers of bytes, as every format holds them: for models with random weights."""
+"""Write small byte-level tokenizers in every supported format, for models with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mquant_jax.models.tiktoken import byte_letters
 
 
 def write_tokenizer(folder: Path, special: Sequence[str], first: int, **config: str) -> None:
-    """tokenizer.json, whose special tokens have the ids ``first``, ``first + 1``, ...
+    """Write tokenizer.json; its special tokens get the ids ``first``, ``first + 1``, ...
 
     ``config`` goes to tokenizer_config.json.
     """
@@ -30,7 +30,7 @@ def write_tokenizer(folder: Path, special: Sequence[str], first: int, **config: 
 
 
 def write_tiktoken(path: Path, count: int) -> None:
-    """A tiktoken file: the bytes, and pairs of bytes up to ``count`` tokens (512 at most)."""
+    """Write a tiktoken file: all bytes, then byte pairs up to ``count`` tokens (512 at most)."""
     tokens = [bytes([b]) for b in range(256)]
     tokens += [bytes([200, i]) for i in range(count - 256)]
     lines = [base64.b64encode(t).decode() + f" {i}\n" for i, t in enumerate(tokens)]
@@ -38,7 +38,7 @@ def write_tiktoken(path: Path, count: int) -> None:
 
 
 def write_bpe(folder: Path) -> None:
-    """vocab.json and merges.txt, with a special token behind them."""
+    """Write vocab.json and merges.txt, with one special token after the regular ones."""
     letters = byte_letters()
     vocab = {letters[b]: b for b in range(256)} | {"he": 256, "ll": 257, "hell": 258}
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
@@ -51,7 +51,8 @@ def write_bpe(folder: Path) -> None:
 
 
 def write_sentencepiece(path: Path) -> int:
-    """A tokenizer.model of control tokens, bytes and three words; the number of its pieces."""
+    """Write a tokenizer.model of control tokens, bytes and a few words; return its number of
+    pieces."""
     pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3)]
     pieces += [(f"<0x{i:02X}>", 6) for i in range(256)]
     pieces += [(word, 1) for word in ("he", "ll", "hell", "\u2581", "h", "e", "l", "o")]
@@ -64,5 +65,5 @@ def write_sentencepiece(path: Path) -> int:
 
 
 def _field(number: int, value: bytes) -> bytes:
-    """A protobuf field of fewer than 128 bytes."""
+    """Return a length-delimited protobuf field with fewer than 128 bytes of payload."""
     return bytes([number << 3 | 2, len(value)]) + value

@@ -1,13 +1,14 @@
-"""Time and memory of a conversion, stage by stage.
+"""Measure the time and memory of a conversion, stage by stage.
 
     python -m benchmarks.conversion [--model qwen2_vl-2b] [--layers N|full] [--recipe w4a8] [--json]
     python -m benchmarks.conversion --source DIR [--calibration FILE.jsonl] [...]
 
-Without ``--source`` the source is a random checkpoint of a published model's layer shapes in
-shards (see benchmarks/random_checkpoint.py), calibrated on 16 prompts of one picture of 448 x 448
-pixels and 256 text tokens; with ``--model demo`` it has the demo model's shapes and is calibrated
-on the bundled set. The peak is that of this process, which never holds the source. With ``--save``
-the file is rewritten after every stage, so that a run that is stopped leaves those it finished.
+Without ``--source``, the source is a random sharded checkpoint with a published model's layer
+shapes (see benchmarks/random_checkpoint.py). It is calibrated on 16 prompts, each with one picture
+of 448 x 448 pixels and 256 text tokens. ``--model demo`` uses the demo model's shapes and the
+bundled calibration set. Peak memory is that of this process; the source is streamed and never held
+in memory as a whole. With ``--save``, FILE is rewritten after every stage, so an interrupted run
+leaves the stages it finished.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from mquant_jax.ptq.convert import convert
 from mquant_jax.recipe import Recipe
 from mquant_jax.stages import listening
 
-PROMPTS, SIDE, WORDS = 16, 448, 240  # about 256 tokens with the chat template's
+PROMPTS, SIDE, WORDS = 16, 448, 240  # about 256 tokens including the chat template
 SHARDS = 4
 
 
 def source_for(
     model: str, layers: int | None, vocab: int, folder: Path
 ) -> tuple[Path, Path | None]:
-    """A random model to convert and its calibration file, below ``folder``; ``None`` is the bundled
+    """Write a random model and its calibration file below ``folder``; ``None`` is the bundled
     set."""
     small = model == DEMO
     write(folder / "source", model, layers, vocab, shards=1 if small else SHARDS)
@@ -45,7 +46,7 @@ def source_for(
 
 
 def write_calibration(folder: Path, prompts: int = PROMPTS, side: int = SIDE) -> Path:
-    """A JSONL file with ``prompts`` questions about a picture of ``side`` pixels each."""
+    """Write a JSONL file with ``prompts`` questions, each about a picture of ``side`` pixels."""
     folder.mkdir()
     rng, lines = np.random.default_rng(0), []
     for i in range(prompts):
@@ -61,12 +62,12 @@ def write_calibration(folder: Path, prompts: int = PROMPTS, side: int = SIDE) ->
 def timed(
     source: Path, target: Path, recipe: Recipe, calibration: Path | None, file: Path | None
 ) -> dict[str, Any]:
-    """Convert ``source`` to ``target``; ``file`` gets the result after every stage.
+    """Convert ``source`` to ``target``; write the result to ``file`` after every stage.
 
     Returns:
-        ``seconds`` of the whole and of each of the ``stages``, ``peak_rss_bytes`` of this process,
-        the bytes of the tensors before and after, and how many were read from files: weights,
-        hashes and states that were spilled.
+        ``seconds`` in total and per stage (``stages``), ``peak_rss_bytes`` of this process, the
+        tensors' size before and after, and ``bytes_read`` from files for weights, hashes and
+        spilled states.
     """
     stages: dict[str, float] = {}
     before = peak_bytes()
@@ -91,7 +92,7 @@ def timed(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as text."""
+    """Format the result as text."""
     lines = [f"{name:<22}{seconds:>8.1f} s" for name, seconds in result["stages"].items()]
     lines.append(f"{'all':<22}{result['seconds']:>8.1f} s")
     before, after, peak = (
@@ -106,8 +107,13 @@ def _run(argv: list[str]) -> int:
     add("--model", choices=(*QWEN2_VL, DEMO), default=QWEN2_VL[0], help="default %(default)s")
     add("--layers", default="4", metavar=f"N|{FULL}", help="layers of each tower (default 4)")
     add("--vocab", type=int, default=151936, metavar="N", help="default 151936")
-    add("--source", type=Path, metavar="DIR", help="a Hugging Face folder, in place of --model")
-    add("--calibration", type=Path, metavar="FILE.jsonl", help="samples for --source")
+    add(
+        "--source",
+        type=Path,
+        metavar="DIR",
+        help="a Hugging Face folder to convert instead of --model",
+    )
+    add("--calibration", type=Path, metavar="FILE.jsonl", help="calibration samples for --source")
     add("--recipe", default="w4a8", metavar="PRESET|FILE.json", help="default w4a8")
     add_output_options(parser)
     args = parser.parse_args(argv)

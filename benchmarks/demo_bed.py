@@ -24,16 +24,16 @@ from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
 
 
 class DemoBed:
-    """The bundled model, as it is or made hard to quantise.
+    """The bundled model, unchanged or made hard to quantise.
 
     Attributes:
         family, config, params: the float model, its head untied.
         calibration: the bundled calibration set as one batch.
-        n: questions asked.
+        n: number of questions.
 
     Args:
         questions: how many of the 500 held-out questions to ask.
-        draw: seed of the outliers (benchmarks/outliers.py); ``None`` leaves the model as it is.
+        draw: random seed of the outliers (benchmarks/outliers.py); ``None`` adds none.
     """
 
     def __init__(self, questions: int, draw: int | None = None):
@@ -63,7 +63,8 @@ class DemoBed:
         return model
 
     def _answer_batch(self):
-        """The questions with their answers, and where answer tokens are predicted."""
+        """Return the questions with their answers, and a mask of positions that predict answer
+        tokens."""
         prompts = [with_answer(s, self.processor) for s in self.samples]
         batch = jax.tree.map(jnp.asarray, self.processor.collate(prompts))
         mask = np.zeros(batch.input_ids.shape, bool)
@@ -72,12 +73,13 @@ class DemoBed:
         return batch, mask
 
     def _log_probs(self, module: nnx.Module) -> np.ndarray:
-        """float32 ``[answer tokens, vocab]``."""
+        """Return log-probabilities, float32 ``[answer tokens, vocab]``."""
         batch, mask = self._answers
         return np.asarray(jax.jit(lambda m, b: jax.nn.log_softmax(m(b)))(module, batch))[mask]
 
     def evaluate(self, module: nnx.Module) -> dict[str, Any]:
-        """Exact match with its 95 % interval, KL per answer token in nats, logit error."""
+        """Return exact match and its 95 % interval, KL per answer token in nats, and the logit
+        error."""
         model = Model(module, self.config, {}, self.processor)
         result = evaluate(model, self.samples, batch_size=100, max_new_tokens=8)
         ours, theirs = self._log_probs(module), self._reference
@@ -90,7 +92,7 @@ class DemoBed:
 
 
 def interval(correct: list[bool], draws: int = 2000) -> list[float]:
-    """95 % bootstrap interval of the mean."""
+    """Return the 95 % bootstrap interval of the mean."""
     rng = np.random.default_rng(0)
     hits = np.asarray(correct, float)
     means = hits[rng.integers(0, hits.size, (draws, hits.size))].mean(1)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Make what travels to a machine with a GPU and no network; benchmarks/device_check.sh runs there.
+# Pack what benchmarks/device_check.sh needs on a GPU machine without a network.
 #
-#     bash benchmarks/device_bundle.sh DIR            the needed part of the tree, and all wheels
-#     bash benchmarks/device_bundle.sh DIR NAME...    wheels of these packages only, where the whole
-#                                                     tree travels anyway and the rest is installed
+#     bash benchmarks/device_bundle.sh DIR            the part of the tree it needs, and all wheels
+#     bash benchmarks/device_bundle.sh DIR NAME...    only these packages' wheels, for machines
+#                                                     that have the tree and the other packages
 #
-# DIR gets tree/ (first form only) and wheels/. It stops where tree and wheels exceed 64 MiB. Then:
+# DIR gets tree/ (first form only) and wheels/. More than 64 MiB in total is an error. Then run:
 #
 #     bash DIR/tree/benchmarks/device_check.sh OUT                        (first form)
 #     WHEELS=DIR/wheels bash benchmarks/device_check.sh OUT               (second form)
@@ -38,7 +38,7 @@ if [ $# -gt 0 ]; then
     tree=$(cd "$root" && git ls-files -z | xargs -0 stat -c %s | awk '{ n += $1 } END { print n }')
 else
     mkdir "$out/tree"
-    # Neither the demo model's weights, nor test data of other tests, nor stored results.
+    # Leave out the demo model's weights, the data of other tests, and stored results.
     (cd "$root" && git ls-files -z pyproject.toml mquant_jax models benchmarks tests/conftest.py \
         tests/helpers.py tests/mquant_jax/test_ops_gpu.py tests/mquant_jax/test_ops_rotate.py \
         tests/goldens/qwen2_vl/public ':!:*/demo/heldout.npz' ':!:*/demo/model/model.safetensors' \

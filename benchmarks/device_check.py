@@ -1,20 +1,20 @@
-"""All checks that need an NVIDIA GPU, most valuable first, in under 8 minutes.
+"""Run every check that needs an NVIDIA GPU, most valuable first, in under 8 minutes.
 
     bash benchmarks/device_check.sh OUT [--from STEP] [--tiny]
 
-The shell script stages the tree and the wheels and then runs this module. Steps:
+The shell script stages the tree and the wheels, then runs this module. Steps:
 
 ``kernels``      the tests of the GPU kernels, compiled instead of interpreted
 ``product``      one W4A8 product against the int8 peak
 ``speed``        benchmarks.speed --suite gpu-7b: W4A8, W8A8 and bfloat16
-``tune``         cuts of the kernels, timed; a table for mquant_jax/assets/gpu_blocks.json
+``tune``         timings of kernel block sizes; a table for mquant_jax/assets/gpu_blocks.json
 ``conversion``   Qwen2-VL-2B's shapes with 4 + 4 layers to W4A8, stage by stage
 
-Each step is a process of its own with its own limit. OUT gets ``report.json``, which is rewritten
-after every step, ``log.txt`` with all output, and one result file per step; at most 8 files. A step
-that fails or runs out of time does not stop those after it. ``--from STEP`` starts at that step and
-keeps what OUT holds of earlier ones. ``--tiny`` replaces all sizes by the smallest ones, as a
-rehearsal that also runs on a CPU.
+Each step is a separate process with its own time limit. OUT gets ``report.json``, which is
+rewritten after every step, ``log.txt`` with all output, and one result file per step: at most 8
+files. A step that fails or times out does not stop the later ones. ``--from STEP`` starts at that
+step and keeps the earlier steps' results in OUT. ``--tiny`` rehearses all steps with the smallest
+sizes and also runs on a CPU.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from benchmarks.output import save
 from mquant_jax.cli_support import FAILED, OK, Parser, run_cli
 from mquant_jax.errors import UserError
 
-WHOLE = 470.0  # seconds for all steps; staging takes a few more
+WHOLE = 470.0  # seconds for all steps, not counting the staging
 REPORT, LOG = "report.json", "log.txt"
-TAIL = 3  # lines of a step's output that go into the report
+TAIL = 3  # lines of a step's output to keep in the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Step:
 
     Attributes:
         limit: seconds after which it is killed.
-        command: arguments for Python; ``{out}`` stands for the folder of results.
+        command: arguments for Python; ``{out}`` stands for the results folder.
         tiny: the same for the rehearsal.
-        file: its result in that folder, if it writes one.
+        file: the name of its result file in that folder, if it writes one.
     """
 
     name: str
@@ -59,8 +59,8 @@ class Step:
 
 
 def _pytest(*args: str) -> tuple[str, ...]:
-    # Neither the suite's worker processes, which would share one GPU, nor its rule that warnings
-    # are errors, which depends on the versions installed.
+    # Override the suite's options: worker processes would share one GPU, and whether a warning
+    # is raised depends on the installed versions.
     options = (
         "-q",
         "-rfE",
@@ -119,11 +119,11 @@ STEPS = (
 
 
 def run_step(step: Step, command: Sequence[str], limit: float, out: Path) -> dict[str, Any]:
-    """Run one step; its output is appended to the log.
+    """Run one step and append its output to the log.
 
     Returns:
         ``step``, ``outcome`` (``ok``, ``failed`` or ``out of time``), ``seconds``, ``exit_status``,
-        the ``result`` file if there is one, and the last lines of its output.
+        ``result`` (the result file, if there is one), and ``tail``, the last lines of its output.
     """
     argv = [sys.executable, *(part.format(out=out) for part in command)]
     if step.file:
@@ -146,7 +146,7 @@ def run_step(step: Step, command: Sequence[str], limit: float, out: Path) -> dic
 
 
 def _wait(argv: list[str], limit: float, log: TextIO) -> int | None:
-    """The exit status, or ``None`` where the process group was killed at its limit."""
+    """Return the exit status, or ``None`` if the process group was killed at its limit."""
     child = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )
@@ -156,17 +156,17 @@ def _wait(argv: list[str], limit: float, log: TextIO) -> int | None:
         return None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # and what it started
+            os.killpg(child.pid, signal.SIGKILL)  # the process and its children
         child.wait()
 
 
 def check(
     out: Path, steps: Sequence[Step], first: str, tiny: bool = False, whole: float = WHOLE
 ) -> dict[str, Any]:
-    """Run the steps from ``first`` on; ``report.json`` is rewritten after each.
+    """Run the steps from ``first`` on; rewrite ``report.json`` after each.
 
     Returns:
-        The report: ``ok``, ``seconds`` and the ``steps``, earlier runs' included.
+        The report: ``ok``, ``seconds`` and ``steps``, including those kept from earlier runs.
     """
     out.mkdir(parents=True, exist_ok=True)
     names = [step.name for step in steps]
@@ -190,7 +190,7 @@ def check(
 
 
 def _earlier(file: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The entries of these steps in the report of an earlier run."""
+    """Return the entries of these steps from the report of an earlier run."""
     try:
         steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
     except FileNotFoundError:
@@ -201,7 +201,7 @@ def _earlier(file: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def line(entry: dict[str, Any]) -> str:
-    """One step for people."""
+    """Format one step for the terminal."""
     text = f"{entry['step']:<12}{entry['outcome']:<12}"
     if "seconds" in entry:
         text += f"{entry['seconds']:>7.1f} s of {entry['limit']:.0f}"
@@ -212,7 +212,7 @@ def _run(argv: list[str]) -> int:
     parser = Parser("bash benchmarks/device_check.sh", __doc__ or "",
                     "exit status: 0 all steps ok, 1 some are not, 2 bad usage")  # fmt: skip
     names = [step.name for step in STEPS]
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the results")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the results")
     parser.add_argument("--from", dest="first", choices=names, default=names[0], metavar="STEP",
                         help=f"first step: {', '.join(names)}")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="rehearse with the smallest sizes")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The checks that need a GPU, in one command and under 8 minutes; see benchmarks/device_check.py.
+# Run all checks that need a GPU, in under 8 minutes; see benchmarks/device_check.py.
 #
 #     bash benchmarks/device_check.sh OUT [--from STEP] [--tiny]
 #
-# Needs Python 3.12 with jax 0.11.2 and CUDA (PYTHON names another interpreter than python3); nothing
-# is installed there and nothing is fetched. Other packages come from the folder of wheels that
-# benchmarks/device_bundle.sh makes: WHEELS, by default "wheels" beside the tree or inside it.
+# Needs Python 3.12 with jax 0.11.2 and CUDA (set PYTHON to use an interpreter other than python3).
+# Nothing is installed or downloaded. Other packages come from a folder of wheels made by
+# benchmarks/device_bundle.sh: WHEELS, by default "wheels" beside the tree or inside it.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
@@ -14,13 +14,13 @@ for folder in "$root/wheels" "$root/../wheels"; do
     [ -z "$wheels" ] && [ -d "$folder" ] && wheels=$(cd "$folder" && pwd)
 done
 [ $# -gt 0 ] || set -- --help
-# What the steps see as OUT is relative to where the user is.
+# The steps run in another folder: make a relative OUT absolute.
 case $1 in -* | /*) ;; *) set -- "$PWD/$1" "${@:2}" ;; esac
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/tree" "$work/site"
-# The tree as it installs: the folder models is the package mquant_jax.models.
+# Lay the tree out as installed: the folder models becomes the package mquant_jax.models.
 cp -R "$root/mquant_jax" "$root/benchmarks" "$root/tests" "$root/pyproject.toml" "$work/tree"
 cp -R "$root/models" "$work/tree/mquant_jax/models"
 if [ -n "$wheels" ]; then

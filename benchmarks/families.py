@@ -1,19 +1,19 @@
-"""Every family side by side: parity, and what each method costs on hard random weights.
+"""Compare all model families: parity with the original code, and accuracy of each method.
 
     python -m benchmarks.families [--case NAME] [--json] [--save FILE] [--docs FILE]
 
 For each golden case in tests/goldens:
 
-``float``     relative logits error against the numbers of the original code, and greedy tokens
-``rotated``   the same model with norms fused and everything rotated, against float
+``float``     relative logits error against the original code's output, and greedy tokens
+``rotated``   the same model with fused norms and all rotations folded in, against float
 ``rtn``, ``quarot``, ``mquant``   W4A8 static: relative logits error against float, for a model of
-              the same structure widened to 512 channels and more, random weights, and channels made
-              10 to 100 times larger than the rest without a change of function
-              (benchmarks/outliers.py); on the case's prompts with random text and pictures
+              the same structure widened to at least 512 channels, with random weights and channels
+              made 10 to 100 times larger than the rest without a change of function
+              (benchmarks/outliers.py), on the case's prompts with random text and pictures
 
-Calibration sees prompts of its own, as random. Random weights have no
-redundancy: read the columns against each other, not as what a trained model would lose. ``--docs``
-writes the table and what each family can do into a Markdown file.
+Calibration uses other random prompts than the evaluation. Random weights have no redundancy:
+compare the columns with each other, and do not read them as the loss of a trained model. ``--docs``
+writes a Markdown file with the table and what each family supports.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LLM = {
     "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8,
     "num_key_value_heads": 2,
 }  # fmt: skip
-# Case -> what to change in its config.json, dictionaries merged.
+# Case -> changes to its config.json; dictionaries are merged.
 WIDE: dict[str, dict[str, Any]] = {
     "qwen2_vl/public": _LLM | {
         "rope_scaling": {"mrope_section": [8, 12, 12]},
@@ -76,7 +76,7 @@ WIDE: dict[str, dict[str, Any]] = {
 
 
 def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A config with ``changes``; dictionaries are merged, whole values replaced."""
+    """Return a config with ``changes`` applied: dictionaries are merged, other values replaced."""
     out = dict(config)
     for key, value in changes.items():
         known = out.get(key)
@@ -85,8 +85,8 @@ def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_params(family: Family, config: Any, seed: int) -> Params:
-    """Weights of a model that is not chaotic: each layer adds a little to the residual stream, as
-    in trained ones. Norms and biases are not trivial."""
+    """Return random weights of a well-conditioned model: each layer adds a little to the residual
+    stream, as in trained models, and norms and biases are not trivial."""
     rng = np.random.default_rng(seed)
     out: Params = {}
     for rule in family.weight_rules(config):
@@ -104,7 +104,7 @@ def random_params(family: Family, config: Any, seed: int) -> Params:
 
 
 def other_content(batch: Batch, vocab: int, seed: int) -> Batch:
-    """The same places, other text and other pictures."""
+    """Return the batch with the same layout but random text and pictures."""
     rng = np.random.default_rng(seed)
     text = np.asarray(batch.token_class) == 0
     ids = np.where(text, rng.integers(0, vocab, text.shape), batch.input_ids).astype(np.int32)
@@ -116,7 +116,8 @@ def other_content(batch: Batch, vocab: int, seed: int) -> Batch:
 
 
 def logits(family: Family, config: Any, recipe: Recipe, params: Params, batch: Batch):
-    """float32 ``[real tokens, vocab]`` of the model that ``recipe`` describes."""
+    """Return the logits of the model that ``recipe`` describes, float32 ``[real tokens,
+    vocab]``."""
     model = abstract_model(family, config, recipe)
     set_params(model, dict(params))
     real = np.asarray(batch.token_class) >= 0
@@ -124,13 +125,13 @@ def logits(family: Family, config: Any, recipe: Recipe, params: Params, batch: B
 
 
 def error(got: np.ndarray, expected: np.ndarray) -> float:
-    """``||got - expected|| / ||expected||``."""
+    """Return ``||got - expected|| / ||expected||``."""
     got, expected = got.astype(np.float64), expected.astype(np.float64)
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 def parity(case: str) -> dict[str, Any]:
-    """The golden case in float, and rotated in float."""
+    """Run the golden case in float, and rotated in float."""
     hf = json.loads((GOLDENS / case / "config.json").read_text(encoding="utf-8"))
     family = family_for(hf, case)
     config = family.config_from_hf(hf)
@@ -162,7 +163,7 @@ def parity(case: str) -> dict[str, Any]:
 
 
 def widened(case: str) -> dict[str, float]:
-    """Relative logits error of every method on the widened case."""
+    """Return the relative logits error of every method on the widened case."""
     hf = json.loads((GOLDENS / case / "config.json").read_text(encoding="utf-8"))
     hf = merged(hf, WIDE[case])
     family = family_for(hf, case)
@@ -178,7 +179,7 @@ def widened(case: str) -> dict[str, float]:
     calibration = other_content(family.collate(config, prompts), vocab, 1)
     out = {"outliers": error(logits(family, config, Recipe(), params, batch), plain)}
     for name in progress(COMPARED, case):
-        # Nothing can be learned from a random model's predictions.
+        # A random model's predictions carry no information to learn scales from.
         recipe = dataclasses.replace(METHODS[name], tune=Tuning())
         made = quantize_params(family, config, recipe, params, calibration)[0]
         out[name] = error(logits(family, config, recipe, made, batch), plain)
@@ -186,7 +187,8 @@ def widened(case: str) -> dict[str, float]:
 
 
 def status(row: dict[str, Any]) -> str:
-    """``complete`` if every figure of the row is as it must be, else what is not."""
+    """Return ``complete`` if every figure of the row is within its bound, else the names of the
+    rest."""
     wrong = {
         "float": row["float"] > 1e-4 or not row["greedy_equal"],
         "rotated": row["rotated"] > 1e-3,
@@ -196,7 +198,7 @@ def status(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Format the rows as a Markdown table."""
     lines = [
         "| case | pictures per prompt | videos | batch | float | greedy | rotated | rtn | quarot "
         "| mquant | status |",
@@ -216,15 +218,15 @@ DOCS = """# Families
 
 Written by `python -m benchmarks.families --docs docs/families.md`; do not edit.
 
-`float`: relative error of the logits against the numbers of the original code, on prompts of
-several rows with padding. `greedy`: whether all generated tokens are those of the original.
-`rotated`: the same weights with norms fused and rotations folded in, against float. The last three:
-relative logits error of W4A8 with static scales in every dense layer, vision tower and connector
-included, for the same structure widened to 512 channels, with random weights and channels 10 to 100
-times larger than the rest. Random weights have no redundancy and nothing to learn from, so these
-show what outliers do, not what a trained model loses nor where the last two part
-([accuracy.md](accuracy.md) does). `status` is complete where float and greedy are within 1e-4 and
-equal, rotated is within 1e-3, and `mquant` ahead of `rtn`.
+`float`: relative error of the logits against the original code's output, on batches with several
+rows and padding. `greedy`: whether all generated tokens equal the original's. `rotated`: the same
+weights with fused norms and folded rotations, against float. The last three columns: relative
+logits error of W4A8 with static scales in every dense layer, vision tower and connector included,
+for the same structure widened to 512 channels, with random weights and channels 10 to 100 times
+larger than the rest. Random weights have no redundancy and nothing to learn from: these columns
+show the effect of outliers. They do not show what a trained model loses, nor how `quarot` and
+`mquant` differ; [accuracy.md](accuracy.md) does. `status` is complete where `float` is within 1e-4,
+`greedy` is equal, `rotated` is within 1e-3, and `mquant` has a smaller error than `rtn`.
 
 """
 
@@ -234,8 +236,8 @@ def _run(argv: list[str]) -> int:
     add = parser.add_argument
     add("--case", action="append", metavar="NAME", help="only this case; repeatable")
     add("--json", action="store_true", help="one JSON object on stdout")
-    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well, case by "
-        "case; cases that it holds already stay")  # fmt: skip
+    add("--save", type=Path, metavar="FILE", help="write the JSON object to FILE as well, after "
+        "each case; keeps other cases already in FILE")  # fmt: skip
     add("--docs", type=Path, metavar="FILE", help="write the table into a Markdown file")
     args = parser.parse_args(argv)
     for name in args.case or ():

@@ -1,10 +1,10 @@
-"""Kill a conversion at random moments, resume it, and compare the result with an uninterrupted one.
+"""Kill a conversion at random moments, resume it, and compare it with an uninterrupted one.
 
     python -m benchmarks.kills OUT [--source DIR] [--recipe w4a8] [--kills 200] [--seed 0] [--json]
 
-Kills are chained: the resumed conversion is killed again, until one ends; then a new chain begins.
-A difference is a checkpoint whose tensors or report are not those of the uninterrupted conversion;
-a leftover is anything beside DST and DST.work after a kill, or beside DST after a success.
+Kills are chained: a resumed conversion is killed again until one finishes, then a new chain begins.
+A difference is a checkpoint whose tensors or report differ from the uninterrupted conversion's. A
+leftover is anything beside DST and DST.work after a kill, or beside DST after a success.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mquant_jax.cli_support import FAILED, OK, Parser, run_cli
+from mquant_jax.cli_support import FAILED, OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.samples import DEMO_ASSETS
 
 
 def convert(source: Path, dst: Path, recipe: str, limit: float | None = None) -> bool:
-    """Convert, going on with what is there; kill it after ``limit`` seconds.
+    """Convert or resume; kill the conversion after ``limit`` seconds.
 
     Returns:
-        Whether it ended by itself.
+        Whether it finished before the limit.
 
     Raises:
         UserError: it ended with an error.
@@ -47,13 +47,13 @@ def convert(source: Path, dst: Path, recipe: str, limit: float | None = None) ->
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """What two conversions must agree in."""
+    """Return the manifest entries that two conversions must agree on."""
     manifest = json.loads((folder / "mquant.json").read_text(encoding="utf-8"))
     return {key: manifest[key] for key in ("tensors", "parts", "files", "recipe", "source")}
 
 
 def run(out: Path, source: Path, recipe: str, kills: int, seed: int) -> dict[str, Any]:
-    """The whole experiment.
+    """Run the whole experiment.
 
     Returns:
         ``{"kills", "chains", "differences", "leftovers", "seconds_uninterrupted"}``.
@@ -65,19 +65,22 @@ def run(out: Path, source: Path, recipe: str, kills: int, seed: int) -> dict[str
     convert(source, reference, recipe)
     shutil.rmtree(reference)
     began = time.perf_counter()
-    convert(source, reference, recipe)  # programs are compiled by now
+    convert(source, reference, recipe)  # timed with a warm compilation cache
     whole = time.perf_counter() - began
     expected = content(reference)
     result = {"kills": 0, "chains": 0, "differences": 0, "leftovers": 0}
+    bar = iter(progress(range(kills), "kill"))
     while result["kills"] < kills:
         ended = convert(source, dst, recipe, rng.uniform(0, whole))
         allowed = {"reference", "dst"} if ended else {"reference", "dst", "dst.work"}
         result["leftovers"] += len({p.name for p in out.iterdir()} - allowed)
         result["kills" if not ended else "chains"] += 1
-        if ended:
+        if not ended:
+            next(bar)
+        else:
             result["differences"] += content(dst) != expected
             shutil.rmtree(dst)
-    if (out / "dst.work").exists() or dst.exists():  # the last kill was not resumed yet
+    if (out / "dst.work").exists() or dst.exists():  # the last killed run is still to be resumed
         convert(source, dst, recipe)
         result["chains"] += 1
         result["differences"] += content(dst) != expected
@@ -87,11 +90,11 @@ def run(out: Path, source: Path, recipe: str, kills: int, seed: int) -> dict[str
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.kills", __doc__ or "")
     add = parser.add_argument
-    add("out", type=Path, help="new folder")
+    add("out", type=Path, help="new folder for the conversions")
     add("--source", type=Path, default=DEMO_ASSETS / "model", help="default: the bundled model")
     add("--recipe", default="w4a8", help="default w4a8")
     add("--kills", type=int, default=200, metavar="N", help="default 200")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the moments (default 0)")
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     if args.out.exists():

@@ -1,10 +1,10 @@
 """Make a model hard to quantise without changing its function.
 
-Trained small models are tame; large ones carry channels that are tens of times larger than the
-rest, and channels whose mean is far from zero. The same is brought about here exactly: a channel is
-scaled up where it is written and down where it is read, and a constant is added and taken off
-again, wherever the algebra allows it: constants through norms and attention, but not through an
-activation function. Driven by the family's declared streams.
+Small trained models have few outliers. Large ones have channels tens of times larger than the rest,
+and channels whose mean is far from zero. This module creates both exactly. It scales a channel up
+where it is written and down where it is read. It adds a constant and subtracts it again where the
+algebra allows: through norms and attention, but not through an activation function. The family's
+declared streams say where.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from mquant_jax.models.streams import Streams
 from mquant_jax.nn.params import Params
 from mquant_jax.ptq.channels import can_shift, links, scale, shift
 
-CHANNELS = 0.02  # share of channels that become outliers, one at least
+CHANNELS = 0.02  # share of channels that become outliers, at least one
 LOW, HIGH = 10.0, 100.0
-SHIFT = 5.0  # mean of a shifted channel, in sizes of the weights that write it
+SHIFT = 5.0  # mean of a shifted channel, relative to the norm of the weights that write it
 
 
 def _chosen(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Indices of the few random channels, out of ``n``, that become outliers."""
+    """Choose a few of ``n`` channels at random to become outliers; return their indices."""
     return rng.choice(n, max(1, round(CHANNELS * n)), replace=False)
 
 
 def _gains(rng: np.random.Generator, n: int) -> np.ndarray:
-    """float64 ``[n]``: 1, and 10 to 100 (log-uniform) at a few random channels."""
+    """Return float64 ``[n]``: 10 to 100 (log-uniform) at a few random channels, 1 elsewhere."""
     gains = np.ones(n)
     chosen = _chosen(rng, n)
     gains[chosen] = np.exp(rng.uniform(np.log(LOW), np.log(HIGH), chosen.size))
@@ -35,7 +35,8 @@ def _gains(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def _offsets(rng: np.random.Generator, sizes: np.ndarray) -> np.ndarray:
-    """float64 like ``sizes``: 0, and at a few channels ``SHIFT`` times the size, of either sign."""
+    """Return float64 like ``sizes``: ``SHIFT`` times the size with a random sign at a few channels,
+    0 elsewhere."""
     offsets = np.zeros_like(sizes)
     chosen = _chosen(rng, sizes.size)
     offsets[chosen] = SHIFT * sizes[chosen] * rng.choice([-1.0, 1.0], chosen.size)
@@ -43,8 +44,8 @@ def _offsets(rng: np.random.Generator, sizes: np.ndarray) -> np.ndarray:
 
 
 def with_outliers(params: Params, streams: Streams, seed: int) -> Params:
-    """New float32 tensors of the same function, with channel scales moved along every link, and
-    constants along those that let them."""
+    """Return float32 tensors of the same function, with channel scales moved along every link and
+    constants along every link that can carry them."""
     rng = np.random.default_rng(seed)
     p = lazy(params)
     for link in links(p, streams):

@@ -1,11 +1,11 @@
-"""One W4A8 product against what the chip could do.
+"""Compare one W4A8 product with the chip's peak rate.
 
     python -m benchmarks.product [--shape ROWS,OUT,IN]... [--json] [--save FILE]
 
-Times one dense layer, int8 activations by int4 weights into bfloat16, as the package runs it on
-this machine, beside XLA's int8 and bfloat16 products of the same shape. ``tops`` counts a
-multiplication and an addition as two; ``of_peak`` is the share of the published int8 rate (H100 and
-H200 only); ``weight_gb_per_second`` is what matters with one row.
+Times one dense layer (int8 activations, int4 weights, bfloat16 result) as the package runs it on
+this machine, and XLA's int8 and bfloat16 products of the same shape. ``tops`` counts a
+multiply-add as two operations. ``of_peak`` is the share of the published int8 rate (H100 and H200
+only). ``weight_gb_per_second`` is the relevant figure for a single row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Call = Callable[[QTensor, QWeight], jax.Array]
 
 
 def peak() -> float | None:
-    """The published dense int8 operations per second of this device, where known."""
+    """Return this device's published dense int8 operations per second, or ``None`` if unknown."""
     kind = jax.devices()[0].device_kind
     return DEVICES["h100"].rates["int8"] if any(n in kind for n in ("H100", "H200")) else None
 
@@ -56,7 +56,7 @@ def _bfloat16(x: QTensor, w: QWeight) -> jax.Array:
 
 
 def variants(rows: int, out: int, k: int) -> dict[str, tuple[Call, QTensor, QWeight]]:
-    """Name -> call, activations and a stack of weights (all layers the same)."""
+    """Return name -> call, activations and a stack of weights whose layers are all equal."""
     rng = np.random.default_rng(0)
     values = jnp.asarray(rng.integers(-128, 128, (rows, k)), jnp.int8)
     x = QTensor(values, jnp.float32(0.01))
@@ -79,7 +79,7 @@ def variants(rows: int, out: int, k: int) -> dict[str, tuple[Call, QTensor, QWei
 
 
 def timed(shape: Shape) -> dict[str, Any]:
-    """One shape: a row per variant."""
+    """Time one shape: one row per variant."""
     rows, out, k = shape
     best, result = peak(), {"rows": rows, "out": out, "in": k, "variants": {}}
     for name, (call, x, stack) in variants(*shape).items():
@@ -95,7 +95,7 @@ def timed(shape: Shape) -> dict[str, Any]:
 
 
 def measure(shapes: list[Shape], file: Path | None) -> dict[str, Any]:
-    """All shapes; ``file`` is rewritten after each."""
+    """Time all shapes; rewrite ``file`` after each."""
     out: dict[str, Any] = {"machine": machine(), "int8_peak": peak(), "shapes": []}
     for shape in shapes:
         out["shapes"].append(timed(shape))
@@ -104,7 +104,7 @@ def measure(shapes: list[Shape], file: Path | None) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as text."""
+    """Format the result as text."""
     lines = [
         f"{'rows x out x in':<22}{'variant':<10}{'us':>10}{'TOP/s':>9}{'of peak':>9}{'GB/s':>8}"
     ]
@@ -118,10 +118,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parse_shape(text: str) -> Shape:
-    """``"1,64,64"`` -> (1, 64, 64).
+    """Parse ``"1,64,64"`` into (1, 64, 64).
 
     Raises:
-        UserError: it is no shape.
+        UserError: the text is not a shape.
     """
     parts = text.split(",")
     if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
@@ -133,7 +133,7 @@ def parse_shape(text: str) -> Shape:
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.product", __doc__ or "")
     parser.add_argument("--shape", action="append", metavar="ROWS,OUT,IN",
-                        help="repeatable (default: three of Qwen2-VL-7B's size)")  # fmt: skip
+                        help="repeatable (default: three shapes like Qwen2-VL-7B's)")  # fmt: skip
     add_output_options(parser)
     args = parser.parse_args(argv)
     shapes = [parse_shape(text) for text in args.shape or ()] or list(SHAPES)

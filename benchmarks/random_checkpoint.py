@@ -1,11 +1,11 @@
-"""Write a random Hugging Face folder of Qwen2-VL's shape, whole or cut to a few layers.
+"""Write a random Hugging Face checkpoint with Qwen2-VL's shapes, whole or cut to a few layers.
 
     python -m benchmarks.random_checkpoint OUT [--model qwen2_vl-2b] [--layers N|full]
                                            [--shards N] [--vocab 151936]
 
-For measurements without a download: the layer shapes are those of the published model, the weights
-are noise, written block by block, so that a large model needs no more memory than a small one.
-Tokenizer and preprocessor files are those of the bundled demo model.
+For measurements without a download. The layer shapes are those of the published model and the
+weights are noise. They are written block by block, so a large model needs no more memory than a
+small one. Tokenizer and preprocessor files come from the bundled demo model.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from mquant_jax.samples import DEMO_ASSETS
 QWEN2_VL = ("qwen2_vl-2b", "qwen2_vl-7b")
 DEMO = "demo"  # the shapes of the bundled model, which has four million parameters
 FULL = "full"
-_BLOCK = 1 << 24  # values that are made at a time
+_BLOCK = 1 << 24  # values generated at a time
 Shapes = dict[str, tuple[int, ...]]
 
 
 def cut_config(model: str, layers: int | None, vocab: int) -> dict[str, Any]:
-    """A published Qwen2-VL config, the vocabulary cut to ``vocab`` and both towers to ``layers``
-    (``None``: as published); the demo model's as it is."""
+    """Return a published Qwen2-VL config, its vocabulary cut to ``vocab`` and both towers to
+    ``layers`` (``None``: as published). The demo model's config is returned unchanged."""
     demo = json.loads((DEMO_ASSETS / "model" / "config.json").read_text(encoding="utf-8"))
     if model == DEMO:
         return demo
@@ -49,7 +49,7 @@ def cut_config(model: str, layers: int | None, vocab: int) -> dict[str, Any]:
 
 
 def noise(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Blocks of rows of bf16 noise, scaled so that activations stay near one."""
+    """Yield blocks of rows of bf16 noise, scaled to keep activations near one."""
     rows = max(1, _BLOCK // int(np.prod(shape[1:])))
     is_norm = "norm" in name or "ln_q" in name
     for start in range(0, shape[0], rows):
@@ -64,7 +64,7 @@ def noise(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Iterat
 def write(
     out: Path, model: str, layers: int | None, vocab: int, seed: int = 0, shards: int = 1
 ) -> int:
-    """Write the folder; the size of its tensors in bytes.
+    """Write the folder; return the size of its tensors in bytes.
 
     Raises:
         UserError: ``out`` exists.
@@ -75,7 +75,7 @@ def write(
 
 
 def write_folder(out: Path, hf: dict[str, Any], seed: int = 0, shards: int = 1) -> int:
-    """:func:`write` of any Qwen2-VL config.json."""
+    """Like :func:`write`, for any Qwen2-VL config.json."""
     shapes = {r.src: r.src_shape for r in weight_rules(Qwen2VLConfig.from_hf(hf))}
     out.mkdir(parents=True)
     for file in (DEMO_ASSETS / "model").iterdir():
@@ -104,10 +104,10 @@ def _write_tensors(out: Path, shapes: Shapes, rng: np.random.Generator, shards: 
 
 
 def layer_count(text: str) -> int | None:
-    """``--layers``: a number, or ``full``.
+    """Parse ``--layers``: a number, or ``full`` (``None``).
 
     Raises:
-        UserError: neither.
+        UserError: the text is neither.
     """
     if text == FULL:
         return None
@@ -124,7 +124,7 @@ def _run(argv: list[str]) -> int:
     )
     parser.add_argument("--layers", default="4", metavar=f"N|{FULL}",
                         help="layers of each tower (default 4)")  # fmt: skip
-    parser.add_argument("--shards", type=int, default=1, help="files of tensors (default 1)")
+    parser.add_argument("--shards", type=int, default=1, help="number of tensor files (default 1)")
     parser.add_argument("--vocab", type=int, default=151936, help="default 151936")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

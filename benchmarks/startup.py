@@ -1,17 +1,18 @@
-"""How long a start takes: loading a checkpoint of 2B parameters and compiling it.
+"""Measure a start: load a checkpoint of 2B parameters and compile it.
 
     python -m benchmarks.startup [--layers 28] [--json] [--save FILE]
 
-Writes a random ``w4a8`` checkpoint of Qwen2-VL-2B's published shapes (1.7 GB, in a temporary
-folder; the vision tower gets as many layers as the language model: 28, where 32 are published),
-then starts three processes, one after the other. Each imports the package, loads the checkpoint,
-and compiles a prefill of 512 tokens with a picture and the decode loop:
+Writes a random ``w4a8`` checkpoint with Qwen2-VL-2B's published shapes (1.7 GB, in a temporary
+folder). The vision tower gets as many layers as the language model: 28, where the published one has
+32. Then three processes run one after the other. Each imports the package, loads the checkpoint,
+and compiles the decode loop and a prefill of 512 tokens with a picture:
 
-``no cache``      everything is compiled, nothing kept
-``first start``   the same, and what was compiled is kept (mquant_jax/compile_cache.py)
-``next start``    finds it there
+``no cache``      compile everything, keep nothing
+``first start``   compile everything and keep it (mquant_jax/compile_cache.py)
+``next start``    find the compiled programs in the cache
 
-The checkpoint has just been written, so that the system may hold it in memory: no disk is measured.
+The checkpoint has just been written, so it is probably in the page cache: disk speed is not
+measured.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PARTS = ("import", "load", "compile_prefill", "compile_decode", "first_token")
 
 
 def write(folder: Path, layers: int) -> int:
-    """Write the checkpoint; its size in bytes."""
+    """Write the checkpoint; return its size in bytes."""
     from benchmarks.aot.sizes import MODELS
     from benchmarks.random_checkpoint import cut_config
     from benchmarks.speed import random_model
@@ -62,7 +63,7 @@ def write(folder: Path, layers: int) -> int:
 
 
 def start(folder: Path, began: float) -> dict[str, float]:
-    """One start, in this process: seconds of each of the :data:`PARTS`."""
+    """Start once, in this process; return the seconds of each of the :data:`PARTS`."""
     from mquant_jax.compile_cache import keep_compiled_programs
     from mquant_jax.eval.speed import Greedy
     from mquant_jax.loading import load_model
@@ -87,19 +88,19 @@ def start(folder: Path, began: float) -> dict[str, float]:
 
 
 def fresh(folder: Path, settings: dict[str, str]) -> dict[str, float]:
-    """:func:`start` in a process of its own with these variables set."""
+    """Run :func:`start` in a new process with these environment variables."""
     command = [sys.executable, "-m", "benchmarks.startup", "--start", str(folder)]
     command += ["--began", str(time.time())]
-    done = subprocess.run(
+    child = subprocess.run(
         command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=False
     )
-    if done.returncode:
-        raise UserError(f"a start failed with exit status {done.returncode}, see above")
-    return json.loads(done.stdout.splitlines()[-1])
+    if child.returncode:
+        raise UserError(f"a start failed with exit status {child.returncode}; see its output above")
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as text."""
+    """Format the rows as text."""
     titles = "".join(f"{name.replace('_', ' '):>17}" for name in PARTS)
     lines = [
         f"{result['layers']} layers, {result['checkpoint_bytes'] / 1e9:.2f} GB; seconds",
@@ -115,8 +116,13 @@ def _run(argv: list[str]) -> int:
     add = parser.add_argument
     add("--layers", type=int, default=28, metavar="N", help="layers of each tower (default 28)")
     add_output_options(parser)
-    add("--start", type=Path, metavar="DIR", help="one start on this checkpoint, here; as JSON")
-    add("--began", type=float, metavar="S", help="with --start: when the process was started")
+    add(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="start once from this checkpoint, in this process; print JSON",
+    )
+    add("--began", type=float, metavar="S", help="with --start: the process's start time")
     args = parser.parse_args(argv)
     if args.layers < 1:
         raise UserError("--layers must be 1 or more")

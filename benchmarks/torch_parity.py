@@ -1,11 +1,11 @@
-"""Compare a Hugging Face folder run by transformers in torch with our own float conversion.
+"""Compare transformers' torch model with our float conversion of the same Hugging Face folder.
 
     pip install -e ".[parity]" && python -m benchmarks.torch_parity [FOLDER] [--questions 50]
 
-Loads FOLDER (default: the bundled demonstration model) with transformers' own
-``Qwen2VLForConditionalGeneration`` in float32, answers held-out questions greedily, and compares
-the answers token by token with those of our converted model, and the prompts' last logits. Exit
-status 1 when an answer differs.
+Loads FOLDER (default: the bundled demo model) as transformers'
+``Qwen2VLForConditionalGeneration`` in float32 and answers held-out questions greedily. Compares its
+answers with our converted model's token by token, and the logits of each prompt's last token. The
+exit status is 1 if any answer differs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEW_TOKENS = 10
 
 
 def torch_answers(folder: Path, model: Model, samples: list[Sample]):
-    """Greedy tokens and last-position logits of the torch model, one sample at a time."""
+    """Yield greedy tokens and last-position logits of the torch model, one sample at a time."""
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
@@ -53,7 +53,7 @@ def torch_answers(folder: Path, model: Model, samples: list[Sample]):
 
 
 def compare(folder: Path, samples: list[Sample]) -> dict:
-    """Share of equal answers and the largest relative difference of logits."""
+    """Return the number of equal answers and the largest relative difference of logits."""
     with tempfile.TemporaryDirectory() as scratch:
         convert(folder, Path(scratch) / "float", PRESETS["float"])
         model = load(Path(scratch) / "float", jnp.float32)

@@ -1,14 +1,14 @@
-"""How the GPU kernels cut a product: write the table that they read.
+"""Choose the block sizes of the GPU kernels and write the table that the kernels read.
 
     python -m benchmarks.tune_gpu [--model qwen2_vl-7b] [--rows N]... [--save FILE] [--json]
     python -m benchmarks.tune_gpu --ahead-of-time [...]
 
-On an NVIDIA GPU every candidate is timed beside XLA's own product of the same operands, and the
-fastest is written, XLA's included. With ``--save`` the file is rewritten after every candidate, and
-``--seconds`` ends the search early. With `--ahead-of-time` no GPU is needed, but the extra aot-gpu:
-candidates are compiled for an H100 and ranked by what the compiler says of registers, spills and
-shared memory and by arithmetic on published rates. That is how the table in the package
-was made, which no device has seen; timing replaces it:
+On an NVIDIA GPU, every candidate is timed against XLA's own product of the same operands, and the
+fastest of all is written. With ``--save``, FILE is rewritten after every candidate. ``--seconds``
+ends the search early. ``--ahead-of-time`` needs no GPU, but the extra aot-gpu: it compiles the
+candidates for an H100 and ranks them by the compiler's counts of registers, spills and shared
+memory, and by published rates. The package's table was made this way and has not been checked on a
+device. Timing replaces it:
 
     python -m benchmarks.tune_gpu --save mquant_jax/assets/gpu_blocks.json
 """
@@ -46,10 +46,10 @@ from mquant_jax.presets import PRESETS
 ROWS = (1, 1024)
 Product = tuple[int, int, int]  # rows, out, in
 REHEARSED: list[Product] = [(1, 64, 64), (32, 64, 64)]
-# A timed program multiplies by one layer of a stack after the other, as a model does: weights do
-# not stay in the second-level cache (50 MB on an H100), and starting a program is not what counts.
+# A timed program multiplies by the layers of a stack one after the other, as a model does: weights
+# do not stay in the L2 cache (50 MB on an H100), and launch overhead does not dominate.
 STACK_BYTES, _IN_A_ROW, _PASSES, _RUNS = 2**28, 8, 4, 5
-# What shapes fall into that no entry names: small enough for any chip, and without a spill.
+# Defaults for shapes without an entry: small enough for any chip, and free of spills.
 CLASSES = [
     {"rows": gpu.FEW_ROWS, "out": None, "path": gpu.FEW, "blocks": [64, 16, 64, 4, 4, 4]},
     {"rows": 64, "out": None, "path": gpu.MANY, "blocks": [64, 64, 64, 4, 3, 1]},
@@ -59,7 +59,8 @@ CLASSES = [
 
 
 def shapes_of(model: str) -> list[tuple[int, int]]:
-    """``(out, in)`` of every kind of 4-bit product with one scale per channel in a model."""
+    """Return ``(out, in)`` of every distinct 4-bit product with one scale per channel in a
+    model."""
     family = family_for(MODELS[model], model)
     config = family.config_from_hf(MODELS[model])
     params = abstract_params(abstract_model(family, config, PRESETS["w4a8"], jnp.bfloat16))
@@ -73,25 +74,26 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
 
 
 def layers_of(out: int, k: int) -> int:
-    """Layers of a stack that no cache holds; a multiple of :data:`_IN_A_ROW`."""
+    """Return the number of layers of a stack too large for any cache; a multiple of
+    :data:`_IN_A_ROW`."""
     return _IN_A_ROW * max(1, min(16, STACK_BYTES // (out * k // 2 * _IN_A_ROW)))
 
 
 def seconds(call: Callable[[QTensor, QWeight], jax.Array], x: QTensor, stack: QWeight) -> float:
-    """Time of one product ``call(x, one layer of stack)``: the median over :data:`_RUNS` programs
-    of :data:`_PASSES` times all layers."""
+    """Return the time of one product ``call(x, one layer of stack)``: the median over :data:`_RUNS`
+    programs, each running :data:`_PASSES` times through all layers."""
     layers = stack.values.shape[0]
 
     @jax.jit
     def program(x: QTensor, stack: QWeight) -> tuple[jax.Array, ...]:
-        def some(i: jax.Array, _: Any) -> tuple[jax.Array, ...]:
+        def products(i: jax.Array, _: Any) -> tuple[jax.Array, ...]:
             first = i * _IN_A_ROW % layers
-            one = [dataclasses.replace(stack, layer=first + j) for j in range(_IN_A_ROW)]
-            return tuple(call(x, w) for w in one)  # all are results, or they would not be computed
+            weights = [dataclasses.replace(stack, layer=first + j) for j in range(_IN_A_ROW)]
+            return tuple(call(x, w) for w in weights)  # return all, or XLA drops the unused ones
 
-        like = jax.eval_shape(some, 0, None)
-        nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), like)
-        return jax.lax.fori_loop(0, _PASSES * layers // _IN_A_ROW, some, nothing)
+        like = jax.eval_shape(products, 0, None)
+        zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), like)
+        return jax.lax.fori_loop(0, _PASSES * layers // _IN_A_ROW, products, zeros)
 
     jax.block_until_ready(program(x, stack))
     taken = []
@@ -103,13 +105,13 @@ def seconds(call: Callable[[QTensor, QWeight], jax.Array], x: QTensor, stack: QW
 
 
 def timed(rows: int, out: int, k: int, interpret: bool = False) -> Iterator[dict[str, Any]]:
-    """Time XLA's product of one shape, then the candidates: one entry each, as soon as it is known.
+    """Time XLA's product of one shape, then each candidate; yield one entry per measurement.
 
-    The cut that the table in use names comes first among the candidates. Those that the compiler
-    refuses are left out. ``interpret`` runs kernels without a GPU.
+    The block sizes in the current table come first. Candidates that the compiler refuses are left
+    out. ``interpret`` runs the kernels without a GPU.
 
     Raises:
-        UserError: a kernel computes something else than XLA.
+        UserError: a kernel's result differs from XLA's.
     """
     rng = np.random.default_rng(0)
     x = QTensor(jnp.asarray(rng.integers(-128, 128, (rows, k)), jnp.int8), jnp.float32(0.01))
@@ -139,29 +141,28 @@ def timed(rows: int, out: int, k: int, interpret: bool = False) -> Iterator[dict
 
 
 def ordered(rows: int, out: int, k: int) -> list[Blocks]:
-    """The candidates for one shape, the one that the table in use names first."""
+    """Return the candidates for one shape, the one in the current table first."""
     found, chosen = candidates(rows > gpu.FEW_ROWS, rows), gpu.choose(rows, out, k).blocks
     first = [Blocks(*chosen)] if chosen else []
     return first + [blocks for blocks in found if blocks not in first]
 
 
 def _form(many: bool, blocks: Blocks, interpret: bool) -> Callable[[QTensor, QWeight], jax.Array]:
-    how: dict[str, Any] = {"interpret": interpret}
     if many:
         return lambda x, w: matmul(
-            x.values, w.values, x.scale, w.scale, blocks, layer=w.layer, **how
+            x.values, w.values, x.scale, w.scale, blocks, layer=w.layer, interpret=interpret
         )
 
     def few(x: QTensor, w: QWeight) -> jax.Array:
-        sums = partial_sums(x.values, w.values, blocks, layer=w.layer, **how).sum(0)
+        parts = partial_sums(x.values, w.values, blocks, layer=w.layer, interpret=interpret)
         scale = x.scale * w.of_layer().scale[:, 0]
-        return (sums.astype(jnp.float32) * scale).astype(jnp.bfloat16)
+        return (parts.sum(0).astype(jnp.float32) * scale).astype(jnp.bfloat16)
 
     return few
 
 
 def analysed(rows: int, out: int, k: int, where: Any) -> list[dict[str, Any]]:
-    """Candidates for one shape by analysis, best first."""
+    """Return the candidates for one shape ranked by analysis, best first."""
     path = gpu.MANY if rows > gpu.FEW_ROWS else gpu.FEW
     return [{"path": path, **entry} for entry in analyse(rows, out, k, where)]
 
@@ -169,14 +170,14 @@ def analysed(rows: int, out: int, k: int, where: Any) -> list[dict[str, Any]]:
 def tune(
     models: list[str], rows: list[int], ahead_of_time: bool, limit: float, file: Path | None
 ) -> dict[str, Any]:
-    """The table.
+    """Return the table.
 
     Args:
-        limit: seconds of timing after which no further candidate is begun.
-        file: rewritten with what is known so far, while candidates are timed.
+        limit: time in seconds after which no further candidate is started.
+        file: rewritten with the table so far while candidates are timed.
 
     Raises:
-        UserError: no NVIDIA GPU to time on, or no compiler to analyse with.
+        UserError: there is no NVIDIA GPU to time on, or no compiler to analyse with.
     """
     products = [
         (n, *shape)
@@ -187,8 +188,8 @@ def tune(
         return _analyse_all(products)
     if jax.default_backend() != "gpu" or not gpu.suits_device():
         raise UserError(
-            "timing needs an NVIDIA GPU (Ampere or later) and jax[cuda13]; "
-            "--ahead-of-time does without"
+            "timing needs an NVIDIA GPU (Ampere or later) and jax[cuda13]; pass "
+            "--ahead-of-time to rank without a GPU"
         )
     return time_all(products, limit, file)
 
@@ -212,8 +213,8 @@ def _analyse_all(products: list[Product]) -> dict[str, Any]:
 def time_all(
     products: list[Product], limit: float, file: Path | None, interpret: bool = False
 ) -> dict[str, Any]:
-    """Time the candidates of all products in turn: XLA's of each product, then the first candidate
-    of each, and so on, so that a run that ends early has something on every product.
+    """Time all products' candidates in turn: XLA's for each product, then each product's first
+    candidate, and so on. A run that ends early then has a result for every product.
 
     Args: see :func:`tune`.
     """
@@ -222,7 +223,7 @@ def time_all(
     while running:
         for product in list(running):
             if time.perf_counter() - start > limit:
-                return _timed_table(best, "Time was up before all candidates had their turn.", file)
+                return _timed_table(best, "Time was up before all candidates were timed.", file)
             entry = next(running[product], None)
             if entry is None:
                 del running[product]
@@ -235,7 +236,7 @@ def time_all(
 def _timed_table(
     best: dict[Product, dict[str, Any]], note: str, file: Path | None
 ) -> dict[str, Any]:
-    """The table of the fastest so far, saved to ``file``."""
+    """Return the table of the fastest so far, and save it to ``file``."""
     origin = f"Timed on {jax.devices()[0].device_kind}, jax {jax.__version__}. {note}"
     shapes = [{"rows": n, "out": out, "in": k, **e} for (n, out, k), e in best.items()]
     result = {"origin": origin, "shapes": shapes, "classes": CLASSES}
@@ -244,7 +245,7 @@ def _timed_table(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as text."""
+    """Format the result as text."""
     lines = [result["origin"], "", f"{'rows':>6} {'out':>7} {'in':>7} {'us':>8}  path, blocks"]
     for entry in result["shapes"]:
         us = entry.get("us", entry.get("score_us"))
@@ -256,15 +257,15 @@ def table(result: dict[str, Any]) -> str:
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.tune_gpu", __doc__ or "")
     add = parser.add_argument
-    add("--model", action="append", choices=tuple(MODELS), help="whose shapes; repeatable "
-        "(default qwen2_vl-7b)")  # fmt: skip
-    add("--rows", action="append", type=int, metavar="N", help="activation rows, to the next power "
-        f"of two; repeatable (default {' and '.join(map(str, ROWS))})")  # fmt: skip
-    add("--ahead-of-time", action="store_true", help="rank by analysis, without a GPU")
-    add("--seconds", type=float, default=math.inf, metavar="S", help="begin no candidate after "
-        "this time (default: time them all)")  # fmt: skip
-    add("--rehearse", action="store_true", help="two tiny products, kernels interpreted: "
-        "tries this command without a GPU; the times mean nothing")  # fmt: skip
+    add("--model", action="append", choices=tuple(MODELS), help="take the shapes of this model; "
+        "repeatable (default qwen2_vl-7b)")  # fmt: skip
+    add("--rows", action="append", type=int, metavar="N", help="activation rows, rounded up to a "
+        f"power of two; repeatable (default {' and '.join(map(str, ROWS))})")  # fmt: skip
+    add("--ahead-of-time", action="store_true", help="rank by analysis; needs no GPU")
+    add("--seconds", type=float, default=math.inf, metavar="S", help="start no candidate after "
+        "this time (default: time all of them)")  # fmt: skip
+    add("--rehearse", action="store_true", help="time two tiny products with interpreted "
+        "kernels, to test this command without a GPU; the times mean nothing")  # fmt: skip
     add_output_options(parser)
     args = parser.parse_args(argv)
     if any(n < 1 for n in args.rows or ()):

@@ -1,1 +1,1 @@
-"""Runnable examples: the demonstration tasks, their tokenizer and the training script."""
+"""Runnable examples: the demo tasks, their tokenizer and the training script."""

@@ -1,11 +1,11 @@
-"""Put a trained demonstration model and its data sets into the package.
+"""Put a trained demo model and its data sets into the package.
 
     python -m examples.bundle_demo EXPORTED_FOLDER
 
-Copies the Hugging Face folder that ``examples.train_demo --export`` wrote to
-``mquant_jax/assets/demo/model``, and draws the calibration set (64 samples, from the training
-side) and the held-out evaluation set (500 questions about strings and scenes that training never
-shows) beside it. The sets depend on the seeds here alone.
+Copies the Hugging Face folder written by ``examples.train_demo --export`` to
+``mquant_jax/assets/demo/model``. Draws the calibration set (64 samples from the training split) and
+the held-out evaluation set (500 questions about strings and scenes never used in training) beside
+it. The sets depend only on the seeds in this file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mquant_jax.samples import BUNDLED_CALIBRATION, BUNDLED_HELDOUT, DEMO_ASSETS
 from mquant_jax.samples import write_samples as write
 
 CALIBRATION, HELD_OUT = 64, 500
-LIMIT = 16 * 2**20  # bytes that the bundle may add to the package
+LIMIT = 16 * 2**20  # the bundle's largest size in bytes
 
 
 def samples(drawn: list[demo_tasks.Sample]) -> list[Sample]:
@@ -27,7 +27,7 @@ def samples(drawn: list[demo_tasks.Sample]) -> list[Sample]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.bundle_demo",
         description=__doc__,
@@ -36,11 +36,11 @@ def main() -> None:
     parser.add_argument("exported", type=Path, help="folder written by train_demo --export")
     args = parser.parse_args()
     if not (args.exported / "model.safetensors").is_file():
-        parser.error(f"{args.exported} holds no model.safetensors")
+        parser.error(f"{args.exported} has no model.safetensors; export with train_demo --export")
     model = DEMO_ASSETS / "model"
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(args.exported, model)
-    # Seed 0 is the run's own progress check while it trained; neither seed draws from training.
+    # Seeds other than those of training (0) and its progress checks (1).
     write(BUNDLED_CALIBRATION, samples(demo_tasks.calibration_set(CALIBRATION, seed=2)))
     write(BUNDLED_HELDOUT, samples(demo_tasks.eval_set(HELD_OUT, seed=3)))
     size = sum(p.stat().st_size for p in DEMO_ASSETS.rglob("*") if p.is_file())

@@ -1,4 +1,4 @@
-"""Shape, inputs and export of the demonstration model."""
+"""Shape, inputs and export of the demo model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ PATCH, MERGE, GRID = 14, 2, demo_pictures.SIZE // 14
 SIDE = GRID // MERGE  # visual tokens along each side
 VISUAL = SIDE * SIDE
 LENGTH = 32  # tokens of the longest prompt with its answer
-EARLY = 8  # tokens before an answer that are asked for its beginning already
+EARLY = 8  # tokens before the answer that also predict its first token
 YES_NO = ("no", "yes")
-PLACE_CLASSES = (4, 4, 4, 4, 3, 4, 4)  # of the labels that ``Collator.places`` gives
+PLACE_CLASSES = (4, 4, 4, 4, 3, 4, 4)  # classes of each label from ``Collator.places``
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-# Normalised value of every uint8 in each channel, [3, 256].
+# Normalised value of each uint8 in each channel, [3, 256].
 NORMALIZED = ((np.arange(256) * (1 / 255)).astype(np.float32) - MEAN[:, None]) / STD[:, None]
 Pair = tuple[Batch, dict[str, np.ndarray]]  # inputs, targets
 
 
 def hf_config() -> dict[str, Any]:
-    """``config.json`` of the demonstration model, with the flat keys of the hub."""
+    """Return the demo model's ``config.json``, with flat keys as on the Hub."""
     hidden = 256
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -70,7 +70,7 @@ def hf_config() -> dict[str, Any]:
 
 
 def patchify(images: np.ndarray) -> np.ndarray:
-    """Qwen2-VL patches, float32 ``[N, 36, 1176]``, of uint8 images ``[N, 84, 84, 3]``."""
+    """Cut uint8 images ``[N, 84, 84, 3]`` into Qwen2-VL patches, float32 ``[N, 36, 1176]``."""
     n = len(images)
     x = images.reshape(n, SIDE, MERGE, PATCH, SIDE, MERGE, PATCH, 3)
     x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(n, GRID * GRID, 3, PATCH * PATCH)
@@ -81,19 +81,19 @@ def patchify(images: np.ndarray) -> np.ndarray:
 
 
 def patch_coords() -> np.ndarray:
-    """Row and column of each patch, in merge-block order: int32 ``[36, 2]``."""
+    """Return each patch's row and column in merge-block order: int32 ``[36, 2]``."""
     grid = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID), indexing="ij"), -1)
     blocks = grid.reshape(SIDE, MERGE, SIDE, MERGE, 2).transpose(0, 2, 1, 3, 4)
     return blocks.reshape(-1, 2).astype(np.int32)
 
 
 class Collator:
-    """Turns samples into a left-padded ``Batch`` with its targets.
+    """Turns samples into a left-padded ``Batch`` with its training targets.
 
-    ``answer`` is int32 ``[N, T]``, the token that should follow, -1 where there is no loss;
-    ``early`` is int32 ``[N, T]``, the answer's first token at the ends of the questions;
-    ``cells`` is int32 ``[N, 9, 6]``, where each visual token is and what it shows; ``places`` is
-    int32 ``[N, T, 7]``, see :meth:`places`.
+    ``answer``, int32 ``[N, T]``, is the next token, or -1 where there is no loss. ``early``, int32
+    ``[N, T]``, is the answer's first token, at the last tokens of the question. ``cells``, int32
+    ``[N, 9, 6]``, says where each visual token is and what it shows. ``places``, int32
+    ``[N, T, 7]``, is described at :meth:`places`.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Collator:
         self.head += [image] * VISUAL + self.encode("<|vision_end|>")
         self.tail = self.encode("<|im_end|>\n<|im_start|>assistant\n")
         self.end = self.encode("<|im_end|>")
-        # Token -> (column in ``cells``, label there) of the words that may name one item.
+        # Token -> (column in ``cells``, label) of words that may name an item.
         self.names = {
             self.encode(space + word)[0]: (column, label)
             for column, words in ((2, demo_pictures.SHAPES), (3, demo_pictures.COLORS))
@@ -116,35 +116,37 @@ class Collator:
         self.image_positions = self.start + np.stack([grid * 0, grid // SIDE, grid % SIDE])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; special tokens are recognised."""
+        """Return the token ids of ``text``; special tokens are recognised."""
         return self.tokenizer.encode(text).ids
 
     def places(self, ids: list[int], sample: demo_tasks.Sample) -> np.ndarray:
-        """What a question's tokens that name an item should know, int32 ``[T, 7]``; -1: nothing.
+        """Return location labels of the tokens that name an item, int32 ``[T, 7]``; -1: none.
 
-        Where the item lies: column and row, from 1. Whether it lies before, level with or after the
-        item named before it (1, 2, 3), along columns and along rows; and whether the answer is no
-        or yes (1, 2). Where the item lies that answers the question, if it asks for one.
+        Columns 0 and 1 are the item's column and row, from 1. Columns 2 and 3 say whether it lies
+        before, level with or after the item named first (1, 2, 3), along columns and along rows.
+        Column 4 is a yes-or-no answer (no 1, yes 2). Columns 5 and 6 are the column and row of the
+        item that answers the question, if the answer names one.
         """
         out = np.full((len(ids), len(PLACE_CLASSES)), -1, np.int32)
         wanted = np.full(2, -1)
         if sample.task == "relation" and sample.answer not in YES_NO:
             wanted = self._place(self.encode(sample.answer)[-1], sample.cells)
         first = None
-        for at, token in enumerate(ids):
-            here = self._place(token, sample.cells)
-            if here is None:
+        for i, token in enumerate(ids):
+            place = self._place(token, sample.cells)
+            if place is None:
                 continue
-            out[at, :2], out[at, 5:] = here, wanted
-            first = here if first is None else first
-            if (first != here).any():
-                out[at, 2:4] = np.sign(here - first) + 2
+            out[i, :2], out[i, 5:] = place, wanted
+            first = place if first is None else first
+            if (first != place).any():
+                out[i, 2:4] = np.sign(place - first) + 2
                 if sample.answer in YES_NO:
-                    out[at, 4] = YES_NO.index(sample.answer) + 1
+                    out[i, 4] = YES_NO.index(sample.answer) + 1
         return out
 
     def _place(self, token: int, cells: np.ndarray) -> np.ndarray | None:
-        """Column and row, from 1, of the one item that a word names."""
+        """Return the column and row, from 1, of the item that a word names; ``None`` unless
+        unique."""
         column, label = self.names.get(token, (2, -1))
         found = np.flatnonzero(cells[:, column] == label)
         return cells[found[0], :2] if len(found) == 1 else None

@@ -1,6 +1,6 @@
-"""Pictures of the demonstration: letter-spaced text, and shapes on a 3x3 grid.
+"""Pictures for the demo tasks: letter-spaced text, and shapes on a 3x3 grid.
 
-With each come labels of its cells: where a cell is and what it shows (``CELL_CLASSES``).
+Each picture comes with labels of its cells: where a cell is and what it shows (``CELL_CLASSES``).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 84
 CELL = SIZE // 3
-PITCH = 14  # width of one letter's place
-SCALE = 2  # shapes are drawn this much larger, then averaged down
+PITCH = 14  # width per letter
+SCALE = 2  # supersampling factor for shapes
 
-# (pip package, module, file inside it): upright faces under the OFL or the Apache licence.
+# (pip package, module, file in it): upright fonts under the OFL or the Apache licence.
 FONTS = (
     ("font-roboto", "font_roboto", "files/Roboto-Medium.ttf"),
     ("font-source-sans-pro", "font_source_sans_pro", "files/SourceSansPro-Semibold.ttf"),
@@ -43,8 +43,8 @@ DIGITS = "0123456789"
 CODE_LETTERS = "ACDEFGHJKLMNPQRTUVWXY"  # without letters that look like digits
 GLYPHS = LETTERS + DIGITS + CODE_LETTERS
 GLYPH_SLOTS = CELL // PITCH
-# Classes of each label of a grid cell: its column and row, and what it shows: shape, colour, glyph
-# on the left, glyph on the right; 0 is none.
+# Number of classes of each label of a grid cell: column, row, shape, colour, left glyph, right
+# glyph; class 0 is none.
 CELL_CLASSES = (4, 4, len(SHAPES) + 1, len(COLORS) + 1, *[len(GLYPHS) + 1] * GLYPH_SLOTS)
 
 
@@ -59,7 +59,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        """Colour and shape, as in the questions and answers."""
+        """Colour and shape, as in questions and answers."""
         return f"{self.color} {self.shape}"
 
 
@@ -86,7 +86,7 @@ def _font(index: int, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _background(rng: np.random.Generator) -> tuple[np.ndarray, bool]:
-    """Plain colour, and whether it is dark."""
+    """Return a plain colour, and whether it is dark."""
     dark = rng.random() < 0.4
     low, high = (8, 48) if dark else (218, 252)
     return rng.integers(low, high, 3), bool(dark)
@@ -99,14 +99,14 @@ def _finish(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
 
 
 def _no_cells() -> np.ndarray:
-    """Labels of an empty picture's cells: only where they are."""
+    """Return the labels of an empty picture's cells: their positions only."""
     cells = np.zeros((9, len(CELL_CLASSES)), np.int32)
     cells[:, 0], cells[:, 1] = np.arange(9) % 3 + 1, np.arange(9) // 3 + 1
     return cells
 
 
 def render_text(text: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a short letter-spaced string, like a number plate's: the image and its cells."""
+    """Draw a short letter-spaced string, as on a number plate; return the image and its cells."""
     font = _font(int(rng.integers(len(FONTS))), int(rng.integers(19, 24)))
     background, dark = _background(rng)
     ink = tuple((rng.integers(170, 256, 3) if dark else rng.integers(0, 110, 3)).tolist())
@@ -153,8 +153,8 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
 
 
 def render_scene(items: list[Item], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw shapes into their grid cells, with jitter in place, size and colour: the image and its
-    cells."""
+    """Draw shapes into their grid cells, with jitter in position, size and colour; return the image
+    and its cells."""
     background, _ = _background(rng)
     image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), tuple(background.tolist()))
     draw = ImageDraw.Draw(image)

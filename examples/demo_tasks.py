@@ -1,15 +1,15 @@
-"""Small visual questions with exact answers, drawn on the fly.
+"""Small visual questions with exact answers, generated on the fly.
 
-The demonstration model is trained and judged on these tasks. Each sample is an 84x84 picture, a
-short question and a short answer:
+The demo model is trained and evaluated on these tasks. Each sample is an 84x84 picture, a short
+question and a short answer:
 
-- ``read``: type out the word, number or code in the picture;
+- ``read``: type the word, number or code in the picture;
 - ``shape`` / ``color``: name one shape, or its colour;
 - ``count``: how many shapes of a kind;
 - ``relation``: where shapes lie relative to one another.
 
-Training and held-out samples are disjoint by construction. What a picture shows (the string, or
-the scene's shapes, colours and grid cells) is hashed, and the hash decides the split for good.
+Training and held-out samples are disjoint by construction: the content of a picture (the string, or
+the scene's shapes, colours and grid cells) is hashed, and the hash decides the split.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONSONANTS = "bcdfghjklmnpqrstvwxz"
 VOWELS = "aeiouy"
 CODE_DIGITS = "23456789"
 
-# All words that have a token of their own; a word to be read is never one of them.
+# All words with a token of their own; pictures never show any of these.
 QUESTION_WORDS = (
     "user assistant read what does the word number code say is shape color a how many are there"
     " count left right of above below yes no"
@@ -63,9 +63,9 @@ class Sample:
         question: The user's text.
         answer: The exact expected answer.
         task: Name of the task.
-        key: What the picture shows; ``split_of(key)`` is the sample's split.
+        key: Content of the picture; ``split_of(key)`` is the sample's split.
         cells: int32 ``[9, 6]``, where each cell of the 3x3 grid is and what it shows (see
-            ``demo_pictures.CELL_CLASSES``): a help in training that the model itself never sees.
+            ``demo_pictures.CELL_CLASSES``): extra training labels, not an input of the model.
     """
 
     image: np.ndarray
@@ -77,7 +77,7 @@ class Sample:
 
 
 def split_of(key: str) -> str:
-    """Split that a picture's key belongs to; single glyphs are for training only."""
+    """Return the split of a picture's key; single glyphs are for training only."""
     if key.startswith("read:") and len(key) <= len("read:") + 1:
         return "train"
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
@@ -130,7 +130,7 @@ def _cells(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
 
 
 def _scene(rng: np.random.Generator, n: int) -> list[Item]:
-    """``n`` items with different shapes and different colours."""
+    """Return ``n`` items with different shapes and different colours."""
     shapes, colors = rng.permutation(len(SHAPES)), rng.permutation(len(COLORS))
     names = list(COLORS)
     return [
@@ -224,7 +224,7 @@ def sample(
     difficulty: float = 1.0,
     mix: Mapping[str, float] | None = None,
 ) -> Sample:
-    """Draw one sample of a random task: from ``mix``, or the split's own mix of tasks."""
+    """Draw one sample of a random task, from ``mix`` or the split's own mix of tasks."""
     weights = mix or (TRAIN_WEIGHTS if split == "train" else EVAL_WEIGHTS)
     edges = np.cumsum(list(weights.values()))
     index = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
@@ -243,22 +243,22 @@ def batch(
 
 
 def _mixed_set(n: int, split: str, seed: tuple[int, ...]) -> list[Sample]:
-    """``n`` samples whose tasks follow ``EVAL_WEIGHTS`` evenly, also in every prefix."""
+    """Draw ``n`` samples whose tasks follow ``EVAL_WEIGHTS`` evenly, in every prefix too."""
     rng = np.random.default_rng(seed)
-    done = dict.fromkeys(EVAL_WEIGHTS, 0)
+    counts = dict.fromkeys(EVAL_WEIGHTS, 0)
     out = []
     for i in range(n):
-        task = max(done, key=lambda t: EVAL_WEIGHTS[t] * (i + 1) - done[t])
-        done[task] += 1
+        task = max(counts, key=lambda t: EVAL_WEIGHTS[t] * (i + 1) - counts[t])
+        counts[task] += 1
         out.append(make(rng, task, split))
     return out
 
 
 def eval_set(n: int = 500, seed: int = 0) -> list[Sample]:
-    """Fixed held-out samples, about 45 % of them reading."""
+    """Return fixed held-out samples, about 45 % of them reading."""
     return _mixed_set(n, "heldout", (seed, 0xE7A1))
 
 
 def calibration_set(n: int = 64, seed: int = 0) -> list[Sample]:
-    """Fixed samples of the training split, for choosing quantisation parameters."""
+    """Return fixed samples of the training split, to calibrate quantisation."""
     return _mixed_set(n, "train", (seed, 0xCA11))

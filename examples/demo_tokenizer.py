@@ -1,8 +1,8 @@
-"""Tokenizer of the demonstration model, in the usual Hugging Face files.
+"""Tokenizer of the demo model, in the usual Hugging Face files.
 
-A byte-level vocabulary without merges: the words of the demonstration questions are one token
-each (alone, and with a leading space), everything else falls apart into single bytes. So a string
-that the model reads from a picture is always spelled out character by character.
+A byte-level vocabulary without merges. Each word of the demo questions is one token (alone, and
+with a leading space); everything else is split into single bytes. The model therefore always spells
+out a string that it reads from a picture, character by character.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def build() -> Tokenizer:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Special-token ids under the keys of a Qwen2-VL ``config.json``."""
+    """Return the special tokens' ids under the keys of a Qwen2-VL ``config.json``."""
     names = {
         "bos_token_id": "<|endoftext|>",
         "eos_token_id": "<|im_end|>",

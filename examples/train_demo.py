@@ -1,12 +1,12 @@
-"""Train a small Qwen2-VL from scratch on the demonstration tasks, and export it.
+"""Train a small Qwen2-VL from scratch on the demo tasks, and export it.
 
-The result is an ordinary Hugging Face checkpoint folder of a few megabytes: real enough to see,
-small enough to train on two CPU cores. Run it from the repository root:
+The result is a regular Hugging Face checkpoint of a few megabytes that can see, and two CPU cores
+are enough to train it. Run from the repository root:
 
     python -m examples.train_demo --out /tmp/demo --minutes 90 --export demo_checkpoint
 
-It can be stopped at any time; the same command with --resume goes on from the last checkpoint.
-Progress appears on stderr and, one JSON object a line, in OUT/log.jsonl.
+Training can be stopped at any time. The same command with --resume continues from the last
+checkpoint. Progress goes to stderr and to OUT/log.jsonl, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WEIGHT_DECAY = 0.05
 
 
 class Prefetch:
-    """Draws training batches in a background thread; ``difficulty`` may change meanwhile."""
+    """Draws training batches in a background thread; ``difficulty`` may change at any time."""
 
     def __init__(
         self, collate: Collator, batch_size: int, seed: tuple[int, ...], mix: dict[str, float]
@@ -61,13 +61,13 @@ class Prefetch:
         while True:
             try:
                 item = collate(demo_tasks.batch(rng, size, "train", self.difficulty, mix))
-            except Exception as error:  # hand it to the training loop
+            except Exception as error:  # re-raised in the training loop
                 self._queue.put(error)
                 return
             self._queue.put(item)
 
     def next(self) -> Pair:
-        """Next batch and its targets."""
+        """Return the next batch and its targets."""
         item = self._queue.get()
         if isinstance(item, Exception):
             raise item
@@ -75,7 +75,7 @@ class Prefetch:
 
 
 def optimizer() -> optax.GradientTransformation:
-    """AdamW without its learning rate, which the training loop applies itself."""
+    """Return AdamW without its learning rate, which the training loop applies."""
 
     def matrices(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim >= 2, params)
@@ -88,15 +88,15 @@ def optimizer() -> optax.GradientTransformation:
 
 
 class Listener(Runner):
-    """Runs the model as usual and keeps its visual tokens and its thoughts.
+    """Runs the model as usual and keeps some of its activations.
 
     Attributes:
-        visual: what the vision tower hands over, float ``[N, 9, hidden]``.
-        thoughts: the residual stream before the last block, float ``[N, T, hidden]``.
+        visual: output of the vision tower, float ``[N, 9, hidden]``.
+        stream: the residual stream before the last block, float ``[N, T, hidden]``.
     """
 
     visual: jax.Array
-    thoughts: jax.Array
+    stream: jax.Array
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: jax.Array) -> Any:
         y = super().module(name, module, x, classes)
@@ -113,42 +113,42 @@ class Listener(Runner):
             return nnx.merge(graphdef, layer)(x, context), x
 
         x, entering = jax.lax.scan(body, x, state)
-        self.thoughts = entering[-1]
+        self.stream = entering[-1]
         return x
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy in nats for each label, without reduction."""
+    """Return the cross-entropy of each label in nats, without reduction."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
 
 def hint_loss(head: Any, x: jax.Array, labels: jax.Array, classes: tuple[int, ...]) -> jax.Array:
-    """Loss of a linear head that tells several labels from each token.
+    """Return the loss of a linear head that predicts several labels from each token.
 
-    Label 0 says that there is nothing to tell and -1 that it does not matter; the sum over all
-    tokens is related to the number of those with something to tell.
+    Label 0 is the class "none" and -1 is ignored. Each label's sum over all tokens is divided by
+    the number of tokens with a class other than "none".
     """
     x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
     scores = x @ head["kernel"] + head["bias"]
     total, start = 0.0, 0
     for i, size in enumerate(classes):
-        own = labels[..., i]
-        part = cross_entropy(scores[..., start : start + size], jnp.maximum(own, 0))
-        total += jnp.where(own >= 0, part, 0.0).sum() / jnp.maximum(1, (own > 0).sum())
+        label = labels[..., i]
+        part = cross_entropy(scores[..., start : start + size], jnp.maximum(label, 0))
+        total += jnp.where(label >= 0, part, 0.0).sum() / jnp.maximum(1, (label > 0).sum())
         start += size
     return total
 
 
 def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Array], hint: float):
-    """Mean cross-entropy over the answer tokens, plus ``hint`` times that of three hints.
+    """Return the mean cross-entropy over the answer, plus ``hint`` times three auxiliary losses.
 
-    Linear heads, used in training only, tell from each visual token where its cell is and what it
-    shows, and from each word of a question that names an item where that is, how it lies to the
-    item named before, and what follows for the answer. Without the first the vision tower, which
-    knows only relative positions, finds out far more slowly what matters in a picture; without the
-    second the decoder does not find out how to compare places. And the last tokens of a question
-    are asked for the answer's first token already, which helps to carry over what the question's
-    words have found out.
+    Two linear heads, used in training only, predict labels. The first predicts from each visual
+    token where its cell is and what it shows. The vision tower knows only relative positions, and
+    learns far more slowly without it. The second predicts from each question word that names an
+    item where the item is, how it lies relative to the item named first, and what follows for the
+    answer. Without it, the decoder does not learn to compare positions. For the third loss, the
+    last tokens of a question predict the answer's first token, which helps to pass on what the
+    question's words have found.
 
     Returns:
         The sum, and its parts: answers; early answers, cells, places.
@@ -162,7 +162,7 @@ def loss_fn(params: Any, graphdef: Any, batch: Batch, targets: dict[str, jax.Arr
     early = cross_entropy(logits, jnp.maximum(targets["early"], 0))
     early = (early * asked).sum() / asked.sum()
     cells = hint_loss(params["cells"], listener.visual, targets["cells"], CELL_CLASSES)
-    places = hint_loss(params["places"], listener.thoughts, targets["places"], PLACE_CLASSES)
+    places = hint_loss(params["places"], listener.stream, targets["places"], PLACE_CLASSES)
     return loss + hint * (early + cells + places), (loss, early, cells, places)
 
 
@@ -170,8 +170,8 @@ def training_init(params: Any, config: dict[str, Any]) -> Any:
     """Rescale fresh weights so that training from scratch starts well.
 
     Weights that write into a residual stream shrink by ``1/sqrt(2 * layers)``. Token embeddings
-    grow to the size of the visual ones, or the first layers would drown them; a smaller final
-    norm keeps the tied head's logits as they were.
+    grow to the scale of the visual ones, which would otherwise dominate the first layers. A smaller
+    final norm then keeps the scale of the tied head's logits.
     """
     depths = {"vision": config["vision_config"]["depth"], "language": config["num_hidden_layers"]}
 
@@ -191,7 +191,8 @@ def training_init(params: Any, config: dict[str, Any]) -> Any:
 
 
 def make_steps(graphdef: Any) -> tuple[Any, Any]:
-    """Jitted ``train_step`` and ``exact`` (greedy answer right, one bool a row)."""
+    """Return the jitted ``train_step`` and ``exact`` (is the greedy answer right, one bool per
+    row)."""
     tx = optimizer()
 
     def train_step(params, opt_state, batch, targets, lr, hint):
@@ -202,8 +203,8 @@ def make_steps(graphdef: Any) -> tuple[Any, Any]:
         return params, opt_state, losses
 
     def exact(params, batch, targets):
-        # With a causal model, greedy decoding gives exactly the target if and only if each
-        # target token is the argmax after the true tokens before it.
+        # In a causal model, greedy decoding yields the target if and only if each target token is
+        # the argmax given the true tokens before it.
         best, answer = nnx.merge(graphdef, params["model"])(batch).argmax(-1), targets["answer"]
         return ((best == answer) | (answer < 0)).all(-1)
 
@@ -213,7 +214,7 @@ def make_steps(graphdef: Any) -> tuple[Any, Any]:
 def evaluate(
     exact: Any, params: Any, collate: Collator, samples: list[demo_tasks.Sample], size: int = 50
 ) -> dict[str, float]:
-    """Exact match of greedy answers: ``all`` and by task."""
+    """Return the exact match of greedy answers, over ``all`` and by task."""
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(samples) - size + 1, size):
         part = samples[start : start + size]
@@ -229,7 +230,7 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def save_checkpoint(path: Path, tree: Any, meta: dict[str, float]) -> None:
-    """Write all leaves and numbers to one npz file, atomically."""
+    """Write all leaves and the metadata to one npz file, atomically."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         np.savez(file, meta=json.dumps(meta), **{n: np.asarray(v) for n, v in _named(tree)})
@@ -245,8 +246,8 @@ def load_checkpoint(path: Path, tree: Any) -> tuple[Any, dict[str, float]]:
         for name, old in _named(tree):
             if name not in data or data[name].shape != old.shape:
                 raise ValueError(
-                    f"{path} does not hold {name} with shape {old.shape}; the "
-                    "checkpoint is of another model, start without --resume"
+                    f"{path} has no {name} with shape {old.shape}; the checkpoint is of another "
+                    "model, start without --resume"
                 )
             leaves.append(jnp.asarray(data[name], old.dtype))
         meta = json.loads(str(data["meta"]))
@@ -254,7 +255,8 @@ def load_checkpoint(path: Path, tree: Any) -> tuple[Any, dict[str, float]]:
 
 
 def rate(progress: float, step: int, peak: float, warmup: int) -> float:
-    """Linear warm-up by steps, then a cosine in ``progress`` down to one per cent."""
+    """Return the learning rate: linear warm-up, then a cosine in ``progress`` down to 1 % of
+    ``peak``."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * cosine)
 
@@ -296,11 +298,11 @@ def train(args: argparse.Namespace) -> None:
             step / args.steps if args.steps else 0.0,
             seconds / (60 * args.minutes) if args.minutes else 0.0,
         )
-        done = progress >= 1
+        finished = progress >= 1
         data.difficulty = min(1.0, 0.1 + progress / args.ramp) if args.ramp else 1.0
         lr = rate(progress, step, args.lr, args.warmup)
-        if losses and (done or step % args.log_every == 0):
-            mean_loss, *hints = np.mean(losses, axis=0)  # waits for the device
+        if losses and (finished or step % args.log_every == 0):
+            mean_loss, *hints = np.mean(losses, axis=0)  # blocks until the device is done
             speed = (step - mark_step) * args.batch_size / (time.monotonic() - mark)
             row: dict[str, Any] = {
                 "step": step,
@@ -312,13 +314,13 @@ def train(args: argparse.Namespace) -> None:
                 "lr": float(f"{lr:.3g}"),
                 "samples_per_s": round(speed, 1),
             }
-            if done or step % args.eval_every == 0:
+            if finished or step % args.eval_every == 0:
                 row["exact"] = evaluate(exact, params, collate, held_out)
                 save_checkpoint(checkpoint, (params, opt_state), {"step": step, "seconds": seconds})
             print(json.dumps(row), file=log, flush=True)
             print(json.dumps(row), file=sys.stderr, flush=True)
             losses, mark, mark_step = [], time.monotonic(), step
-        if done:
+        if finished:
             break
         batch, targets = data.next()
         params, opt_state, loss = train_step(params, opt_state, batch, targets, lr, args.hint)
@@ -337,13 +339,13 @@ def task_mix(text: str) -> dict[str, float]:
         task, _, weight = part.partition("=")
         if task not in demo_tasks.TRAIN_WEIGHTS:
             tasks = ", ".join(demo_tasks.TRAIN_WEIGHTS)
-            raise argparse.ArgumentTypeError(f"no task {task!r}; there are {tasks}")
+            raise argparse.ArgumentTypeError(f"unknown task {task!r}; choose from {tasks}")
         mix[task] = float(weight)
     return mix
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.train_demo",
         description=__doc__,
@@ -351,23 +353,23 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for checkpoint.npz and log.jsonl")
-    add("--steps", type=int, help="end after this many steps in all")
+    add("--steps", type=int, help="stop after this many steps in total")
     add(
         "--minutes",
         type=float,
-        help="end after this much training time, resumed runs included; "
-        "with --steps too, whichever comes first. The learning rate reaches its end there",
+        help="stop after this much training time, resumed runs included; with --steps, "
+        "whichever comes first. The learning rate decays until then",
     )
-    add("--batch-size", type=int, default=64, help="samples a step (default 64)")
+    add("--batch-size", type=int, default=64, help="samples per step (default 64)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     add("--warmup", type=int, default=300, help="steps of linear warm-up (default 300)")
     add(
         "--ramp",
         type=float,
         default=0.2,
-        help="share of the run over which tasks grow to full difficulty; 0: at once (default 0.2)",
+        help="share of the run over which tasks reach full difficulty; 0: at once (default 0.2)",
     )
-    add("--hint", type=float, default=0.5, help="weight of the cell-label loss (default 0.5)")
+    add("--hint", type=float, default=0.5, help="weight of the auxiliary losses (default 0.5)")
     add("--seed", type=int, default=0, help="seed of the weights and of the data (default 0)")
     add("--init", type=Path, metavar="DIR", help="start from the weights of an exported folder")
     add(
@@ -379,14 +381,19 @@ def main() -> None:
         + ",".join(f"{task}={share}" for task, share in demo_tasks.TRAIN_WEIGHTS.items())
         + ")",
     )
-    add("--resume", action="store_true", help="go on from OUT/checkpoint.npz where there is one")
+    add("--resume", action="store_true", help="continue from OUT/checkpoint.npz if it exists")
     add("--export", type=Path, metavar="DIR", help="write the Hugging Face folder here at the end")
     add("--eval-every", type=int, default=500, help="steps between evaluations (default 500)")
-    add("--eval-samples", type=int, default=250, help="held-out samples each (default 250)")
+    add(
+        "--eval-samples",
+        type=int,
+        default=250,
+        help="held-out samples per evaluation (default 250)",
+    )
     add("--log-every", type=int, default=50, help="steps between log lines (default 50)")
     args = parser.parse_args()
     if not args.steps and not args.minutes:
-        parser.error("say how long to train: --steps N, --minutes M or both")
+        parser.error("set the length of training: --steps N, --minutes M or both")
     if args.eval_every % args.log_every:
         parser.error("--eval-every must be a multiple of --log-every")
     train(args)

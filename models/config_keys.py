@@ -1,9 +1,9 @@
-"""What the config tables of all families share: common keys, fields with their ranges, checks.
+"""Shared by the config tables of all families: common keys, fields with their ranges, checks.
 
-Each family's config.py states one :class:`Schema` per object of its config.json. Defaults are
-those of the published config class, so that a config saved as a difference from them reads the
-same. A key that no table names is reported at conversion; one that is known to change the numbers
-and is not implemented is refused, unless it holds the value that changes nothing.
+Each family's config.py defines one :class:`Schema` per object of its config.json. Defaults are
+those of the published config class, because configs may be saved as differences from them. A key in
+no table is reported at conversion. A known key that changes the results but is not implemented is
+refused, unless its value has no effect.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ REFUSED = {
 
 
 def common(fields: Mapping[str, Field], harmless: str = "", **refused: Refused) -> Schema:
-    """A table with the keys that every config may have; ``harmless``: more names, with spaces."""
+    """Return a table with the keys that every config may have; ``harmless``: more names, with
+    spaces."""
     return Schema(fields, HARMLESS | frozenset(harmless.split()), {**REFUSED, **refused})
 
 
@@ -92,7 +93,7 @@ def layers(default: Any) -> Field:
 
 
 def width(default: Any) -> Field:
-    """Of a stream or an MLP."""
+    """Return a field for the width of a stream or an MLP."""
     return whole(default, 1, 2**20)
 
 
@@ -109,7 +110,7 @@ def vocabulary(default: Any) -> Field:
 
 
 def positions(default: Any) -> Field:
-    """A context in tokens."""
+    """Return a field for a context length in tokens."""
     return whole(default, 2, 2**30)
 
 
@@ -118,7 +119,7 @@ def norm_eps(default: Any) -> Field:
 
 
 def theta(default: Any = None) -> Field:
-    """Base of rotary positions."""
+    """Return a field for the base of rotary positions."""
     return real(default, 1.0, 1e15, above=True, null=default is None)
 
 
@@ -127,7 +128,7 @@ def token(default: Any = None) -> Field:
 
 
 def read_tables(tables: Tables) -> dict[str, dict[str, Any]]:
-    """All objects of a config.json, typed.
+    """Return all objects of a config.json, typed.
 
     Raises:
         UserError: see :meth:`Schema.read`.
@@ -139,7 +140,7 @@ def read_tables(tables: Tables) -> dict[str, dict[str, Any]]:
 
 
 def unknown_keys(tables: Tables) -> list[str]:
-    """Keys that no table names, with the paths of their objects."""
+    """Return the keys in no table, with the paths of their objects."""
     return [
         f"{path}.{key}" if path else key
         for path, (schema, data) in tables.items()
@@ -148,7 +149,7 @@ def unknown_keys(tables: Tables) -> list[str]:
 
 
 def check_heads(where: str, size: int, count: int, kv: int | None = None) -> None:
-    """Heads share the width evenly, and key heads the heads.
+    """Check that the heads divide the width, and the key heads the heads.
 
     Raises:
         UserError: they do not.
@@ -169,7 +170,7 @@ def check_groups(where: str, count: int, kv: int) -> None:
 
 
 def check_grid(where: str, image: int, patch: int, most: int = 1024) -> int:
-    """Patches along a picture's side.
+    """Return the number of patches along a picture's side.
 
     Raises:
         UserError: none, or more than ``most``.

@@ -1,7 +1,7 @@
-"""EVA2-CLIP with a gated connector, as GLM-4V and CogVLM2 share it.
+"""EVA2-CLIP with a gated connector, shared by GLM-4V and CogVLM2.
 
 A post-norm tower over pictures of one fixed size, a 2x2 convolution, a projection with a gated MLP,
-and a learned vector at either end of each picture's tokens.
+and a learned vector at both ends of each picture's tokens.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import VisionInput, ViT, ViTConfig, gelu
 from mquant_jax.recipe import Recipe
 
-VISUAL = -1  # stands in a prompt for each vector of a picture, its ends included
-NORM_EPS = 1e-5  # of the connector's norm; in no config: the default of the reference's LayerNorm
+VISUAL = -1  # placeholder in a prompt for each vector of a picture, its ends included
+NORM_EPS = (
+    1e-5  # of the connector's norm; not in the config: the default of the reference's LayerNorm
+)
 MERGE = 2  # side of the convolution
 _V = "vision/layers/*"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -107,7 +109,7 @@ class Convolution(nnx.Module):
 class Adapter(nnx.Module):
     """``y = gelu(norm(linear_proj(x)))``, then a gated MLP; no biases but the norm's.
 
-    The norm stands in front of an activation, so that nothing can take in its weight and bias.
+    An activation follows the norm, so its weight and bias cannot be folded into another layer.
     """
 
     POINTS: ClassVar[Points] = {
@@ -127,7 +129,7 @@ class Adapter(nnx.Module):
         into = rotation.n if rotation else d
         self.gate_proj = dense("gate_proj", into, c.inner)
         self.up_proj = dense("up_proj", into, c.inner)
-        rotation = place.online_rotation(c.inner)  # up_proj has its signs
+        rotation = place.online_rotation(c.inner)  # up_proj carries its signs
         hidden = rotation and rotation.without_signs()
         self.merger_hidden = place.point("merger_hidden", self.POINTS, hidden)
         self.down_proj = dense("down_proj", rotation.n if rotation else c.inner, d)
@@ -141,7 +143,7 @@ class Adapter(nnx.Module):
 
 
 class Ends(nnx.Module):
-    """A learned vector in front of each picture's tokens and one behind; then all are scaled."""
+    """A learned vector before and after each picture's tokens; then all are scaled."""
 
     POINTS: ClassVar[Points] = {}
 
@@ -175,7 +177,7 @@ class EVA2Vision(ViT):
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Pictures -> visual tokens ``[N, P/4 + 2, hidden]``; the class token is left behind."""
         x = (yield from self.features(vision))[:, 1:]
-        classes = vision.token_class[:, :: MERGE * MERGE]  # a picture is real as a whole
+        classes = vision.token_class[:, :: MERGE * MERGE]  # a picture is valid as a whole
         x = yield ModuleCall("vision/conv", self.conv, x, classes)
         x = yield ModuleCall("vision/merger", self.merger, x, classes)
         classes = jnp.pad(classes, ((0, 0), (1, 1)), mode="edge")
@@ -195,7 +197,7 @@ def eva2_rules(c: EVA2Config, prefix: str) -> Iterator[WeightRule]:
     yield direct("vision/positions", f"{src}.position_embedding.weight", rows, d)
     for i in range(v.num_layers):
         dst, src = f"vision/layers/{i}", f"{prefix}transformer.layers.{i}"
-        # Published names tell of pre-norm blocks; these norms stand behind.
+        # The published names suggest pre-norm blocks, but these norms come after.
         yield from _norm(f"{dst}/attn_norm", f"{src}.input_layernorm", d)
         yield from _norm(f"{dst}/mlp_norm", f"{src}.post_attention_layernorm", d)
         for leaf, hf, tail in (("kernel", "weight", (d,)), ("bias", "bias", ())):
@@ -227,23 +229,25 @@ def _norm(dst: str, src: str, width: int) -> Iterator[WeightRule]:
         yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
 
 
-# What of the tower and its connector belongs to the decoder's stream.
+# Writers and readers of the decoder's stream in the tower and its connector.
 STREAM_WRITERS = ("vision/merger/down_proj",)
 STREAM_TABLES = ("vision/ends/boi", "vision/ends/eoi")
 
 
 def eva2_attentions(c: EVA2Config) -> tuple[ValueOutput, ...]:
-    """Values and outputs of the tower."""
+    """Return values and outputs of the tower."""
     return (ValueOutput(f"{_V}/v_proj", f"{_V}/o_proj", c.tower.head_dim),)
 
 
 def eva2_hiddens(c: EVA2Config) -> tuple[Hidden, ...]:
-    """What is rotated online: MLPs before their last layers, and the tower's stream, which takes no
-    rotation, wherever it is read.
+    """Return what is rotated online.
 
-    Between the convolution and the projection behind it a rotation would cost nothing in their
-    weights. But channels that stand out would then set the scales of all rows of the convolution:
-    with a few 30 times larger, the error was twice that of an online rotation.
+    That is MLPs before their last layers, and the tower's stream wherever it is read, because that
+    stream takes no rotation itself.
+
+    A rotation between the convolution and the projection would cost nothing at run time. But
+    outlier channels would then determine the scales of all rows of the convolution: with a few
+    channels 30 times larger, the error was twice that of an online rotation.
     """
     width = c.tower.hidden_size
     return (

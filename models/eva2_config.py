@@ -1,6 +1,6 @@
 """``vision_config`` of GLM-4V and CogVLM2 -> the shape of their vision module.
 
-Their published code takes it as it is: no key has a default but the number of channels.
+Their published code reads it without defaults, except for the number of channels.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ VISION = common(
 def eva2_config(
     vision: Mapping[str, Any], hidden: int, inner: int, conv_width: int | None = None
 ) -> EVA2Config:
-    """The vision module of a typed ``vision_config``.
+    """Return the vision module of a typed ``vision_config``.
 
     Args:
         hidden, inner: widths of the decoder's stream and MLP.
         conv_width: default: the tower's width.
 
     Raises:
-        UserError: sizes that do not fit each other.
+        UserError: inconsistent sizes.
     """
     where, size, patch = f"{FILE}: vision_config", vision["hidden_size"], vision["patch_size"]
     check_heads(where, size, vision["num_heads"])

@@ -1,4 +1,4 @@
-"""Tables of what folders say of how pictures are prepared, for all families that read it."""
+"""Schemas of the folder files that describe how pictures are prepared, for all families."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mquant_jax.errors import UserError
 from mquant_jax.schema import Schema, flag, items, real, table, whole
 
-# Pictures are enlarged to the smaller bound and shrunk to the larger one.
+# Pictures are scaled up to the smaller bound, or down to the larger one.
 MOST_ENLARGED, MOST_PIXELS = 2**24, 2**26
 MEAN = items(real(low=-10.0, high=10.0), None, 3, null=True)
 STD = items(real(low=1e-4, high=1e4), None, 3, null=True)
@@ -40,7 +40,7 @@ AREA = Schema(
 
 
 def read_area(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Settings as transformers' image processors of this kind take them; ``size`` in one form.
+    """Read settings as transformers' image processors of this kind do; ``size`` in one form.
 
     Raises:
         UserError: a value of another type or range, or bounds that contradict each other.

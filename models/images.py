@@ -1,7 +1,7 @@
-"""Pictures as callers give them: the one place where they become 8-bit RGB.
+"""Decode callers' pictures: the one place where they become 8-bit RGB.
 
-Files are opened by content, and only as one of :data:`FORMATS`: Pillow knows formats that it hands
-to another program (EPS to Ghostscript), whatever the file's name says.
+Files are opened by content, and only as one of :data:`FORMATS`: Pillow passes some formats to
+another program (EPS to Ghostscript), whatever the file's name.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _EXPECTED = (
     "[H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8 or of floats in 0..1"
 )
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
-_MOST_BYTES = 1 << 30  # of one encoded picture
-# What undoes each value of the EXIF tag Orientation.
+_MOST_BYTES = 1 << 30  # bytes of one encoded picture
+# The inverse of each value of the EXIF tag Orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,7 +43,7 @@ _UPRIGHT = {
 }
 _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # premultiplied modes, and what they convert to
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF
-# Pillow scales grey PNGs of few bits to 8, but not the grey that tRNS declares transparent.
+# Pillow scales grey PNGs with few bits to 8, but not the transparent grey in tRNS.
 _PNG_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 
 
@@ -95,12 +95,12 @@ def load_frames(video: Any, name: str) -> list[Image.Image]:
 
 @contextlib.contextmanager
 def _decoding(label: str) -> Iterator[None]:
-    """Decoders of damaged data raise nearly every kind of exception: all become one.
+    """Turn all exceptions into one: decoders of damaged data raise nearly every kind.
 
     Only Pillow's own work and reads of the caller's file belong inside.
 
     Raises:
-        ImageError: in place of any other exception.
+        ImageError: instead of any other exception.
     """
     try:
         yield
@@ -123,7 +123,7 @@ def _opened(file: BinaryIO, label: str) -> Image.Image:
 
 
 def _regular_file(path: str | os.PathLike, name: str) -> BinaryIO:
-    """The file, opened; reading a device or a FIFO might never end.
+    """Open a file; reading a device or a FIFO might never end.
 
     Raises:
         ImageError: no such file, no regular file, or a URL.
@@ -157,7 +157,7 @@ def _file_bytes(file: Any, name: str) -> bytes:
 
 
 def _url_bytes(url: str, name: str) -> bytes:
-    """What a ``data:`` URL holds; its media type is not looked at."""
+    """Return the content of a ``data:`` URL; its media type is ignored."""
     header, comma, body = url.partition(",")
     try:
         if not comma:
@@ -172,7 +172,7 @@ def _url_bytes(url: str, name: str) -> bytes:
 
 
 def _pixels(image: Any, name: str) -> np.ndarray:
-    """uint8 ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]`` of an array of any library."""
+    """Return uint8 ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]`` of an array of any library."""
     with _decoding(name):
         x = np.asarray(image) if hasattr(image, "__array__") else np.zeros(())
     shape, floats = x.shape, jnp.issubdtype(x.dtype, jnp.floating)
@@ -210,7 +210,7 @@ def _rgb(image: Image.Image, label: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """The EXIF tag; a picture whose EXIF data are damaged stays as it is, as in viewers."""
+    """Return the EXIF tag; a picture with damaged EXIF data is left as it is, as in viewers."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
@@ -218,7 +218,7 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _transparent_key(image: Image.Image) -> Any:
-    """The colour that is transparent, in the picture's 8 bits; a file may declare it in others."""
+    """Return the transparent colour in the picture's 8 bits; a file may declare it in others."""
     key, tile = image.info.get("transparency"), getattr(image, "tile", None)
     if image.format != "PNG":
         return key
@@ -230,7 +230,7 @@ def _transparent_key(image: Image.Image) -> Any:
 
 
 def _eight_bits(image: Image.Image, label: str) -> Image.Image:
-    """A grey picture of up to 16 bits in 8: L, or LA where a grey is declared transparent.
+    """Convert a grey picture of up to 16 bits to 8: L, or LA if a grey is declared transparent.
 
     Raises:
         ImageError: 32-bit integers or floats, whose range no file declares.
@@ -239,7 +239,7 @@ def _eight_bits(image: Image.Image, label: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         depth = tags.get(_BITS_PER_SAMPLE, (16,))[0]
     elif image.mode == "I" and image.format in ("PNG", "PPM"):
-        depth = 16  # of PPM: to which Pillow scales
+        depth = 16  # Pillow scales PPM to this
     else:
         raise ImageError(
             f"{label}: grey values of 32 bits (mode {image.mode}), whose range is not known; "

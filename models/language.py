@@ -1,4 +1,4 @@
-"""What families share of their language half: published tensor names and residual stream."""
+"""Shared by families' language models: published tensor names and residual stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _L = "language/layers/*"
 
 
 def direct(dst: str, src: str, *shape: int) -> WeightRule:
-    """A tensor that is taken over as it is."""
+    """Return the rule of a tensor that is taken over unchanged."""
     return WeightRule(dst, src, shape, shape)
 
 
@@ -24,9 +24,9 @@ def dense_rules(dst: str, src: str, out: int, into: int, bias: bool = True) -> I
 
 
 def decoder_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
-    """The decoder under the names that Llama was published with and most others kept.
+    """Return the rules of a decoder under Llama's names, which most others kept.
 
-    ``prefix`` stands in front of all of them where the decoder is a part of a larger model.
+    ``prefix`` precedes all names if the decoder is part of a larger model.
     """
     d, inner = c.hidden_size, c.intermediate_size
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -49,9 +49,9 @@ def decoder_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
 
 
 def internlm2_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
-    """The decoder under InternLM2's names.
+    """Return the rules of a decoder under InternLM2's names.
 
-    Its ``wqkv`` holds, for every key/value head in turn, the query heads that share it, the key
+    Its ``wqkv`` holds, for each key/value head in turn, the query heads that share it, the key
     head and the value head.
     """
     d, inner, kv = c.hidden_size, c.intermediate_size, c.num_kv_heads
@@ -86,7 +86,7 @@ def internlm2_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
 
 
 def decoder_stream(c: DecoderConfig, *writers: str, tables: tuple[str, ...] = ()) -> Stream:
-    """The decoder's residual stream; ``writers`` and ``tables`` bring in visual tokens."""
+    """Return the decoder's residual stream; ``writers`` and ``tables`` add visual tokens."""
 
     def layers(*names: str) -> tuple[str, ...]:
         return tuple(f"{expert}/{name}" for expert in _experts(c) for name in names)
@@ -105,22 +105,22 @@ def decoder_stream(c: DecoderConfig, *writers: str, tables: tuple[str, ...] = ()
 
 
 def decoder_attention(c: DecoderConfig) -> ValueOutput:
-    """Values and output projections of the decoder, of both experts if there are two."""
+    """Return values and output projections of the decoder, of both experts if there are two."""
     pairs = [(f"{expert}/v_proj", f"{expert}/o_proj") for expert in _experts(c)]
     return ValueOutput(*pairs[0], c.head_dim, pairs[1] if c.visual_expert else None)
 
 
 def decoder_hidden(c: DecoderConfig) -> Hidden:
-    """The decoder's MLP behind its online rotation."""
+    """Return the decoder's MLP layer behind its online rotation."""
     return decoder_hiddens(c)[0]
 
 
 def decoder_hiddens(c: DecoderConfig) -> tuple[Hidden, ...]:
-    """The MLP of each expert behind its online rotation."""
+    """Return each expert's MLP layer behind its online rotation."""
     inner = c.intermediate_size
     return tuple(Hidden(f"{e}/down_proj", inner, f"{e}/up_proj") for e in _experts(c))
 
 
 def _experts(c: DecoderConfig) -> tuple[str, ...]:
-    """Where the dense layers of a block are: its own, and those for visual tokens alone."""
+    """Return the prefixes of a block's dense layers: its own, and those for visual tokens only."""
     return (_L, f"{_L}/visual") if c.visual_expert else (_L,)

@@ -33,7 +33,7 @@ _THETA = 10000.0
 def decoder_fields(
     vocab: int, hidden: int, inner: int, depth: int, head: int, kv: int | None, context: int
 ) -> dict[str, Field]:
-    """The fields that all decoders of this kind have, with these defaults."""
+    """Return the fields that all decoders of this kind have, with these defaults."""
     return {
         "vocab_size": vocabulary(vocab),
         "hidden_size": width(hidden),
@@ -80,17 +80,17 @@ def decoder_config(
     default_theta: float = _THETA,
     mrope: tuple[int, ...] | None = None,
 ) -> DecoderConfig:
-    """The decoder of a typed config, read by a table of :data:`SCHEMAS` or one like it.
+    """Return the decoder of a typed config, read with a table of :data:`SCHEMAS` or a similar one.
 
     Args:
         kind: model_type of the language model: llama, qwen2, qwen3 or internlm2.
         where: the object that holds the keys, for messages.
-        default_theta: base of the rotary positions where the config names none.
-        mrope: the rotary slots of each of three position streams where the config names none;
+        default_theta: base of the rotary positions if the config has none.
+        mrope: rotary slots of each of three position streams if the config has none;
             ``None``: the model has one position per token.
 
     Raises:
-        UserError: it asks for something that is not supported, or its sizes do not fit.
+        UserError: it asks for something that is not supported, or its sizes are inconsistent.
     """
     check_window(hf, where)
     count, hidden = hf["num_attention_heads"], hf["hidden_size"]
@@ -102,7 +102,7 @@ def decoder_config(
     if head_dim % 2:
         raise UserError(f"{where}: head_dim {head_dim} is odd; rotary positions take pairs")
     rope = read_rope(hf, where, default_theta, head_dim, mrope is not None)
-    # Qwen2's biases are fixed in its code, and in no config; InternLM2's MLP never has any.
+    # Qwen2's biases are fixed in its code, not in the config; InternLM2's MLP never has any.
     bias = hf.get("bias" if kind == "internlm2" else "attention_bias", False)
     return DecoderConfig(
         hidden_size=hidden,
@@ -126,10 +126,10 @@ def decoder_config(
 
 
 def check_window(hf: Mapping[str, Any], where: str) -> None:
-    """No layer slides a window that is shorter than the context.
+    """Check that no layer has a sliding window shorter than the context.
 
     Raises:
-        UserError: one does.
+        UserError: one has.
     """
     kinds = hf.get("layer_types") or ()
     for i, name in enumerate(kinds):

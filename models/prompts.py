@@ -1,6 +1,6 @@
-"""Prompts as they come in, made by a processor or by hand: ids and pictures that a model can run.
+"""Check prompts, made by a processor or by hand: their ids and pictures must suit the model.
 
-JAX clamps indices: an id beyond the vocabulary would silently run as the last one.
+JAX clamps indices: without a check, an id beyond the vocabulary would silently run as the last one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def check_prompts(prompts: Sequence[Prompt], vocab: int, placeholder: int | None
     """Refuse prompts with tokens that a model of ``vocab`` tokens does not have.
 
     Args:
-        placeholder: the number that stands for a visual token, where it is no id.
+        placeholder: the number of a visual token, if that is not an id.
 
     Raises:
         PromptError: as :func:`longest`; an id that is no integer or outside the vocabulary.

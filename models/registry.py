@@ -1,4 +1,4 @@
-"""Which family reads which ``model_type``. A family's package is imported when it is needed."""
+"""Which family reads which ``model_type``. A family's package is imported on demand."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mquant_jax.errors import UserError
 from mquant_jax.models.base import Family
 from mquant_jax.validate import shown
 
-# model_type in config.json -> package that exposes ``FAMILY``; and ``TEXT_FAMILY``, where the type
-# is also that of a language model alone, which has no ``vision_config``.
+# model_type in config.json -> package that exposes ``FAMILY``, and ``TEXT_FAMILY`` if the type also
+# names a language model alone, which has no ``vision_config``.
 _BY_MODEL_TYPE = {
     "chatglm": "mquant_jax.models.glm4v",
     "internvl": "mquant_jax.models.internvl",
@@ -23,19 +23,19 @@ _BY_MODEL_TYPE = {
     "qwen2": "mquant_jax.models.llama",
     "qwen2_vl": "mquant_jax.models.qwen2_vl",
 }
-# Whose remote code defines no model_type: the class in ``architectures`` tells.
+# Models whose remote code defines no model_type, by the class in ``architectures``.
 _BY_ARCHITECTURE = {"CogVLMForCausalLM": "mquant_jax.models.cogvlm2"}
 
 
 def family_for(hf_config: dict[str, Any], origin: str | Path = "config.json") -> Family:
-    """The family of a Hugging Face configuration.
+    """Return the family of a Hugging Face configuration.
 
     Args:
         hf_config: the content of config.json.
         origin: where it was read, for the message.
 
     Raises:
-        UserError: neither ``model_type`` nor ``architectures`` names a model that a family reads.
+        UserError: neither ``model_type`` nor ``architectures`` names a supported model.
     """
     names = hf_config.get("architectures")
     for name in names if isinstance(names, list) else ():

@@ -1,4 +1,4 @@
-"""What families share of their resamplers: published tensor names and streams."""
+"""Shared by families' resamplers: published tensor names and streams."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def resampler_rules(c: ResamplerConfig, src: str, last: str) -> Iterator[WeightR
 
 
 def resampler_streams(c: ResamplerConfig) -> Iterator[Stream]:
-    """The streams inside a resampler that end in a norm.
+    """Return the streams inside a resampler that end in a norm.
 
-    There is no residual in a resampler, so its queries and its output have bases of their own
-    (paper's code). Inputs of its keys and values, and of queries that have positions, are rotated
-    online, since the positions come between their norm and what reads it.
+    A resampler has no residual stream, so its queries and its output have their own bases (as in
+    the paper's code). Inputs of its keys and values, and of queries with positions, are rotated
+    online, because the positions come between their norm and their reader.
 
     Raises:
-        UserError: a resampler that does not project the tower's features.
+        UserError: the resampler does not project the tower's features.
     """
     if not c.projects:
         raise UserError(

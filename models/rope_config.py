@@ -1,6 +1,6 @@
 """``rope_scaling`` and ``rope_parameters`` of a config.json -> base and scaling of positions.
 
-The two are one object under its name before and since transformers 5.
+They are the same object, named differently before transformers 5 and since.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SCHEMA = Schema(
         "long_factor": Refused(reason="longrope is not supported"),
     },
 )
-# Keys that one kind alone reads: with another kind they would be ignored.
+# Keys that only one kind reads; another kind would ignore them.
 _OWN = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
@@ -108,7 +108,7 @@ def read_rope(
 
 
 def _one_object(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """The name and the typed content of the object; both, where given twice, must say the same."""
+    """Return the name and the typed content of the object; if given twice, both must agree."""
     given = {name: _read(config[name], inside(where, name)) for name in NAMES if config[name]}
     name = next(iter(given), NAMES[0])
     values = _SCHEMA.read({}, where)
@@ -125,7 +125,7 @@ def _read(data: Mapping[str, Any], at: str) -> dict[str, Any]:
 
 
 def _agreed(where: str, key: str, first: Any, second: Any) -> Any:
-    """The value that is given, once or twice."""
+    """Return the value, which may be given once or twice."""
     if first is not None and second is not None and first != second:
         raise UserError(f"{where}: {key} is given twice, as {shown(first)} and {shown(second)}; "
                         "remove the wrong one")  # fmt: skip
@@ -146,9 +146,8 @@ def _kind(at: str, values: Mapping[str, Any], mrope: bool) -> str:
 
 
 def _check_own(at: str, kind: str, values: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        UserError: a key that this kind would ignore.
+    """Raises:
+    UserError: this kind would ignore a key.
     """
     foreign = [key for other, keys in _OWN.items() if other != kind for key in keys]
     if kind == "default" and values["factor"] not in (None, 1.0):

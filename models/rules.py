@@ -9,12 +9,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Some rows of a fused source, whose first axis is seen as ``[groups, of, size]``.
+    """Some rows of a fused source, whose first axis is viewed as ``[groups, of, size]``.
 
     Attributes:
         start, stop: the slices taken of each group.
-        of: equal slices in a group.
-        groups: groups that follow each other; a fused ``[q; k; v]`` is one group of three.
+        of: number of equal slices in a group.
+        groups: number of consecutive groups; a fused ``[q; k; v]`` is one group of three.
     """
 
     start: int
@@ -38,9 +38,9 @@ class WeightRule:
         shape: shape of our tensor.
         src_shape: shape that the source must have.
         rows: the part of the source that is ours; ``None``: all of it.
-        transposed: the source, a matrix, stands the other way round (``x @ W``).
+        transposed: the source is a transposed matrix (``x @ W``).
         order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
-        otherwise: values where the checkpoint holds no such tensor; ``None``: it must.
+        otherwise: values if the checkpoint has no such tensor; ``None``: it must have it.
     """
 
     dst: str
@@ -64,8 +64,8 @@ class WeightRule:
         )
 
     def run(self) -> tuple[int, int | None]:
-        """The first source row of ours and how many follow each other, where our rows are a run of
-        the source's and each is as it stands there; else ``(0, None)``."""
+        """Return the first source row of ours and the number of rows, if our rows are a contiguous,
+        unchanged run of the source's; else ``(0, None)``."""
         if self.transposed or self.order is not None or not self.shape:
             return 0, None
         if self.rows is None:

@@ -1,7 +1,7 @@
-"""A tokenizer.model (SentencePiece, byte-pair encoding) as a tokenizer of the tokenizers library.
+"""Read a tokenizer.model (SentencePiece, byte-pair encoding) into the tokenizers library.
 
-For folders that were published without a tokenizer.json, InternLM2's among them. The file is a
-protobuf message of which a few fields are needed; they are read here without that library.
+For folders published without a tokenizer.json, such as InternLM2's. The file is a protobuf message.
+The few fields needed are parsed here, without the protobuf library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from mquant_jax.errors import UserError
 from mquant_jax.files import read_bytes
 
-_LONGEST = 1024  # characters in a piece; merges are found by trying all its splits
+_LONGEST = 1024  # characters of the longest piece; merges are found by trying all splits
 
 BPE = 2  # trainer_spec.model_type
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # types of pieces
@@ -24,13 +24,13 @@ SPACE = "\u2581"
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """What the file says.
+    """The content of the file.
 
     Attributes:
         names, scores, kinds: of each piece, in the order of their ids.
         model_type: 1 unigram, 2 byte-pair encoding.
         charsmap: compiled normalisation of characters; empty: none.
-        dummy_prefix: a space is put in front of every text.
+        dummy_prefix: whether a space is put before every text.
     """
 
     names: list[str]
@@ -106,7 +106,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def merges_of(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two, best piece first."""
+    """Return all ways to join two pieces into a third, best piece first."""
     found = []
     for piece, i in vocab.items():
         halves = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
@@ -164,7 +164,7 @@ def build_tokenizer(pieces: Pieces, added: Mapping[int, Mapping[str, Any]], bos:
 
 
 def _add(tokenizer, pieces: Pieces, names: Sequence[str], added: Mapping[int, Mapping]) -> None:
-    """Tokens that are found in a text before anything else, with the ids they must have."""
+    """Add tokens that are matched before anything else, with the ids they must have."""
     import tokenizers as tk
 
     for i, kind in enumerate(pieces.kinds):
@@ -172,7 +172,7 @@ def _add(tokenizer, pieces: Pieces, names: Sequence[str], added: Mapping[int, Ma
             special = kind == _CONTROL
             tokenizer.add_tokens([tk.AddedToken(names[i], normalized=False, special=special)])
     for i in sorted(added):
-        while i >= len(names) and tokenizer.get_vocab_size() < i:  # ids are given out in order
+        while i >= len(names) and tokenizer.get_vocab_size() < i:  # ids are assigned in order
             tokenizer.add_tokens([f"<unused {tokenizer.get_vocab_size()}>"])
         keys = ("lstrip", "rstrip", "special", "single_word")
         flags = {k: bool(added[i].get(k, False)) for k in keys}

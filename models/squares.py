@@ -8,7 +8,7 @@ from PIL import Image
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime.buckets import fine
 
-# The colours that CLIP was trained with, for values between 0 and 1.
+# CLIP's colour normalisation, for values between 0 and 1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -19,7 +19,7 @@ def squeeze(
     mean: tuple[float, ...] = CLIP_MEAN,
     std: tuple[float, ...] = CLIP_STD,
 ) -> np.ndarray:
-    """An RGB picture, whatever its shape, as a normalised square: float32 ``[3, size, size]``."""
+    """Return an RGB picture of any shape as a normalised square: float32 ``[3, size, size]``."""
     x = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
     x = (x - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(x.transpose(2, 0, 1))

@@ -1,4 +1,4 @@
-"""What a family says of its residual streams: who writes, who reads, which norms stand between.
+"""A family's declaration of its residual streams: writers, readers, and the norms between.
 
 Fusing norms and rotating are loops over this declaration (:mod:`mquant_jax.ptq.rotate`).
 Names are parameter paths without their last part; ``*`` stands for every layer number.
@@ -14,10 +14,10 @@ class Read:
     """A norm and the dense layers that read its output.
 
     Attributes:
-        norm: path of the norm; ``None``: the stream is read as it is.
+        norm: path of the norm; ``None``: the stream is read directly.
         readers: paths of the dense layers.
-        blocks: the readers see this many neighbouring positions side by side (2x2 merges). The
-            norm may stand before or behind that step; the size of its weight tells.
+        blocks: the readers see this many adjacent positions concatenated (2x2 merges). The norm may
+            come before or after the concatenation, as the size of its weight shows.
         centres: a LayerNorm on a stream that keeps its mean; rotated, a ``ProjectedNorm``.
     """
 
@@ -48,12 +48,13 @@ class Stream:
         name: for reports; also part of the seed of its rotation.
         width: channels.
         tables: tensors whose rows enter the stream (token embeddings, class token, positions),
-            full parameter names. What an :class:`~mquant_jax.nn.vit.InputNorm` lets in is not among
-            them: it is rotated online.
+            full parameter names. The output of an :class:`~mquant_jax.nn.vit.InputNorm` is not
+            among them: it is rotated online.
         writers: dense layers whose outputs are added to it.
         reads: norms with their readers.
         gains: layer scales of the writers.
-        centred: the norms are LayerNorms: writers lose their mean, norms become RMSNorms.
+        centred: the norms are LayerNorms: the mean is removed from writers, and norms become
+            RMSNorms.
     """
 
     name: str
@@ -72,8 +73,8 @@ class ValueOutput:
     Attributes:
         value, output: paths.
         head_dim: width of a head; all heads share the rotation, so grouped queries fit.
-        twin: value and output of a second expert. One attention mixes the values of both, so that
-            they are rotated alike.
+        twin: value and output of a second expert. One attention mixes the values of both, so they
+            are rotated alike.
     """
 
     value: str
@@ -90,15 +91,15 @@ class ValueOutput:
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """A dense layer behind an online rotation: an MLP's last, mostly.
+    """A dense layer behind an online rotation, usually an MLP's last.
 
     Attributes:
         reader: path of the layer.
-        width: its inputs.
-        reads_stream: its inputs are a residual stream that takes no rotation; whether there is an
-            online rotation is then the recipe's choice.
+        width: number of its inputs.
+        reads_stream: its inputs are a residual stream that takes no rotation; the recipe then
+            chooses whether there is an online rotation.
         sign_carrier: a layer that enters the hidden activation linearly (``up_proj`` of a gated
-            MLP) and takes the rotation's signs; ``None``: the signs are applied online.
+            MLP) and absorbs the rotation's signs; ``None``: the signs are applied online.
     """
 
     reader: str

@@ -1,8 +1,8 @@
 """Chat templates of model folders, rendered in a sandbox that bounds time, steps and memory.
 
-A template is a program that somebody else wrote. Jinja's sandbox keeps it from code and files; here
-every loop, call, operator and output counts against a budget, so that none runs for ever or makes
-more text than a prompt could hold. No signals or processes are used: it works in any thread.
+A template is an untrusted program. Jinja's sandbox keeps it from code and files. Here every loop,
+call, operator and output also counts against a budget, so that no template runs forever or produces
+more text than a prompt can hold. No signals or processes are used: it works in any thread.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from jinja2.visitor import NodeTransformer
 
 MOST_SECONDS = 10.0
 MOST_STEPS = 2_000_000
-MOST_CHARS = 4 << 20  # of output, beside eight times the conversation's own
-MOST_SOURCE = 256 << 10  # characters of a template; published ones have 30,000 at most
-_MOST_ITEMS = 100_000  # in a list or dictionary, those inside it included
-_MOST_WIDTH = 10_000  # of padding, and other numbers that a call is given
+MOST_CHARS = 4 << 20  # characters of output, plus eight times the conversation's own
+MOST_SOURCE = 256 << 10  # characters of a template; published ones have at most 30,000
+_MOST_ITEMS = 100_000  # in a list or dictionary, nested ones included
+_MOST_WIDTH = 10_000  # of padding, and other numbers passed to a call
 _MOST_BITS = 4096
 _FILTERS = """
     abs attr batch capitalize center count d default dictsort e escape first float format groupby
@@ -44,12 +44,12 @@ _STRING_METHODS = frozenset(
     rstrip split splitlines startswith strip swapcase title upper zfill
     """.split()
 )
-# Widths in a format that are long, taken from an argument, or computed.
+# Widths in a format that are long, an argument, or computed.
 _WIDE = re.compile(r"\d{5,}|%[^a-zA-Z%]*\*|\{[^{}]+\{")
 
 
 class TemplateLimit(Exception):
-    """A template that would take too long, or make too much."""
+    """The template would take too long or produce too much."""
 
 
 class _Budget:
@@ -102,10 +102,10 @@ class ChatTemplate:
         self.template = env.template_class.from_code(env, code, env.make_globals(None))
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The text of a chat.
+        """Return the text of a chat.
 
         Raises:
-            TemplateLimit: it takes too long, or makes too much.
+            TemplateLimit: it takes too long or produces too much.
             Exception: whatever the template raises.
         """
         messages = plain(messages)
@@ -118,7 +118,7 @@ class ChatTemplate:
 
 
 def plain(value: Any) -> Any:
-    """JSON-like data rebuilt from plain types; anything else becomes the name of its type."""
+    """Rebuild JSON-like data from plain types; anything else becomes the name of its type."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -129,7 +129,7 @@ def plain(value: Any) -> Any:
 
 
 def _chars(value: Any) -> int:
-    """Characters of all texts in plain data."""
+    """Count the characters of all texts in plain data."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -138,7 +138,7 @@ def _chars(value: Any) -> int:
 
 
 def sized(value: Any) -> Any:
-    """The value, once it was found to be of bounded size, whatever it holds."""
+    """Return the value after checking that its size is bounded, including its content."""
     budget = _BUDGET.get()
     budget.step()
     if isinstance(value, str):
@@ -170,7 +170,7 @@ def _check_items(value: Any, budget: _Budget) -> None:
 
 
 def _steps(iterable: Iterable[Any]) -> Iterator[Any]:
-    """What a loop runs over, each item a step."""
+    """Iterate over a loop's items; each item counts as a step."""
     budget = _BUDGET.get()
     for item in iterable:
         budget.step()
@@ -178,14 +178,14 @@ def _steps(iterable: Iterable[Any]) -> Iterator[Any]:
 
 
 def _joined(parts: list[Any], sep: str = "") -> str:
-    """The texts of some values in one."""
+    """Join the texts of some values."""
     texts = [str(sized(part)) for part in parts]
     _BUDGET.get().check_text(sum(map(len, texts)) + len(sep) * len(texts))
     return sep.join(texts)
 
 
 class _Counted(NodeTransformer):
-    """Puts the counting into a template's syntax tree."""
+    """Inserts the counting into a template's syntax tree."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -197,7 +197,7 @@ class _Counted(NodeTransformer):
         return _through("_joined", nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return nodes.Const(node.data, lineno=node.lineno)  # a constant is counted as output is
+        return nodes.Const(node.data, lineno=node.lineno)  # a constant counts as output
 
     def visit_NSRef(self, node: nodes.NSRef) -> nodes.Node:
         _check_names([node.attr])
@@ -221,7 +221,7 @@ def _check_names(names: Iterable[Any]) -> None:
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks what an assistant said, for training; here it changes nothing."""
+    """``{% generation %}`` marks the assistant's words for training; here it has no effect."""
 
     tags = {"generation"}
 
@@ -233,14 +233,14 @@ class _Generation(Extension):
 
 @pass_context
 def _written(context: Any, value: Any) -> str:
-    """What an output writes, counted."""
+    """Return an output's text, counted."""
     text = str(sized(value))
     _BUDGET.get().write(len(text))
     return text
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox in which chat templates run: theirs are the names that transformers gives."""
+    """The sandbox in which chat templates run, with the names that transformers provides."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -300,7 +300,7 @@ def _check_numbers(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
 
 
 def _check_method(text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a text's method, once its result was found to be of bounded size."""
+    """Return the arguments of a string method after checking that its result is of bounded size."""
     if name not in _STRING_METHODS:
         raise SecurityError(f"the method {name!r} of a text is not available")
     if name in ("format", "format_map"):
@@ -322,7 +322,7 @@ def _check_replace(text: Any, old: Any = "", new: Any = "", *_: Any) -> None:
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose arguments and result are of bounded size."""
+    """Wrap a filter so that its arguments and result are of bounded size."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

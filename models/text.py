@@ -1,4 +1,4 @@
-"""Prompts without pictures as batches; what pictures add is the business of their families."""
+"""Collate prompts without pictures; families add what pictures need."""
 
 from __future__ import annotations
 

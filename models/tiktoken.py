@@ -1,7 +1,7 @@
-"""Tokenizers from a tiktoken file: lines of a token in base64 and its rank.
+"""Tokenizers from a tiktoken file: one token per line, in base64, with its rank.
 
-Built anew as a byte-level BPE of the ``tokenizers`` library. Such files hold neither the pattern
-that cuts a text into words nor the special tokens: they come from the family.
+Rebuilt as a byte-level BPE of the ``tokenizers`` library. Such files contain neither the regular
+expression that splits text into words nor the special tokens; the family provides them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mquant_jax.errors import UserError
 from mquant_jax.files import read_bytes
 from mquant_jax.schema import whole
 
-_LONGEST = 2048  # letters of base64 in a token; merges are found by trying all its splits
+_LONGEST = 2048  # base64 letters of the longest token; merges are found by trying all splits
 _ID = whole(low=0, high=2**24)
 Ranks = dict[bytes, int]
 
 
 def read_ranks(path: Path) -> Ranks:
-    """Token -> rank, which is its id; in the order of the file.
+    """Return token -> rank, which is its id, in the order of the file.
 
     Raises:
-        UserError: no such file, or a line of another form.
+        UserError: no such file, or a malformed line.
     """
     ranks: Ranks = {}
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
@@ -47,17 +47,17 @@ def read_ranks(path: Path) -> Ranks:
 
 
 def byte_letters() -> dict[int, str]:
-    """The letter that a byte-level BPE writes for each byte."""
+    """Return the letter that a byte-level BPE writes for each byte."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = (b for b in range(256) if b not in plain)
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
 def build_tokenizer(ranks: Ranks, pattern: str, special: Mapping[str, int]) -> Tokenizer:
-    """The tokenizer; a text's own ``<|...|>`` are special tokens unless the caller says otherwise.
+    """Build the tokenizer; ``<|...|>`` in a text are special tokens unless the caller disables it.
 
-    A pair of tokens is merged when both together are a token, the one of least rank first. Every
-    split of a token into two others is therefore a merge.
+    Two tokens are merged if their concatenation is a token, the lowest rank first. Every split of
+    a token into two others is therefore a merge.
 
     Args:
         pattern: regular expression of a word.

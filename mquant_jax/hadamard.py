@@ -1,8 +1,8 @@
-"""Hadamard matrices by construction, and orthogonal transforms of any width made from them.
+"""Construct Hadamard matrices, and orthogonal transforms of any width from them.
 
-Orders come from Sylvester doubling, Paley's two constructions over finite fields and Kronecker
-products of smaller ones: no table is typed out. A width that has no cheap exact form is handled
-by equal diagonal blocks, which cost no padding.
+Orders come from Sylvester doubling, Paley's two constructions over finite fields, and Kronecker
+products of smaller orders; there are no tables. A width without a cheap exact form is split into
+equal diagonal blocks, which need no padding.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mquant_jax.numerics import along_last
 
 
 def has_hadamard(n: int) -> bool:
-    """Whether :func:`hadamard` knows a matrix of order ``n``."""
+    """Return whether :func:`hadamard` can build a matrix of order ``n``."""
     return _build(n) is not None
 
 
 def hadamard(n: int) -> np.ndarray:
-    """A matrix of ``+-1``, int8 ``[n, n]``, with ``H H^T = n I``.
+    """Return a Hadamard matrix: ``+-1``, int8 ``[n, n]``, with ``H H^T = n I``.
 
     Raises:
         ValueError: no construction here gives that order.
@@ -38,7 +38,7 @@ def hadamard(n: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _build(n: int) -> np.ndarray | None:
-    """The matrix by the smallest construction that fits: order 1 and 2, Paley I (``q + 1``, q = 3
+    """Build a matrix by the first construction that fits: order 1 and 2, Paley I (``q + 1``, q = 3
     mod 4), Paley II (``2 (q + 1)``, q = 1 mod 4), then products of two orders."""
     if n in (1, 2):
         return np.array([[1]] if n == 1 else [[1, 1], [1, -1]], np.int8)
@@ -76,7 +76,7 @@ def _paley_two(n: int) -> np.ndarray | None:
 
 
 def _jacobsthal(q: int) -> np.ndarray | None:
-    """``chi(a - b)`` over the field of ``q`` elements (chi: +1 square, -1 not, 0 zero)."""
+    """Return ``chi(a - b)`` over the field of ``q`` elements (chi: +1 square, -1 not, 0 zero)."""
     power = _prime_power(q)
     if power is None:
         return None
@@ -94,7 +94,7 @@ def _jacobsthal(q: int) -> np.ndarray | None:
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """``(p, k)`` with ``q = p^k``, or ``None``."""
+    """Return ``(p, k)`` with ``q = p^k``, or ``None``."""
     p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)
     k, rest = 0, q
     while rest % p == 0 and rest > 1:
@@ -103,7 +103,7 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 
 
 def _multiply(a: tuple, b: tuple, modulus: tuple, p: int) -> tuple:
-    """Product of two field elements, coefficients from the highest power down."""
+    """Multiply two field elements, coefficients from the highest power down."""
     k = len(a)
     product = [0] * (2 * k - 1)
     for i, x in enumerate(a):
@@ -116,10 +116,10 @@ def _multiply(a: tuple, b: tuple, modulus: tuple, p: int) -> tuple:
 
 
 def _irreducible(p: int, k: int) -> tuple:
-    """The lower coefficients of a monic polynomial of degree k that makes a field.
+    """Return the lower coefficients of a monic irreducible polynomial of degree k.
 
-    A candidate is right if no two non-zero elements multiply to zero; the fields needed here are
-    small.
+    A candidate is irreducible if no two non-zero elements multiply to zero. The fields used here
+    are small enough to check all pairs.
     """
     zero = (0,) * k
     for candidate in itertools.product(range(p), repeat=k):
@@ -137,13 +137,13 @@ class Rotation:
     """An orthogonal map of width ``n``: signs, then ``I (x) H_outer (x) H_inner`` normalised.
 
     Attributes:
-        n: width of what comes out.
-        blocks: equal diagonal blocks.
+        n: output width.
+        blocks: number of equal diagonal blocks.
         outer, inner: orders of the two Kronecker factors of a block; applied as two small dense
-            products, which matrix units like better than butterflies.
-        seed: of the random signs (they spread what a plain Hadamard would gather in one channel);
-            ``None`` for no signs.
-        padding: zero channels that are appended to the input first.
+            products, which suit matrix units better than butterflies.
+        seed: seed of the random signs, which spread what a plain Hadamard matrix would gather in
+            one channel; ``None`` for no signs.
+        padding: zero channels appended to the input first.
     """
 
     n: int
@@ -155,7 +155,7 @@ class Rotation:
 
     @property
     def inputs(self) -> int:
-        """Width of what goes in."""
+        """Input width."""
         return self.n - self.padding
 
     @property
@@ -167,26 +167,26 @@ class Rotation:
         return (2 * bits - 1).astype(np.float32)
 
     def without_signs(self) -> Rotation:
-        """The same rotation for inputs that bring the signs along."""
+        """Return the same rotation for inputs that already carry the signs."""
         return dataclasses.replace(self, seed=None)
 
     def signed(self, x: jax.Array) -> jax.Array:
-        """``x [..., inputs]`` with the signs."""
+        """Multiply ``x [..., inputs]`` by the signs."""
         return x if self.seed is None else x * along_last(jnp.asarray(self.signs, x.dtype), x)
 
     def padded(self, x: jax.Array) -> jax.Array:
-        """``x [..., inputs]`` padded with zeros to ``[..., n]``."""
+        """Pad ``x [..., inputs]`` with zeros to ``[..., n]``."""
         if not self.padding:
             return x
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.padding)])
 
     def factors(self, dtype) -> tuple[jax.Array, jax.Array]:
-        """The outer factor, and the inner one, which normalises both."""
+        """Return the outer factor, and the inner one, which normalises both."""
         inner = hadamard(self.inner) * (self.outer * self.inner) ** -0.5
         return jnp.asarray(hadamard(self.outer), dtype), jnp.asarray(inner, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``x [..., inputs] @ R``: ``[..., n]`` in ``x.dtype``."""
+        """Return ``x [..., inputs] @ R``: ``[..., n]`` in ``x.dtype``."""
         x = self.padded(self.signed(x))
         shape = x.shape
         outer, inner = self.factors(x.dtype)
@@ -209,49 +209,49 @@ class Orthogonal:
         return q * np.sign(np.diagonal(r))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``x [..., n] @ R``."""
+        """Return ``x [..., n] @ R``."""
         return x @ jnp.asarray(self.matrix, x.dtype)
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of one of a model's rotations."""
+    """Return the seed of one of a model's rotations."""
     return zlib.crc32(f"{seed}/{name}".encode())
 
 
 def stream_rotation(
     n: int, seed: int, name: str, orthogonal: bool = False
 ) -> Rotation | Orthogonal:
-    """The rotation of a residual stream (or of heads), by the model's seed and the stream's name.
+    """Return the rotation of a residual stream (or heads) for a model's seed and a stream's name.
 
     Args:
-        orthogonal: a random orthogonal matrix in place of a Hadamard.
+        orthogonal: use a random orthogonal matrix instead of a Hadamard rotation.
     """
     return (Orthogonal if orthogonal else plan_rotation)(n, seed_of(seed, name))
 
 
-# A block at least so wide mixes well enough; narrower ones are replaced by a padded width.
+# Blocks of at least this width mix well enough; narrower ones are replaced by a padded width.
 WIDE_BLOCK = 128
 MOST_PADDING = 0.04
-# A TPU's registers hold rows of so many channels: an inner factor of this order moves no data.
+# Channels per row of a TPU vector register: an inner factor of this order moves no data.
 LANES = 128
-LANES_WORTH = 1.25  # of the cost of the most even split
+LANES_WORTH = 1.25  # allowed cost relative to the most even split
 
 
 def plan_rotation(n: int, seed: int | None = 0, may_pad: bool = False) -> Rotation:
-    """The cheapest rotation of width ``n`` that mixes well.
+    """Return the cheapest rotation of width ``n`` that mixes well.
 
-    Fewer blocks mix better; a block's cost per channel is ``outer + inner``. Among exact forms the
-    one with the fewest blocks whose dense factors stay at or below 256 is taken, and among those
-    the most even split, or one whose inner factor fills the lanes of a vector register where it
-    costs little more. Where that leaves blocks narrower than ``WIDE_BLOCK`` channels, a slightly
-    wider rotation of one block takes the input padded with zeros (4304 -> 4320), and so where only
-    a wider one fills the lanes (8960 -> 9216).
+    Fewer blocks mix better, and a block's cost per channel is ``outer + inner``. Among the exact
+    forms, those with the fewest blocks whose dense factors stay at or below 256 are candidates. The
+    most even split of them is chosen, or one whose inner factor fills the lanes of a vector
+    register if it costs little more. If the blocks are then narrower than ``WIDE_BLOCK`` channels,
+    a slightly wider rotation with a single block is used, its input padded with zeros
+    (4304 -> 4320); likewise if only a wider one fills the lanes (8960 -> 9216).
 
     Args:
-        may_pad: whether the width may grow, which only rotations at run time can use.
+        may_pad: whether the width may grow, which only run-time rotations support.
 
     Raises:
-        ValueError: ``n`` is odd: no Hadamard block larger than one fits.
+        ValueError: ``n`` is odd, so no Hadamard block larger than one fits.
     """
     if n % 2 and not may_pad:
         raise ValueError(f"no Hadamard rotation of odd width {n}")
@@ -285,7 +285,8 @@ def _exact(n: int, seed: int | None) -> Rotation:
 
 
 def _in_lanes(even: Rotation) -> Rotation | None:
-    """The split of the same blocks with an inner factor of ``LANES``, if there is a cheap one."""
+    """Return a split of the same blocks with an inner factor of ``LANES``, if there is a cheap
+    one."""
     outer, rest = divmod(even.outer * even.inner, LANES)
     if rest or outer > 256 or not has_hadamard(outer):
         return None
@@ -295,7 +296,8 @@ def _in_lanes(even: Rotation) -> Rotation | None:
 
 
 def _padded_to_lanes(n: int, exact: Rotation) -> Rotation | None:
-    """A rotation of a slightly larger width that fills the lanes where ``exact`` does not."""
+    """Return a slightly wider rotation that fills the lanes where ``exact`` does not, or
+    ``None``."""
     if exact.blocks > 1 or exact.inner == LANES:
         return None
     for width in range(-(-n // LANES) * LANES, int(n * (1 + MOST_PADDING)) + 1, LANES):

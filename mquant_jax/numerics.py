@@ -1,15 +1,15 @@
-"""Symmetric integer formats: int8 activations, int4/int8 weights, and how they are packed.
+"""Symmetric integer formats: int8 activations, int4 and int8 weights, and their packing.
 
-Everything here is a plain function on arrays or a small frozen pytree; nothing knows about models.
+Everything here is a plain function on arrays or a small frozen pytree, independent of any model.
 
 Conventions
-    * A weight is stored ``[out_features, in_features]`` (contraction on the last axis), any leading
-      axes (a layer stack) in front.
+    * A weight is stored as ``[out_features, in_features]`` with the contraction on the last axis;
+      leading axes (a layer stack) come first.
     * Symmetric grid: ``q = clip(round(x / scale), -qmax - 1, qmax)``, ``qmax = 2**(bits-1) - 1``,
       ``x ~ q * scale``. Rounding is half to even. A zero channel gets scale 1 and quantises to 0.
     * int4 is packed two values per byte *by halves*: byte ``j`` of a row holds column ``j`` in its
-      low nibble and column ``j + ceil(K/2)`` in its high nibble, so that unpacking is one
-      concatenation and no interleave. An odd K is padded by one zero column.
+      low nibble and column ``j + ceil(K/2)`` in its high nibble. Unpacking is then one
+      concatenation without an interleave. An odd K is padded by one zero column.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ AnyArray = jax.Array | np.ndarray  # NumPy on the host, jax.Array inside a progr
 Storage = Literal["packed", "int8", "parts", "int4"]
 INT_MAX = {4: 7, 8: 127}
 _ALIGNED = 64
-_TINY = 1e-30  # below this a scale would overflow 1/scale in float32
+_TINY = 1e-30  # below this, 1/scale would overflow in float32
 
 
 def along_last(v: AnyArray, x: AnyArray) -> Any:
-    """``v [K]`` or ``[J, K]`` with unit axes in front, as many axes as ``x`` has. Users may forbid
-    JAX to add them (``jax_numpy_rank_promotion``)."""
+    """Add leading unit axes to ``v [K]`` or ``[J, K]`` until it has as many axes as ``x``.
+
+    Explicit, because users may forbid JAX's implicit promotion (``jax_numpy_rank_promotion``).
+    """
     return v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
 
 
@@ -42,7 +44,7 @@ class QTensor:
     """A quantised activation.
 
     Attributes:
-        values: int8 ``[..., K]``; float32 of the same values where rounding is simulated.
+        values: int8 ``[..., K]``; the same values in float32 where rounding is simulated.
         scale: float32, broadcastable to ``[..., 1]``: one number (static, one class), or one per
             token (static by token class, or dynamic).
     """
@@ -51,7 +53,7 @@ class QTensor:
     scale: jax.Array
 
     def dequantize(self) -> jax.Array:
-        """float32 ``[..., K]``."""
+        """Return float32 ``[..., K]``."""
         return self.values.astype(jnp.float32) * self.scale
 
 
@@ -66,18 +68,18 @@ class QWeight:
 
     Attributes:
         values: ``storage == "packed"``: uint8 ``[..., out, ceil(in/2)]`` (4 bits only);
-            ``storage == "int8"``: int8 ``[..., out, in]``, whatever ``bits`` says of the range;
-            ``storage == "parts"``: the same as int8 ``[..., parts, out, in/parts]``, columns in
-            ``parts`` runs that each lie in one piece of memory (per-channel scales only);
-            ``storage == "int4"``: int4 ``[..., out, in]`` (4 bits only), which accelerators hold
-            two per byte and feed to their matrix units as they are.
+            ``storage == "int8"``: int8 ``[..., out, in]`` for 4 and for 8 bits;
+            ``storage == "parts"``: int8 ``[..., parts, out, in/parts]``, the columns split into
+            ``parts`` runs, each contiguous in memory (per-channel scales only);
+            ``storage == "int4"``: int4 ``[..., out, in]`` (4 bits only), which accelerators store
+            as two per byte and feed to their matrix units directly.
         scale: float32 ``[..., out, groups]``; group ``g`` covers columns
             ``[g * in/groups, (g+1) * in/groups)``. One group means per-channel scales.
-        in_features: the true contraction length.
+        in_features: the contraction length, without padding.
         bits: 4 or 8.
-        storage: how ``values`` is held in memory.
-        layer: int32 ``[]``, where ``values`` and ``scale`` are a stack of layers of which this is
-            the one that is meant: kernels read it where it lies. ``None``: they are what is meant.
+        storage: the memory format of ``values``.
+        layer: int32 ``[]``: ``values`` and ``scale`` are a stack of layers, and this weight is
+            the layer with this index, which kernels read in place. ``None``: no stack index.
     """
 
     values: jax.Array
@@ -96,7 +98,8 @@ class QWeight:
         return self.scale.shape[-1]
 
     def of_layer(self) -> QWeight:
-        """The layer that is meant, alone (a no-op when it already is)."""
+        """Return the layer at index ``layer``; return the weight itself if ``layer`` is
+        ``None``."""
         if self.layer is None:
             return self
         values, scale = (
@@ -106,7 +109,7 @@ class QWeight:
         return dataclasses.replace(self, values=values, scale=scale, layer=None)
 
     def unpacked(self) -> QWeight:
-        """The same weight with one int8 per value (a no-op when it already is)."""
+        """Return the same weight with one int8 per value; return itself if it already is."""
         if self.storage == "int8":
             return self
         if self.storage == "int4":
@@ -119,48 +122,48 @@ class QWeight:
         return dataclasses.replace(self, values=values, storage="int8")
 
     def rows(self, index: AnyArray) -> QWeight:
-        """Some rows of one matrix: int ``[n]`` -> a weight ``[n, in]``."""
+        """Select rows of one matrix: int ``[n]`` -> a weight ``[n, in]``."""
         values = jnp.take(self.values, index, axis=-2)
         return dataclasses.replace(self, values=values, scale=self.scale[index])
 
     def in_parts(self, parts: int) -> QWeight:
-        """The same weight in ``parts`` runs of columns.
+        """Return the same weight as ``parts`` runs of columns.
 
         Raises:
-            ValueError: they would not be equally long, or there are groups.
+            ValueError: ``parts`` does not divide the columns, or the weight has groups.
         """
         if self.in_features % parts or self.groups > 1:
             raise ValueError(f"{parts} parts of {self.in_features} columns, {self.groups} group(s)")
         values = self.unpacked().values
         values = values.reshape(*values.shape[:-1], parts, -1).swapaxes(-3, -2)
         if isinstance(values, np.ndarray):
-            into = empty_aligned(values.shape, values.dtype)
-            np.copyto(into, values)
-            values = into
+            aligned = empty_aligned(values.shape, values.dtype)
+            np.copyto(aligned, values)
+            values = aligned
         return dataclasses.replace(self, values=values, storage="parts")
 
     def packed(self) -> QWeight:
-        """The same weight with two values per byte; 8-bit weights are returned unchanged."""
+        """Return the same weight with two values per byte; 8-bit weights are returned unchanged."""
         if self.storage == "packed" or self.bits == 8:
             return self
         values = pack_int4(self.unpacked().values)
         return dataclasses.replace(self, values=values, storage="packed")
 
     def native(self) -> QWeight:
-        """The same weight as an array of int4; 8-bit weights are returned unchanged."""
+        """Return the same weight as an int4 array; 8-bit weights are returned unchanged."""
         if self.storage == "int4" or self.bits == 8:
             return self
         values = self.unpacked().values.astype(jnp.int4)
         return dataclasses.replace(self, values=values, storage="int4")
 
     def dequantize(self) -> jax.Array:
-        """float32 ``[..., out, in]``."""
+        """Return float32 ``[..., out, in]``."""
         values = self.unpacked().values.astype(jnp.float32)
         return values * expand_groups(self.scale, self.in_features)
 
 
 def expand_groups(scale: jax.Array, in_features: int) -> jax.Array:
-    """``[..., groups]`` -> ``[..., in_features]`` (or ``[..., 1]`` left alone when one group)."""
+    """Repeat ``[..., groups]`` to ``[..., in_features]``; one group stays ``[..., 1]``."""
     groups = scale.shape[-1]
     if groups == 1:
         return scale
@@ -168,7 +171,7 @@ def expand_groups(scale: jax.Array, in_features: int) -> jax.Array:
 
 
 def pack_int4(values):
-    """int8 in [-8, 7], ``[..., K]`` -> uint8 ``[..., ceil(K/2)]``. NumPy in, NumPy out."""
+    """Pack int8 in [-8, 7], ``[..., K]``, into uint8 ``[..., ceil(K/2)]``; NumPy in, NumPy out."""
     xp = np if isinstance(values, np.ndarray) else jnp
     k = values.shape[-1]
     half = (k + 1) // 2
@@ -181,14 +184,14 @@ def pack_int4(values):
 
 
 def unpack_int4(packed, in_features: int, out: Any = None):
-    """uint8 ``[..., ceil(K/2)]`` -> int8 ``[..., K]``. NumPy in, NumPy out, into ``out`` if it is
-    given."""
-    # Sign extension of a nibble: shift it to the top of a signed byte and back.
+    """Unpack uint8 ``[..., ceil(K/2)]`` into int8 ``[..., K]``; NumPy in, NumPy out, written to
+    ``out`` if given."""
+    # Sign-extend a nibble: shift it to the top of a signed byte and back.
     if not isinstance(packed, np.ndarray):
         low = (packed << 4).astype(jnp.int8) >> 4
         high = packed.astype(jnp.int8) >> 4
         return jnp.concatenate([low, high], axis=-1)[..., :in_features]
-    # Loading a large checkpoint is mostly this: nothing is written twice.
+    # This dominates the loading of a large checkpoint, so every byte is written once.
     signed, half = packed.view(np.int8), packed.shape[-1]
     out = empty_aligned((*packed.shape[:-1], in_features), np.int8) if out is None else out
     low, high = out[..., :half], out[..., half:]
@@ -199,8 +202,8 @@ def unpack_int4(packed, in_features: int, out: Any = None):
 
 
 def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An uninitialised NumPy array that ``jax.device_put`` can take over on CPU as it is, which it
-    does where memory begins at a multiple of 64 bytes."""
+    """Return an uninitialised NumPy array that ``jax.device_put`` can adopt on CPU without a copy,
+    which requires memory aligned to 64 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + _ALIGNED, np.int8)
     start = -raw.ctypes.data % _ALIGNED
@@ -208,52 +211,54 @@ def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def safe_scale(amax: jax.Array, bits: int) -> jax.Array:
-    """Scale of a symmetric grid that reaches ``amax`` (float32); 1 where ``amax`` is zero."""
+    """Return the float32 scale of a symmetric grid that reaches ``amax``; 1 where ``amax`` is
+    zero."""
     amax = amax.astype(jnp.float32)
     scale = amax / INT_MAX[bits]
     return jnp.where(scale > _TINY, scale, 1.0)
 
 
 def round_to_grid(x: jax.Array, scale: jax.Array, bits: int = 8) -> jax.Array:
-    """``clip(round(x / scale))`` as int8, saturating at the ends of the ``bits``-wide range."""
+    """Return ``clip(round(x / scale))`` as int8, saturating at the ends of the ``bits``-wide
+    range."""
     qmax = INT_MAX[bits]
     q = jnp.round(x.astype(jnp.float32) / scale)
     return jnp.clip(q, -qmax - 1, qmax).astype(jnp.int8)
 
 
 def simulate_static(x: jax.Array, scale: jax.Array) -> QTensor:
-    """:func:`quantize_static` with the integers held as float32 and with gradients for both
-    arguments: products of them are the integers' own.
+    """Like :func:`quantize_static`, with the integers as float32 and gradients for both arguments.
 
-    The rounding passes gradients straight through; a clipped value has none.
+    Products of such tensors equal those of the integers. The gradient passes straight through the
+    rounding; a clipped value has none.
     """
-    # By the reciprocal, as there: a quotient may round to the other side of an edge.
+    # Multiply by the reciprocal as quantize_static does: a quotient may round differently.
     v = jnp.clip(x.astype(jnp.float32) * (1.0 / scale), -INT_MAX[8] - 1, INT_MAX[8])
     return QTensor(v + jax.lax.stop_gradient(jnp.round(v) - v), scale)
 
 
 def quantize_static(x: jax.Array, scale: jax.Array) -> QTensor:
-    """int8 with a scale known beforehand (paper section 3.1): no pass over ``x`` to find it.
+    """Quantise to int8 with a given scale (paper section 3.1): no pass over ``x`` to find it.
 
     Args:
         x: float ``[..., K]``.
         scale: float32, broadcastable to ``[..., 1]``.
     """
-    # Multiplying by the reciprocal keeps the division out of the hot elementwise loop.
+    # The reciprocal keeps the division out of the hot elementwise loop.
     q = jnp.clip(jnp.round(x.astype(jnp.float32) * (1.0 / scale)), -128, 127)
     return QTensor(q.astype(jnp.int8), scale)
 
 
 def quantize_dynamic(x: jax.Array, axis: int = -1) -> QTensor:
-    """int8 with one scale per token, found from the token itself (the baseline, not the paper);
-    ``axis`` is that of the channels."""
+    """Quantise to int8 with one scale per token, computed from the token (the baseline, not the
+    paper); ``axis`` is the channel axis."""
     amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
     scale = safe_scale(amax, 8)
     return QTensor(round_to_grid(x, scale, 8), scale)
 
 
 def grouped(weight: jax.Array, group_size: int | None) -> jax.Array:
-    """``[..., out, in]`` -> ``[..., out, groups, in/groups]``.
+    """Reshape ``[..., out, in]`` to ``[..., out, groups, in/groups]``.
 
     Raises:
         ValueError: the group size does not divide the contraction length.
@@ -276,7 +281,7 @@ def quantize_weight(
     Args:
         weight: float ``[..., out, in]``.
         bits: 4 or 8.
-        group_size: columns that share a scale; ``None`` is one scale per output channel.
+        group_size: columns per scale; ``None`` means one scale per output channel.
         scale: float32 ``[..., out, groups]``; by default the grid reaches the largest magnitude.
 
     Returns:

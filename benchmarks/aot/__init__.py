@@ -1,1 +1,1 @@
-"""Ahead-of-time gates: ``python -m benchmarks.aot`` (see ``__main__``)."""
+"""Ahead-of-time compilation checks: ``python -m benchmarks.aot`` (see ``__main__``)."""

@@ -1,13 +1,14 @@
-"""Compile full-size models for accelerators that are not here, from shapes alone.
+"""Compile full-size models for accelerators ahead of time, from shapes alone.
 
     python -m benchmarks.aot --target tpu-v5e [--model qwen2_vl-7b] [--json] [--save FILE]
 
-Vision tower, prefill (one prompt with one picture, tower included) and decode (one row against the
-cache) of bf16, of W4A8 with one activation scale per token found at run time (dynamic), and of W4A8
-with static scales (ours) are compiled for one chip. What is told: whether they compile and fit,
-cycles as XLA estimates them (TPU; loops multiplied out), bytes moved to and from the large memory,
-operations, and times at the published rates. A ratio is ours / the other's: below 1 we are cheaper.
-No weights are made and no accelerator is needed, but its compiler is: the extras aot-tpu, aot-gpu.
+Compiles the vision tower, prefill (one prompt with one picture, tower included) and decode (one row
+against the cache) for one chip, in three variants: bf16, W4A8 with one activation scale per token
+computed at run time (dynamic), and W4A8 with static scales (ours). Reports whether each program
+compiles and fits, XLA's cycle estimates (TPU; loop bodies times their trip counts), bytes moved to
+and from main memory, operations, and times at the published rates. A ratio is ours / the other's:
+below 1 ours is cheaper. No weights and no accelerator are needed, only its compiler: the extras
+aot-tpu and aot-gpu.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from mquant_jax.presets import PRESETS
 RECIPES = {FLOAT: "float", DYNAMIC: "w4a8-dynamic", STATIC: "w4a8"}
 NOTES = {
     "tpu": [
-        "cycles: XLA's estimates of compute. charged: the part that stands for data movement "
-        "without one (or with less than the bytes at the memory's rate).",
+        "cycles: XLA's estimates of compute. charged: the part added for data movement that has "
+        "no estimate (or one below its bytes at the memory's rate).",
         "estimate: the larger of cycles and bytes at the memory's rate; nothing here was run.",
     ],
     "gpu": [
-        "No cycle estimates on this target. estimate: each kernel takes the larger of its "
-        "operations and bytes at published rates, which none reaches, one after the other.",
+        "No cycle estimates on this target. estimate: the sum over kernels of the larger of "
+        "operations and bytes at published rates; real kernels do not reach these rates.",
         "Bytes count every kernel's operands once, as if nothing stayed in the caches; Pallas "
         "kernels count by their cost estimates.",
-        "in_place: without the copies that XLA makes of layers of a stack, on both sides.",
+        "in_place: without the copies that XLA makes of a stack's layers, on both sides.",
     ],
 }
 
@@ -74,12 +75,12 @@ def measure(
                 share = made.cost.kernel_cycles / made.cost.cycles
                 notes.append(
                     f"{name} {program}: {share:.0%} of the cycles are Pallas kernels, counted by "
-                    "their cost estimates at the published rates."
+                    "their cost estimates at published rates."
                 )
             if made.error:
                 notes.append(
-                    f"{name} {program}: refused for lack of memory; figures are of the same "
-                    "program with fewer layers, multiplied out."
+                    f"{name} {program}: refused for lack of memory; figures are scaled up from the "
+                    "same program with fewer layers."
                 )
     memory = {name: memory_of(p, device) for name, p in variants.items()}
     ours = variants.get(STATIC, {})
@@ -104,7 +105,7 @@ def measure(
 
 
 def rates(device: Device) -> str:
-    """One line on a device."""
+    """Format one line about a device."""
     return (
         f"{device.name}: {device.memory / 1e9:.0f} GB at {device.bandwidth / 1e9:.0f} GB/s, "
         + ", ".join(f"{kind} {rate / 1e12:.0f} T/s" for kind, rate in device.rates.items())
@@ -115,10 +116,16 @@ def _run(argv: list[str]) -> int:
     epilog = "\n".join(rates(d) for d in DEVICES.values())
     parser = Parser("python -m benchmarks.aot", __doc__ or "", epilog)
     add = parser.add_argument
-    add("--target", required=True, choices=tuple(DEVICES), help="what to compile for")
+    add("--target", required=True, choices=tuple(DEVICES), help="chip to compile for")
     add("--model", default="qwen2_vl-7b", choices=tuple(MODELS), help="default qwen2_vl-7b")
-    add("--tokens", type=int, default=1024, metavar="N", help="prompt, with the picture's (1024)")
-    add("--image-side", type=int, default=448, metavar="PX", help="picture (448)")
+    add(
+        "--tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="prompt length, picture included (1024)",
+    )
+    add("--image-side", type=int, default=448, metavar="PX", help="picture size (448)")
     add("--cache", type=int, default=8192, metavar="N", help="cache slots (8192)")
     add("--variant", action="append", choices=tuple(RECIPES), help="only this one; repeatable")
     add("--program", action="append", choices=PROGRAMS, help="only this one; repeatable")

@@ -1,4 +1,4 @@
-"""Compilers for machines that are not here: what must be installed, and how JAX finds them."""
+"""Set up compilers for accelerators that are not attached: what to install, how JAX finds them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.aot.devices import Device
 from mquant_jax.errors import UserError
 
-TESTED = "0.10.2"  # the jax whose compilers the results were made with
+TESTED = "0.10.2"  # the jax version that produced the stored results
 INSTALL = {
     "tpu": f'pip install "jax[tpu]=={TESTED}" (in this repository: pip install -e ".[aot-tpu]")',
     "gpu": f"pip install jax=={TESTED} jax-cuda13-plugin=={TESTED} nvidia-cuda-nvcc nvidia-nvvm "
     '(in this repository: pip install -e ".[aot-gpu]")',
 }
-# An H100 SXM as XLA describes it: what it would read from the driver.
+# An H100 SXM as XLA describes it; otherwise read from the driver.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -37,7 +37,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def missing(device: Device) -> str | None:
-    """What keeps this machine from compiling for ``device``, and what to install; else ``None``."""
+    """Return why this machine cannot compile for ``device`` and what to install, or ``None``."""
     if device.platform == "tpu":
         found = importlib.util.find_spec("libtpu") is not None
         name, wanted, have = "libtpu", _wanted_libtpu(), _version("libtpu")
@@ -48,7 +48,7 @@ def missing(device: Device) -> str | None:
         return f"compiling for {device.name} needs {name}: {INSTALL[device.platform]}"
     if wanted and have and not re.fullmatch(re.escape(wanted).replace(r"\*", ".*"), have):
         return (
-            f"{name} {have} is not the one that jax {jax.__version__} goes with ({wanted}): "
+            f"{name} {have} is not the one that jax {jax.__version__} needs ({wanted}): "
             f"{INSTALL[device.platform]}"
         )
     return None
@@ -62,7 +62,8 @@ def _version(name: str) -> str | None:
 
 
 def _wanted_libtpu() -> str | None:
-    """The libtpu that the installed jax asks for, ``0.0.42.*``, as its extra ``tpu`` says."""
+    """Return the libtpu requirement of the installed jax, such as ``0.0.42.*``, from its extra
+    ``tpu``."""
     for line in importlib.metadata.requires("jax") or []:
         found = re.match(r"libtpu\s*==\s*([\w.*]+)", line)
         if found:
@@ -71,7 +72,7 @@ def _wanted_libtpu() -> str | None:
 
 
 def prepare(device: Device) -> None:
-    """Set what the compilers read when JAX starts; call before JAX is used.
+    """Set the compilers' options; call this before JAX is used.
 
     Raises:
         UserError: what :func:`missing` found.
@@ -79,11 +80,11 @@ def prepare(device: Device) -> None:
     problem = missing(device)
     if problem:
         raise UserError(problem)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to be asked
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to query
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody holds a chip
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process holds a chip
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    if device.platform == "gpu":  # tuning runs kernels, which needs the device
+    if device.platform == "gpu":  # autotuning would run kernels on the device
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
     jax.config.update("jax_platforms", "cpu")

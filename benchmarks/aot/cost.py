@@ -1,16 +1,16 @@
-"""What a compiled program costs: XLA's cycle estimates and bytes moved, loops multiplied out.
+"""Cost of a compiled program: XLA's cycle estimates and bytes moved, with loops counted in full.
 
-``estimated_cycles`` in a TPU program's text are of compute alone, for one run of the instruction.
-Three kinds of work carry none and are charged here, so that nothing is left out:
+``estimated_cycles`` in a TPU program's text covers compute only, for one run of the instruction.
+Three kinds of work have no estimate and are charged here:
 
-* data movement (reshapes, gathers; and copies, whose estimates are often impossibly low): at
-  least the bytes read and written at the memory's rate;
-* Pallas kernels: operations of their own cost estimate at the published rates, times what their
-  final schedule takes more than that (:data:`SCHEDULES`), or its bytes;
+* data movement (reshapes, gathers, and copies, whose estimates are often impossibly low): at least
+  the bytes read and written at the memory's rate;
+* Pallas kernels: the larger of their bytes and their own operation counts at the published rates,
+  scaled by how much longer their final schedule is (:data:`SCHEDULES`);
 * transfers that run beside compute: bytes alone.
 
-GPU programs carry no estimates: each kernel takes the larger of its operations and its bytes at the
-published rates, and they run one after the other.
+GPU programs have no estimates. Each kernel takes the larger of its operations and its bytes at the
+published rates, and kernels run one after the other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.aot.devices import Device
 from benchmarks.aot.hlo import Array, Computation, Instruction, Module, trip_count
 
 HBM = 0
-# They name or wait for what others make.
+# Instructions without work of their own: they name or await results of others.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
     "copy-done", "slice-done", "async-done", "async-update", "partition-id", "replica-id",
@@ -37,12 +37,12 @@ _MOVES = {"copy", "reshape", "transpose", "concatenate", "reverse", "gather"}
 TRITON = "__gpu$xla.gpu.triton"
 _KERNELS = {"tpu_custom_call", TRITON, "mosaic_gpu_v2", "mosaic_gpu"}
 _INTEGERS = ("s8", "u8", "s4", "u4")
-# Bundles of a kernel's final schedule, times trips, over the cycles that the matrix units need for
-# its operations (``rms_quantize`` leaves those alone); counted in the compiler's dump for v5e and
-# v6e at Qwen2-VL-7B's shapes (docs/speed.md), the largest of them. A core of v5p is one of v5e.
+# Bundles in a kernel's final schedule, times trips, divided by the cycles its operations take on
+# the matrix units (``rms_quantize`` does not use them). The largest values from the compiler's
+# dumps for v5e and v6e at Qwen2-VL-7B's shapes (docs/speed.md). v5p uses the values of v5e.
 SCHEDULES = {"attend_rows": 1.72, "int4_dot": 1.02, "few_dot": 1.06, "rms_quantize": 55.0}
 SCHEDULES_V6E = {"attend_rows": 6.0, "int4_dot": 1.9, "few_dot": 2.7, "rms_quantize": 220.0}
-_SMALL = 4096  # bytes; the scalar unit's arithmetic is no data movement
+_SMALL = 4096  # bytes; smaller operations are scalar arithmetic, not data movement
 
 
 @dataclasses.dataclass
@@ -50,14 +50,14 @@ class Cost:
     """Sums over a program.
 
     Attributes:
-        cycles: compute, with everything below; 0 on targets without estimates.
-        charged: the part of ``cycles`` that is not XLA's own: movement by bytes.
-        kernel_cycles: the part that Pallas kernels' cost estimates stand for.
-        bytes: read from and written to the large memory.
-        seconds: where there are no cycles, the sum of what each kernel takes.
-        copying: the part of ``seconds`` in which layers are cut out of their stacks, to be operands
-            of kernels that cannot do so themselves.
-        top: cycles by instruction, with the loops it stands in: ``(cycles, name, what)``.
+        cycles: compute, including everything below; 0 on targets without estimates.
+        charged: the part of ``cycles`` charged here for data movement, not estimated by XLA.
+        kernel_cycles: the part of ``cycles`` that comes from Pallas kernels' cost estimates.
+        bytes: read from and written to main memory.
+        seconds: the sum of all kernels' times, on targets without cycles.
+        copying: the part of ``seconds`` spent on slicing layers out of their stacks for kernels
+            that cannot read them in place.
+        top: cycles by instruction: ``(cycles, name, shapes and source)``.
     """
 
     cycles: float = 0.0
@@ -70,14 +70,14 @@ class Cost:
 
 
 def program_cost(module: Module, device: Device, trips: dict[int, int] | None = None) -> Cost:
-    """Cost of one run of a compiled program.
+    """Return the cost of one run of a compiled program.
 
     Args:
-        trips: trip counts to put in place of others: a program compiled with fewer equal layers
-            stands for the whole one.
+        trips: trip counts to replace: a program compiled with fewer equal layers then stands for
+            the whole one.
 
     Raises:
-        ValueError: a loop of unknown length, or a kernel without a cost estimate.
+        ValueError: a loop has no known trip count, or a kernel has no cost estimate.
     """
     total = Cost()
     _add(total, module, module.entry, device, 1, trips or {})
@@ -117,7 +117,7 @@ def _add_one(
         return
     moved, in_memory = _traffic(module, body, i)
     if target in _KERNELS and (estimate := kernel_estimate(i.config)):
-        # A kernel that fetches its layer from a stack reads no more than it says.
+        # A kernel that fetches its layer from a stack reads less than the whole operand.
         in_memory = min(in_memory, float(estimate.get("bytes_accessed", in_memory)))
     cycles = float(i.cycles or 0)
     total.bytes += in_memory * times
@@ -141,7 +141,7 @@ def _add_seconds(
     total: Cost, module: Module, body: Computation, i: Instruction, device: Device, times: int,
     moved: float,
 ) -> None:  # fmt: skip
-    """One kernel of a target without cycles."""
+    """Add one kernel of a target without cycle estimates."""
     if i.attribute("custom_call_target") == TRITON:
         integer = any(a.dtype in _INTEGERS for a in operand_arrays(body, i))
         flops = {"int8" if integer else "bf16": float(i.notes["flops"])}
@@ -156,8 +156,8 @@ def _add_seconds(
 
 
 def products(module: Module, body: Computation, i: Instruction) -> dict[str, float]:
-    """Operations of the matrix products in an instruction, by operand type, those of fusions
-    within it included."""
+    """Count the matrix products' operations in an instruction by operand type, including those
+    inside fusions."""
     flops: collections.Counter = collections.Counter()
     if i.opcode == "dot":
         left = body.instructions[i.operands[0]].arrays[0]
@@ -176,12 +176,12 @@ def _short(a: Array) -> str:
 
 
 def kernel_cycles(i: Instruction, operands: list[Array], device: Device) -> float:
-    """A Pallas kernel's cycles: the larger of its operations, as scheduled, and its bytes.
+    """Return a Pallas kernel's cycles: the larger of its operations, as scheduled, and its bytes.
 
-    Operations count as int8 where an operand is int8 or int4, else as bf16.
+    Operations count as int8 if any operand is int8 or int4, else as bf16.
 
     Raises:
-        ValueError: the kernel came without a cost estimate.
+        ValueError: the kernel has no cost estimate.
     """
     estimate = kernel_estimate(i.config)
     if estimate is None:
@@ -194,7 +194,7 @@ def kernel_cycles(i: Instruction, operands: list[Array], device: Device) -> floa
 
 
 def kernel_estimate(config: Any) -> dict | None:
-    """The ``cost_estimate`` somewhere in a custom call's notes."""
+    """Find the ``cost_estimate`` in a custom call's backend config."""
     if isinstance(config, dict):
         if isinstance(config.get("cost_estimate"), dict):
             return config["cost_estimate"]
@@ -204,25 +204,25 @@ def kernel_estimate(config: Any) -> dict | None:
 
 
 def operand_arrays(body: Computation, i: Instruction) -> list[Array]:
-    """Arrays that an instruction reads, tuples flattened."""
+    """Return the arrays that an instruction reads, tuples flattened."""
     return [a for name in i.operands for a in body.instructions[name].arrays]
 
 
 def _traffic(module: Module, body: Computation, i: Instruction) -> tuple[float, float]:
-    """Bytes that an instruction reads and writes: anywhere, and in the large memory."""
+    """Return the bytes that an instruction reads and writes: in any memory, and in main memory."""
     if i.attribute("custom_call_target") == TRITON:
-        # Which parts of its operands it reads only the kernel can tell.
+        # Only the kernel's estimate says which parts of its operands it reads.
         if "bytes_accessed" not in i.notes:
             raise ValueError(
                 f"kernel %{i.name} has no cost estimate; give its pallas_call metadata"
             )
         return 0.0, float(i.notes["bytes_accessed"])
     if i.opcode in _STARTS:
-        # (destination, source, context): what is in the large memory is read or written.
+        # (destination, source, context): count the sides in main memory.
         whole = operand_arrays(body, i)
         size = min(sum(a.bytes for a in whole), _largest_result(i, whole))
-        there = [a for a in i.arrays if a.bytes and a.space == HBM]
-        return 0.0, float(size * min(2, len(there)))
+        in_memory = [a for a in i.arrays if a.bytes and a.space == HBM]
+        return 0.0, float(size * min(2, len(in_memory)))
     if i.opcode == "fusion":
         inner = module.computations[i.called["calls"][0]]
         pairs = [*_fusion_reads(module, body, i, inner), *_fusion_writes(i, inner)]
@@ -239,7 +239,8 @@ def _traffic(module: Module, body: Computation, i: Instruction) -> tuple[float, 
 
 
 def _largest_result(i: Instruction, operands: list[Array]) -> int:
-    """Bytes that a transfer delivers: its result that is no operand, or a whole copy of it."""
+    """Return the bytes that a transfer delivers: its result other than its operands, or a full
+    copy."""
     rest = collections.Counter((a.dtype, a.dims) for a in i.arrays)
     rest.subtract((a.dtype, a.dims) for a in operands)
     new = [a.bytes for a in i.arrays if rest[a.dtype, a.dims] > 0]
@@ -247,7 +248,8 @@ def _largest_result(i: Instruction, operands: list[Array]) -> int:
 
 
 def _fusion_reads(module: Module, body: Computation, i: Instruction, inner: Computation):
-    """What a fusion reads of each operand: slices only, where it takes nothing else."""
+    """Yield each operand and the bytes a fusion reads of it: slices only, if it uses nothing
+    else."""
     parameters = {int(p.arguments): p for p in _parameters(inner)}
     for k, name in enumerate(i.operands):
         for array in body.instructions[name].arrays:
@@ -256,7 +258,7 @@ def _fusion_reads(module: Module, body: Computation, i: Instruction, inner: Comp
 
 
 def _read_of(module: Module, inner: Computation, name: str) -> int | None:
-    """Bytes read of a value inside a fusion, ``None`` for all of it."""
+    """Return the bytes read of a value inside a fusion, or ``None`` for all of it."""
     if inner.instructions[name].root:
         return None
     total = 0
@@ -280,7 +282,8 @@ def _read_of(module: Module, inner: Computation, name: str) -> int | None:
 
 
 def _read_of_nested(module: Module, inner: Computation, user: Instruction, name: str) -> int | None:
-    """:func:`_read_of` where the user is a fusion in a fusion: a change of layout, mostly."""
+    """Like :func:`_read_of`, for a use by a fusion in a fusion, which is usually a layout
+    change."""
     nested = module.computations[user.called["calls"][0]]
     parameters = {int(p.arguments): p for p in _parameters(nested)}
     taken = [parameters[k] for k, operand in enumerate(user.operands) if operand == name]
@@ -296,7 +299,8 @@ def _parameters(body: Computation) -> list[Instruction]:
 
 
 def _fusion_writes(i: Instruction, inner: Computation):
-    """What a fusion writes of each result: the update alone, where it updates in place."""
+    """Yield each result and the bytes a fusion writes to it: an in-place update writes only
+    itself."""
     root = inner.root
     parts = [inner.instructions[n] for n in root.operands] if root.opcode == "tuple" else [root]
     if len(parts) != len(i.arrays):

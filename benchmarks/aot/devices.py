@@ -1,4 +1,4 @@
-"""What the targets offer, by their makers' data sheets."""
+"""Published specifications of the target chips."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ class Device:
     """One chip.
 
     Attributes:
-        name: what reports call it.
-        platform: ``tpu`` or ``gpu``, as ``jax.default_backend`` says.
-        topology: the name that JAX knows the smallest slice with such chips by.
+        name: the name in reports.
+        platform: ``tpu`` or ``gpu``, as returned by ``jax.default_backend``.
+        topology: JAX's name of the smallest slice with such chips.
         memory: bytes.
         bandwidth: bytes per second of that memory.
-        rates: dense operations per second (a multiplication and an addition are two), by
-            operand type.
-        clock: cycles per second in which XLA's estimates count; ``None`` where it gives none.
+        rates: dense operations per second by operand type; a multiply-add counts as two.
+        clock: cycles per second for XLA's cycle estimates; ``None`` where there are none.
             Chosen so that the matrix units reach the published bf16 rate.
     """
 
@@ -35,7 +34,7 @@ class Device:
         return self.bandwidth / self.clock
 
     def compute_seconds(self, flops: dict[str, float]) -> float:
-        """Time of operations by operand type at the published rates."""
+        """Return the time of operations, given by operand type, at the published rates."""
         return sum(n / self.rates[kind] for kind, n in flops.items())
 
 

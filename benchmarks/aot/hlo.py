@@ -1,4 +1,4 @@
-"""Compiled HLO text -> computations and instructions: no more than the cost model asks for."""
+"""Parse compiled HLO text into computations and instructions, as far as the cost model needs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape: element type, dimensions, and the memory that holds it.
+    """One array of a shape: element type, dimensions, and the memory space that holds it.
 
-    Memory space 0 is the device's large memory (HBM); others are on chip, except 5 (the host's).
+    Memory space 0 is the device's main memory (HBM), 5 is the host's, and others are on chip.
     """
 
     dtype: str
@@ -37,12 +37,12 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Bytes without the padding of tiles; token and opaque types take none."""
+        """Bytes without tile padding; token and opaque types take none."""
         bits = 8 if self.dtype.startswith("f8") else _BITS.get(self.dtype, 0)
         return -(-self.size * bits // 8)
 
@@ -52,10 +52,10 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-        arrays: of the result, tuples flattened.
+        arrays: the result's arrays, tuples flattened.
         operands: names of instructions of the same computation.
         called: role (``body``, ``calls``, ...) -> computation names.
-        attributes: the text behind the operands.
+        attributes: the text after the operands.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Instruction:
 
     @functools.cached_property
     def config(self) -> dict:
-        """The backend's own notes; empty where it left none."""
+        """The backend config; empty if there is none."""
         at = self.attributes.find("backend_config=")
         if at < 0:
             return {}
@@ -82,7 +82,7 @@ class Instruction:
 
     @functools.cached_property
     def notes(self) -> dict[str, str]:
-        """What a Triton kernel's ``pallas_call`` was given as metadata; empty without any."""
+        """The metadata given to a Triton kernel's ``pallas_call``; empty if there is none."""
         found = re.search(r'serialized_metadata = "([^"]*)"', self.attributes)
         return json.loads(found.group(1).replace(r"\22", '"')) if found else {}
 
@@ -94,19 +94,19 @@ class Instruction:
 
     @property
     def source(self) -> str:
-        """The JAX operation that it came from."""
+        """The JAX operation that produced it."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     def attribute(self, key: str) -> str | None:
-        """A plain attribute's text: ``direction``, ``custom_call_target``."""
+        """Return a plain attribute's text, such as ``direction`` or ``custom_call_target``."""
         found = re.search(rf'\b{key}="?([^",\s]+)', self.attributes)
         return found.group(1) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in the order in which they stand."""
+    """Instructions by name, in program order."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -125,7 +125,7 @@ class Module:
 
 
 def parse_arrays(text: str) -> tuple[Array, ...]:
-    """All arrays that a shape's text names: ``(f32[2,3]{1,0:S(1)}, s8[4])``."""
+    """Parse all arrays in a shape's text, such as ``(f32[2,3]{1,0:S(1)}, s8[4])``."""
     out = []
     for dtype, dims, layout in _ARRAY.findall(text):
         sizes = tuple(int(d.strip("<=")) for d in dims.split(",") if d)
@@ -135,7 +135,7 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, at: int) -> int:
-    """Index behind the bracket that closes the one at ``at``; strings are skipped."""
+    """Return the index after the bracket that closes the one at ``at``; strings are skipped."""
     depth, quoted, i = 0, False, at
     while i < len(text):
         c = text[i]
@@ -155,7 +155,7 @@ def _closing(text: str, at: int) -> int:
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """One line, or ``None`` if it is no instruction."""
+    """Parse one line; return ``None`` if it is not an instruction."""
     head = _LINE.match(line)
     if head is None:
         return None
@@ -177,10 +177,10 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def parse(text: str) -> Module:
-    """``compiled.as_text()`` -> :class:`Module`.
+    """Parse ``compiled.as_text()`` into a :class:`Module`.
 
     Raises:
-        ValueError: no entry computation in the text.
+        ValueError: the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry = current = None
@@ -202,17 +202,17 @@ def parse(text: str) -> Module:
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a ``while`` runs: what the compiler noted, or the bound that its condition tests.
+    """Return a ``while``'s trip count: the compiler's note, or the bound tested by its condition.
 
     Raises:
-        ValueError: neither can be read; guessing would make every sum wrong.
+        ValueError: neither is known; a guess would make every sum wrong.
     """
     noted = loop.config.get("known_trip_count", {}).get("n")
     if noted is not None:
         return int(noted)
     condition = module.computations[loop.called["condition"][0]]
     test = condition.root
-    if test.opcode == "fusion":  # the comparison, and perhaps its constant, moved inside
+    if test.opcode == "fusion":  # the comparison, and possibly its constant, are inside the fusion
         inner = module.computations[test.called["calls"][0]]
         outer = [condition.instructions[n] for n in test.operands]
         test, condition = inner.root, inner

@@ -1,8 +1,8 @@
-"""What a candidate cut of a GPU product would cost, from its compiled kernel alone.
+"""Rank candidate block sizes of a GPU product from their compiled kernels alone.
 
-The compiler's PTX goes through ``ptxas``, whose count of registers and spills, with the shared
-memory that the program asks for, says how many blocks a multiprocessor holds. From there on it is
-arithmetic on published or commonly measured rates: a ranking, no time.
+The compiler's PTX goes through ``ptxas``, which reports registers and spills. Together with the
+program's shared memory, they say how many blocks fit on a multiprocessor. The rest is arithmetic on
+published or commonly measured rates: it gives a ranking, not a time.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from benchmarks.aot.devices import DEVICES
 from mquant_jax.ops.gpu import FEW_ROWS
 from mquant_jax.ops.pallas_gpu import Blocks, matmul, partial_sums
 
-SMS, THREADS, REGISTERS, SHARED = 132, 2048, 65536, 232448  # H100; per multiprocessor but for SMS
-SMALL_SHARED = 99 * 1024  # of a block, on the smallest of the chips that the kernels are for
+SMS, THREADS, REGISTERS, SHARED = 132, 2048, 65536, 232448  # H100; all but SMS per multiprocessor
+SMALL_SHARED = 99 * 1024  # bytes per block on the smallest supported chip
 CLOCK = 1.755e9
 MACS = 1979e12 / 2 / SMS / CLOCK  # int8, per multiprocessor and cycle
-L2_BYTES = 5.5e12 / SMS / CLOCK  # per multiprocessor and cycle; measured by others, not published
+L2_BYTES = 5.5e12 / SMS / CLOCK  # per multiprocessor and cycle; a common measurement, not published
 UNPACK = 3 / 4 / 128  # cycles per byte of packed weights: three operations on four at a time
-LATENCY = 800e-9  # seconds from asking the large memory to having; likewise
+LATENCY = 800e-9  # seconds of a main memory read; a common measurement
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What the compiler made of a candidate."""
+    """The compiled kernel of a candidate."""
 
     threads: int
     registers: int
@@ -46,7 +46,7 @@ class Kernel:
 
     @property
     def resident(self) -> int:
-        """Blocks that a multiprocessor holds at a time."""
+        """Number of blocks resident on a multiprocessor at a time."""
         registers = -(-self.registers // 8) * 8 * self.threads
         shared = self.shared + 1024
         return min(THREADS // self.threads, REGISTERS // registers, SHARED // shared)
@@ -55,7 +55,7 @@ class Kernel:
 def compile_kernel(
     many: bool, rows: int, out: int, k: int, blocks: Blocks, where: Sharding
 ) -> Kernel | None:
-    """A candidate for one shape compiled for an H100; ``None`` if the compiler refuses it."""
+    """Compile a candidate for one shape for an H100; return ``None`` if the compiler refuses it."""
 
     def one(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -82,34 +82,34 @@ def compile_kernel(
 
 
 def read_kernel(ptx: Path, thunks: str) -> Kernel:
-    """Figures of a PTX file with one kernel, called ``w4a8`` in XLA's list of what runs."""
-    done = subprocess.run(
+    """Read the figures of a PTX file with one kernel, called ``w4a8`` in XLA's thunk list."""
+    ptxas = subprocess.run(
         [assembler(), "-arch=sm_90a", "-v", str(ptx), "-o", "/dev/null"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    said, text = done.stdout + done.stderr, ptx.read_text(encoding="utf-8")
+    report, text = ptxas.stdout + ptxas.stderr, ptx.read_text(encoding="utf-8")
     launch = next(line for line in thunks.splitlines() if "w4a8" in line)
     return Kernel(
         threads=int(re.search(r"\.reqntid (\d+)", text).group(1)),
-        registers=int(re.search(r"Used (\d+) registers", said).group(1)),
-        spills=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        registers=int(re.search(r"Used (\d+) registers", report).group(1)),
+        spills=sum(map(int, re.findall(r"(\d+) bytes spill", report))),
         shared=int(re.search(r"shared_memory: (\d+)", launch).group(1)),
         tensor=next(iter(re.findall(r"(wgmma|mma)[.\w]*s32\.s8\.s8", text)), "none"),
     )
 
 
 def assembler() -> str:
-    """The ``ptxas`` of the wheel beside this Python, or the one on the path."""
+    """Return the ``ptxas`` of the wheel in this Python's prefix, or the one on the path."""
     found = glob.glob(f"{sys.prefix}/lib/python*/site-packages/nvidia/cu*/bin/ptxas")
     return found[0] if found else "ptxas"
 
 
 def score(kernel: Kernel, many: bool, rows: int, out: int, k: int, blocks: Blocks) -> float:
-    """Microseconds by arithmetic; infinite where registers spill or no block fits.
+    """Estimate microseconds by arithmetic; infinite if registers spill or no block fits.
 
-    Many rows: waves of blocks, each as slow as the slowest of tensor cores, unpacking and reads
-    from the second-level cache, which resident blocks share. Few rows: the weights' bytes at the
-    memory's rate, or at what the reads under way allow, and a latency to begin with.
+    Many rows: blocks run in waves. A step takes as long as the slowest of tensor cores, unpacking
+    and L2 reads, which resident blocks share. Few rows: the weights' bytes at the memory's rate, or
+    at the rate that the reads in flight allow, plus a latency.
     """
     if kernel.spills or kernel.resident < 1:
         return math.inf
@@ -119,7 +119,7 @@ def score(kernel: Kernel, many: bool, rows: int, out: int, k: int, blocks: Block
     read = blocks.depth * (blocks.out + 2 * blocks.rows)
     if many:
         unpack = blocks.out * blocks.depth * UNPACK
-        # Each warp group unpacks, then multiplies: half of it is hidden where there are two.
+        # Each warp group unpacks, then multiplies; two groups hide half of the unpacking.
         tensor = 2 * blocks.depth * blocks.out * blocks.rows / MACS + unpack / 2
         step = max(tensor, read / L2_BYTES)
         waves = math.ceil(tiles / SMS / kernel.resident) * kernel.resident
@@ -131,7 +131,7 @@ def score(kernel: Kernel, many: bool, rows: int, out: int, k: int, blocks: Block
 
 
 def candidates(many: bool, rows: int) -> list[Blocks]:
-    """Cuts worth a look."""
+    """Return the block sizes to consider."""
     if not many:
         return [
             Blocks(64, 16, depth, 4, stages, splits)
@@ -149,10 +149,10 @@ def candidates(many: bool, rows: int) -> list[Blocks]:
 
 
 def analyse(rows: int, out: int, k: int, where: Sharding) -> list[dict[str, Any]]:
-    """All candidates for one shape, best first: ``blocks``, ``score_us`` and the kernel's figures.
+    """Return ``blocks``, ``score_us`` and the kernel's figures for all candidates, best first.
 
-    Candidates that only the largest chips have the shared memory for are left out. Of equals the
-    one with the least of it comes first.
+    Candidates whose shared memory only the largest chips have are left out. Ties are broken by
+    the least shared memory.
     """
     many, found = rows > FEW_ROWS, []
     for blocks in candidates(many, rows):

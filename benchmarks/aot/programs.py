@@ -1,4 +1,4 @@
-"""A model's three programs from shapes alone, compiled for a device, with what they compute."""
+"""Compile a model's three programs for a device from shapes alone, and count what they compute."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import decode, prefill
 
 PROGRAMS = ("vision", "prefill", "decode")
-# A float model that is too large is compiled with so many layers, which stand for all.
+# Layers to compile of a float model that is too large; costs are scaled up to all layers.
 CUT = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is compiled.
+    """What to compile.
 
     Attributes:
         family, config: the model.
-        batch: one prompt; host arrays, of which only the shapes count.
-        slots: of the cache.
+        batch: one prompt as host arrays, of which only the shapes matter.
+        slots: number of cache slots.
     """
 
     family: Family
@@ -49,13 +49,13 @@ class Program:
     """One compiled program.
 
     Attributes:
-        compiled: as it is; ``False``: the compiler found that it does not fit the device, and what
-            is told here is of the same program with fewer layers, multiplied out.
+        compiled: whether it compiled; if not, it does not fit the device, and the other figures
+            are scaled up from the same program with fewer layers.
         memory: bytes on the device: ``arguments`` (weights of the whole model, cache, inputs),
-            ``outputs`` that are no donated arguments, ``temporary``, ``code`` and their ``total``.
+            ``outputs`` other than donated arguments, ``temporary``, ``code`` and their ``total``.
         cost: see :class:`Cost`.
         flops: operations by operand type.
-        error: the compiler's words where it refused.
+        error: the compiler's message if it refused the program.
     """
 
     compiled: bool
@@ -66,13 +66,13 @@ class Program:
 
 
 def prompt(family: Family, config: Any, tokens: int, side: int) -> Batch:
-    """One prompt of exactly ``tokens`` tokens with one picture of ``side`` pixels.
+    """Return one prompt of exactly ``tokens`` tokens with one picture of ``side`` pixels.
 
     Raises:
-        ValueError: the picture alone takes more.
+        ValueError: the picture alone takes more tokens.
     """
     text = tokens
-    for _ in range(3):  # markers around the picture may depend on nothing but it
+    for _ in range(3):  # converges: the number of marker tokens depends only on the picture
         made = family.example_prompt(config, text, side)
         if len(made.input_ids) == tokens:
             return family.collate(config, [made])
@@ -85,9 +85,10 @@ def prompt(family: Family, config: Any, tokens: int, side: int) -> Batch:
 def build(
     setup: Setup, recipe: Recipe, program: str, where: Sharding | None
 ) -> tuple[Callable, tuple, tuple[int, ...]]:
-    """The function to compile, shapes of its arguments, and which of them to donate."""
+    """Return the function to compile, the shapes of its arguments, and which arguments to
+    donate."""
     config = setup.config
-    if recipe.rotate:  # the final norm goes into the head and not into the embedding
+    if recipe.rotate:  # folding the final norm into the head unties it from the embedding
         config = dataclasses.replace(
             config, language=dataclasses.replace(config.language, tied_head=False)
         )
@@ -105,17 +106,17 @@ def build(
         return lambda p, b: nnx.merge(graphdef, p).visual(b), (params, batch), ()
     if program == "prefill":
         return start, (params, batch), ()
-    _, held = jax.eval_shape(start, params, batch)
+    _, cache = jax.eval_shape(start, params, batch)
     token = placed(jax.ShapeDtypeStruct((1,), jnp.int32))
     return (
         lambda p, t, s: decode(nnx.merge(graphdef, p), t, s),
-        (params, token, placed(held)),
+        (params, token, placed(cache)),
         (2,),
     )
 
 
 def loaded(model: nnx.Module) -> nnx.Module:
-    """The model with its weights in the form in which the platform holds them."""
+    """Return the model with its weights in the platform's storage format."""
 
     def convert(leaf: Any) -> Any:
         return held(leaf) if isinstance(leaf, QWeight) else leaf
@@ -126,9 +127,9 @@ def loaded(model: nnx.Module) -> nnx.Module:
 def compile_program(
     setup: Setup, recipe: Recipe, program: str, device: Device, where: Sharding
 ) -> Program:
-    """Compile one of :data:`PROGRAMS` for one chip and add up what it costs.
+    """Compile one of :data:`PROGRAMS` for one chip and sum up its cost.
 
-    A program that the compiler refuses for lack of memory is compiled with :data:`CUT` layers.
+    If the compiler refuses it for lack of memory, it is compiled with :data:`CUT` layers instead.
     """
     with target_platform(device.platform, device.name):
         full = build(setup, recipe, program, where)
@@ -156,21 +157,21 @@ def compile_program(
 
 def _compile(made: tuple[Callable, tuple, tuple[int, ...]]) -> tuple[dict[str, float], str]:
     function, args, donated = made
-    # Weights that a program does not read (the tower, in decode) are on the device all the same.
+    # Keep weights that a program does not read (the tower, in decode): they occupy memory too.
     jitted = jax.jit(function, donate_argnums=donated, keep_unused=True)
     compiled = jitted.lower(*args).compile()
-    held = compiled.memory_analysis()
+    sizes = compiled.memory_analysis()
     memory = {
-        "arguments": held.argument_size_in_bytes,
-        "outputs": held.output_size_in_bytes - held.alias_size_in_bytes,
-        "temporary": held.temp_size_in_bytes,
-        "code": held.generated_code_size_in_bytes,
+        "arguments": sizes.argument_size_in_bytes,
+        "outputs": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "temporary": sizes.temp_size_in_bytes,
+        "code": sizes.generated_code_size_in_bytes,
     }
     return memory | {"total": sum(memory.values())}, compiled.as_text()
 
 
 def size(tree: Any) -> int:
-    """Bytes of a tree of shapes, int4 two per byte."""
+    """Return the bytes of a tree of shapes, with two int4 per byte."""
     return sum(-(-x.size * jnp.iinfo(x.dtype).bits // 8) if x.dtype in _NARROW
                else x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # fmt: skip
 
@@ -180,11 +181,11 @@ _INTEGERS = {"int8", "uint8", "int4", "uint4"}
 
 
 def flop_count(jaxpr: Any, times: int = 1) -> dict[str, float]:
-    """Operations of all matrix products in a traced program, two per multiplication-addition.
+    """Count the operations of all matrix products in a traced program, two per multiply-add.
 
     Returns:
-        ``int8`` (both operands integers) and ``bf16`` (all others) -> operations; kernels count as
-        their own cost estimates say.
+        ``int8`` (both operands integers) and ``bf16`` (all others) -> operations; kernels count by
+        their own cost estimates.
     """
     total: collections.Counter = collections.Counter(int8=0.0, bf16=0.0)
     for eqn in jaxpr.eqns:

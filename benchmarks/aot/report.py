@@ -1,4 +1,4 @@
-"""Figures of compiled programs as JSON, ratios and a table."""
+"""Format figures of compiled programs as JSON, ratios and a table."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ STATIC, DYNAMIC, FLOAT = "w4a8-static", "w4a8-dynamic", "bf16"
 
 
 def figures(program: Program, device: Device) -> dict[str, Any]:
-    """One program as plain numbers.
+    """Return one program's figures as plain numbers.
 
     ``cycles`` (TPU) with its parts ``charged_cycles`` and ``kernel_cycles``, bytes, operations, and
-    seconds: ``compute`` of the operations and ``memory`` of the bytes at published rates,
-    ``roofline`` the larger of the two, ``estimate`` the larger of cycles and memory (on targets
-    without cycles the sum of each kernel's own roofline, which also knows ``copying``, see
-    :class:`~benchmarks.aot.cost.Cost`).
+    seconds: ``compute`` (operations) and ``memory`` (bytes) at published rates, ``roofline`` (the
+    larger of the two) and ``estimate`` (the larger of cycles and memory). On targets without
+    cycles, ``estimate`` is the sum of each kernel's own roofline and ``copying`` is a part of it,
+    see :class:`~benchmarks.aot.cost.Cost`.
     """
     cost = program.cost
     compute, memory = device.compute_seconds(program.flops), cost.bytes / device.bandwidth
@@ -43,7 +43,7 @@ def figures(program: Program, device: Device) -> dict[str, Any]:
 
 
 def memory_of(programs: dict[str, dict[str, Any]], device: Device) -> dict[str, Any]:
-    """What a variant needs on the device: the most that one of its programs takes."""
+    """Return the memory a variant needs on the device: that of its largest program."""
     worst = max(programs, key=lambda name: programs[name]["memory"]["total"])
     needs = programs[worst]["memory"]["total"]
     compiled = all(p["compiled"] for p in programs.values())
@@ -56,9 +56,9 @@ def memory_of(programs: dict[str, dict[str, Any]], device: Device) -> dict[str, 
 
 
 def ratios(variants: dict[str, dict[str, Any]], memory: dict[str, Any]) -> dict[str, Any]:
-    """Ours over the others' (less than 1: we are cheaper); ``None`` where a part was not run.
+    """Return ours / the others' (less than 1: ours is cheaper); ``None`` where one is missing.
 
-    ``in_place`` ratios, where they can be told, leave the copying of layers out on both sides.
+    ``in_place`` ratios leave out the copying of layers on both sides, where it is known.
     """
 
     def over(program: str, other: str, *keys: str) -> float | None:
@@ -89,18 +89,18 @@ def ratios(variants: dict[str, dict[str, Any]], memory: dict[str, Any]) -> dict[
 
 
 def _in_place(variants: dict[str, dict[str, Any]], name: str, program: str) -> float | None:
-    """Seconds as if no layer were copied out of its stack; ``None`` where that is not known."""
+    """Return the seconds without copying layers out of their stacks; ``None`` if unknown."""
     seconds = variants.get(name, {}).get(program, {}).get("seconds", {})
     return seconds["estimate"] - seconds["copying"] if "copying" in seconds else None
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as text."""
+    """Format the result as text."""
     cycles = result["clock_hz"] is not None
     prompt = result["prompt"]
     lines = [
         f"{result['model']} on one {result['device']}: prompt {prompt['tokens']} tokens, "
-        f"{prompt['visual_tokens']} of them a picture's; cache {result['cache_slots']} slots",
+        f"{prompt['visual_tokens']} of them visual; cache {result['cache_slots']} slots",
         "",
         f"{'variant':<13} {'program':<8} {'compiles':<8} {'memory GB':>9} "
         + (f"{'Mcycles':>8} {'charged':>8} " if cycles else "")
@@ -109,12 +109,12 @@ def table(result: dict[str, Any]) -> str:
     for name, programs in result["variants"].items():
         for program, p in programs.items():
             ms = {k: v * 1e3 for k, v in p["seconds"].items()}
-            own = ""
+            estimates = ""
             if cycles:
-                own = f"{p['cycles'] / 1e6:>8.1f} {p['charged_cycles'] / 1e6:>8.1f} "
+                estimates = f"{p['cycles'] / 1e6:>8.1f} {p['charged_cycles'] / 1e6:>8.1f} "
             lines.append(
                 f"{name:<13} {program:<8} {'yes' if p['compiled'] else 'NO':<8} "
-                f"{p['memory']['total'] / 1e9:>9.2f} {own}{p['bytes'] / 1e9:>9.2f} "
+                f"{p['memory']['total'] / 1e9:>9.2f} {estimates}{p['bytes'] / 1e9:>9.2f} "
                 f"{sum(p['flops'].values()) / 1e12:>7.2f} {ms['compute']:>10.2f} "
                 f"{ms['memory']:>9.2f} {ms['estimate']:>11.2f}"
             )

@@ -1,4 +1,4 @@
-"""Published models in full size, as their config.json says."""
+"""Configs of published models in full size, as in their config.json."""
 
 from __future__ import annotations
 

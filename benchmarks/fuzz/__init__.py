@@ -1,1 +1,1 @@
-"""Hostile input at every border: ``python -m benchmarks.fuzz``."""
+"""Fuzz every reader of outside data: ``python -m benchmarks.fuzz``."""

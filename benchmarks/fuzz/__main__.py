@@ -1,12 +1,12 @@
-"""Damage everything that is read from outside, and count what comes of it.
+"""Damage everything that is read from outside, and count the outcomes.
 
     python -m benchmarks.fuzz [--cases 10000] [--seed 0] [--kinds header,picture] [--json]
                               [--save FILE] [--seconds 60] [--megabytes 1024]
-    python -m benchmarks.fuzz --case K [--seed 0]      one case again, with what it did
+    python -m benchmarks.fuzz --case K [--seed 0]      run one case and show what it did
 
-Outcomes: accepted; refused, by a UserError of one line; unclear, by any other exception or a dead
-process; hang and memory, beyond the limits of a case. The exit status is 1 unless all cases are
-accepted or refused. Needs a clone (goldens in tests/) and Linux.
+Outcomes: accepted; refused, by a UserError of one line; unclear, any other exception or a dead
+process; hang and memory, beyond a case's limits. The exit status is 1 unless all cases are accepted
+or refused. Needs a clone of the repository (goldens in tests/) and Linux.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.output import add_output_options, deliver
 from mquant_jax.cli_support import FAILED, OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 
-_SHOWN = 20  # faults that are named
+_SHOWN = 20  # faults to list
 
 
 def run(
@@ -34,18 +34,18 @@ def run(
     limits: Limits = DEFAULT,
     say: Callable[[dict[str, Any]], None] = lambda fault: None,
 ) -> dict[str, Any]:
-    """Run cases by number; a number means the same case of a seed whatever else is run.
+    """Run cases by number; a number and a seed always mean the same case.
 
     Args:
-        say: is told each fault at once.
+        say: called with each fault as it is found.
 
     Returns:
         ``{"seed", "cases", "seconds", "kinds": {kind: {outcome: count, "slowest": seconds}},
-        "total": {outcome: count}, "faults": [...]}``, the first faults only.
+        "total": {outcome: count}, "faults": [...]}``; ``faults`` holds the first ones only.
     """
     began = time.monotonic()
     kinds = {kind: dict.fromkeys(OUTCOMES, 0) | {"slowest": 0.0} for kind in KINDS}
-    faults, done = [], 0
+    faults, count = [], 0
     with tempfile.TemporaryDirectory(prefix="mquant-fuzz-") as folder:
         bed = Path(folder) / "bed"
         build(bed)
@@ -55,7 +55,7 @@ def run(
                 counts = kinds[found["kind"]]
                 counts[found["outcome"]] += 1
                 counts["slowest"] = max(counts["slowest"], round(found["seconds"], 2))
-                done += 1
+                count += 1
                 if found["outcome"] in FAULTS:
                     faults.append(found)
                     say(found)
@@ -63,7 +63,7 @@ def run(
     total = {o: int(sum(counts[o] for counts in met.values())) for o in OUTCOMES}
     return {
         "seed": seed,
-        "cases": done,
+        "cases": count,
         "limits": limits._asdict(),
         "seconds": round(time.monotonic() - began, 1),
         "kinds": met,
@@ -73,7 +73,7 @@ def run(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Counts by kind, and the faults."""
+    """Format the counts by kind, and the faults."""
     lines = [f"{'kind':<13}" + "".join(f"{o:>10}" for o in OUTCOMES) + "   slowest"]
     for kind, counts in (result["kinds"] | {"all": result["total"]}).items():
         slowest = f"{counts['slowest']:8.1f} s" if "slowest" in counts else ""
@@ -82,14 +82,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def described(found: dict[str, Any]) -> str:
-    """One line that says what a case did and what came of it."""
+    """Return one line with what a case did and its outcome."""
     parts = [f"case {found['case']} ({found['kind']}): {found['outcome']}", found["error"],
              found["where"], *found["notes"]]  # fmt: skip
     return " | ".join(part for part in parts if part)
 
 
 def _again(case: int, seed: int, limits: Limits) -> int:
-    """One case alone; its exit status."""
+    """Run one case alone; return its exit status."""
     with tempfile.TemporaryDirectory(prefix="mquant-fuzz-") as folder:
         build(Path(folder) / "bed")
         with Pool(Path(folder) / "bed", seed, limits, run_case) as pool:
@@ -106,7 +106,7 @@ def _kinds(text: str) -> set[str]:
 
 
 def _wanted(args: argparse.Namespace) -> list[int]:
-    """The numbers of the cases: the first of those kinds."""
+    """Return the numbers of the first cases of the wanted kinds."""
     kinds = _kinds(args.kinds) if args.kinds else set(KINDS)
     rounds = range(-(-args.cases // len(kinds)) * len(KINDS))
     return [case for case in rounds if kind_of(case) in kinds][: args.cases]
@@ -118,14 +118,14 @@ def _run(argv: list[str]) -> int:
     add("--cases", type=int, default=10_000, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=0, help="default 0")
     add("--kinds", metavar="A,B", help=f"default all: {', '.join(KINDS)}")
-    add("--case", type=int, metavar="K", help="run this case alone and show what it did")
+    add("--case", type=int, metavar="K", help="run only this case and show what it did")
     add(
         "--seconds",
         type=float,
         default=60.0,
-        help="processor time of a case; default %(default)s",
+        help="processor time per case; default %(default)s",
     )
-    add("--megabytes", type=int, default=1024, help="of growth; default %(default)s")
+    add("--megabytes", type=int, default=1024, help="memory growth per case; default %(default)s")
     add_output_options(parser)
     args = parser.parse_args(argv)
     limits = Limits(args.seconds, args.megabytes << 20)

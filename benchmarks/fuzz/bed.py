@@ -1,4 +1,4 @@
-"""Valid material of every kind, small; cases damage it and it is put back."""
+"""Small valid input of every kind; a case damages it, and it is restored afterwards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIGS = (
 _DYNAMIC = Section(4, None, "dynamic")
 W4A8 = Recipe("w4a8-dynamic", vision=_DYNAMIC, connector=_DYNAMIC, language=_DYNAMIC,
               rotate=True)  # fmt: skip
-# Golden, ids from which special tokens are counted, and the tokens.
+# Golden case, id of the first special token, special tokens.
 _TOKENIZERS = {
     "cogvlm2": ("cogvlm2/public", 368, "<|begin_of_text|> <|end_of_text|> <|reserved|>"),
     "internvl": (
@@ -58,10 +58,10 @@ PROCESSORS = (*_TOKENIZERS, "glm4v", "qwen_vl", "bpe", "sentencepiece")
 
 
 class Bed:
-    """A copy of the material in which files may be damaged until :meth:`restore`.
+    """A copy of the input whose files may be damaged until :meth:`restore`.
 
     Args:
-        root: the folder that :func:`build` wrote, or a copy.
+        root: the folder that :func:`build` wrote, or a copy of it.
     """
 
     def __init__(self, root: Path):
@@ -69,17 +69,17 @@ class Bed:
         self._before: dict[Path, bytes | None] = {}
 
     def put(self, path: Path, data: bytes) -> None:
-        """Write a file."""
+        """Write a file; :meth:`restore` undoes it."""
         self._keep(path)
         path.write_bytes(data)
 
     def put_special(self, rng: Random, path: Path) -> str:
-        """See :func:`special_file`."""
+        """Like :func:`special_file`; :meth:`restore` undoes it."""
         self._keep(path)
         return special_file(rng, path)
 
     def scratch(self, name: str) -> Path:
-        """A path at which nothing is, and nothing will be after the case."""
+        """Return a path where nothing exists; :meth:`restore` removes what the case puts there."""
         path = self.root / "scratch" / name
         self._keep(path)
         return path
@@ -89,7 +89,7 @@ class Bed:
             self._before[path] = path.read_bytes() if path.is_file() else None
 
     def restore(self) -> None:
-        """Put everything back as it was."""
+        """Restore all files."""
         for path, data in self._before.items():
             remove(path)
             if data is not None:
@@ -109,14 +109,14 @@ class Bed:
 
 
 def family_of(folder: Path) -> tuple[Any, Any]:
-    """The family that a folder's config.json names, and its config."""
+    """Return the family named in a folder's config.json, and its config."""
     hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = family_for(hf, folder / "config.json")
     return family, family.config_from_hf(hf)
 
 
 def build(root: Path) -> None:
-    """Write all material."""
+    """Write all input."""
     (root / "scratch").mkdir(parents=True)
     write_folder(root / "tiny", _small_config())
     write_folder(root / "sharded", _small_config(), shards=2)
@@ -150,7 +150,7 @@ def _small_config() -> dict[str, Any]:
 
 
 def processor_folder(folder: Path, name: str) -> None:
-    """A new folder with all that one of :data:`PROCESSORS` needs; no weights."""
+    """Write a new folder with all that one of :data:`PROCESSORS` needs, without weights."""
     folder.mkdir(parents=True)
     if name in _TOKENIZERS:
         case, first, tokens = _TOKENIZERS[name]
@@ -188,7 +188,7 @@ def processor_folder(folder: Path, name: str) -> None:
 
 
 def _pictures() -> dict[str, bytes]:
-    """One small picture in each format and mode, by file name."""
+    """Return one small picture in each format and mode, by file name."""
     rgb = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
     image, grey = Image.fromarray(rgb), Image.fromarray(rgb[..., 0])
     text = PngImagePlugin.PngInfo()

@@ -1,4 +1,4 @@
-"""Damage to valid bytes, JSON and files. Every function names what it did."""
+"""Damage valid bytes, JSON and files. Every function returns a note on what it did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 _DEEP = 50_000
-# JSON values of the wrong type, out of every range, or expensive to read.
+# JSON values of the wrong type, out of range, or expensive to read.
 VALUES = (
     "null", "true", "false", "0", "-0.0", "-1", "1", "3", "0.5", "1e-320", "1e30", "1e308",
     "1e999", "-1e999", "NaN", "-Infinity", "2147483648", "9223372036854775808", "1" + "0" * 30,
@@ -29,7 +29,7 @@ NAMES = (
 
 
 def damaged_bytes(rng: Random, data: bytes) -> tuple[str, bytes]:
-    """One to three changes that know nothing of the format."""
+    """Apply one to three changes that know nothing of the format."""
     notes = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         change = rng.choice(_BYTE_CHANGES)
@@ -82,10 +82,10 @@ _BYTE_CHANGES = (_flip, _flip, _truncate, _insert, _cut, _overwrite, _repeat, _s
 
 
 def damaged_json(rng: Random, text: bytes | str, keys: Sequence[str] = ()) -> tuple[str, bytes]:
-    """JSON with changed types, values and keys.
+    """Change types, values and keys of a JSON document.
 
     Args:
-        keys: names that readers know and that may be added to an object.
+        keys: names known to readers, which may be added to an object.
     """
     data = json.loads(text)
     raw: dict[str, str] = {}
@@ -109,7 +109,7 @@ def damaged_json(rng: Random, text: bytes | str, keys: Sequence[str] = ()) -> tu
 
 
 def _place(rng: Random, data: Any) -> tuple[Any, Any]:
-    """A value's holder and key, by a random walk; ``None`` where nothing is held."""
+    """Return a value's container and key, found by a random walk; ``None`` if there is no value."""
     if not isinstance(data, dict | list) or not data:
         return None, None
     while True:
@@ -121,7 +121,7 @@ def _place(rng: Random, data: Any) -> tuple[Any, Any]:
 
 
 def _marked(value: str, raw: dict[str, str]) -> str:
-    """A text that stands for raw JSON until all is written."""
+    """Return a placeholder for raw JSON, to be replaced after serialisation."""
     mark = f"@raw {len(raw)}@"
     raw[mark] = value
     return mark
@@ -132,7 +132,7 @@ def _replace(rng: Random, holder: Any, key: Any, raw: dict[str, str]) -> None:
 
 
 def _nudge(rng: Random, holder: Any, key: Any, raw: dict[str, str]) -> None:
-    """A value of the same kind."""
+    """Replace a value by a similar one."""
     value = holder[key]
     if isinstance(value, bool) or value is None:
         holder[key] = rng.choice((not value, int(bool(value)), str(value)))
@@ -153,7 +153,7 @@ def _drop(rng: Random, holder: Any, key: Any, raw: dict[str, str]) -> None:
 
 
 def _double(rng: Random, holder: Any, key: Any, raw: dict[str, str]) -> None:
-    """The same key twice, with another value."""
+    """Add the same key again, with another value."""
     if isinstance(holder, list):
         holder.append(holder[key])
     else:
@@ -181,7 +181,7 @@ _JSON_CHANGES = (_replace, _replace, _replace, _nudge, _nudge, _drop, _double, _
 
 
 def special_file(rng: Random, path: Path) -> str:
-    """Put something at ``path`` that is no regular file of this folder."""
+    """Put something at ``path`` that is not a regular file of this folder."""
     kind = rng.choice(("folder", "fifo", "zero", "loop", "dangling", "outside", "huge", "missing"))
     remove(path)
     if kind == "folder":
@@ -198,7 +198,7 @@ def special_file(rng: Random, path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Whatever it is."""
+    """Remove a file, link or folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""The kinds of cases: what is damaged, and which border reads it."""
+"""The kinds of cases: what is damaged, and which reader it is fed to."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mquant_jax.ptq.calibration_data import with_answer
 from mquant_jax.ptq.convert import check_ties, read_config
 from mquant_jax.samples import each, read_samples
 
-# Keys that readers know beside those that are in the files.
+# Keys known to readers that the files do not have.
 _KEYS = {
     "config.json": (
         "rope_scaling", "rope_parameters", "head_dim", "tie_word_embeddings", "eos_token_id",
@@ -54,7 +54,7 @@ _KEYS = {
         "padding_side", "auto_map", "clean_up_tokenization_spaces",
     ),
 }  # fmt: skip
-# What a folder may hold as well.
+# Optional files of a folder.
 _MORE = {
     "processor_config.json": {"image_processor": {"size": {"shortest_edge": 784}}},
     "video_preprocessor_config.json": {"patch_size": 14, "size": {"longest_edge": 9000}},
@@ -71,12 +71,12 @@ Notes = list[str]
 
 
 def run_case(case: int, seed: int, bed: Bed, notes: Notes) -> None:
-    """Damage something of the case's kind and read it; ``notes`` gets what was done."""
+    """Damage an input of the case's kind and read it; append to ``notes`` what was done."""
     KINDS[kind_of(case)](case_random(seed, case), bed, notes)
 
 
 def kind_of(case: int) -> str:
-    """Kinds take turns."""
+    """Return the kind of a case; kinds take turns."""
     return list(KINDS)[case % len(KINDS)]
 
 
@@ -120,8 +120,8 @@ def _preprocessor(rng: Random, bed: Bed, notes: Notes) -> None:
 def _try_processor(rng: Random, bed: Bed, notes: Notes, names: tuple[str, ...]) -> None:
     folder = bed.root / "processors" / rng.choice(PROCESSORS)
     family, config = family_of(folder)
-    here = [n for n in names if (folder / n).exists()] + [n for n in names if n in _MORE]
-    _damage_file(rng, bed, folder / rng.choice(here), notes)
+    files = [n for n in names if (folder / n).exists()] + [n for n in names if n in _MORE]
+    _damage_file(rng, bed, folder / rng.choice(files), notes)
     family.check_processor(folder, config)
 
 
@@ -203,7 +203,7 @@ def _placed(bed: Bed, data: bytes, suffix: str) -> Path:
 
 
 def _no_picture(rng: Random, path: Path, notes: Notes) -> Any:
-    """What a caller may give by mistake."""
+    """Return a value that a caller may pass by mistake."""
     name = rng.choice(NAMES)
     array = np.full(rng.choice(((4, 4), (4, 4, 3), (0, 4), (4,), (2, 2, 2, 3), (4, 4, 2))),
                     rng.choice((0, 7, 0.5, -1, np.nan, 1e30, True)))  # fmt: skip
@@ -218,7 +218,7 @@ def _no_picture(rng: Random, path: Path, notes: Notes) -> Any:
 
 
 def _damaged_png(rng: Random, data: bytes) -> tuple[str, bytes]:
-    """A chunk with other content and a right checksum; huge sizes among them."""
+    """Change a chunk, huge image sizes included, and correct its checksum."""
     chunks, at = [], 8
     while at + 12 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")
@@ -266,7 +266,7 @@ def _converted(rng: Random, bed: Bed, notes: Notes) -> None:
     else:
         load_params(folder, verify)
     if verify is True and changed and target != manifest and folder.name != "v2":
-        raise AssertionError(f"{target.name} was changed, and the checkpoint is accepted")
+        raise AssertionError(f"{target.name} was changed, but the checkpoint was accepted")
 
 
 def _holds(path: Path, data: bytes) -> bool:
@@ -274,7 +274,7 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def _reseal(rng: Random, bed: Bed, path: Path, notes: Notes) -> None:
-    """Damage the manifest and have its hash fit, where a hash can be made of it."""
+    """Damage the manifest, and update its hash if it can still be hashed."""
     note, text = damaged_json(rng, path.read_bytes())
     try:
         data = json.loads(text)
@@ -288,7 +288,7 @@ def _reseal(rng: Random, bed: Bed, path: Path, notes: Notes) -> None:
 
 
 def _damage_file(rng: Random, bed: Bed, path: Path, notes: Notes) -> None:
-    """Any damage to a file, or to one that could be there."""
+    """Damage a file, or create an optional one in damaged form."""
     choice = rng.random()
     is_json = path.suffix == ".json"
     if choice < 0.08:
@@ -305,7 +305,7 @@ def _damage_file(rng: Random, bed: Bed, path: Path, notes: Notes) -> None:
 
 
 def _damage_tensors(rng: Random, bed: Bed, path: Path, notes: Notes) -> None:
-    """Damage a safetensors file: header, length, values, or the file itself."""
+    """Damage a safetensors file: header, length, values, or the whole file."""
     choice = rng.random()
     if choice < 0.1:
         notes.append(f"{path.name}: {bed.put_special(rng, path)}")
@@ -332,7 +332,7 @@ def _damage_tensors(rng: Random, bed: Bed, path: Path, notes: Notes) -> None:
 
 
 def _read_source(folder: Path) -> tuple[Any, Any, Any]:
-    """All that a conversion reads before it begins."""
+    """Read all that a conversion reads before it begins."""
     reader = Reader(folder)
     family = family_for(reader.config, folder / "config.json")
     config = read_config(family, reader.config, folder)
@@ -343,13 +343,13 @@ def _read_source(folder: Path) -> tuple[Any, Any, Any]:
 
 
 def _convert(bed: Bed, folder: Path, recipe: Any) -> None:
-    """To the end: what is written is sound."""
+    """Run a whole conversion and check that the result is sound."""
     dst = bed.scratch("converted")
     bed.scratch("converted.work")
     calibration = bed.root / "samples" / "samples.jsonl"
     mq.convert(folder, dst, recipe, calibration)
     if wrong := examine(dst):
-        raise AssertionError(f"written though {wrong[0]}")
+        raise AssertionError(f"wrote a bad checkpoint: {wrong[0]}")
 
 
 KINDS: dict[str, Callable[[Random, Bed, Notes], None]] = {

@@ -1,4 +1,4 @@
-"""Runs cases in a process of their own, which is replaced when it hangs, grows or dies."""
+"""Run cases in a separate process, which is replaced when it hangs, grows or dies."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ACCEPTED, REFUSED, UNCLEAR, HANG, MEMORY = OUTCOMES = (
     "accepted", "refused", "unclear", "hang", "memory",
 )  # fmt: skip
 FAULTS = (UNCLEAR, HANG, MEMORY)
-_LONGEST = 2000  # characters of a clear message
+_LONGEST = 2000  # characters allowed in a clear message
 _POLL = 0.05  # seconds
-_START = 300.0  # seconds in which a process is ready
-_TIRED = 3 << 30  # bytes at which a process is replaced between cases: programs stay in memory
+_START = 300.0  # seconds for a process to become ready
+_TIRED = 3 << 30  # bytes at which a process is replaced between cases; compiled programs pile up
 
 
 class Limits(NamedTuple):
-    """Of one case: seconds of processor time, which other load does not lengthen (and ten times as
-    many on the clock, for what waits), and bytes that the process may grow by."""
+    """Limits of one case: seconds of processor time, which does not depend on other load (and ten
+    times as many of wall time), and growth of the process in bytes."""
 
     seconds: float = 60.0
     grown: int = 1 << 30
@@ -40,7 +40,7 @@ DEFAULT = Limits()
 
 
 def judge(run: Callable[[], None]) -> dict[str, Any]:
-    """What comes of a case: its ``outcome``, ``error`` and ``where`` it was raised."""
+    """Run a case; return its ``outcome``, its ``error`` and ``where`` that was raised."""
     try:
         run()
     except UserError as e:
@@ -61,18 +61,18 @@ def judge(run: Callable[[], None]) -> dict[str, Any]:
 
 
 def _where(e: BaseException) -> str:
-    """The last calls, innermost first."""
+    """Return the last calls, innermost first."""
     frames = traceback.extract_tb(e.__traceback__)[:-6:-1]
     return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)
 
 
 class Pool:
-    """One process that runs one case at a time.
+    """A process that runs one case at a time.
 
     Args:
-        bed: folder of valid material; each process works on a copy.
-        seed: of all cases.
-        run: ``(case, seed, bed, notes)``; a function of a module, as the process imports it.
+        bed: folder of valid input; each process works on a copy.
+        seed: seed of all cases.
+        run: ``(case, seed, bed, notes)``; a module-level function, because the process imports it.
     """
 
     def __init__(self, bed: Path, seed: int, limits: Limits, run: Run):
@@ -87,7 +87,7 @@ class Pool:
         self._stop()
 
     def run(self, case: int) -> dict[str, Any]:
-        """:func:`judge` of a case, with its ``notes`` and ``seconds``."""
+        """Return :func:`judge` of a case, with its ``notes`` and ``seconds``."""
         if self._process is None:
             self._start()
         began, before = time.monotonic(), resident(self._process.pid)
@@ -142,10 +142,10 @@ class Pool:
 
 
 def _serve(pipe: Connection, pristine: Path, seed: int, run: Run) -> None:
-    """The process: case numbers in, what comes of them out."""
+    """Receive case numbers and send outcomes; the main loop of the process."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    os.dup2(null, 2)  # warnings, and what decoders print
+    os.dup2(null, 2)  # silences warnings and the decoders' messages
     with tempfile.TemporaryDirectory(dir=pristine.parent) as folder:
         work = Path(shutil.copytree(pristine, Path(folder) / "bed", symlinks=True))
         bed = Bed(work)
@@ -159,12 +159,12 @@ def _serve(pipe: Connection, pristine: Path, seed: int, run: Run) -> None:
 
 
 def case_random(seed: int, case: int) -> Random:
-    """The same numbers for the same case, whatever ran before it."""
+    """Return a generator that depends on seed and case alone."""
     return Random(f"{seed}/{case}")
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process holds; 0 where Linux does not say."""
+    """Return a process's resident memory in bytes; 0 where Linux does not report it."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
     except (OSError, IndexError):
@@ -173,7 +173,7 @@ def resident(pid: int) -> int:
 
 
 def processor_time(pid: int) -> float:
-    """Seconds that a process has run; 0 where Linux does not say."""
+    """Return a process's processor time in seconds; 0 where Linux does not report it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     except OSError:
@@ -184,7 +184,7 @@ def processor_time(pid: int) -> float:
 def _forget_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:  # the peak is then that of the whole process
+    except OSError:  # the peak then covers the whole life of the process
         pass
 
 

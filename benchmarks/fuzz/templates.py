@@ -1,4 +1,4 @@
-"""Chat templates that attack whoever renders them, and damaged good ones."""
+"""Chat templates that attack their renderer, and damaged good ones."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ _PIECES = (
 
 
 def hostile_template(rng: Random, good: str) -> str:
-    """Pieces alone, pieces somewhere in a good template, or a damaged good one."""
+    """Return hostile pieces alone, pieces inserted in a good template, or a damaged good
+    template."""
     choice = rng.random()
     pieces = rng.sample(_PIECES, rng.choice((1, 1, 2, 3)))
     if choice < 0.4:

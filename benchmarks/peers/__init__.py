@@ -1,1 +1,1 @@
-"""Other runtimes on the same model, behind one interface; :mod:`benchmarks.peers.__main__`."""
+"""Other runtimes on the same model, behind one interface; see :mod:`benchmarks.peers.__main__`."""

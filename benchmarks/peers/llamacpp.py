@@ -1,8 +1,8 @@
-"""llama.cpp on the GGUF file as it is (Q4_1, 32 weights to a scale and an offset).
+"""llama.cpp on the unchanged GGUF file (Q4_1: a scale and an offset per 32 weights).
 
-Activations are quantised to int8 by blocks of 32 at run time. ``llama.cpp`` reads the file's own
-layout; ``llama.cpp-repack`` allows the buffer types that reorder weights at load, where the build
-has some for them (``use_extra_bufts``).
+Activations are quantised to int8 in blocks of 32 at run time. ``llama.cpp`` uses the file's own
+layout. ``llama.cpp-repack`` allows buffer types that reorder weights at load, where the build has
+them (``use_extra_bufts``).
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from mquant_jax.errors import UserError
 
 @llama_cpp.llama_log_callback
 def _silent(level, text, user_data):
-    """llama.cpp writes pages to stderr."""
+    """Discard llama.cpp's log, which fills stderr."""
 
 
 class LlamaCpp(TokenByToken):
-    """The library's low-level interface: one context, its memory cleared before every prompt."""
+    """The library's low-level interface: one context, whose memory is cleared before every
+    prompt."""
 
     def __init__(self, source: Source, repack: bool):
         super().__init__()
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        how = llama_cpp.llama_model_default_params()
-        how.n_gpu_layers, how.use_extra_bufts = 0, repack
-        self.model = llama_cpp.llama_model_load_from_file(str(source.path).encode(), how)
+        options = llama_cpp.llama_model_default_params()
+        options.n_gpu_layers, options.use_extra_bufts = 0, repack
+        self.model = llama_cpp.llama_model_load_from_file(str(source.path).encode(), options)
         if not self.model:
             raise UserError(f"{source.path}: llama.cpp cannot load it")
-        how = llama_cpp.llama_context_default_params()
-        how.n_ctx = how.n_batch = how.n_ubatch = source.room
-        how.n_threads = how.n_threads_batch = source.threads
-        self.context = llama_cpp.llama_init_from_model(self.model, how)
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = source.room
+        options.n_threads = options.n_threads_batch = source.threads
+        self.context = llama_cpp.llama_init_from_model(self.model, options)
         if not self.context:
-            raise UserError("llama.cpp cannot make a context")
+            raise UserError("llama.cpp cannot create a context")
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.weight_bytes = llama_cpp.llama_model_size(self.model)
         self.settings = f"{source.threads} threads, use_extra_bufts={repack}, else defaults"

@@ -1,10 +1,10 @@
 """OpenVINO: the decoder written in its own operations, with the cache as the model's state.
 
-The graph has the form in which exporters deliver it and that the CPU plugin knows to fuse:
-root mean square norms, rotary positions, attention with its cache. ``openvino-f32`` computes in
-float32 throughout; the others have weights compressed by NNCF (``int8``: its default mode;
-``int4``: symmetric, groups of 64, embedding and head int8) and the plugin's own defaults, which
-quantise activations at run time where the processor gains by it.
+The graph has the form that exporters produce and the CPU plugin can fuse: RMS norms, rotary
+embeddings, attention with its cache. ``openvino-f32`` computes in float32 throughout. The others
+have weights compressed by NNCF (``int8``: its default mode; ``int4``: symmetric, groups of 64,
+embedding and head int8) and use the plugin's own defaults, which quantise activations at run time
+on processors where that is faster.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ GROUP = 64  # divides 576 and 1536
 
 
 def graph(cfg, params: Params) -> ov.Model:
-    """``tokens`` and ``positions``, int64 ``[1, T]``, and ``beam`` -> logits ``[1, 1, vocab]`` of
-    the last token."""
+    """Build the graph: ``tokens`` and ``positions``, int64 ``[1, T]``, and ``beam`` -> logits of
+    the last token, ``[1, 1, vocab]``."""
     tokens = ops.parameter([1, -1], np.int64, name="tokens")
     positions = ops.parameter([1, -1], np.int64, name="positions")
-    beam = ops.parameter([-1], np.int32, name="beam")  # the fusion expects a choice of beams
+    beam = ops.parameter([-1], np.int32, name="beam")  # the fusion expects a beam index
     for node in (tokens, positions, beam):
         node.output(0).set_names({node.get_friendly_name()})
     table = ops.constant(params["language/embedding"])
@@ -67,7 +67,7 @@ def _norm(cfg, x, weight: np.ndarray):
 
 
 def _angles(cfg, positions):
-    """Cosine and sine, ``[1, 1, T, head_dim]``."""
+    """Return cosine and sine, ``[1, 1, T, head_dim]``."""
     slots = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / cfg.head_dim
     rates = (cfg.rope_theta**-slots).astype(np.float32).reshape(1, 1, -1)
     at = ops.convert(ops.unsqueeze(positions, np.int64(-1)), "f32")
@@ -77,7 +77,7 @@ def _angles(cfg, positions):
 
 
 def _mask(positions):
-    """Whether a token sees a key: bool ``[1, 1, T, S]``."""
+    """Return whether a token sees a key: bool ``[1, 1, T, S]``."""
     count = ops.add(ops.reduce_max(positions, np.int64([0, 1]), False), np.int64(1))
     keys = ops.range(np.int64(0), count, np.int64(1), "i64")
     keys = ops.reshape(keys, np.int64([1, 1, 1, -1]), False)
@@ -85,20 +85,20 @@ def _mask(positions):
 
 
 def _heads(y, count: int, head_dim: int):
-    """``[1, T, heads * d]`` -> ``[1, heads, T, d]``."""
+    """Split ``[1, T, heads * d]`` into ``[1, heads, T, d]``."""
     split = ops.reshape(y, np.int64([0, 0, count, head_dim]), True)
     return ops.transpose(split, np.int64([0, 2, 1, 3]))
 
 
 def _turned(x, cos, sin, head_dim: int):
-    """Rotary positions applied to ``[1, heads, T, d]``."""
+    """Apply rotary embeddings to ``[1, heads, T, d]``."""
     first, second = ops.variadic_split(x, np.int64(3), np.int64([head_dim // 2, -1])).outputs()
     across = ops.concat([ops.multiply(second, np.float32(-1)), first], -1)
     return ops.add(ops.multiply(x, cos), ops.multiply(across, sin))
 
 
 def _attention(cfg, layer: Params, x, context, index: int):
-    """Attention with its cache, and the operations that store it."""
+    """Return the attention with its cache, and the operations that store the cache."""
     cos, sin, mask, beam = context
     d, kv = cfg.head_dim, cfg.num_kv_heads
     q = _turned(_heads(_dense(x, layer["q_proj"]), cfg.num_heads, d), cos, sin, d)
@@ -157,7 +157,7 @@ class OpenVINO(TokenByToken):
 
 
 def build(source: Source, names: Sequence[str]) -> Iterator[tuple[str, Peer]]:
-    import nncf  # it brings several hundred modules
+    import nncf  # imported late: it loads several hundred modules
 
     nncf.set_log_level(logging.ERROR)
     modes = {

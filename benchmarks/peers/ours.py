@@ -1,7 +1,7 @@
 """Our own models: float32, and W4A8 with static and with dynamic activation scales.
 
-Both quantised ones come from one conversion by the preset ``w4a8`` on a few windows of text. It is
-not tuned, since speed does not depend on how well scales fit.
+Both quantised models come from one conversion with the preset ``w4a8`` on a few windows of text.
+Their scales are not tuned, because speed does not depend on it.
 """
 
 from __future__ import annotations

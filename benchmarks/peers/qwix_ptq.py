@@ -1,10 +1,10 @@
 """Qwix: its post-training quantisation of a plain Llama in Flax.
 
-Our own decoder scans over stacked layers and multiplies through functions of its own; Qwix finds
-weights by the module that holds them. So this is the plainest decoder that it can quantise:
-``nnx.Linear`` layers one after the other, a cache of fixed length, batch 1. Weights are int4 per
-output channel, activations int8 with one scale per token (dynamic) or one in all (static), head
-int8.
+Our own decoder scans over stacked layers and uses its own matrix products, but Qwix finds weights
+by the module that holds them. This is the plainest decoder that Qwix can quantise: ``nnx.Linear``
+layers one after the other, a cache of fixed length, batch 1. Weights are int4 with one scale per
+output channel. Activations are int8 with one scale per token (dynamic) or a single scale (static).
+The head is int8.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ class Block(nnx.Module):
 
 
 def turned(x, angles):
-    """Rotary positions, ``angles [T, 1, d / 2]``, applied to ``[T, heads, d]``."""
+    """Apply rotary embeddings, ``angles [T, 1, d / 2]``, to ``[T, heads, d]``."""
     a, b = jnp.split(x, 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 class Llama(nnx.Module):
-    """int32 ``[T]`` at position ``at`` -> logits ``[vocab]`` of the last token, and the cache."""
+    """Map int32 ``[T]`` at position ``at`` to logits ``[vocab]`` of the last token, and the
+    cache."""
 
     def __init__(self, cfg, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -84,7 +85,7 @@ class Llama(nnx.Module):
 
 
 def plain(source: Source) -> Llama:
-    """The float32 model."""
+    """Build the float32 model."""
     cfg, params = source.config.language, source.params
     model = nnx.eval_shape(lambda: Llama(cfg, nnx.Rngs(0)))
     table = jnp.asarray(params["language/embedding"])
@@ -92,23 +93,23 @@ def plain(source: Source) -> Llama:
     model.head.kernel.set_value(table.T)
     model.norm.scale.set_value(jnp.asarray(params["language/norm/weight"]))
     for i, layer in enumerate(model.layers):
-        at = f"language/layers/{i}"
+        prefix = f"language/layers/{i}"
         for name in PROJECTIONS:
-            kernel = jnp.asarray(params[f"{at}/{name}/kernel"])
+            kernel = jnp.asarray(params[f"{prefix}/{name}/kernel"])
             getattr(layer, name).kernel.set_value(kernel.T)
         for name in ("attn_norm", "mlp_norm"):
-            getattr(layer, name).scale.set_value(jnp.asarray(params[f"{at}/{name}/weight"]))
+            getattr(layer, name).scale.set_value(jnp.asarray(params[f"{prefix}/{name}/weight"]))
     return model
 
 
 def empty_cache(cfg, slots: int):
-    """Keys and values of every layer."""
+    """Return zero keys and values for every layer."""
     shape = (slots, cfg.num_kv_heads, cfg.head_dim)
     return [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(cfg.num_layers)]
 
 
 def quantised(source: Source, static: bool) -> Llama:
-    """The model after Qwix; static scales are those of one calibration window."""
+    """Quantise the model with Qwix; static scales come from one calibration window."""
     scales = {"act_qtype": jnp.int8, "act_static_scale": static}
     rules = [
         qwix.QuantizationRule(module_path="head", weight_qtype=jnp.int8, **scales),
@@ -122,7 +123,7 @@ def quantised(source: Source, static: bool) -> Llama:
 
 
 class Qwix:
-    """The quantised model with prefill and the decode loop compiled."""
+    """The quantised model with compiled prefill and decode loop."""
 
     def __init__(self, source: Source, model: Llama, settings: str):
         self.graphdef, self.params = nnx.split(model)

@@ -1,4 +1,4 @@
-"""PyTorch: transformers' LlamaForCausalLM with the same weights, eagerly, as its users run it."""
+"""PyTorch: transformers' LlamaForCausalLM with the same weights, run eagerly."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ class Torch(TokenByToken):
 
 
 def _bytes(model: torch.nn.Module) -> int:
-    """Bytes of the weights, tied ones once; quantised layers keep theirs outside the parameters."""
-    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    """Return the weights' bytes; tied weights count once, and quantised layers are added
+    separately."""
+    float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     packed = [m.weight() for m in model.modules() if callable(getattr(m, "weight", None))]
-    return own + sum(w.numel() * w.element_size() for w in packed)
+    return float_bytes + sum(w.numel() * w.element_size() for w in packed)
 
 
 def llama(source: Source) -> LlamaForCausalLM:
-    """The float32 model."""
+    """Build the float32 model."""
     cfg = source.config.language
     config = LlamaConfig(
         hidden_size=cfg.hidden_size,
@@ -73,7 +74,7 @@ def build(source: Source, names: Sequence[str]) -> Iterator[tuple[str, Peer]]:
         if name in DTYPES:
             yield name, Torch(model.to(DTYPES[name]), settings)
             continue
-        with warnings.catch_warnings():  # announces that it will move to another package
+        with warnings.catch_warnings():  # warns that it will move to another package
             warnings.simplefilter("ignore")
             model = torch.ao.quantization.quantize_dynamic(
                 model, {torch.nn.Linear}, dtype=torch.qint8

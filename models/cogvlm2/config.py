@@ -25,7 +25,7 @@ from mquant_jax.models.eva2_config import VISION, eva2_config
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.schema import Refused, choice, flag, table
 
-_BASE = 500000.0  # of the rotary positions; in no config
+_BASE = 500000.0  # base of the rotary positions; not in the config
 TEMPLATES = ("chat", "vqa", "base")
 
 

@@ -9,8 +9,8 @@ from mquant_jax.models.eva2 import EVA2Vision
 class CogVLM2(VLM):
     """CogVLM2 of any size, float or quantised as ``recipe`` says.
 
-    The last vector of a run of pictures belongs to the language expert. The others are the visual
-    expert's: their ``token_class`` says so.
+    The last vector of a run of pictures belongs to the language expert, the others to the visual
+    expert, according to their ``token_class``.
     """
 
     VISION = EVA2Vision

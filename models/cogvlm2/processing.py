@@ -18,7 +18,7 @@ TEXT_TYPE, VISUAL_TYPE, PADDING = 0, 1, -1
 
 
 def _shifted(values: np.ndarray, by: int) -> np.ndarray:
-    """Each row's values one place on (``by`` 1) or back (-1); text comes in at the end."""
+    """Shift each row's values one place forward (``by`` 1) or back (-1), filling with text."""
     out = np.full_like(values, TEXT_TYPE)
     if by > 0:
         out[:, 1:] = values[:, :-1]
@@ -28,11 +28,11 @@ def _shifted(values: np.ndarray, by: int) -> np.ndarray:
 
 
 def positions(types: np.ndarray) -> np.ndarray:
-    """Rotary positions as the published code gives them: int ``[B, T]``.
+    """Return rotary positions as in the published code: int ``[B, T]``.
 
-    A picture between texts takes three: its first vector, all its patches together, its last.
-    Pictures side by side share theirs. What stands next to padding is no end of a picture, and a
-    row's first token behind padding has position 1.
+    A picture between texts takes three positions: its first vector, all its patches together, its
+    last. Adjacent pictures share theirs. A token next to padding does not end a picture, and a
+    row's first token after padding has position 1.
 
     Args:
         types: int ``[B, T]``: 0 text, 1 a picture's vector, -1 padding.
@@ -55,19 +55,20 @@ def collate(config: CogVLM2Config, prompts: Sequence[Prompt], pad_to: int | None
     """
     batch = collate_eva2(config, prompts, config.placeholder, pad_to)
     types = _types(batch)
-    # Padding counts as text, so that a picture may come first; it takes no positions.
+    # Treat padding as text, so that a picture may come first; it takes no positions.
     places = positions(np.maximum(types, TEXT_TYPE))
     start = np.take_along_axis(places, np.argmax(types >= 0, axis=1)[:, None], axis=1)
     return _routed(batch, np.maximum(places - start, 0))
 
 
 def _types(batch: Batch) -> np.ndarray:
-    """Token types ``[B, T]`` of a batch whose visual tokens all are of class 1."""
+    """Return token types ``[B, T]`` of a batch whose visual tokens are all of class 1."""
     return np.where(batch.order < 0, PADDING, batch.visual_index >= 0)
 
 
 def _routed(batch: Batch, places: np.ndarray) -> Batch:
-    """The batch with these positions; the last vector of a run is the language expert's."""
+    """Return the batch with these positions; the last vector of a run goes to the language
+    expert."""
     visual = np.asarray(batch.visual_index) >= 0
     followed = _shifted(visual.astype(np.int32), -1) == 1
     classes = np.where(visual & ~followed, TEXT_TYPE, batch.token_class)
@@ -79,7 +80,7 @@ def _routed(batch: Batch, places: np.ndarray) -> Batch:
 
 
 def reference_prompts(config: CogVLM2Config, inputs: dict[str, Any]) -> Iterator[Prompt]:
-    """The rows of a golden's inputs as prompts, the padding in front left out."""
+    """Return the rows of a golden's inputs as prompts, without the leading padding."""
     c, ids, at = config.vision, inputs["input_ids"], 0
     patches = np.zeros((0, c.side**2, c.tower.patch_dim), np.float32)
     if (pixels := inputs.get("images")) is not None and len(pixels):
@@ -98,7 +99,7 @@ def reference_prompts(config: CogVLM2Config, inputs: dict[str, Any]) -> Iterator
 
 
 def reference_batch(config: CogVLM2Config, inputs: dict[str, np.ndarray]) -> Batch:
-    """A golden's inputs as one batch of the same padded length."""
+    """Return a golden's inputs as one batch of the same padded length."""
     width = inputs["input_ids"].shape[1]
     prompts = list(reference_prompts(config, inputs))
     batch = collate_eva2(config, prompts, config.placeholder, width)
@@ -106,7 +107,7 @@ def reference_batch(config: CogVLM2Config, inputs: dict[str, np.ndarray]) -> Bat
 
 
 def example_prompt(config: CogVLM2Config, text_tokens: int, side: int) -> Prompt:
-    """Arbitrary tokens and one noise picture, whose size is fixed; side 0: no picture."""
+    """Return arbitrary tokens and one noise picture of the fixed size; side 0: no picture."""
     rng, c = np.random.default_rng(0), config.vision
     text = rng.integers(0, config.language.vocab_size, text_tokens).tolist()
     if side == 0:

@@ -9,8 +9,10 @@ from mquant_jax.models.streams import Streams
 
 
 def streams(config: CogVLM2Config) -> Streams:
-    """The decoder's stream alone, which both experts write to and read from. The tower's norms
-    stand inside its stream, which is therefore rotated online where it is read."""
+    """Return the decoder's stream only, which both experts write and read.
+
+    The tower's norms are inside its stream, which is therefore rotated online where it is read.
+    """
     language, vision = config.language, config.vision
     return Streams(
         streams=(decoder_stream(language, *STREAM_WRITERS, tables=STREAM_TABLES),),

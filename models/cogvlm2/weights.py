@@ -32,7 +32,7 @@ def _decoder(c: DecoderConfig) -> Iterator[WeightRule]:
         block, src = f"language/layers/{i}", f"model.layers.{i}"
         yield direct(f"{block}/attn_norm/weight", f"{src}.input_layernorm.weight", d)
         yield direct(f"{block}/mlp_norm/weight", f"{src}.post_attention_layernorm.weight", d)
-        # The published ones were rounded to bfloat16 and are not those that a formula gives.
+        # The published ones were rounded to bfloat16 and differ from the formula's.
         stored = direct(f"{block}/frequencies", f"{src}.self_attn.rotary_emb.inv_freq",
                         c.head_dim // 2)  # fmt: skip
         yield dataclasses.replace(stored, otherwise=computed)

@@ -14,7 +14,7 @@ from mquant_jax.models.eva2 import collate as collate_eva2
 from mquant_jax.models.glm4v.config import GLM4VConfig
 from mquant_jax.models.squares import patchify
 
-PICTURE = 3  # tokens, and positions, that a picture has in a prompt as published
+PICTURE = 3  # tokens, and positions, of a picture in a published prompt
 
 
 def collate(
@@ -39,10 +39,10 @@ def collate(
 
 
 def expand(config: GLM4VConfig, ids: Sequence[int]) -> list[int]:
-    """Published ids, begin, placeholder, end -> one ``VISUAL`` for each of the picture's vectors.
+    """Replace each published begin, placeholder, end by one ``VISUAL`` per vector of the picture.
 
     Raises:
-        ValueError: the first begin and the first end do not stand around one token.
+        ValueError: the first begin and the first end do not enclose exactly one token.
     """
     ids = list(ids)
     boi, eoi = config.boi, config.eoi
@@ -55,7 +55,7 @@ def expand(config: GLM4VConfig, ids: Sequence[int]) -> list[int]:
 
 
 def reference_prompts(config: GLM4VConfig, inputs: dict[str, Any]) -> Iterator[Prompt]:
-    """The rows of a golden's inputs as prompts, the padding in front left out."""
+    """Return the rows of a golden's inputs as prompts, without the leading padding."""
     pictures = None
     if (pixels := inputs.get("pixel_values")) is not None:
         c = config.tower
@@ -75,7 +75,7 @@ def reference_prompts(config: GLM4VConfig, inputs: dict[str, Any]) -> Iterator[P
 
 
 def reference_batch(config: GLM4VConfig, inputs: dict[str, np.ndarray]) -> Batch:
-    """A golden's inputs as one batch; its rows, padding included, grow by their pictures."""
+    """Return a golden's inputs as one batch; its rows, padding included, grow by their pictures."""
     width = inputs["input_ids"].shape[1]
     if "pixel_values" in inputs:
         width += config.tower.tokens - PICTURE
@@ -83,7 +83,7 @@ def reference_batch(config: GLM4VConfig, inputs: dict[str, np.ndarray]) -> Batch
 
 
 def example_prompt(config: GLM4VConfig, text_tokens: int, side: int) -> Prompt:
-    """Arbitrary tokens and one noise picture, whose size is fixed; side 0: no picture."""
+    """Return arbitrary tokens and one noise picture of the fixed size; side 0: no picture."""
     rng, c = np.random.default_rng(0), config.vision
     text = rng.integers(0, config.language.vocab_size, text_tokens).tolist()
     if side == 0 or c is None:

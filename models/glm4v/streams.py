@@ -9,8 +9,11 @@ from mquant_jax.models.streams import Streams
 
 
 def streams(config: GLM4VConfig) -> Streams:
-    """The decoder's stream alone: the tower's norms stand inside its stream, which can therefore
-    take no rotation and is rotated online where it is read."""
+    """Return the decoder's stream only.
+
+    The tower's norms are inside its stream, which therefore takes no rotation and is rotated online
+    where it is read.
+    """
     language, vision = config.language, config.vision
     attention, hidden = decoder_attention(language), decoder_hidden(language)
     if vision is None:

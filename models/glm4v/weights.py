@@ -18,15 +18,16 @@ def weight_rules(config: GLM4VConfig) -> list[WeightRule]:
 
 
 def ignored(name: str) -> bool:
-    """Rotary frequencies: stored, but the published code computes them anew."""
+    """Return whether a tensor is unused: rotary frequencies are stored, but the published code
+    recomputes them."""
     return name.endswith("rotary_pos_emb.inv_freq")
 
 
 def rope_order(head_dim: int) -> tuple[int, ...]:
-    """Channels of a head in the order in which the generic rope turns them.
+    """Return the channels of a head in the order of the generic rope.
 
-    Published, the first half of a head turns in neighbouring pairs; here, as two halves. Queries
-    and keys are ordered alike, so that their products stay.
+    In the published order, the first half of a head rotates in adjacent pairs; here, as two halves.
+    Queries and keys are ordered alike, so their products are unchanged.
     """
     rotary = head_dim // 2
     return (*range(0, rotary, 2), *range(1, rotary, 2), *range(rotary, head_dim))

@@ -31,7 +31,7 @@ from mquant_jax.schema import Refused, Schema, choice, flag, real, square, table
 from mquant_jax.validate import shown
 
 CHAT, NATIVE = "internvl_chat", "internvl"
-# Language models by the class that config.json names, or by model_type.
+# Language models by the class named in config.json, or by model_type.
 _CHAT_LANGUAGE = {
     "InternLM2ForCausalLM": "internlm2",
     "LlamaForCausalLM": "llama",
@@ -40,7 +40,7 @@ _CHAT_LANGUAGE = {
 }
 _NATIVE_LANGUAGE = ("llama", "qwen2", "qwen3")
 _MERGE_FIRST = "unmerged LoRA weights are not supported; merge them into the model first"
-# How the language models of InternVL 3.5 were trained.
+# Training settings of InternVL 3.5's language models.
 _TRAINED = Schema({}, frozenset("debug ep_size micro_forward skip_checkpoint use_deepep".split()))
 _CHAT_TOP = common(
     {
@@ -178,7 +178,8 @@ def config_tables(hf: dict[str, Any]) -> Tables:
 
 
 def _language_kind(language: Mapping[str, Any], chat: bool) -> str:
-    """The language model's model_type, which the class in ``architectures`` may tell as well."""
+    """Return the language model's model_type, which the class in ``architectures`` may also
+    give."""
     names, kind = language.get("architectures"), language.get("model_type")
     name = names[0] if isinstance(names, list) and names else None
     if not chat:
@@ -231,7 +232,7 @@ def _native(hf: dict[str, Any]) -> dict[str, Any]:
     kind = (hf.get("text_config") or {}).get("model_type", "qwen2")
     tower = _tower(
         vision,
-        qk_norm_eps=1e-6 if vision["use_qk_norm"] else None,  # in no config
+        qk_norm_eps=1e-6 if vision["use_qk_norm"] else None,  # not in the config
         qkv_bias=vision["attention_bias"],
     )
     return {
@@ -281,7 +282,8 @@ def _known(key: str, value: Any, known: Iterable[str]) -> Any:
 
 
 def _last_layer(key: str, layer: int, layers: int) -> None:
-    """Features of an inner layer would leave weights unused; no released InternVL takes them."""
+    """Check that features come from the last layer: an inner layer would leave weights unused, and
+    no released InternVL uses one."""
     if layer not in (-1, layers):
         raise UserError(f"{FILE}: {key} {layer} is not supported; known: -1, the last layer")
 

@@ -16,7 +16,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import VisionInput, ViT, gelu, tower_norm
 from mquant_jax.recipe import Recipe
 
-NORM_EPS = 1e-5  # in no config: the default of the reference's LayerNorm
+NORM_EPS = 1e-5  # not in the config: the default of the reference's LayerNorm
 
 
 def pixel_shuffle(x: jax.Array, merge: int, transposed: bool = False) -> jax.Array:
@@ -68,7 +68,7 @@ class InternVLVision(ViT):
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Tiles -> visual tokens ``[N, P/merge^2, hidden]``; the class token is left behind."""
         x = (yield from self.features(vision))[:, 1:]
-        classes = vision.token_class[:, :: self.merger.merge**2]  # a tile is real as a whole
+        classes = vision.token_class[:, :: self.merger.merge**2]  # a tile is valid as a whole
         return (yield ModuleCall("vision/merger", self.merger, x, classes))
 
 

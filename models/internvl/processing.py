@@ -57,13 +57,13 @@ def collate(
 
 
 def placeholder(config: InternVLConfig) -> int:
-    """The placeholder's id; any, where only the tokenizer knows it and there is none."""
+    """Return the placeholder's id; any id if only the tokenizer knows it and there is none."""
     last = config.language.vocab_size - 1
     return last if config.image_token_id is None else config.image_token_id
 
 
 def reference_prompts(inputs: dict[str, Any], config: InternVLConfig) -> tuple[list[Prompt], int]:
-    """The rows of a golden's inputs as prompts, and the placeholder's id."""
+    """Return the rows of a golden's inputs as prompts, and the placeholder's id."""
     token = config.image_token_id
     if "img_context_token_id" in inputs:
         token = int(inputs["img_context_token_id"][0])
@@ -84,15 +84,15 @@ def reference_prompts(inputs: dict[str, Any], config: InternVLConfig) -> tuple[l
 
 
 def reference_batch(config: InternVLConfig, inputs: dict[str, np.ndarray]) -> Batch:
-    """A golden's inputs as one batch of the same padded length."""
+    """Return a golden's inputs as one batch of the same padded length."""
     prompts, token = reference_prompts(inputs, config)
     return collate(prompts, config, token, pad_to=inputs["input_ids"].shape[1])
 
 
 def example_prompt(config: InternVLConfig, text_tokens: int, side: int) -> Prompt:
-    """Arbitrary tokens and one noise picture, for measurements.
+    """Return arbitrary tokens and one noise picture, for measurements.
 
-    ``side`` pixels make the nearest number of tiles, without a thumbnail; 0: no picture.
+    ``side`` pixels are cut into the nearest number of tiles, without a thumbnail; 0: no picture.
     """
     rng = np.random.default_rng(0)
     token = placeholder(config)

@@ -13,9 +13,9 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 def streams(config: InternVLConfig) -> Streams:
     """The tower's stream ends in the projector's norm; the decoder's begins with its output.
 
-    The tower's stream keeps its mean over channels. Its own LayerNorms would not miss it, but the
-    projector's takes the mean over four patches together: how the patches' means differ gets
-    through. (The paper's code takes the mean out of every writer and loses that.)
+    The tower's stream keeps its mean over channels. Its own LayerNorms remove the mean anyway, but
+    the projector's norm takes one mean over four patches, so differences between the patches' means
+    matter. (The paper's code removes the mean from every writer and loses them.)
     """
     vision, language = config.vision, config.language
     layer_norms = not vision.rms_norm

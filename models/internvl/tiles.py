@@ -1,4 +1,4 @@
-"""A picture of any shape as square tiles and a thumbnail, normalised (numpy and PIL alone)."""
+"""Cut a picture of any shape into square tiles and a thumbnail, normalised (NumPy and PIL only)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Tiling:
 
     Attributes:
         size: side of a tile in pixels.
-        least, most: tiles of a picture, the thumbnail not counted.
-        thumbnail: the whole picture follows its tiles, if there is more than one.
+        least, most: number of tiles of a picture, not counting the thumbnail.
+        thumbnail: whether the whole picture follows its tiles, if there are several.
         mean, std: of the colours, for values between 0 and 1.
     """
 
@@ -29,10 +29,9 @@ class Tiling:
     std: tuple[float, ...] = STD
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Columns and rows of tiles: the shape nearest to the picture's.
+        """Return columns and rows of tiles: the aspect ratio nearest to the picture's.
 
-        Of shapes equally near a larger one is taken if the picture has more than half of its
-        pixels.
+        Of equally near ones, a larger one is taken if the picture has more than half of its pixels.
         """
         shapes = [
             (cols, rows)
@@ -53,7 +52,7 @@ class Tiling:
         return dataclasses.replace(self, least=1, most=1)
 
     def cut(self, image: Image.Image) -> list[Image.Image]:
-        """RGB tiles, row by row, and the thumbnail."""
+        """Return RGB tiles, row by row, and the thumbnail."""
         size = self.size
         cols, rows = self.grid(*image.size)
         whole = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
@@ -67,7 +66,7 @@ class Tiling:
         return tiles
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """float32 ``[tiles, 3, size, size]`` of an RGB picture."""
+        """Return float32 ``[tiles, 3, size, size]`` of an RGB picture."""
         tiles = np.stack([np.asarray(tile, np.uint8) for tile in self.cut(image)])
         x = (tiles / 255).astype(np.float32) - np.asarray(self.mean, np.float32)
         scaled = x / np.asarray(self.std, np.float32)

@@ -19,7 +19,7 @@ def weight_rules(config: InternVLConfig) -> list[WeightRule]:
 
 
 def canonical_name(name: str) -> str:
-    """The hub's name of a tensor saved under the in-memory name of transformers 5."""
+    """Return the Hub's name of a tensor saved under transformers 5's in-memory name."""
     for prefix, hub in (
         ("model.language_model.", "language_model.model."),
         ("model.vision_tower.", "vision_tower."),

@@ -1,4 +1,4 @@
-"""Llama and Qwen2: the generic decoder, and no pictures in front of it."""
+"""Llama and Qwen2: the generic decoder without pictures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from mquant_jax.models.base import VLM
 class Llama(VLM):
     """A Llama or Qwen2 of any size, float or quantised as ``recipe`` says.
 
-    Its scale tables have the classes of every model, so that one pipeline serves all; only the
-    text entries are ever read.
+    Its scale tables have the token classes of all models, so that one pipeline serves all; only the
+    text entries are read.
     """

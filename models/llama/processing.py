@@ -36,6 +36,6 @@ def reference_batch(config: LlamaConfig, inputs: dict[str, np.ndarray]) -> Batch
 
 
 def example_prompt(config: LlamaConfig, text_tokens: int, side: int) -> Prompt:
-    """Arbitrary tokens, for measurements; the picture that ``side`` asks for is left out."""
+    """Return arbitrary tokens, for measurements; ``side`` is ignored."""
     vocab = config.language.vocab_size
     return text_prompt(np.random.default_rng(0).integers(0, vocab, text_tokens).tolist())

@@ -42,7 +42,8 @@ _LAYER = whole(-2, -1024, 1024)
 
 
 def _one_layer() -> Field:
-    """A layer's number, or a list of one; several would make the projector's input wider."""
+    """Return a layer's number, given alone or in a list of one; several would widen the projector's
+    input."""
     one = items(_LAYER, length=1)
 
     def convert(value: Any, where: str) -> Any:
@@ -103,7 +104,7 @@ _TOWERS = {
         use_swiglu_ffn=Refused((False,), "a tower with a gated MLP is not supported"),
     ),
 }
-# What stands for a missing ``vision_config``: CLIP-L/14 for 336 pixels.
+# The default of a missing ``vision_config``: CLIP-L/14 for 336 pixels.
 _PUBLISHED_TOWER = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
@@ -185,10 +186,10 @@ def config_tables(hf: dict[str, Any]) -> Tables:
 
 
 def _kind(hf: Mapping[str, Any], key: str, known: Iterable[str]) -> str:
-    """The model_type of a part; without one it is the first of those that are known.
+    """Return the model_type of a part; by default the first of the known ones.
 
     Raises:
-        UserError: another one, or the part is no object.
+        UserError: an unknown type, or the part is not an object.
     """
     part, names = hf.get(key), tuple(known)
     if part is None:
@@ -203,7 +204,7 @@ def _kind(hf: Mapping[str, Any], key: str, known: Iterable[str]) -> str:
 
 
 def _image_token(top: Mapping[str, Any]) -> int:
-    """The placeholder's id, which transformers writes under either name."""
+    """Return the placeholder's id, which transformers writes under either of two names."""
     index, other = top["image_token_index"], top["image_token_id"]
     if None not in (index, other) and index != other:
         raise UserError(f"{FILE}: image_token_index is {index}, image_token_id {other}; "
@@ -235,10 +236,10 @@ def _vision(vision: Mapping[str, Any], tower: str, top: Mapping[str, Any]) -> Vi
 
 
 def _depth(layer: int, count: int) -> int:
-    """Layers up to the one that is named: 1 is the first, -1 the last.
+    """Return the number of layers up to the named one: 1 is the first, -1 the last.
 
     Raises:
-        UserError: there is no such layer; 0 would be the embeddings, behind no layer at all.
+        UserError: there is no such layer; 0 would be the embeddings, before any layer.
     """
     depth = layer + count + 1 if layer < 0 else layer
     if not 1 <= depth <= count:

@@ -17,7 +17,7 @@ from mquant_jax.recipe import Recipe
 
 
 class Projector(nnx.Module):
-    """A two-layer MLP over the tower's residual stream, which no norm precedes."""
+    """A two-layer MLP on the tower's residual stream, without a norm before it."""
 
     POINTS: ClassVar[Points] = {"merger_in": ("fc1",), "merger_hidden": ("fc2",)}
 
@@ -53,7 +53,7 @@ class LlavaVision(ViT):
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
         """Patches -> visual tokens ``[N, M, hidden]`` of the decoder."""
         x = yield from self.features(vision)
-        # A picture is real as a whole, its class token too.
+        # A picture is valid as a whole, including its class token.
         classes = vision.token_class[:, :1].repeat(x.shape[1], axis=1)
         return (yield ModuleCall("vision/merger", self.merger, x, classes))
 

@@ -1,4 +1,4 @@
-"""Pictures as the squares that a tower takes, by the image processors of transformers."""
+"""Pictures as the squares that a tower takes, prepared as by transformers' image processors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mquant_jax.models.llava.config import CLIP, DINOV2, SIGLIP, LlavaConfig
 from mquant_jax.schema import Field, Schema, flag, real, whole
 from mquant_jax.validate import shown
 
-# What a tower's processor is, where the folder names none.
+# A tower's default processor, if the folder names none.
 _KINDS = {CLIP: "CLIPImageProcessor", SIGLIP: "SiglipImageProcessor", DINOV2: "BitImageProcessor"}
 _KNOWN = (*_KINDS.values(), "LlavaImageProcessor")
 _SIDE = whole(None, 1, 2**13, null=True)
@@ -76,14 +76,15 @@ class SquarePictures:
         _check_size(read["crop_size"], f"{path}: crop_size", set(whole_square))
         self.pads = read["do_pad"] and kind == _KNOWN[-1]
         self.shortest = read["size"].get("shortest_edge") if read["do_resize"] else None
-        # transformers takes null for a value, and the others' do_pad for another kind of padding.
+        # Leave out unset values: transformers would take null as a value. In other processors,
+        # do_pad means another kind of padding.
         read["do_pad"] = True if self.pads else None
         read["crop_size"] = read["crop_size"] if crops or read["do_center_crop"] else None
         given = {key: value for key, value in read.items() if value is not None}
         self.processor = getattr(import_transformers(), f"{kind}Pil")(**given)
 
     def pixels(self, image: Image.Image, name: str) -> np.ndarray:
-        """float32 ``[3, side, side]`` of an RGB picture.
+        """Return float32 ``[3, side, side]`` of an RGB picture.
 
         Raises:
             ImageError: it is too long and narrow to be resized.

@@ -43,7 +43,9 @@ def collate(
         return batch
     visual = (batch.order >= 0) & (batch.input_ids == token)
     index = batch.visual_index.copy()
-    index[visual] = np.arange(np.count_nonzero(visual))  # pictures come in their prompts' order
+    index[visual] = np.arange(
+        np.count_nonzero(visual)
+    )  # pictures are in the order of their prompts
     return dataclasses.replace(
         batch,
         token_class=np.where(visual, 1, batch.token_class).astype(np.int32),

@@ -11,10 +11,10 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def streams(config: LlavaConfig) -> Streams:
-    """The tower's stream, which the projector reads as it is, and the decoder's.
+    """Return the tower's stream, which the projector reads directly, and the decoder's.
 
-    The tower's stream keeps its mean over channels: its own LayerNorms would not miss it, but the
-    projector would. What CLIP's input norm lets in is rotated online.
+    The tower's stream keeps its mean over channels: its own LayerNorms remove it anyway, but the
+    projector reads it. The output of CLIP's input norm is rotated online.
     """
     vision, language = config.vision, config.language
     tables = ("vision/class_token", "vision/positions")[not vision.class_token :]

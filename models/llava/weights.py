@@ -15,13 +15,13 @@ _PREFIXES = (
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("lm_head.", "language_model.lm_head."),
 )
-# What CLIP and SigLIP have in ``vision_model`` on the hub, and a model that transformers 5 made
-# from a config alone saves without.
+# Tensors of CLIP and SigLIP that the Hub has in ``vision_model``; a model that transformers 5 built
+# from a config alone is saved without that prefix.
 _BARE = re.compile(
     r"^vision_tower\.(?=embeddings\.(class_embedding|patch_embedding\b|position_)|encoder\.layers\.|"
     r"pre_layrnorm\.|post_layernorm\.|head\.)(?!embeddings\.position_embeddings)"
 )
-# Names of DINOv2's attention in the memory of transformers 5, and on the hub.
+# Names of DINOv2's attention in transformers 5's memory, and on the Hub.
 _MODEL_NAMES = {
     "q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value",
     "o_proj": "output.dense",
@@ -42,7 +42,7 @@ def weight_rules(config: LlavaConfig) -> list[WeightRule]:
 
 
 def canonical_name(name: str) -> str:
-    """The hub's name of a tensor saved under a name in the memory of transformers 5."""
+    """Return the Hub's name of a tensor saved under transformers 5's in-memory name."""
     for prefix, hub in _PREFIXES:
         if name.startswith(prefix):
             name = hub + name.removeprefix(prefix)
@@ -52,7 +52,8 @@ def canonical_name(name: str) -> str:
 
 
 def ignored(name: str) -> bool:
-    """What comes behind the last layer of a tower, what training alone needs, computed tables."""
+    """Return whether a tensor is unused: behind the tower's last layer, for training only, or
+    computed."""
     ends = ("rotary_emb.inv_freq", "embeddings.position_ids")
     starts = ("vision_tower.vision_model.post_layernorm.", "vision_tower.vision_model.head.",
               "vision_tower.layernorm.", "vision_tower.embeddings.mask_token")  # fmt: skip
@@ -60,7 +61,7 @@ def ignored(name: str) -> bool:
 
 
 def unused(config: LlavaConfig, name: str) -> bool:
-    """Layers of the tower behind the one whose output the projector reads."""
+    """Return whether a tensor is in a tower layer after the one that the projector reads."""
     layer = _LAYER.match(name)
     return layer is not None and config.vision.num_layers <= int(layer[2]) < config.tower_layers
 
@@ -80,7 +81,8 @@ def _patch_embed(config: LlavaConfig, src: str) -> Iterator[WeightRule]:
 
 
 def _clip(config: LlavaConfig) -> Iterator[WeightRule]:
-    """CLIP's tower and SigLIP's, which has no class token and no norm before its layers."""
+    """Return the rules of CLIP's tower, and of SigLIP's, which has no class token and no input
+    norm."""
     v, src = config.vision, "vision_tower.vision_model"
     d, inner = v.hidden_size, v.intermediate_size
     yield from _patch_embed(config, f"{src}.embeddings.patch_embedding")

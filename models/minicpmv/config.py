@@ -1,6 +1,6 @@
 """MiniCPM-V's config.json -> the shapes of our generic parts.
 
-The language model's keys stand at the top level, those of the tower under ``vision_config``.
+The language model's keys are at the top level, those of the tower under ``vision_config``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Field, Refused, choice, flag, square, table, whole
 from mquant_jax.validate import shown
 
-HEAD_DIM = 128  # of the resampler, which has ``hidden_size // 128`` heads
+HEAD_DIM = 128  # width of the resampler's heads: it has ``hidden_size // 128``
 
 
 def _version(value: Any, where: str) -> Any:
@@ -76,7 +76,7 @@ _SLICES = common(
     },
     "patch_size",
 )
-# What the published code takes where config.json has no vision_config, or no slice_config.
+# Defaults of the published code for a missing vision_config or slice_config.
 _TOWER = {
     "hidden_size": 1152, "image_size": 980, "intermediate_size": 4304, "model_type": "siglip",
     "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14,

@@ -11,7 +11,7 @@ from mquant_jax.recipe import Recipe
 
 
 class MiniCPMVVision(ResampledViT):
-    """Vision tower and resampler; each patch says its place in the table of positions."""
+    """Vision tower and resampler; each patch carries its index in the table of positions."""
 
     takes_any_size = True
 

@@ -17,16 +17,16 @@ from mquant_jax.models.text import collate as collate_text
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime.buckets import fine
 
-VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
-MASKED = 0  # the published code takes this id for padding wherever it stands: "!" is never seen
-_LANES, _UNROLLED = 8, 2  # of the vectorised loop that made the published positions
+VISUAL = -1  # placeholder of a visual token; texts may contain any id of the vocabulary
+MASKED = 0  # the published code treats this id as padding everywhere: "!" is never seen
+_LANES, _UNROLLED = 8, 2  # lanes of the vectorised loop behind the published positions
 
 
 def _ramp(start: float, step: float, n: int) -> np.ndarray:
-    """``start + i * step`` for ``i < n``, float32, rounded as PyTorch's vectorised ``arange`` does.
+    """Return float32 ``start + i * step`` for ``i < n``, rounded as by PyTorch's vectorised arange.
 
-    Whole runs of lanes begin at a rounded value and go on from there; the rest is computed one by
-    one. The last bit decides which side of a boundary a patch falls on.
+    Full runs of lanes start at a rounded value and continue from there; the rest is computed one by
+    one. The last bit decides on which side of a boundary a patch falls.
     """
     i = np.arange(n)
     first = np.where(i < n - n % (_LANES * _UNROLLED), i // _LANES * _LANES, i)
@@ -35,9 +35,9 @@ def _ramp(start: float, step: float, n: int) -> np.ndarray:
 
 
 def position_buckets(n: int, grid: int) -> np.ndarray:
-    """int32 ``[n]``: for each of ``n`` patches along a side, where it falls on a side of ``grid``.
+    """Return int32 ``[n]``: the index of each of ``n`` patches along a side on a side of ``grid``.
 
-    ``floor(i * grid / n)``, but for a few exact ties that rounding puts one lower.
+    Equal to ``floor(i * grid / n)``, except for a few exact ties that rounding puts one lower.
     """
     step = float(np.float32(1) / np.float32(n))
     boundaries = _ramp(1 / grid, 1 / grid, grid - 1)
@@ -72,9 +72,9 @@ def pack_vision(patches: np.ndarray, sizes: Sequence[tuple[int, int]], grid: int
 def collate(config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | None = None) -> Batch:
     """Left-pad prompts to one length and pack all their slices.
 
-    A grid ``(1, h, w)`` of a prompt is a slice. Tokens of id 0 are masked wherever they stand, as
-    in the published code: no other token sees them and they take no position, but the next token
-    is predicted from one that stands last.
+    A grid ``(1, h, w)`` of a prompt is a slice. Tokens of id 0 are masked everywhere, as in the
+    published code: no other token sees them and they take no position, but if one is last, the
+    next token is predicted from it.
 
     Raises:
         PromptError: ids that the model does not know, or placeholders and slices that differ.
@@ -90,7 +90,7 @@ def collate(config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | Non
     index = batch.visual_index.copy()
     index[visual] = np.arange(
         np.count_nonzero(visual)
-    )  # slices come in the order of their placeholders
+    )  # slices are in the order of their placeholders
     sizes = [grid[1:] for p in prompts for grid in p.grids]
     vision = None
     if sizes:

@@ -1,4 +1,4 @@
-"""A picture as a small whole and slices of its own shape (numpy and PIL alone)."""
+"""Cut a picture into a small overview and slices of its own shape (NumPy and PIL only)."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def config_tables(hf: dict[str, Any]) -> Tables:
 def _check_agreement(
     hf: Mapping[str, Any], top: Mapping[str, Any], text: Mapping[str, Any]
 ) -> None:
-    """Keys of the text model that stand at the top as well say what ``text_config`` says.
+    """Check that text model keys repeated at the top level agree with ``text_config``.
 
     Raises:
         UserError: they do not.

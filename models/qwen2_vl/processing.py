@@ -63,7 +63,7 @@ def mrope_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rotary positions of one unpadded row, and which visual grid each token belongs to.
 
-    After a clip, text goes on at one past the largest position used (as the models were trained).
+    After a clip, text continues at one past the largest position used (as the models were trained).
 
     Returns:
         int32 ``[3, n]``, and int32 ``[n]``: index into ``grids``, -1 for text.

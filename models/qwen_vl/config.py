@@ -1,6 +1,6 @@
 """Qwen-VL's config.json -> the shapes of our generic parts.
 
-The language model's keys stand at the top level, those of the tower and resampler under ``visual``.
+The language model's keys are at the top level, those of the tower and resampler under ``visual``.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from mquant_jax.nn.rope import SteppedScaling
 from mquant_jax.nn.vit import ViTConfig
 from mquant_jax.schema import REQUIRED, Refused, flag, real, table, whole
 
-NORM_EPS = 1e-6  # of all norms of the vision part; in no config
-HEAD_DIM = 128  # of the resampler, which has ``output_dim // 128`` heads
-GRID = 16  # side of the table of the tower's positions, whatever the size of pictures
+NORM_EPS = 1e-6  # of all norms of the vision part; not in the config
+HEAD_DIM = 128  # width of the resampler's heads: it has ``output_dim // 128``
+GRID = 16  # side of the tower's position table, for any picture size
 _TOP = common(
     {
         "vocab_size": vocabulary(151936),
@@ -158,7 +158,7 @@ def _language(hf: Mapping[str, Any]) -> DecoderConfig:
         raise UserError(f"{FILE}: use_dynamic_ntk needs heads of 4 channels, found {head_dim}")
     if hf["seq_length"] is None and (hf["use_dynamic_ntk"] or hf["use_logn_attn"]):
         raise UserError(f"{FILE}: seq_length is missing; use_dynamic_ntk and use_logn_attn need it")
-    bias = not hf["no_bias"]  # of all layers but the fused one, which has one anyway
+    bias = not hf["no_bias"]  # for all layers but the fused one, which always has one
     return DecoderConfig(
         hidden_size=hidden,
         num_layers=hf["num_hidden_layers"],

@@ -15,14 +15,14 @@ from mquant_jax.models.qwen_vl.config import QwenVLConfig
 from mquant_jax.models.squares import pack_vision, patchify
 from mquant_jax.models.text import collate as collate_text
 
-VISUAL = -1  # stands in a prompt for a visual token; texts may hold any id of the vocabulary
+VISUAL = -1  # placeholder of a visual token; texts may contain any id of the vocabulary
 
 
 def collate(config: QwenVLConfig, prompts: Sequence[Prompt], pad_to: int | None = None) -> Batch:
     """Left-pad prompts to one length and pack all their pictures.
 
-    Positions are those of the prompt on its own, and so are the lengths that rope and attention
-    are scaled by: a row's numbers do not depend on its company. (The published code counts the
+    Positions, and the lengths by which rope and attention are scaled, are those of the prompt
+    alone: a row's results do not depend on the rest of the batch. (The published code counts the
     padding of a batch; see :func:`reference_batch`.)
 
     Raises:
@@ -38,7 +38,7 @@ def collate(config: QwenVLConfig, prompts: Sequence[Prompt], pad_to: int | None 
     index = batch.visual_index.copy()
     index[visual] = np.arange(
         np.count_nonzero(visual)
-    )  # pictures come in the order of their placeholders
+    )  # pictures are in the order of their placeholders
     patches = [p.patches for p in prompts if p.grids]
     return dataclasses.replace(
         batch,
@@ -50,16 +50,16 @@ def collate(config: QwenVLConfig, prompts: Sequence[Prompt], pad_to: int | None 
 
 
 def picture_ids(config: QwenVLConfig) -> list[int]:
-    """What stands for a picture in a prompt."""
+    """Return a picture's tokens in a prompt."""
     slots = [VISUAL] * config.resampler.queries
     return [config.image_start_id, *slots, config.image_end_id]
 
 
 def mark_pictures(ids: Sequence[int], config: QwenVLConfig) -> tuple[list[int], int]:
-    """Published ids, whose slots hold a file's name -> ours, and the number of pictures.
+    """Replace published ids, whose slots hold a file name, by ours; also return the picture count.
 
     Raises:
-        ValueError: start and end tokens do not pair up, or are not as far apart as they must be.
+        ValueError: start and end tokens do not pair up, or have the wrong distance.
     """
     ours = np.array(ids)
     starts = np.flatnonzero(ours == config.image_start_id)
@@ -97,7 +97,7 @@ def reference_batch(config: QwenVLConfig, inputs: dict[str, Any]) -> Batch:
 
 
 def example_prompt(config: QwenVLConfig, text_tokens: int, side: int) -> Prompt:
-    """Arbitrary tokens and one noise picture, whatever the ``side``; 0: no picture."""
+    """Return arbitrary tokens and one noise picture, whatever the ``side``; 0: no picture."""
     rng = np.random.default_rng(0)
     text = rng.integers(0, config.image_start_id, text_tokens).tolist()
     if side == 0:

@@ -13,14 +13,14 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def streams(config: QwenVLConfig) -> Streams:
-    """The tower's, those inside the resampler and the decoder's.
+    """Return the tower's streams, those inside the resampler and the decoder's.
 
     The tower's stream begins behind a norm with a weight and a bias, rotated online, and ends in
-    the resampler's first projection with no norm between. So that projection sees the stream's
-    mean, and the stream keeps it. (The paper's code takes it out behind the first norm.)
+    the resampler's first projection without a norm between. That projection sees the stream's mean,
+    so the stream keeps it. (The paper's code removes it after the first norm.)
 
     Raises:
-        UserError: a resampler that does not project the tower's features.
+        UserError: the resampler does not project the tower's features.
     """
     vision, language = config.vision, config.language
     return Streams(

@@ -1,4 +1,4 @@
-"""Checks of a whole checkpoint: that it is what was written, and that it can be run."""
+"""Check a whole checkpoint: its files are unchanged, and the model runs."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from mquant_jax.models.base import VLM, Batch, Config, Family, Processor, abstra
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.numerics import QWeight
 
-_WEIGHTS = ("kernel", "embedding")  # tensors that cannot be zero as a whole
+_WEIGHTS = ("kernel", "embedding")  # tensors that must not be all zero
 _TOKENIZERS = [name for name in SIDE_FILES if "token" in name or name == "vocab.json"]
-_SPARE = 1 << 29  # bytes that trying a model takes beside its weights
+_SPARE = 1 << 29  # bytes that a trial run takes beside the weights
 _QUESTION = "Hello"
 
 
 def examine(folder: Path, source: Path | None = None) -> list[str]:
-    """Everything that is wrong with a checkpoint folder; the model is not run.
+    """Return everything that is wrong with a checkpoint folder, without running the model.
 
-    Files and hashes, tensors against config and recipe, weight scales finite and positive, float
-    tensors finite, weights not all zero.
+    Checks files and hashes, tensors against config and recipe, that weight scales are finite and
+    positive, that float tensors are finite, and that weights are not all zero.
 
     Args:
-        source: the model folder that it is claimed to be made from.
+        source: the model folder that it is said to be made from.
 
     Raises:
-        UserError: no checkpoint folder, or no source folder.
+        UserError: there is no checkpoint folder, or no source folder.
     """
     if not is_file(folder / MANIFEST):
         load_manifest(folder)  # says what is missing
@@ -63,7 +63,7 @@ def examine(folder: Path, source: Path | None = None) -> list[str]:
 
 
 def _model_misfits(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """What of the tensors' shapes does not fit config and recipe."""
+    """Return how the tensors' shapes fail to fit config and recipe."""
     try:
         family, config, recipe, _ = describe(folder, manifest)
         model = abstract_model(family, config, recipe)
@@ -91,11 +91,11 @@ def _tensor_misfits(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 class _Values:
-    """Looks at tensors block by block."""
+    """Checks tensors block by block."""
 
     def __init__(self, manifest: dict[str, Any]):
         self._scales: set[str] = set()
-        self._zero: set[str] = set()  # weights of which no other value was seen yet
+        self._zero: set[str] = set()  # weights of which only zeros were seen so far
         self._bad: dict[str, str] = {}
         for name, entry in manifest["tensors"].items():
             stored = stored_names(name, entry)
@@ -124,18 +124,18 @@ class _Values:
 def check_result(
     folder: Path, family: Family, config: Config, processor: Processor | None = None
 ) -> None:
-    """Read a checkpoint back and have it generate one token.
+    """Read a checkpoint back and generate one token with it.
 
-    Where memory is too short for the whole model, a warning says that it was not run; its files
-    are read and compared with their hashes all the same.
+    If there is not enough memory for the whole model, a warning says that it was not run. Its files
+    are read and compared with their hashes in any case.
 
     Args:
         folder: the folder as written, before it becomes DST.
         config: the family's config object.
-        processor: that of ``folder``; by default it is made, where the folder has a tokenizer.
+        processor: that of ``folder``; by default it is built if the folder has a tokenizer.
 
     Raises:
-        UserError: the files are not what was written, the processor cannot be made, or the model
+        UserError: the files are not what was written, the processor cannot be built, or the model
             gives NaN.
     """
     manifest = load_manifest(folder)
@@ -166,17 +166,17 @@ def check_result(
 
 @jax.jit
 def _last_logits(model: VLM, batch: Batch) -> jax.Array:
-    """Those that choose the first token of the answer, float32 ``[vocab]``."""
+    """Return the logits that choose the first token of the answer, float32 ``[vocab]``."""
     return model(batch)[0, -1]
 
 
 def run_bytes(held: int) -> int:
-    """Free memory that trying a model takes whose weights take ``held`` bytes."""
+    """Return the free memory needed to run a model whose weights take ``held`` bytes."""
     return held + _SPARE
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still take, where the system says so."""
+    """Return the bytes that this process can still allocate, if the system reports it."""
     try:
         with open("/proc/meminfo", encoding="ascii") as f:
             lines = dict(line.split(":", 1) for line in f)

@@ -1,4 +1,4 @@
-"""The place where a conversion writes: what is at DST, what is left of stopped conversions.
+"""The destination of a conversion: what exists at DST, what stopped conversions have left.
 
 Nothing here writes, except for :func:`put_back`.
 """
@@ -16,7 +16,7 @@ from mquant_jax.errors import UserError
 
 SUFFIX = ".work"
 MAGIC = "mquant_jax conversion, process "
-_DEEPEST = 160  # characters that the longest path inside the work folder may need
+_DEEPEST = 160  # characters reserved for the longest path inside the work folder
 Identity = tuple[int, int, int, int]
 
 
@@ -47,7 +47,7 @@ def work_folder(dst: Path) -> Path:
 
 
 def real_path(dst: Path) -> Path:
-    """The absolute path that ``dst`` means, links resolved."""
+    """Return the absolute path of ``dst``, with links resolved."""
     text = os.fspath(dst)
     if "\0" in text:
         raise UserError(f"{text!r}: a path cannot hold a NUL character")
@@ -56,7 +56,7 @@ def real_path(dst: Path) -> Path:
         real = dst.resolve()
     except UnicodeEncodeError as e:
         raise UserError(f"{text!r}: this name cannot be written in the file system") from e
-    except (OSError, RuntimeError) as e:  # RuntimeError: links that lead back to themselves
+    except (OSError, RuntimeError) as e:  # RuntimeError: a loop of links
         raise UserError(f"{dst}: cannot be used: {getattr(e, 'strerror', None) or e}") from e
     if not real.name:
         raise UserError(f"{dst}: is the root of the file system; choose another DST")
@@ -66,7 +66,7 @@ def real_path(dst: Path) -> Path:
 
 
 def check_place(dst: Path) -> None:
-    """The parent can be written and the names fit."""
+    """Check that the parent is writable and that the names are not too long."""
     parent = dst.parent
     try:
         if not parent.is_dir():
@@ -107,7 +107,7 @@ def check_existing(
 
 
 def check_running(dst: Path) -> None:
-    """No other conversion is at work on ``dst``."""
+    """Check that no other conversion to ``dst`` is running."""
     lock = work_folder(dst) / "lock"
     if not lock.is_file():
         return
@@ -138,8 +138,10 @@ def check_stale(dst: Path, resume: bool, restart: bool) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder was made by :func:`workspace`; one with no more than the beginning of a lock
-    may have been, by one that was killed then."""
+    """Return whether :func:`workspace` made a folder.
+
+    A folder with only a partial lock file may be one, whose process was killed at that point.
+    """
     try:
         text = (folder / "lock").read_text("utf-8", errors="replace")
     except OSError:
@@ -149,14 +151,14 @@ def _is_ours(folder: Path) -> bool:
 
 
 def put_back(dst: Path) -> None:
-    """Undo half an exchange: a kill came between two renames (:meth:`Workspace._replace`)."""
+    """Undo half an exchange, after a kill between two renames (:meth:`Workspace._replace`)."""
     old = work_folder(dst) / "old"
     if not os.path.lexists(dst) and old.is_dir():
         rename_new(old, dst)
 
 
 def identity(dst: Path, marker: str) -> Identity | None:
-    """What tells one checkpoint folder from another that has its name."""
+    """Return what distinguishes a checkpoint folder from another one of the same name."""
     try:
         folder, file = os.stat(dst), os.stat(dst / marker)
     except OSError:
@@ -166,10 +168,10 @@ def identity(dst: Path, marker: str) -> Identity | None:
 
 @contextlib.contextmanager
 def turn(parent: Path) -> Iterator[None]:
-    """One process at a time looks at work folders in ``parent`` and makes or removes them."""
+    """Let one process at a time inspect, create or remove work folders in ``parent``."""
     fd = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(OSError):  # a file system that cannot lock folders
+        with contextlib.suppress(OSError):  # the file system cannot lock folders
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:

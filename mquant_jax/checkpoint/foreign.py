@@ -1,6 +1,7 @@
-"""What lies in model folders and is no model that could be converted: adapters, quantised weights.
+"""Recognise model folders that cannot be converted: adapters, quantised weights.
 
-Recognised by name, so that the message says what to do instead of listing hundreds of names.
+They are recognised by name, so that the message can say what to do instead of listing hundreds of
+tensors.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from mquant_jax.validate import shown
 ADAPTER = "adapter_config.json"
 _MERGE = "merge it into the base model first (peft: merge_and_unload(), then save_pretrained)"
 _FLOAT = "convert the float model that it was made from"
-# Parts of tensor names that unmerged adapters have.
+# Parts of the tensor names of unmerged adapters.
 _PEFT = re.compile(
     r"^base_model\.model\.|\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|"
     r"modules_to_save|ia3_l|hada_w[12]_[ab]|lokr_w[12]|oft_[rs]|vera_lambda_[bd]|prompt_encoder|"
     r"original_module|Plora_[AB])(\.|$)"
 )
-# Ends of tensor names, and whose quantised weights have them.
+# Ends of tensor names, and the quantisation methods that use them.
 _QUANTISED = (
     (re.compile(r"\.(qzeros|g_idx)$"), "GPTQ or AWQ"),
     (re.compile(r"\.qweight$"), "GPTQ or AWQ"),
@@ -84,7 +85,7 @@ def refuse_foreign_names(names: Iterable[str], folder: Path) -> None:
 
 
 def _method(found: Any) -> str:
-    """What a quantization_config names as its method."""
+    """Return the method named in a quantization_config."""
     if not isinstance(found, Mapping):
         return shown(found)
     method = found.get("quant_method")

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub, found in its local cache; nothing is downloaded."""
+"""Find models by their Hugging Face Hub name in the local cache; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_folder(source: str | Path) -> Path:
-    """A model's folder: ``source`` itself, or where the hub's cache has the model of this name
-    (``Qwen/Qwen2-VL-2B-Instruct``), its branch ``main``.
+    """Return a model's folder: ``source`` itself, or that of a model of this name in the Hub cache.
 
-    A name that is neither is returned as it is, if it cannot be a hub name.
+    A Hub name is ``Qwen/Qwen2-VL-2B-Instruct``; the branch is ``main``. A name that is neither is
+    returned unchanged if it cannot be a Hub name.
 
     Raises:
-        UserError: it could be one, but the cache has no such model.
+        UserError: it could be a Hub name, but the cache has no such model.
     """
     folder = Path(source)
     if os.path.lexists(folder) or not _NAME.fullmatch(str(source)):
@@ -40,7 +40,8 @@ def model_folder(source: str | Path) -> Path:
 
 
 def _cache() -> Path | None:
-    """The hub's cache as the environment has it now; the library reads that once."""
+    """Return the Hub's cache folder from the current environment; the library reads it only
+    once."""
     if cache := os.environ.get("HF_HUB_CACHE"):
         return Path(cache)
     home = os.environ.get("HF_HOME")

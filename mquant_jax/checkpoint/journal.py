@@ -1,4 +1,4 @@
-"""The record of a conversion under way: one line of JSON per finished step, flushed to the disk."""
+"""The record of a running conversion: one line of JSON per finished step, flushed to the disk."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Journal:
     """An append-only file of JSON objects, one per line.
 
     The first record is the header, a fingerprint of everything that the result depends on. A last
-    line that a kill cut off is dropped; what it would have recorded is done again.
+    line that was cut off by a kill is dropped, and its step is repeated.
 
     Attributes:
-        path: the file; it is made by the first :meth:`append`.
-        records: what it holds, the header first.
+        path: the file; the first :meth:`append` creates it.
+        records: its records, the header first.
     """
 
     def __init__(self, path: str | Path):
@@ -36,7 +36,7 @@ class Journal:
             data = self.path.read_bytes() if self.path.exists() else b""
         except OSError as e:
             raise UserError(f"{self.path}: cannot be read: {e.strerror}") from e
-        self._good = 0  # bytes of whole records
+        self._good = 0  # bytes of complete records
         lines = data.splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             record = _record(line)
@@ -50,10 +50,10 @@ class Journal:
             self._good += len(line)
 
     def start(self, header: dict[str, Any]) -> None:
-        """Record the fingerprint, or compare it with the one that is there.
+        """Record the fingerprint, or compare it with the recorded one.
 
         Raises:
-            UserError: the work recorded here belongs to other inputs; all differences are named.
+            UserError: the recorded work belongs to other inputs; all differences are named.
         """
         header = json.loads(json.dumps(header))
         if not self.records:
@@ -69,16 +69,16 @@ class Journal:
             )
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record; it is on the disk when this returns.
+        """Add a record; it is on the disk on return.
 
         Raises:
-            OSError: the disk is full, say; the record is then not there.
+            OSError: for example a full disk; the record is then not added.
         """
         line = (json.dumps(record) + "\n").encode()
         new = not self.path.exists()
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            os.ftruncate(fd, self._good)  # a torn line, of a kill or of a full disk
+            os.ftruncate(fd, self._good)  # a torn line, left by a kill or a full disk
             os.lseek(fd, self._good, os.SEEK_SET)
             data = memoryview(line)
             while data.nbytes:
@@ -93,7 +93,7 @@ class Journal:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The object of a whole line; ``None``: it is torn."""
+    """Return the object of a complete line; ``None`` if the line is torn."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -104,7 +104,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """``path: old there, new here`` of everything that differs between two JSON values."""
+    """Return ``path: old there, new here`` for everything that differs between two JSON values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             inside = f"{where}.{key}" if where else key

@@ -23,13 +23,13 @@ from mquant_jax.errors import CheckpointError, UserError
 from mquant_jax.files import is_file, is_folder, read_json
 from mquant_jax.validate import shortened
 
-# Also of what a model does with its tensors, such as the rotations that `plan_rotation` gives.
+# Also the version of how tensors are used, such as the rotations that `plan_rotation` returns.
 FORMAT_VERSION, READABLE = 3, (2, 3)
 MANIFEST, CONFIG, PARAMS, REPORT = "mquant.json", "config.json", "params", "report.json"
 CONVERT_AGAIN = "convert the model again"
 EDITED = 'where an edit is yours, pass verify="tensors" (on a command line --no-verify)'
-_SHOWN, _LONGEST = 10, 400  # misfits in a message, characters of each
-# True: files are what was written; "tensors": JSON files may be edited; False: only sizes count.
+_SHOWN, _LONGEST = 10, 400  # misfits listed in a message, characters of each
+# True: all hashes must match; "tensors": JSON files may be edited; False: only sizes are checked.
 Verify = Literal[True, False, "tensors"]
 
 _QUANTISED = {"in_features": int, "bits": int, "groups": int, "scale_sha256": str}
@@ -40,13 +40,14 @@ _TOP_3 = {**_TOP, "parts": dict, "total_bytes": int, "dtype_counts": dict, "sha2
 
 
 def load_manifest(folder: str | Path, verify: Verify = True) -> dict[str, Any]:
-    """The manifest of a checkpoint folder.
+    """Load the manifest of a checkpoint folder.
 
     Args:
-        verify: whether it must be as it was written; its structure is always checked.
+        verify: whether its hash must match; its structure is always checked.
 
     Raises:
-        CheckpointError: no folder, no manifest, damaged, edited, or of another format version.
+        CheckpointError: there is no folder or no manifest, or it is damaged, edited, or of another
+            format version.
     """
     folder = Path(folder)
     if not is_folder(folder):
@@ -78,7 +79,7 @@ def load_manifest(folder: str | Path, verify: Verify = True) -> dict[str, Any]:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint folder.
+    """Load a JSON object of a checkpoint folder.
 
     Raises:
         CheckpointError: missing or damaged.
@@ -90,12 +91,12 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def json_bytes(data: dict[str, Any]) -> bytes:
-    """A JSON file's content."""
+    """Return a JSON file's content."""
     return (json.dumps(data, indent=1) + "\n").encode()
 
 
 def content_hash(manifest: dict[str, Any]) -> str:
-    """sha256 over a manifest's content, whatever the spelling; its own hash apart."""
+    """Return the SHA-256 of a manifest's content without its own hash, whatever the formatting."""
     content = {k: v for k, v in manifest.items() if k != "sha256"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -112,7 +113,7 @@ def refuse(where: Path, misfits: Sequence[str], cure: str = CONVERT_AGAIN) -> No
 
 
 def _misfits(manifest: dict[str, Any]) -> Iterator[str]:
-    """What is missing or impossible in the tables of format 3."""
+    """Return what is missing or impossible in the tables of format 3."""
     if not isinstance(manifest.get("source", {}), dict):
         yield "source is damaged"
     for part, entry in manifest["parts"].items():
@@ -133,7 +134,7 @@ def _misfits(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _misfits_2(manifest: dict[str, Any]) -> Iterator[str]:
-    """The same of format 2."""
+    """Like :func:`_misfits`, for format 2."""
     for name, entry in manifest["files"].items():
         yield from _wrong(entry, _FILE, f"files.{name}")
     for name, entry in manifest["tensors"].items():
@@ -144,7 +145,7 @@ def _misfits_2(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong(entry: Any, expected: dict[str, type], where: str = "") -> Iterator[str]:
-    """The keys of an entry that are missing or of another type."""
+    """Return the keys of an entry that are missing or have another type."""
     if not isinstance(entry, dict):
         yield f"{where} is no object"
         return

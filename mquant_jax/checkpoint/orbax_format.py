@@ -1,4 +1,4 @@
-"""Format 2, which 0.1.0 wrote: the tensors lie in an Orbax checkpoint. It is only read."""
+"""Format 2, written by 0.1.0: the tensors are in an Orbax checkpoint. It is only read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mquant_jax.files import is_file
 from mquant_jax.nn.params import Params
 from mquant_jax.numerics import QWeight, Storage
 
-_GLOB = "[]*?\\"  # what Orbax takes for a pattern in a path
+_GLOB = "[]*?\\"  # characters that Orbax treats as a pattern in a path
 
 
 def read(folder: Path, manifest: dict[str, Any], verify: bool) -> Params:
-    """All tensors by name; their files have been checked.
+    """Read all tensors by name; their files have been checked.
 
     Raises:
         CheckpointError: a tensor is missing, damaged or not as recorded.
@@ -33,7 +33,7 @@ def read(folder: Path, manifest: dict[str, Any], verify: bool) -> Params:
     try:
         with _safe_path(folder / PARAMS) as path:
             tree = _orbax().restore(path)
-    except Exception as e:  # Orbax and TensorStore raise many types for damaged files
+    except Exception as e:  # Orbax and TensorStore raise many types of errors for damaged files
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise CheckpointError(f"{folder / PARAMS}: damaged ({reason}); {CONVERT_AGAIN}") from e
     tensors = manifest["tensors"]
@@ -51,8 +51,8 @@ def read(folder: Path, manifest: dict[str, Any], verify: bool) -> Params:
 
 
 def file_misfits(folder: Path, files: dict[str, Any], verify: bool) -> Iterator[str]:
-    """What of the Orbax checkpoint's files is not as recorded. Orbax itself tells less, and leaves
-    threads that complain on stderr."""
+    """Return which of the Orbax checkpoint's files are not as recorded. Orbax itself reports less,
+    and leaves threads that write errors to stderr."""
     for name, entry in files.items():
         path = folder / PARAMS / name
         shown = f"{PARAMS}/{name}"
@@ -66,7 +66,7 @@ def file_misfits(folder: Path, files: dict[str, Any], verify: bool) -> Iterator[
 
 @contextlib.contextmanager
 def _safe_path(folder: Path) -> Iterator[Path]:
-    """A path to the folder in which Orbax finds no pattern."""
+    """Return a path to the folder in which Orbax finds no pattern."""
     places = [None, "/tmp", "/var/tmp", "/dev/shm"]
     for place in places:
         if set(place or tempfile.gettempdir()) & set(_GLOB):
@@ -80,7 +80,7 @@ def _safe_path(folder: Path) -> Iterator[Path]:
 
 
 def _orbax():
-    """Orbax, told to be quiet; imported late because it takes a second."""
+    """Import Orbax, silenced; late, because it takes a second."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -88,7 +88,7 @@ def _orbax():
 
 
 def _from_tree(tree: Any, name: str, entry: dict[str, Any], folder: Path) -> Any:
-    """One tensor, compared with its manifest entry."""
+    """Return one tensor, compared with its manifest entry."""
     try:
         for part in name.split("/"):
             tree = tree[part]
@@ -123,7 +123,7 @@ def _entry(value: Any) -> dict[str, Any]:
 
 
 def _hashes(params: Params) -> dict[str, str]:
-    """Name -> sha256 over the tensor's bytes (values, then scales)."""
+    """Return name -> SHA-256 of the tensor's bytes (values, then scales)."""
 
     def one(value: Any) -> str:
         digest = hashlib.sha256()
@@ -131,5 +131,5 @@ def _hashes(params: Params) -> dict[str, str]:
             digest.update(byte_view(np.ascontiguousarray(leaf)))
         return digest.hexdigest()
 
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         return dict(zip(params, pool.map(one, params.values()), strict=True))

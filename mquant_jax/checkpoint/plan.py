@@ -1,4 +1,4 @@
-"""The plan of a conversion: every tensor of ours has a source, every source has a use."""
+"""The plan of a conversion: each of our tensors has a source, and each source is used."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Plan:
     """What to read and where it goes.
 
     Attributes:
-        config: the family's config, its ``language.tied_head`` as the checkpoint has it.
-        rules: every tensor of our model.
-        names: the rules' source name -> name in the checkpoint.
+        config: the family's config, its ``language.tied_head`` according to the checkpoint.
+        rules: the rules of all tensors of our model.
+        names: source names in the rules -> names in the checkpoint.
     """
 
     config: Config
@@ -38,14 +38,14 @@ class Plan:
         return self.config.language.tied_head
 
     def tensors(self, reader: Reader) -> dict[str, Lazy]:
-        """All our tensors, in the dtype in which they are stored; they are read when asked for.
+        """Return all our tensors in their storage dtype, read on demand.
 
-        Reading one raises a UserError where it holds NaN or Inf.
+        Reading one raises a UserError if it holds NaN or Inf.
         """
         return {rule.dst: self._tensor(reader, rule) for rule in self.rules}
 
     def read(self, reader: Reader) -> dict[str, np.ndarray]:
-        """The same, in memory."""
+        """Like :meth:`tensors`, in memory."""
         return {name: tensor.load() for name, tensor in self.tensors(reader).items()}
 
     def _tensor(self, reader: Reader, rule: WeightRule) -> Lazy:
@@ -57,7 +57,7 @@ class Plan:
         first, count = rule.run()
 
         def read(start: int | None, stop: int | None) -> np.ndarray:
-            if count is None:  # rows from all over the source, or columns
+            if count is None:  # scattered rows of the source, or columns
                 return rule.apply(read_finite(reader, name))[start:stop]
             begin, end, _ = slice(start, stop).indices(count)
             rows = read_finite(reader, name, first + begin, first + end)
@@ -69,7 +69,7 @@ class Plan:
 def read_finite(
     reader: Reader, name: str, start: int | None = None, stop: int | None = None
 ) -> np.ndarray:
-    """Rows of one tensor, or all of it, checked.
+    """Read rows of one tensor, or all of it, and check them.
 
     Raises:
         UserError: it holds NaN or Inf.
@@ -84,20 +84,20 @@ def read_finite(
 
 
 def count_not_finite(values: np.ndarray) -> int:
-    """How many values are NaN or Inf."""
-    if values.dtype == ml_dtypes.bfloat16:  # NumPy's own test of this type is slow
+    """Count the values that are NaN or Inf."""
+    if values.dtype == ml_dtypes.bfloat16:  # NumPy's isfinite is slow for this type
         exponent = values.view(np.uint16) & 0x7F80
         return int(np.count_nonzero(exponent == 0x7F80))
     return values.size - int(np.count_nonzero(np.isfinite(values)))
 
 
 def plan(family: Family, config: Config, reader: Reader) -> Plan:
-    """Match the family's rules with the tensors of a folder; nothing but headers is read.
+    """Match the family's rules with the tensors of a folder; only headers are read.
 
-    A checkpoint without a head of its own has it tied to the embedding, whatever config.json says.
+    A checkpoint without a head ties it to the embedding, whatever config.json says.
 
     Raises:
-        UserError: tensors are missing, unplaced, of the wrong shape or not float; all are listed.
+        UserError: tensors are missing, unused, of the wrong shape or not float; all are listed.
     """
     names = _canonical(family, reader)
     config = with_head(config, tied=False)
@@ -133,7 +133,7 @@ def plan(family: Family, config: Config, reader: Reader) -> Plan:
 
 
 def _canonical(family: Family, reader: Reader) -> dict[str, str]:
-    """The rules' names -> the checkpoint's names."""
+    """Return the rules' names -> the checkpoint's names."""
     out: dict[str, str] = {}
     for name in reader.tensors:
         src = family.canonical_name(name)

@@ -1,4 +1,4 @@
-"""Which files a checkpoint was made from."""
+"""Record which files a checkpoint was made from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mquant_jax.files import is_file, is_folder
 
 
 def hash_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """File name -> ``{"bytes", "sha256"}``, several files at a time.
+    """Return file name -> ``{"bytes", "sha256"}``; hashes several files at a time.
 
     Raises:
         UserError: a file cannot be read.
@@ -34,7 +34,7 @@ def hash_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def source_files(reader: Reader) -> list[Path]:
-    """Everything of a model folder that its conversion depends on."""
+    """Return all files of a model folder that its conversion depends on."""
     weights = sorted({info.file for info in reader.tensors.values()})
     index = reader.folder / INDEX
     names = [reader.folder / "config.json", *([index] if index.is_file() else []), *weights]
@@ -42,11 +42,11 @@ def source_files(reader: Reader) -> list[Path]:
 
 
 def source_misfits(source: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[str]:
-    """What of a model folder is not what a checkpoint was made from.
+    """Return how a model folder differs from what a checkpoint was made from.
 
     Args:
         source: the table of a manifest.
-        folder: the model's, or its hub name.
+        folder: the model's folder, or its Hub name.
 
     Raises:
         UserError: no such folder, or a file that cannot be read.

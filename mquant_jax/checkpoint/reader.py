@@ -29,9 +29,9 @@ from mquant_jax.files import is_file, is_folder
 from mquant_jax.nn.params import Params
 from mquant_jax.numerics import QWeight, Storage, empty_aligned
 
-THREADS = min(4, os.cpu_count() or 1)  # reading, hashing and NumPy let go of the interpreter
-_BLOCK = 4 << 20  # bytes that are read, hashed and used together
-# Called with a stored tensor's name, the first of some rows, and the rows; the array is used again.
+THREADS = min(4, os.cpu_count() or 1)  # reading, hashing and NumPy release the GIL
+_BLOCK = 4 << 20  # bytes read, hashed and used at a time
+# Called with a stored tensor's name, the first row and the rows; the array is reused.
 Sink = Callable[[str, int, np.ndarray], None]
 
 
@@ -192,7 +192,7 @@ def stream_misfits(
         except UserError as e:
             return [str(e)]
 
-    # The largest first, so that no thread is left with it at the end.
+    # Largest first, so that the threads finish at about the same time.
     parts = sorted(manifest["parts"], key=lambda p: -manifest["parts"][p]["bytes"])
     with ThreadPoolExecutor(THREADS) as pool:
         return [text for found in pool.map(one, parts) for text in found]

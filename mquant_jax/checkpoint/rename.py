@@ -1,4 +1,4 @@
-"""Renames that replace nothing, or exchange two folders; Linux knows both as one step."""
+"""Rename without replacing, and exchange two folders; both are atomic on Linux."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename to a name that nothing has.
+    """Rename to a name that does not exist.
 
     Raises:
-        FileExistsError: something has it.
+        FileExistsError: it exists.
     """
     if _renameat2(source, target, _NOREPLACE):
         return
@@ -26,12 +26,12 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders change names in one step; ``False``: this system cannot."""
+    """Exchange two folders atomically; return ``False`` if this system cannot."""
     return _renameat2(one, other, _EXCHANGE)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Whether the kernel and the file system know this form of renaming.
+    """Return whether the kernel and the file system support this form of renaming.
 
     Raises:
         OSError: they do, and it failed.

@@ -21,9 +21,9 @@ from mquant_jax.validate import shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_LONGEST_NAME = 255  # bytes, of all common file systems
+_LONGEST_NAME = 255  # bytes, the limit of all common file systems
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-# Files beside the weights that a processor needs, copied along as they are.
+# Files that a processor needs, copied unchanged.
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,7 +44,7 @@ SIDE_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, and what its file's header says of it."""
+    """A tensor's file, and its entry in the file's header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class TensorInfo:
 
 
 class Reader:
-    """The tensors of a folder by name; only headers are read until a tensor is asked for.
+    """The tensors of a folder by name; only headers are read until a tensor is requested.
 
     Attributes:
         folder: the model's folder.
@@ -118,7 +118,7 @@ class Reader:
         }
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        """Rows ``start`` to ``stop`` of one tensor, or all of it, in its stored dtype.
+        """Read rows ``start`` to ``stop`` of one tensor, or all of it, in its stored dtype.
 
         Raises:
             UserError: it cannot be read.
@@ -126,7 +126,7 @@ class Reader:
         return self._open[self.tensors[name].file].read(name, start, stop)
 
     def side_files(self) -> list[Path]:
-        """Tokenizer, preprocessor and generation files that exist here."""
+        """Return the tokenizer, preprocessor and generation files that exist here."""
         paths = (self.folder / name for name in SIDE_FILES)
         return [p for p in paths if is_file(p)]
 
@@ -143,12 +143,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_plain_name(name: Any) -> bool:
-    """Whether a file of the same folder may have this name."""
+    """Return whether a name can be a file of the same folder."""
     if not isinstance(name, str) or "\0" in name or Path(name).name != name:
         return False
     try:
         return len(name.encode()) <= _LONGEST_NAME
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         return False
 
 

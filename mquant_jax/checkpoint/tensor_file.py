@@ -45,12 +45,12 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PARTIAL = ".partial"  # what a file is called until it is complete
-_MAX_HEADER = 100_000_000  # bytes, the limit of the format's own library
+PARTIAL = ".partial"  # suffix of a file until it is complete
+_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _MAX_READ = 1 << 30  # bytes per system call; Linux refuses 2 GiB
 _LENGTH = 8
 _MOST_AXES = 64  # as NumPy
-_SHOWN = 80  # characters of a damaged value in a message
+_SHOWN = 80  # characters of a damaged value shown in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +105,16 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file; a no-op when it is closed."""
+        """Close the file; a no-op if it is closed."""
         fd, self._fd = getattr(self, "_fd", -1), -1
         if fd >= 0:
             os.close(fd)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        """A tensor, or its rows ``start:stop`` along the first axis, in memory of its own.
+        """Read a tensor, or its rows ``start:stop`` along the first axis, into new memory.
 
         Raises:
-            UserError: the file cannot be read, or became shorter.
+            UserError: the file cannot be read, or has become shorter.
         """
         entry = self.entries[name]
         shape = entry.shape
@@ -151,7 +151,7 @@ class TensorFile:
             buffer, at = buffer[got:], at + got
 
     def _header(self) -> bytes:
-        """The length and the JSON, as they are."""
+        """Return the length and the JSON, unparsed."""
         if self.size < _LENGTH:
             self._damaged("no header")
         raw = bytearray(_LENGTH)
@@ -210,12 +210,12 @@ class TensorFile:
 
 
 def byte_view(array: np.ndarray) -> memoryview:
-    """The bytes of a C-contiguous array."""
+    """Return the bytes of a C-contiguous array."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def _open_regular(path: Path) -> int:
-    """A descriptor of a regular file: a pipe or a device would never end."""
+    """Open a regular file; reading a pipe or a device would never end."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{path}: not a regular file")
@@ -234,7 +234,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _counts(value: Any) -> bool:
-    """Whether it is a list of integers from 0 to 2^63."""
+    """Return whether a value is a list of integers from 0 to 2^63."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
@@ -244,10 +244,10 @@ def _short(value: Any) -> str:
 
 
 class TensorFileWriter:
-    """Writes a safetensors file front to back; it gets its name only when it is complete.
+    """Writes a safetensors file front to back; it gets its final name only when it is complete.
 
     Used as a context manager: on success the file is flushed to the disk and renamed, on failure
-    nothing stays.
+    it is removed.
 
     Attributes:
         record: after success ``{"bytes", "sha256", "tensors": {name: sha256}}``.
@@ -286,11 +286,11 @@ class TensorFileWriter:
             self._discard()
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """A whole tensor, or the next of its row blocks; tensors in the order of the specs.
+        """Write a whole tensor, or the next of its row blocks; tensors in the order of the specs.
 
         Raises:
-            ValueError: another tensor's turn, another dtype, or more than the spec says.
-            OSError: the disk is full, say.
+            ValueError: another tensor comes next, or dtype or rows do not match the spec.
+            OSError: for example a full disk.
         """
         turn = next((n for n, left in self._left.items() if left), None)
         array = np.ascontiguousarray(array)
@@ -328,7 +328,7 @@ class TensorFileWriter:
             raise ValueError(f"{self.path}: {unfinished[0]} is not complete")
         os.fsync(self._fd)
         fd, self._fd = self._fd, -1
-        os.close(fd)  # which may be where a network file system reports a full disk
+        os.close(fd)  # a network file system may report a full disk only here
         os.replace(self._partial, self.path)
         sync_folder(self.path.parent)
         self.record = {
@@ -347,7 +347,7 @@ class TensorFileWriter:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's table of names to the disk."""
+    """Flush a folder's directory entries to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -356,7 +356,7 @@ def sync_folder(path: Path) -> None:
 
 
 def file_hash(path: Path) -> dict[str, Any]:
-    """``{"bytes", "sha256"}`` of a file."""
+    """Return ``{"bytes", "sha256"}`` of a file."""
     with path.open("rb", buffering=0) as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
         return {"bytes": f.tell(), "sha256": digest}

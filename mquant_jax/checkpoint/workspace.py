@@ -1,11 +1,12 @@
 """The work folder of a conversion, ``DST.work``, and how its result becomes DST.
 
-    DST.work/lock            held by the conversion at work
-    DST.work/journal.jsonl   what is finished
+    DST.work/lock            held by the running conversion
+    DST.work/journal.jsonl   finished steps
     DST.work/states/         hidden states that do not fit in memory
     DST.work/result/         becomes DST by one rename
 
-DST appears complete or not at all, and what others put there meanwhile is never touched.
+DST appears complete or not at all, and anything that others put there in the meantime is left
+alone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Workspace:
     """A locked work folder; see :func:`workspace`.
 
     Attributes:
-        dst: what the result becomes, all links resolved.
+        dst: path of the result, all links resolved.
         folder: the work folder.
         result, states: its folders to fill.
         journal: path of its journal.
@@ -78,10 +79,10 @@ class Workspace:
             )
 
     def has_result(self, of_same_inputs: Callable[[], bool]) -> bool:
-        """Whether DST, found at the start of a run with ``resume``, is the result already.
+        """Return whether DST, found at the start of a run with ``resume``, already is the result.
 
         Args:
-            of_same_inputs: whether the checkpoint at DST was made from what this run is given.
+            of_same_inputs: whether the checkpoint at DST was made from this run's inputs.
 
         Raises:
             UserError: it is another checkpoint, and there was no ``overwrite``.
@@ -95,7 +96,7 @@ class Workspace:
         """Rename the result to DST.
 
         Raises:
-            UserError: DST is there without ``overwrite``, or appeared since the start.
+            UserError: DST exists without ``overwrite``, or appeared since the start.
         """
         self._check_replaceable()
         _sync(self.result)
@@ -124,7 +125,7 @@ class Workspace:
             ) from e
 
     def _replace(self) -> None:
-        if not os.path.lexists(self.dst):  # somebody removed it
+        if not os.path.lexists(self.dst):  # another process removed it
             self._put_new()
             return
         self._check_unchanged(self.dst)
@@ -146,7 +147,7 @@ class Workspace:
             raise
 
     def _check_unchanged(self, folder: Path) -> None:
-        """``folder`` is what was at DST at the start."""
+        """Check that ``folder`` is what was at DST at the start."""
         if identity(folder, self.marker) != self.before:
             raise UserError(
                 f"{self.dst}: was changed or replaced while this conversion was running and is "
@@ -164,23 +165,23 @@ def workspace(
     restart: bool = False,
     keep: Callable[[], bool] = lambda: False,
 ) -> Iterator[Workspace]:
-    """A locked work folder beside ``dst``, removed when the block has published its result.
+    """Yield a locked work folder beside ``dst``, removed when the block has published its result.
 
     Args:
-        marker: a file that checkpoints of ours hold; folders without it are never replaced.
-        overwrite: replace the checkpoint that is at DST now. A DST that is a link stays one; what
-            it points to is replaced.
-        resume: go on with the work folder of a stopped conversion, if there is one. A DST that is
-            a checkpoint is then let pass: it may be the result of that conversion, killed while it
-            removed its work folder (:meth:`Workspace.has_result`).
-        restart: remove that work folder and begin anew.
-        keep: whether there is work worth resuming; asked when the block fails. If not, the work
+        marker: a file that all our checkpoints hold; folders without it are never replaced.
+        overwrite: replace the checkpoint that is at DST now. If DST is a link, its target is
+            replaced and the link is kept.
+        resume: continue with the work folder of a stopped conversion, if there is one. DST may
+            then be a checkpoint: perhaps the result of that conversion, which was killed while
+            removing its work folder (:meth:`Workspace.has_result`).
+        restart: remove that work folder and start again.
+        keep: whether there is work worth resuming; called when the block fails. If not, the work
             folder is removed.
 
     Raises:
         UserError: DST exists (without ``overwrite``), is no checkpoint, cannot be written or has
-            too long a name; another conversion to it is running; a work folder is there and
-            neither ``resume`` nor ``restart`` was asked for; the disk is full.
+            too long a name; another conversion to it is running; there is a work folder, but
+            neither ``resume`` nor ``restart``; the disk is full.
     """
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
@@ -202,7 +203,7 @@ def workspace(
 
 
 def _open(work: Workspace, given: Path, overwrite: bool, resume: bool, restart: bool) -> None:
-    """Check everything, make the work folder and lock it."""
+    """Check everything, create the work folder and lock it."""
     check_place(work.dst)
     with signals_deferred(), turn(work.dst.parent):
         check_running(work.dst)
@@ -222,7 +223,7 @@ def _open(work: Workspace, given: Path, overwrite: bool, resume: bool, restart: 
 
 
 def _fill(work: Workspace) -> None:
-    """Lock the work folder and make what belongs in it."""
+    """Lock the work folder and create its content."""
     work.lock = os.open(work.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     fcntl.flock(work.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     text = f"{MAGIC}{os.getpid()}\n".encode()
@@ -239,8 +240,8 @@ def _fill(work: Workspace) -> None:
 
 
 def _after_failure(work: Workspace, keep: Callable[[], bool], error: BaseException) -> None:
-    """Remove the work folder, or say where it is. One of an earlier run is never removed: it may
-    belong to other inputs."""
+    """Remove the work folder, or say where it is. An earlier run's is never removed: it may belong
+    to other inputs."""
     if work.lock < 0:
         return
     kept = not work.published and (work.resumed or keep())
@@ -260,7 +261,7 @@ def _close(work: Workspace, remove: bool) -> None:
 
 
 def _release(work: Workspace, remove: bool) -> None:
-    """Let go of the lock."""
+    """Release the lock."""
     lock, work.lock = work.lock, -1
     try:
         if remove:
@@ -271,7 +272,7 @@ def _release(work: Workspace, remove: bool) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a work folder, its lock last: until then it is known to be ours."""
+    """Remove a work folder, its lock file last: it marks the folder as ours."""
     for path in folder.iterdir():
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -280,7 +281,7 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _clear_errors(dst: Path) -> Iterator[None]:
-    """A disk that fails is one clear line."""
+    """Turn disk errors into one clear line."""
     try:
         yield
     except OSError as e:
@@ -298,7 +299,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Flush files and folders to the disk, so that the rename is never ahead of its content."""
+    """Flush files and folders to the disk, so that the rename never precedes its content."""
     for root, _, names in os.walk(folder):
         for path in (*(os.path.join(root, n) for n in names), root):
             sync_folder(Path(path))

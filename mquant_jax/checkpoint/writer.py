@@ -1,4 +1,4 @@
-"""Writes a checkpoint folder part by part; the manifest comes last."""
+"""Write a checkpoint folder part by part; the manifest comes last."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from mquant_jax.numerics import QWeight
 from mquant_jax.recipe import Recipe
 
 VALUES, SCALE, SUFFIX = "values", "scale", ".safetensors"
-_CHECKED = 1 << 20  # values looked at together
+_CHECKED = 1 << 20  # values checked at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A large table that is delivered as successive blocks of its rows.
+    """A large table, delivered as successive blocks of its rows.
 
     Attributes:
-        shape: of the whole table; of a quantised one ``(out, in)``.
+        shape: shape of the whole table; ``(out, in)`` if quantised.
         blocks: arrays of ``dtype``, or :class:`QWeight` row blocks where ``bits`` is given.
-        dtype: of a float table.
-        bits: of a quantised table, 4 or 8.
+        dtype: dtype of a float table.
+        bits: bits of a quantised table, 4 or 8.
         groups: scales per row of a quantised table.
     """
 
@@ -54,7 +54,7 @@ class Rows:
 
 
 def part_of(name: str) -> str:
-    """The part that holds a tensor: its path up to the layer's number, else two components.
+    """Return the part that holds a tensor: its path up to the layer number, else two components.
 
     ``language/layers/3/q_proj/kernel`` is in ``language.layers.3``, ``vision/merger/fc1/kernel`` in
     ``vision.merger``, ``language/embedding`` in ``language.embedding``.
@@ -65,7 +65,7 @@ def part_of(name: str) -> str:
 
 
 def by_part(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tensors of each part, parts in the order in which they first appear."""
+    """Group tensors by part, in the order in which parts first appear."""
     parts: dict[str, dict[str, Any]] = {}
     for name, value in params.items():
         parts.setdefault(part_of(name), {})[name] = value
@@ -85,7 +85,7 @@ def save(
     source: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a whole checkpoint folder and return its manifest; after a failure DST is as before.
+    """Write a whole checkpoint folder and return its manifest; after a failure DST is unchanged.
 
     Args:
         params: name -> array or :class:`QWeight` (stored packed when 4-bit), layers separate.
@@ -119,18 +119,18 @@ class CheckpointWriter:
         (self.folder / PARAMS).mkdir(exist_ok=True)
 
     def write_part(self, part: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the file of one part; it is on the disk when this returns.
+        """Write the file of one part; it is on the disk on return.
 
         Args:
             tensors: name -> array, :class:`QWeight` or :class:`Rows`.
 
         Returns:
-            ``{"part", "file", "bytes", "sha256", "tensors": {name: manifest entry}}``, which is
-            what :meth:`finish` takes and what JSON can hold.
+            The JSON record that :meth:`finish` takes: ``{"part", "file", "bytes", "sha256",
+            "tensors": {name: manifest entry}}``.
 
         Raises:
             UserError: a tensor holds NaN or Inf, or a scale that is not positive.
-            OSError: the disk is full, say; no file stays.
+            OSError: for example a full disk; the file is removed.
         """
         tables = {name: _as_rows(value) for name, value in sorted(tensors.items())}
         specs: dict[str, Any] = {}
@@ -147,7 +147,7 @@ class CheckpointWriter:
         return {"part": part, "file": file, **digest, "tensors": entries}
 
     def holds(self, record: Mapping[str, Any]) -> bool:
-        """Whether the file of an earlier :meth:`write_part` is there, every byte of it."""
+        """Return whether the file of an earlier :meth:`write_part` exists and is unchanged."""
         path = self.folder / record["file"]
         if not path.is_file() or path.stat().st_size != record["bytes"]:
             return False
@@ -166,14 +166,14 @@ class CheckpointWriter:
         source: dict[str, Any] | None = None,
         calibration: str | None = None,
     ) -> dict[str, Any]:
-        """Write everything that is no tensor, and the manifest last.
+        """Write everything but the tensors, the manifest last.
 
         Args:
             records: what :meth:`write_part` returned, for all parts.
-            hf_config: the Hugging Face config; a config.json among ``files`` is taken instead.
+            hf_config: the Hugging Face config; a config.json among ``files`` takes precedence.
             files: copied into the folder under their names.
             report: the quantisation report, stored as report.json.
-            source: file name -> ``{"bytes", "sha256"}`` of the model that was converted.
+            source: file name -> ``{"bytes", "sha256"}`` of the converted model.
             calibration: fingerprint of the calibration prompts.
 
         Returns:
@@ -204,7 +204,7 @@ class CheckpointWriter:
         return manifest
 
     def _remove_others(self, wanted: set[str]) -> None:
-        """Drop files that a stopped conversion left and that this one did not write again."""
+        """Remove files left by a stopped conversion that this one did not write again."""
         for path in (self.folder / PARAMS).iterdir():
             if f"{PARAMS}/{path.name}" not in wanted:
                 path.unlink()
@@ -219,7 +219,7 @@ class CheckpointWriter:
 
 
 def _as_rows(value: Any) -> Rows:
-    """Any value as blocks of rows; what is whole is one block."""
+    """Return any value as blocks of rows; a whole array is one block."""
     if isinstance(value, Rows):
         return value
     if isinstance(value, QWeight):
@@ -232,7 +232,7 @@ def _as_rows(value: Any) -> Rows:
 
 
 def _stored(name: str, rows: Rows) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """The stored tensors of one of ours: name -> (shape, dtype)."""
+    """Return the stored tensors of one of ours: name -> (shape, dtype)."""
     if rows.bits is None:
         return {name: (rows.shape, rows.dtype)}
     *lead, columns = rows.shape
@@ -263,7 +263,7 @@ def _write_rows(out: TensorFileWriter, name: str, rows: Rows) -> None:
 
 
 def _entry(name: str, rows: Rows, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """A tensor's line in the manifest; ``shape`` is that of the weight, not of its packing."""
+    """Return a tensor's manifest entry; ``shape`` is the weight's, not its packed form's."""
     stored = _stored(name, rows).values()
     size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in stored)
     entry = {"shape": list(rows.shape), "bytes": size}

@@ -1,4 +1,4 @@
-"""Calibration samples as prompts with their answers."""
+"""Load calibration samples as prompts with their answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mquant_jax.runtime.buckets import fine
 from mquant_jax.samples import BUNDLED_CALIBRATION, DEMO_ASSETS, Sample, each, read_samples
 from mquant_jax.sections import kind_of
 
-CHUNK_TOKENS = 4096  # tokens or patches that run at a time
+CHUNK_TOKENS = 4096  # tokens or patches per batch
 
 
 def load_calibration(
@@ -33,15 +33,15 @@ def load_calibration(
     pictures: bool = True,
     keep: Callable[[Prompt], Prompt] = lambda prompt: prompt,
 ) -> list[Prompt]:
-    """The samples of a JSONL file, or of the bundled set, ready to be collated.
+    """Load the samples of a JSONL file, or of the bundled set, ready to be collated.
 
     Args:
-        pictures: the model takes pictures; language models alone cannot use the bundled set.
-        keep: what is to be kept of each prompt.
+        pictures: whether the model takes pictures; language models cannot use the bundled set.
+        keep: what to keep of each prompt.
 
     Raises:
-        UserError: unreadable data; no picture in all of it, for a model that takes them (text
-            alone would leave the visual scales without evidence); no file for one that does not.
+        UserError: the data cannot be read; a model that takes pictures got none at all, so that
+            nothing would determine its visual scales; no file for a model that takes none.
     """
     if path is None and not pictures:
         raise UserError(
@@ -59,15 +59,15 @@ def load_calibration(
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """Calibration prompts in batches that run at a time; their patches are stored.
+    """Calibration prompts in batches that run together; their patches are stored.
 
     Attributes:
         batches: the prompts.
-        fingerprint: a hash of all of them.
-        samples: how many prompts there are.
-        tokens: of all of them, padding left out.
-        patches: of all their pictures, padding left out.
-        contents: what a checkpoint's report says of them, see :mod:`mquant_jax.ptq.fingerprints`.
+        fingerprint: a hash of all prompts.
+        samples: number of prompts.
+        tokens: number of tokens, without padding.
+        patches: number of patches, without padding.
+        contents: their record in a checkpoint's report, see :mod:`mquant_jax.ptq.fingerprints`.
     """
 
     batches: list[Batch]
@@ -85,9 +85,9 @@ def calibration_chunks(
     limit: int | None = None,
     pictures: bool = True,
 ) -> Chunks:
-    """The samples of a JSONL file, or of the bundled set, in batches of a few thousand tokens.
+    """Load the samples of a JSONL file, or of the bundled set, in batches of a few thousand tokens.
 
-    The patches of all prompts together may be more than memory holds: they are kept by ``states``.
+    All patches together may not fit in memory, so ``states`` keeps them.
 
     Raises:
         UserError: see :func:`load_calibration`.
@@ -104,7 +104,7 @@ def calibration_chunks(
 
 
 def chunked(prompts: Sequence[Prompt], processor: Processor, states: States) -> Chunks:
-    """Prompts, whose patches may be stored, in batches of a few thousand tokens."""
+    """Group prompts, whose patches may be stored, into batches of a few thousand tokens."""
     packed, digest, batches, tokens, patches = states.spool(), hashlib.sha256(), [], 0, 0
     for group in grouped(prompts):
         group = [dataclasses.replace(p, patches=loaded(p.patches)) for p in group]
@@ -122,8 +122,9 @@ def chunked(prompts: Sequence[Prompt], processor: Processor, states: States) -> 
 
 
 def warn_of_few(chunks: Chunks, layers: Mapping[str, Any], recipe: Recipe) -> None:
-    """Say where GPTQ has fewer rows than a layer has inputs: its Hessian then lacks directions, and
-    damping decides for them.
+    """Warn where GPTQ has fewer rows than a layer has inputs.
+
+    The Hessian is then singular, and damping determines the missing directions.
 
     Args:
         layers: path of each dense layer -> its weight (``QWeight`` where it is quantised).
@@ -150,7 +151,7 @@ def warn_of_few(chunks: Chunks, layers: Mapping[str, Any], recipe: Recipe) -> No
 
 
 def warn_of_bundled(folder: Path, hf_config: Mapping[str, Any]) -> None:
-    """Say loudly that the bundled pictures are used for another model than the demo."""
+    """Warn that the bundled pictures are used for another model than the demo."""
     if hf_config != read_json(DEMO_ASSETS / "model" / "config.json"):
         warn(
             f"NO --calibration FOR {folder}: the bundled samples are drawn shapes that the demo "
@@ -161,7 +162,8 @@ def warn_of_bundled(folder: Path, hf_config: Mapping[str, Any]) -> None:
 
 
 def grouped(prompts: Sequence[Prompt], most: int = CHUNK_TOKENS) -> Iterator[list[Prompt]]:
-    """Successive prompts whose tokens, or patches, padded to one length are ``most`` together."""
+    """Group successive prompts whose tokens, or patches, padded to one length are at most
+    ``most``."""
     group: list[Prompt] = []
     for prompt in prompts:
         if group and _size([*group, prompt]) > most:
@@ -173,12 +175,12 @@ def grouped(prompts: Sequence[Prompt], most: int = CHUNK_TOKENS) -> Iterator[lis
 
 
 def _size(prompts: Sequence[Prompt]) -> int:
-    """Padded tokens or patches, whichever are more."""
+    """Return padded tokens or patches, whichever are more."""
     tokens = len(prompts) * max(len(p.input_ids) for p in prompts)
     pictures = [h * w for p in prompts for t, h, w in p.grids for _ in range(t)]
     return max(tokens, len(pictures) * max(pictures, default=0))
 
 
 def with_answer(sample: Sample, processor: Processor) -> Prompt:
-    """The prompt followed by its answer: decoding steps belong to what is calibrated."""
+    """Return the prompt followed by its answer, so that decoding steps are calibrated too."""
     return processor.continued(sample.prompt(processor), sample.answer)

@@ -1,10 +1,11 @@
-"""Channel scales that can move without changing a model's function, by its declared streams.
+"""Move channel scales without changing a model's function, along its declared streams.
 
-A channel multiplied where it is written and divided where it is read leaves every output as it was:
-between a norm and its readers, between values and the output projection, and between the linear
-half of a gated MLP and its last layer. What is added to a channel and taken off again behind its
-reader leaves it as well, where both have a bias and nothing but sums that keep a constant (those of
-attention do) stands between; no constant passes an activation function or a gate.
+A channel that is multiplied where it is written and divided where it is read leaves all outputs
+unchanged. This works between a norm and its readers, between values and the output projection, and
+between the linear half of a gated MLP and its last layer. A constant can be added to a channel and
+subtracted after its reader in the same way, where writer and reader have biases and only sums that
+preserve constants (such as attention's) lie between them. A constant does not pass through an
+activation function or a gate.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from mquant_jax.ptq.rotate import (
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """Channels on their way from where they are written to where they are read.
+    """Channels between the tensors that write them and the layers that read them.
 
     Attributes:
         sources: full names of tensors whose first axis is the channel.
         readers: paths of the dense layers that read them.
         columns: int ``[K]``, the channel of each input column of the readers.
         width: number of channels.
-        gated: channels are multiplied by others on their way.
-        is_norm: a norm writes them.
+        gated: whether they are multiplied by other channels in between.
+        is_norm: whether a norm writes them.
     """
 
     sources: tuple[str, ...]
@@ -50,7 +51,7 @@ class Link:
 
 
 def links(params: Mapping[str, Any], streams: Streams) -> Iterator[Link]:
-    """Every place where channel scales may move."""
+    """Return all links along which channel scales may move."""
 
     def present(path: str, *leaves: str) -> tuple[str, ...]:
         return tuple(name for leaf in leaves if (name := f"{path}/{leaf}") in params)
@@ -84,7 +85,7 @@ def links(params: Mapping[str, Any], streams: Streams) -> Iterator[Link]:
 
 
 def scale(params: Params, link: Link, gains: np.ndarray) -> None:
-    """Multiply the channels by ``gains`` (float64 ``[width]``) and divide where they are read."""
+    """Multiply the channels by ``gains`` (float64 ``[width]``), and divide where they are read."""
     for name in link.sources:
         column = gains.reshape(-1, *[1] * (params[name].ndim - 1)).astype(np.float32)
         params[name] = changed(params[name], partial(np.multiply, column))
@@ -95,13 +96,14 @@ def scale(params: Params, link: Link, gains: np.ndarray) -> None:
 
 
 def can_shift(params: Params, link: Link) -> bool:
-    """Whether :func:`shift` applies: sources and readers have biases, and no gate is between."""
+    """Return whether :func:`shift` applies: sources and readers have biases, with no gate
+    between."""
     biased = any(name.endswith("/bias") for name in link.sources)
     return biased and not link.gated and all(f"{r}/bias" in params for r in link.readers)
 
 
 def shift(params: Params, link: Link, offsets: np.ndarray) -> None:
-    """Add ``offsets`` (float64 ``[width]``) to the channels; take them off behind the readers."""
+    """Add ``offsets`` (float64 ``[width]``) to the channels; subtract them after the readers."""
     for name in link.sources:
         if name.endswith("/bias"):
             params[name] = changed(params[name], lambda b: b + offsets.astype(np.float32))

@@ -1,4 +1,4 @@
-"""The conversion of a Hugging Face model folder into a checkpoint folder, part by part."""
+"""Convert a Hugging Face model folder into a checkpoint folder, part by part."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from mquant_jax.recipe import Recipe
 from mquant_jax.stages import stage
 from mquant_jax.validate import shown
 
-_SHOWN = 10  # unknown keys that a warning names
+_SHOWN = 10  # unknown keys listed in a warning
 
 
 def convert(
@@ -53,19 +53,19 @@ def convert(
     resume: bool = False,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Convert ``src`` into the checkpoint ``dst``; everything cheap is checked first.
+    """Convert ``src`` into the checkpoint ``dst``; cheap checks run first.
 
     Args:
-        src: a model folder, or a hub name that the local cache knows.
+        src: a model folder, or a Hub name found in the local cache.
         overwrite: replace the checkpoint at ``dst``.
-        resume: go on with what a stopped conversion of the same inputs left in ``DST.work``.
-        restart: remove that, and begin anew.
+        resume: continue from what a stopped conversion of the same inputs left in ``DST.work``.
+        restart: remove that, and start again.
 
     Returns:
         The manifest, as written to mquant.json.
 
     Raises:
-        UserError: bad input; ``dst`` is as it was.
+        UserError: bad input; ``dst`` is unchanged.
     """
     options = {"overwrite": overwrite, "resume": resume, "restart": restart}
     check_destination(dst, MANIFEST, **options)
@@ -75,7 +75,7 @@ def convert(
     family = family_for(reader.config, reader.folder / "config.json")
     config = read_config(family, reader.config, reader.folder)
     todo = plan(family, config, reader)
-    layers = dense_layers(target_model(family, todo.config, recipe))  # groups and rules fit
+    layers = dense_layers(target_model(family, todo.config, recipe))  # checks groups and rules
     check_ties(config, todo, reader)
     family.check_processor(reader.folder, todo.config)
     ledger: JournalLedger | None = None
@@ -103,7 +103,7 @@ def convert(
 
 
 def _header(source: dict[str, Any], recipe: Recipe, chunks: Chunks | None) -> dict[str, Any]:
-    """What a result depends on."""
+    """Return everything that the result depends on."""
     return {
         "mquant_jax": __version__,
         "source": source,
@@ -113,7 +113,7 @@ def _header(source: dict[str, Any], recipe: Recipe, chunks: Chunks | None) -> di
 
 
 def _same_inputs(dst: Path, header: dict[str, Any]) -> bool:
-    """Whether a checkpoint is the result of a conversion with this header."""
+    """Return whether a checkpoint is the result of a conversion with this header."""
     manifest = load_manifest(dst, verify=False)
     found = {key: manifest.get(key) for key in header}
     return not list(differences(found, json.loads(json.dumps(header))))
@@ -130,7 +130,7 @@ def _fill(
     ledger: JournalLedger,
     header: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything between the checks and the last rename."""
+    """Do everything between the checks and the final rename."""
     writer = CheckpointWriter(work.result)
     ledger.check(writer.holds)
     config, params = todo.config, todo.tensors(reader)
@@ -167,8 +167,8 @@ def _fill(
 def _learn(
     job: Conversion, work: Workspace, writer: CheckpointWriter, ledger: JournalLedger
 ) -> None:
-    """Learn the scales of the model that was written; parts that change get files of their own, so
-    that a kill leaves those they had."""
+    """Learn the scales of the written model. Changed parts get new files, so that a kill leaves the
+    old ones intact."""
     made, _ = load_params(work.result, verify=False)
     with stage("learn scales"):
         learned, report = job.learned(made)
@@ -179,7 +179,7 @@ def _learn(
 
 
 def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Config:
-    """The family's config object; keys that are not known are named in a warning.
+    """Return the family's config object; warn of unknown keys.
 
     Raises:
         UserError: a key of config.json is missing or has an impossible value.
@@ -194,14 +194,14 @@ def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Conf
 
 
 def check_ties(config: Config, todo: Plan, reader: Reader) -> None:
-    """Config and checkpoint agree on whether the head is the embedding.
+    """Check that config and checkpoint agree on whether the head is the embedding.
 
     Args:
-        config: the family's, as config.json says.
-        todo: the plan, as the checkpoint has it.
+        config: the family's, according to config.json.
+        todo: the plan, according to the checkpoint.
 
     Raises:
-        UserError: config.json ties them, and the checkpoint holds a head of other values.
+        UserError: config.json ties them, but the checkpoint holds a head with other values.
     """
     if todo.tied_head and reader.config.get("tie_word_embeddings") is False:
         warn("config.json says the head is not tied, but the checkpoint has no head of its own; "
@@ -228,7 +228,7 @@ def _calibration(
     path: Path | None,
     states: States,
 ) -> Chunks | None:
-    """Calibration data, read before the weights so that bad data fails early."""
+    """Read calibration data, before the weights, so that bad data fails early."""
     if not recipe.needs_calibration:
         if path is not None:
             warn(f"--calibration is not used: recipe {recipe.name!r} needs no data", "calibration")

@@ -1,7 +1,7 @@
-"""Memory and time that a conversion will take, from its plan.
+"""Estimate a conversion's memory and time from its plan.
 
-The model counts what is alive while one part is in hand; the numbers that no shape gives are
-constants, all of them in :class:`Constants`. Time is rough: operations over a measured rate.
+The model counts what is alive while one part is processed. Numbers that do not follow from shapes
+are in :class:`Constants`. Time is a rough estimate: operations divided by a measured rate.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _FLOAT = 4  # bytes: all of it is float32
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """What the shapes do not tell.
+    """Numbers that do not follow from shapes.
 
     Attributes:
-        base: bytes of Python, JAX, compiled programs, and of freed memory that the allocator keeps.
-        base_alone: the same where nothing is calibrated, and little compiled.
-        reading: float32 copies of a tensor that is read and rotated, itself included.
-        looking: copies of a chunk's widest activations in a look at the float model.
-        watching: the same at one point of the part that is being quantised.
-        rounding: float32 copies of the weights behind a point while they are rounded.
+        base: bytes of Python, JAX, compiled programs, and freed memory kept by the allocator.
+        base_alone: the same without calibration, when little is compiled.
+        reading: float32 copies of a tensor while it is read and rotated, itself included.
+        looking: copies of a chunk's widest activations while the float model is observed.
+        watching: the same at one point of the part being quantised.
+        rounding: float32 copies of a point's weights while they are rounded.
         table: float32 copies of a block of a table's rows while it is rotated and rounded.
         passes: forward passes through a part while it is quantised.
-        efficiency: share of the measured rate that passes, Hessians and factors reach.
-        clip: seconds per weight of the search for clips.
+        efficiency: share of the measured rate that passes, Hessians and factorisations reach.
+        clip: seconds per weight of the clip search.
         read: seconds per weight that is read and rotated.
-        start: seconds of starting and compiling.
+        start: seconds to start and compile.
     """
 
     base: int = 1900 << 20
@@ -59,12 +59,12 @@ CONSTANTS = Constants()
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The calibration that is expected.
+    """The expected calibration data.
 
     Attributes:
-        samples: prompts.
-        tokens: of each, visual ones included.
-        patches: of each.
+        samples: number of prompts.
+        tokens: tokens per prompt, visual ones included.
+        patches: patches per prompt.
     """
 
     samples: int = 16
@@ -72,21 +72,22 @@ class Data:
     patches: int = 1024
 
     def rows(self, part: str) -> int:
-        """Rows that a part sees, of all samples; a connector has about as many as the decoder."""
+        """Return the rows that a part sees over all samples; a connector sees about as many as the
+        decoder."""
         in_tower = part.startswith(("vision.layers.", "vision.patch_embed"))
         return self.samples * (self.patches if in_tower else self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a conversion is expected to take.
+    """The expected cost of a conversion.
 
     Attributes:
-        peak_bytes: of memory.
-        peak_part: the part in hand when it is reached.
-        part_bytes: what that part takes.
-        state_bytes: what is kept of the calibration beside it; the rest is the program.
-        seconds: of time.
+        peak_bytes: peak memory.
+        peak_part: the part at which it is reached.
+        part_bytes: memory of that part.
+        state_bytes: calibration states kept beside it; the rest is the program.
+        seconds: time.
     """
 
     peak_bytes: int
@@ -97,7 +98,7 @@ class Cost:
 
 
 def cost(plan: LayerPlan, data: Data, gflops: float, constants: Constants = CONSTANTS) -> Cost:
-    """The cost of a conversion.
+    """Return the cost of a conversion.
 
     Args:
         gflops: float32 rate of the machine, see :func:`measured_gflops`.
@@ -117,13 +118,13 @@ def cost(plan: LayerPlan, data: Data, gflops: float, constants: Constants = CONS
 
 
 def base_bytes(recipe: Recipe, constants: Constants = CONSTANTS) -> int:
-    """What a conversion takes whatever the model, and has not given back at its end."""
+    """Return the memory that any conversion takes and still holds at its end."""
     return constants.base if recipe.needs_calibration else constants.base_alone
 
 
 def measured_gflops(size: int = 512, rounds: int = 20) -> float:
-    """The best rate of a float32 product of two matrices here; short ones, so that other users of
-    the machine disturb some of them only."""
+    """Return the best float32 rate over several matrix products; they are short, so that other
+    users of the machine disturb only some of them."""
     a = np.ones((size, size), np.float32)
     seconds = []
     for _ in range(rounds):
@@ -134,7 +135,7 @@ def measured_gflops(size: int = 512, rounds: int = 20) -> float:
 
 
 def points_of(part: PartPlan) -> Iterator[list[LayerSpec]]:
-    """The layers behind each point of a part."""
+    """Return the layers behind each point of a part."""
     points: dict[str, list[LayerSpec]] = {}
     for layer in part.layers:
         if layer.point is not None and layer.path != "language/head":
@@ -147,7 +148,7 @@ def _is_table(part: PartPlan) -> bool:
 
 
 def _part_bytes(part: PartPlan, plan: LayerPlan, data: Data | None, c: Constants) -> int:
-    """The most that is alive for one part, states apart."""
+    """Return the peak memory of one part, without states."""
     recipe, weights = plan.recipe, _FLOAT * part.elements
     if _is_table(part) or data is None:
         block = min(weights, BLOCK_BYTES)
@@ -170,12 +171,12 @@ def _part_bytes(part: PartPlan, plan: LayerPlan, data: Data | None, c: Constants
 
 
 def _rounded(layers: list[LayerSpec]) -> int:
-    """Rows of the weights behind a point that are rounded."""
+    """Return the rows of a point's weights that are rounded."""
     return sum(layer.out_features for layer in layers if layer.w_bits < 16)
 
 
 def _grams(recipe: Recipe, layers: list[LayerSpec], watching: bool) -> int:
-    """``[K, K]`` arrays alive at a point: the Hessian, how the float model's inputs differ, the
+    """Count the ``[K, K]`` arrays alive at a point: the Hessian, the float model's difference, the
     factor, and another one where a channel is split off."""
     cross = recipe.weights.asymmetry > 0
     split = any(layer.protection == "split" for layer in layers)
@@ -183,7 +184,8 @@ def _grams(recipe: Recipe, layers: list[LayerSpec], watching: bool) -> int:
 
 
 def _states(part: PartPlan, plan: LayerPlan, data: Data | None) -> int:
-    """Hidden states around a part and inputs of its points, as far as they stay in memory."""
+    """Return the bytes of hidden states around a part and of its points' inputs that stay in
+    memory."""
     widths = [layers[0].in_features for layers in points_of(part)]
     if not widths or data is None:
         return 0
@@ -193,7 +195,7 @@ def _states(part: PartPlan, plan: LayerPlan, data: Data | None) -> int:
 
 
 def _part_seconds(part: PartPlan, plan: LayerPlan, data: Data, rate: float, c: Constants) -> float:
-    """Time of one part in all passes."""
+    """Return the time of one part over all passes."""
     recipe = plan.recipe
     if not recipe.changes_weights:
         return part.elements * 1e-9

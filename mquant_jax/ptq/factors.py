@@ -1,7 +1,7 @@
-"""What gradients may change of a quantised module: factors on its scales and gains.
+"""Parameters for learning a quantised module's scales and gains by gradient.
 
-The integers stay. Every number that is learned is multiplied by ``exp(factor)``, so that no sign
-can flip and one rate of learning serves numbers of all sizes; factors start at zero.
+The integers do not change. Every learned number is multiplied by ``exp(factor)``, so that no sign
+can flip and one learning rate suits numbers of all sizes. Factors start at zero.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from mquant_jax.nn.params import Params, get_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.recipe import Tuning
 
-# Per step. Fewer are a noisy guide: short prompts, two at a time, taught activation scales to clip
-# what they had not seen. And few prompts make few steps, which cannot fit them too closely.
+# Tokens per step. Fewer give noisy gradients: with two short prompts per step, activation scales
+# learned to clip values they had not seen. Few prompts then mean few steps, and no overfitting.
 STEP_TOKENS = 1024
-_TABLES = ("head", "embedding")  # their scales stay
+_TABLES = ("head", "embedding")  # their scales are not learned
 
 
 def simulated(module: nnx.Module) -> tuple[Any, Any]:
-    """The module, used up, as gradients can pass it: graph, and state with one int8 per weight."""
+    """Return a module (consumed) in a form that gradients pass: graph, and state with one int8 per
+    weight."""
     for _, node in nnx.iter_graph(module):
         if isinstance(node, ActQuant):
             node.simulated = True
@@ -36,18 +37,18 @@ def simulated(module: nnx.Module) -> tuple[Any, Any]:
 
 
 def start(state: Any) -> Any:
-    """The factors of a state, all zero."""
+    """Return the factors of a state, all zero."""
     learned = jax.tree_util.tree_map_with_path(_learned, state, is_leaf=is_weight)
     return jax.tree.map(jnp.zeros_like, learned)
 
 
 def scaled(state: Any, factors: Any) -> Any:
-    """The state with its learned numbers multiplied by ``exp(factors)``."""
+    """Return the state with its learned numbers multiplied by ``exp(factors)``."""
     return _map(_scaled, state, factors)
 
 
 def rates(factors: Any, plan: Tuning) -> Any:
-    """The first step's size for each factor."""
+    """Return the size of the first step for each factor."""
 
     def rate(path: tuple, leaf: Any) -> float:
         return plan.act_rate if "act_scale" in _names(path) else plan.rate
@@ -56,7 +57,7 @@ def rates(factors: Any, plan: Tuning) -> Any:
 
 
 def learned_values(module: nnx.Module) -> Params:
-    """The arrays that factors may have changed, by their names; of a quantised weight its scale."""
+    """Return the arrays that factors may have changed, by name; of a quantised weight its scale."""
     return {
         name: value.scale if is_weight(value) else value
         for name, value in get_params(module).items()
@@ -65,7 +66,7 @@ def learned_values(module: nnx.Module) -> Params:
 
 
 def placed(old: Any, value: np.ndarray) -> Any:
-    """The tensor ``old`` of a checkpoint with one of the :func:`learned_values`."""
+    """Return the checkpoint tensor ``old`` with one of the :func:`learned_values` put in."""
     if is_weight(old):
         return dataclasses.replace(old, scale=value)
     return value.astype(old.dtype)
@@ -83,7 +84,7 @@ def _names(path: tuple) -> list[str]:
 
 
 def _learned(path: tuple, leaf: Any) -> jax.Array | None:
-    """The part of a parameter that is learned, if there is one."""
+    """Return the learned part of a parameter, if there is one."""
     names = _names(path)
     if is_weight(leaf):
         return None if names[0] in _TABLES else leaf.scale

@@ -1,5 +1,5 @@
-"""What a model was calibrated on, as hashes of pictures and questions: a checkpoint keeps them, and
-evaluation compares its own with them."""
+"""Fingerprints of calibration data: hashes of pictures and questions, which a checkpoint stores and
+evaluation compares with its own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mquant_jax.samples import BUNDLED_CALIBRATION, Sample, read_samples
 
 REPORTED = "calibration"  # the key in report.json
 _SIDE, _FREQUENCIES = 32, 16
-# Of 255 bits. Resized and compressed again, 95 % of the bundled pictures stay within it; none of
-# the held-out set is as near to one of the calibration set, though all show a few flat shapes.
+# Of 255 bits. 95 % of the bundled pictures stay within it when resized and recompressed. None of
+# the held-out set is that near to one of the calibration set, though all show a few flat shapes.
 NEAR = 32
 
 
@@ -70,7 +70,7 @@ def calibration_fingerprints(path: Path | None, limit: int | None) -> dict[str, 
 
 
 def near(hashes: Sequence[str], known: Sequence[str], most: int = NEAR) -> list[bool]:
-    """Which of the picture hashes differ from one that is known in ``most`` bits or fewer."""
+    """Return which of the picture hashes differ from a known one in ``most`` bits or fewer."""
     if not known:
         return [False] * len(hashes)
     theirs = _bits(known)

@@ -1,4 +1,4 @@
-"""Which parts of a conversion are finished."""
+"""Records which parts of a conversion are finished."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 from mquant_jax.checkpoint.journal import Journal
 from mquant_jax.errors import UserError
 
-LEARNED = "learned"  # keys of the files that parts have once their scales were learned
+LEARNED = "learned"  # keys of the parts' files once their scales have been learned
 
 
 class Ledger:
-    """Remembers nothing: for conversions in memory."""
+    """A ledger that remembers nothing, for conversions in memory."""
 
     def done(self, key: str) -> dict[str, Any] | None:
-        """The record of a part that an earlier process has finished."""
+        """Return the record of a part that an earlier process finished, or ``None``."""
         return None
 
     def below(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The parts of a pass that are finished, in order, with their records."""
+        """Return the finished parts of a pass, in order, with their records."""
         return iter(())
 
     def commit(self, key: str, record: dict[str, Any]) -> None:
-        """A part is finished, and what it made is on the disk."""
+        """Record that a part is finished and its result is on the disk."""
 
 
 class JournalLedger(Ledger):
-    """Remembers in a journal, whose header says what the result depends on.
+    """A ledger kept in a journal, whose header names everything the result depends on.
 
     Raises:
         UserError: the journal belongs to other inputs.
@@ -40,11 +40,12 @@ class JournalLedger(Ledger):
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What is finished, in order."""
+        """Records of finished parts, in order."""
         return self._journal.records[1:]
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """The record of each part's file: the one with learned scales, once all are learned."""
+        """Return the record of each part's file: the one with learned scales, once all are
+        learned."""
         learned = self.done(f"{LEARNED}/all") is not None
         named = [r for r in self.records if "file" in r]
         first = {r["part"]: r for r in named if not r["key"].startswith(LEARNED)}
@@ -52,9 +53,8 @@ class JournalLedger(Ledger):
         return first | then if learned else first
 
     def check(self, holds: Callable[[Mapping[str, Any]], bool]) -> None:
-        """
-        Raises:
-            UserError: a file that was finished is not as it was.
+        """Raises:
+        UserError: a finished file has changed.
         """
         for record in self.files().values():
             if not holds(record):

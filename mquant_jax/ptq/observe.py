@@ -1,4 +1,4 @@
-"""Watch what enters the quantisation points of one module: taps and histograms."""
+"""Observe the inputs of one module's quantisation points: taps and histograms."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Histogram:
     """
 
     BINS = 8192
-    MOST = 1 << 20  # of an array's values, about so many are counted: every n-th
+    MOST = 1 << 20  # count about this many of an array's values: every n-th
 
     def __init__(self) -> None:
         self.counts = np.zeros(self.BINS)
@@ -113,7 +113,7 @@ class Histogram:
 
 @contextlib.contextmanager
 def named(path: str) -> Iterator[None]:
-    """Say where numbers stopped being numbers."""
+    """Name the point at which NaN or Inf appeared."""
     try:
         yield
     except FloatingPointError as e:

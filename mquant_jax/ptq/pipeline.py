@@ -1,10 +1,10 @@
 """Float tensors and calibration prompts in, quantised tensors and a report out, part by part.
 
-No more than one part's weights are in memory. How often each weight is read: once by the rounding
-pass; once more where channels are balanced or smoothed (a look at the float model before it is
-rotated), once more where sinks are to be found (a look at the rotated float model), and SmoothQuant
-reads once more what it scales. Scales are learned block by block in the rounding pass; learning
-those of the whole model at the end needs both models.
+At most one part's weights are in memory. The rounding pass reads each weight once. Balancing and
+smoothing need another pass (over the float model before the rotation), and so does the search for
+sinks (over the rotated float model). SmoothQuant reads the layers that it scales once more. Scales
+are learned block by block in the rounding pass; learning those of the whole model at the end needs
+both models.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mquant_jax.recipe import Recipe, Section
 from mquant_jax.stages import stage
 
 Batches = Batch | Sequence[Batch]
-# Parts that no walk visits: tables and single vectors.
+# Parts without a visit in any walk: tables and single vectors.
 OUTSIDE = ("language.embedding", "language.norm", "language.head", "language.sinks",
            "vision.class_token", "vision.positions", "vision.query")  # fmt: skip
 
@@ -79,7 +79,7 @@ def quantize_params(
 def looked(
     family: Family, config: Config, recipe: Recipe, params: Mapping[str, Any], batches: Batches
 ) -> Statistics:
-    """What the float model that ``recipe`` describes shows at its points, columns and all."""
+    """Return statistics with columns of the float model that ``recipe`` describes."""
     seen = Statistics(columns=True)
     Conversion(family, config, Recipe(), params, batches)._walk("look", recipe, seen)
     return seen
@@ -162,7 +162,9 @@ class Conversion:
         if recipe.needs_calibration:
             self._calibrate(sink)
         self._rest(sink)
-        for _ in self._bar:  # parts that calibration did not reach, without pictures say
+        for (
+            _
+        ) in self._bar:  # parts that calibration did not reach, such as the tower without pictures
             pass
         return self.report
 
@@ -191,7 +193,7 @@ class Conversion:
             ).run(visitor)  # fmt: skip
 
     def _calibrate(self, sink: Sink) -> None:
-        """Everything that the calibration prompts decide."""
+        """Determine everything that depends on the calibration prompts."""
         recipe, bare = self.recipe, without_prefix(self.recipe)
         sinks: tuple[list[int], list[int]] = [], []
         if recipe.smooth:
@@ -322,7 +324,7 @@ def abstract_float(family: Family, config: Config, recipe: Recipe) -> VLM:
     """The structure of the unquantised model, rotated and with a prefix if the recipe says so."""
     kept = ("rotate", "orthogonal", "online_signs", "online_reads", "seed", "prefix_sinks")
     model = abstract_model(family, config, Recipe(**{k: getattr(recipe, k) for k in kept}))
-    if recipe.marks_sinks:  # as the quantised model will: calibration goes by token class
+    if recipe.marks_sinks:  # as in the quantised model: calibration distinguishes token classes
         model.language.sinks = nnx.eval_shape(SinkRule)
     return model
 

@@ -1,8 +1,8 @@
-"""Sinks in front of every prompt (PrefixQuant, Chen et al. 2024, arXiv 2410.05265).
+"""Put sinks before every prompt (PrefixQuant, Chen et al. 2024, arXiv 2410.05265).
 
-Massive activations settle on the first tokens of a sequence. Where these are always the same, and
-their keys and values are known beforehand, no token of a prompt has to carry such activations, and
-no static scale has to hold them.
+Massive activations settle on the first tokens of a sequence. If these tokens are always the same
+and their keys and values are computed beforehand, no prompt token carries such activations, and no
+static scale has to cover them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from mquant_jax.ptq.walk import Part, Walk, outputs
 def prefix_ids(
     positions: Sequence[int], ids: Sequence[int], batches: Sequence[Batch], count: int
 ) -> list[int]:
-    """The tokens of the prefix: those that most often stand where sinks do, then the sinks among
-    token ids.
+    """Return the tokens of the prefix: the most frequent at the sinks' positions, then sink ids.
 
     Args:
-        positions, ids: as :func:`~mquant_jax.ptq.sinks.find_sinks` gives them.
-        count: how many.
+        positions, ids: as returned by :func:`~mquant_jax.ptq.sinks.find_sinks`.
+        count: number of tokens.
 
     Raises:
-        UserError: calibration shows fewer.
+        UserError: calibration found fewer.
     """
     tokens, order, classes = flat(batches)
     chosen: list[int] = []
@@ -55,7 +54,7 @@ def prefix_ids(
 def prefix_params(
     model: VLM, params: Tensors, ids: Sequence[int], states: States
 ) -> dict[str, np.ndarray]:
-    """Keys and values of the tokens ``ids``, which stand at the positions before zero.
+    """Return keys and values of the tokens ``ids``, at the positions before zero.
 
     Args:
         model: the abstract float model.

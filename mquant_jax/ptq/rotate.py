@@ -1,10 +1,10 @@
-"""Fold norms and rotations into the weights: the function stays, outliers spread.
+"""Fuse norms and rotations into the weights: the function is unchanged, and outliers spread.
 
-Row convention (``y = x W^T + b``): a stream carries ``h R`` in the place of ``h``. Writers become
-``R^T W``, readers ``W R``; an RMSNorm without weight commutes with an orthogonal ``R``. A LayerNorm
-becomes one when no writer leaves a mean in the stream (paper section 3.2); where a stream must keep
-its mean, the LayerNorm takes it out along its rotated direction. Tensors are lazy: what is said
-here happens when one is asked for, in float32.
+Row convention (``y = x W^T + b``): a stream carries ``h R`` instead of ``h``. Writers become
+``R^T W`` and readers ``W R``; an RMSNorm without weight commutes with an orthogonal ``R``. A
+LayerNorm becomes an RMSNorm if no writer leaves a mean in the stream (paper section 3.2). Where a
+stream must keep its mean, the LayerNorm removes it along its rotated direction. Tensors are lazy:
+everything here is computed when a tensor is read, in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mquant_jax.sections import numbered
 
 Params = dict[str, Lazy]
 Change = Callable[[np.ndarray], np.ndarray]
-_TOGETHER = 1 << 22  # values that are rotated at a time
+_TOGETHER = 1 << 22  # values rotated at a time
 
 
 def rotate_params(
@@ -37,11 +37,11 @@ def rotate_params(
     """Fuse the norms and rotate every stream, attention and MLP that a family declares.
 
     Args:
-        params: float tensors by name, layers separate; the head is untied. Left as they are.
-        seed: of all rotations' signs.
+        params: float tensors by name, layers separate; the head is untied. Not modified.
+        seed: seed of all rotations' signs.
         online_signs: whether the online rotations have signs.
         orthogonal: rotate streams and heads by random orthogonal matrices instead of Hadamards.
-        online_reads: what is read from a stream that takes no rotation is rotated online.
+        online_reads: rotate reads of unrotated streams online.
 
     Returns:
         New tensors, float32 where they changed: those of the model built with ``recipe.rotate``.
@@ -66,17 +66,17 @@ def rotate_params(
 
 
 def in_float32(change: Change) -> Change:
-    """The same for tensors of any type, in float32."""
+    """Return tensors of any type as lazy float32 tensors."""
     return lambda x: change(np.asarray(x, np.float32)).astype(np.float32, copy=False)
 
 
 def changed(tensor: Lazy, change: Change) -> Lazy:
-    """A tensor with ``change`` (of float32) applied to all of it."""
+    """Return a tensor with ``change`` (on float32) applied to all of it."""
     return tensor.then(in_float32(change), _like(tensor, tensor.shape))
 
 
 def changed_rows(tensor: Lazy, change: Change, shape: tuple[int, ...] | None = None) -> Lazy:
-    """The same, where ``change`` acts on each row alone; ``shape`` is the new one."""
+    """Like :func:`changed`, where ``change`` acts on each row alone; ``shape`` is the new one."""
     return tensor.by_row(in_float32(change), _like(tensor, shape or tensor.shape))
 
 
@@ -85,8 +85,8 @@ def _like(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
 
 
 def times(x: np.ndarray, rotation: Rotation | Orthogonal) -> np.ndarray:
-    """``x R`` for float ``x [..., k * inputs]``, in its type: each run of ``inputs`` columns on its
-    own, and a few thousand of them at a time."""
+    """Return ``x R`` for float ``x [..., k * inputs]``, in its type: each run of ``inputs`` columns
+    is rotated separately, a few thousand at a time."""
     if isinstance(rotation, Orthogonal):
         return (x.reshape(-1, rotation.n) @ rotation.matrix.astype(x.dtype)).reshape(x.shape)
     lead, x = x.shape[:-1], x.reshape(-1, rotation.inputs)
@@ -106,13 +106,13 @@ def _times(x: np.ndarray, r: Rotation) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _factors(r: Rotation, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The Kronecker factors: the outer one transposed, the inner one normalised."""
+    """Return the Kronecker factors: the outer one transposed, the inner one normalised."""
     inner = hadamard(r.inner) * (r.outer * r.inner) ** -0.5
     return hadamard(r.outer).T.astype(dtype), inner.astype(dtype)
 
 
 def expand(pattern: str, params: Mapping[str, Any]) -> Iterator[str]:
-    """Paths that a pattern stands for: ``*`` is every layer number."""
+    """Return the paths that a pattern stands for: ``*`` is every layer number."""
     if "*" not in pattern:
         yield pattern
         return
@@ -123,18 +123,18 @@ def expand(pattern: str, params: Mapping[str, Any]) -> Iterator[str]:
 
 
 def norms_of(read: Read, params: Mapping[str, Any]) -> Iterator[str]:
-    """The norms that a read stands for; none where the stream is read as it is."""
+    """Return the norms that a read stands for; none if the stream is read directly."""
     return expand(read.norm, params) if read.norm is not None else iter(())
 
 
 def readers_of(read: Read, norm: str) -> Iterator[str]:
-    """The readers behind one norm: those of its own layer."""
+    """Return the readers of one norm: those of its own layer."""
     for reader in read.readers:
         yield numbered(reader, norm)
 
 
 def _absorb(p: Params, gain: Gain) -> None:
-    """Move a layer scale into the layer that writes."""
+    """Fold a layer scale into the layer that writes."""
     for writer in expand(gain.writer, p):
         vector = np.asarray(p.pop(numbered(gain.vector, writer)).load(), np.float32)
         p[f"{writer}/kernel"] = changed(
@@ -145,9 +145,9 @@ def _absorb(p: Params, gain: Gain) -> None:
 
 
 def _fuse(p: Params, norm: str, read: Read) -> None:
-    """Move a norm's weight and bias into its readers; the norm's weight becomes one.
+    """Fold a norm's weight and bias into its readers; the norm's weight becomes one.
 
-    A reader without a bias gets one where the norm has one.
+    A reader without a bias gets one if the norm has one.
     """
     gain = np.asarray(p[f"{norm}/weight"].load(), np.float32)
     shift = p.pop(f"{norm}/bias", None)  # no bias in an RMSNorm
@@ -163,7 +163,7 @@ def _fuse(p: Params, norm: str, read: Read) -> None:
 
 
 def shifted(bias: Lazy | None, kernel: Lazy, shift: np.ndarray) -> Lazy:
-    """What a reader adds once ``shift`` no longer is in its inputs."""
+    """Return what a reader must add when ``shift`` is no longer in its inputs."""
 
     def read(start: int | None, stop: int | None) -> np.ndarray:
         base = 0.0 if bias is None else np.asarray(bias.load(), np.float32)
@@ -174,7 +174,7 @@ def shifted(bias: Lazy | None, kernel: Lazy, shift: np.ndarray) -> Lazy:
 
 
 def _centre(p: Params, stream: Stream) -> None:
-    """Take the mean over channels out of everything that is written to the stream."""
+    """Remove the mean over channels from everything that is written to the stream."""
     for table in stream.tables:
         p[table] = changed_rows(p[table], lambda x: x - mean(x, 1))
     for pattern in stream.writers:
@@ -185,7 +185,7 @@ def _centre(p: Params, stream: Stream) -> None:
 
 
 def mean(x: np.ndarray, axis: int) -> np.ndarray:
-    """The mean over an axis, which stays; summed in float64."""
+    """Return the mean over an axis, which is kept; summed in float64."""
     return x.mean(axis=axis, keepdims=True, dtype=np.float64).astype(np.float32)
 
 
@@ -200,20 +200,20 @@ def _rotate_stream(p: Params, stream: Stream, rotation: Rotation | Orthogonal) -
             for reader in expand(pattern, p):
                 _rotate_inputs(p, reader, rotation)
         for norm in norms_of(read, p) if read.centres else ():
-            # The direction of the mean, as the rotated stream sees it.
+            # The direction of the mean in the rotated stream.
             even = np.full(stream.width * read.blocks, (stream.width * read.blocks) ** -0.5)
             p[f"{norm}/weight"] = Lazy.of(times(even, rotation).astype(np.float32))
 
 
 def _rotate_outputs(p: Params, layer: str, rotation: Rotation | Orthogonal) -> None:
-    """What a dense layer writes, in the rotated basis."""
+    """Rotate the outputs of a dense layer."""
     p[f"{layer}/kernel"] = changed(p[f"{layer}/kernel"], lambda w: times(w.T, rotation).T)
     if f"{layer}/bias" in p:
         p[f"{layer}/bias"] = changed(p[f"{layer}/bias"], lambda b: times(b, rotation))
 
 
 def _rotate_inputs(p: Params, layer: str, rotation: Rotation | Orthogonal) -> None:
-    """A dense layer that reads the rotated basis; padding of the rotation widens it."""
+    """Rotate the inputs of a dense layer; the rotation's padding widens it."""
     kernel = p[f"{layer}/kernel"]
     width = kernel.shape[1]
     if isinstance(rotation, Rotation):
@@ -230,7 +230,8 @@ def _rotate_heads(p: Params, attention: ValueOutput, rotation: Rotation | Orthog
 
 
 def _rotate_hidden(p: Params, hidden: Hidden, seed: int | None) -> None:
-    """The online rotation's inverse into the last layer, its signs into the sign carrier."""
+    """Fold the online rotation's inverse into the last layer and its signs into the sign
+    carrier."""
     rotation = plan_rotation(hidden.width, seed, may_pad=True)
     for reader in expand(hidden.reader, p):
         _rotate_inputs(p, reader, rotation)

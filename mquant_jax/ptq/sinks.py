@@ -2,7 +2,7 @@
 
 In trained language models the first token, and sometimes a few others, carry activations tens to
 hundreds of times larger than the rest (Sun et al. 2024, "Massive Activations"). A static scale that
-must hold them leaves little resolution for everyone else, so they get a class of their own.
+covers them leaves little resolution for all other tokens, so they get a class of their own.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 
 from mquant_jax.models.base import Batch
 
-STANDS_OUT = 4.0  # times what nine tenths of the ordinary tokens stay below
-MOSTLY = 0.5  # share of the sequences (or of an id's occurrences) in which it must
-OFTEN = 3  # occurrences of an id below which it proves nothing
+STANDS_OUT = 4.0  # times the 90th percentile of the ordinary tokens
+MOSTLY = 0.5  # share of sequences (or of an id's occurrences) in which it must exceed that
+OFTEN = 3  # least number of occurrences of an id
 
 
 def excess(tokens: Mapping[str, np.ndarray], ordinary: np.ndarray) -> np.ndarray:
-    """How far each token stands out at the point where it does so most, float ``[tokens]``.
+    """Return each token's largest ratio to the ordinary tokens over all points, float ``[tokens]``.
 
-    In relation to what nine tenths of the ordinary tokens (bool ``[tokens]``) stay below.
+    The reference at a point is the 90th percentile of the ordinary tokens (bool ``[tokens]``).
     """
     worst = np.zeros(ordinary.shape)
     for magnitudes in tokens.values():
@@ -40,11 +40,11 @@ def find_sinks(
     most_positions: int,
     most_ids: int,
 ) -> tuple[list[int], list[int]]:
-    """Positions and token ids that are to be sinks.
+    """Choose the positions and token ids to treat as sinks.
 
-    Position 0 always is one: a class of its own costs nothing there, since no generated token can
-    stand at it. Later positions, and text tokens by their id, are if they stand out in most of the
-    sequences (occurrences).
+    Position 0 always is a sink: a separate class costs nothing there, because no generated token
+    can be at it. A later position, or a text token by its id, is a sink if it stands out in most
+    of the sequences (occurrences).
 
     Args:
         tokens: point -> float ``[tokens]``, largest magnitude of each token in the language model;
@@ -76,7 +76,8 @@ def find_sinks(
 
 
 def flat(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, order and classes of all tokens, row by row and chunk by chunk: int32 ``[tokens]``."""
+    """Return ids, order and classes of all tokens, row by row and chunk by chunk: int32
+    ``[tokens]``."""
     fields = ("input_ids", "order", "token_class")
     ids, order, classes = (
         np.concatenate([np.asarray(getattr(b, f)).ravel() for b in batches]) for f in fields

@@ -1,8 +1,8 @@
 """SmoothQuant (Xiao et al. 2023): move activation outliers into the weights, channel by channel.
 
 ``s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)``; activations are divided by ``s``, weights
-multiplied. The strength ``alpha`` is searched for every norm, value and hidden layer on its own, by
-the error that quantisation then leaves in the outputs of the layers behind.
+multiplied. The strength ``alpha`` is searched separately for every norm, value and hidden layer, by
+the quantisation error in the outputs of the layers behind.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @partial(jax.jit, static_argnames=("section",))
 def _error(x, amax, weight, s, section: Section):
-    """Squared error of ``x @ weight.T`` once both are scaled by ``s [K]`` and quantised."""
+    """Return the squared error of ``x @ weight.T`` with both scaled by ``s [K]`` and quantised."""
     scaled, w = x / along_last(s, x), weight * along_last(s, weight)
     if section.activations == "static":
         scaled = quantize_static(scaled, jnp.max(amax / s) / INT_MAX[8]).dequantize()
@@ -46,39 +46,39 @@ def _error(x, amax, weight, s, section: Section):
 
 
 def smooth_params(
-    params: Mapping[str, Any], streams: Streams, recipe: Recipe, look: Statistics
+    params: Mapping[str, Any], streams: Streams, recipe: Recipe, stats: Statistics
 ) -> tuple[Params, dict[str, float]]:
     """Smooth every link whose readers have quantised inputs.
 
     Args:
-        params: float tensors by name, layers separate. Left as they are.
-        look: what the float model showed at its points.
+        params: float tensors by name, layers separate. Not modified.
+        stats: statistics of the float model at its points.
 
     Returns:
         New tensors, float32 where they changed, and the strength chosen for each (first)
-        reader; 0 is none.
+        reader; 0 means none.
     """
     out = lazy(params)
     chosen: dict[str, float] = {}
     for link in links(params, streams):
         sections = [recipe.section_for(reader) for reader in link.readers]
-        unseen = link.readers[0] not in look.point_of
+        unseen = link.readers[0] not in stats.point_of
         if unseen or all(s.activations == "none" for s in sections):
             continue
-        alpha, gains = _search(out, link, look, sections)
+        alpha, gains = _search(out, link, stats, sections)
         chosen[link.readers[0]] = alpha
         scale(out, link, 1.0 / gains)
     return out, chosen
 
 
-def _search(params: Params, link: Link, look: Statistics, sections: Sequence[Section]):
-    """The strength with the least error, and its scales, float64 ``[width]``.
+def _search(params: Params, link: Link, stats: Statistics, sections: Sequence[Section]):
+    """Return the strength with the least error, and its scales, float64 ``[width]``.
 
-    Readers may stand behind several points: experts have one each.
+    Readers may be behind several points: experts have one each.
     """
     weights = [jnp.asarray(params[f"{r}/kernel"].load(), jnp.float32) for r in link.readers]
-    points = [look.point_of[r] for r in link.readers]
-    seen = {p: (jnp.asarray(look.samples[p].rows), jnp.asarray(look.channels[p])) for p in points}
+    points = [stats.point_of[r] for r in link.readers]
+    seen = {p: (jnp.asarray(stats.samples[p].rows), jnp.asarray(stats.channels[p])) for p in points}
     x_amax, w_amax = np.zeros(link.width), np.zeros(link.width)
     for _, columns in seen.values():
         np.maximum.at(x_amax, link.columns, np.asarray(columns))

@@ -1,7 +1,8 @@
 """Rotation magnitude suppression (RMS, paper section 3.3): split off a layer's outlier channel.
 
-A plain Hadamard gathers the mean of each weight row in one column, which then sets the row's scale.
-That column is multiplied apart, with a scale of its own, and the rest is quantised without it.
+A plain Hadamard matrix gathers the mean of each weight row in one column, which then determines the
+row's scale. That column is multiplied separately, with its own scale, and the rest is quantised
+without it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from mquant_jax.recipe import Split
 
 @dataclasses.dataclass(frozen=True)
 class SplitWeight:
-    """A rounded weight and, where it was worth it, its channel apart.
+    """A rounded weight and, where it pays, its channel split off.
 
     Attributes:
         q: the weight; its split channel is zero.
-        index: int32 number.
+        index: int32 number of the channel.
         column: :class:`QWeight` ``[1, out]``, or float32.
-        report: what was found and decided.
+        report: findings and decision.
     """
 
     q: QWeight
@@ -36,7 +37,7 @@ class SplitWeight:
     report: dict[str, Any]
 
     def dequantize(self) -> np.ndarray:
-        """float32 ``[out, in]`` of both together."""
+        """Return float32 ``[out, in]`` of both together."""
         out = np.array(self.q.dequantize())
         out[:, int(self.index)] += np.asarray(_float(self.column))[0]
         return out
@@ -52,10 +53,10 @@ def split_weight(
     round_: Callable[[jax.Array, int | None], QWeight],
     split: Split,
 ) -> SplitWeight:
-    """Round a weight whole or split, whichever the criterion says.
+    """Round a weight whole or split, as the criterion decides.
 
-    The paper's criterion is that the channel's weight (``sqrt(n) |mean|`` behind a plain Hadamard)
-    exceeds every other of its row; a layer is split where half of its rows are so.
+    The paper's criterion: the channel's weight (``sqrt(n) |mean|`` behind a plain Hadamard)
+    exceeds every other weight of its row. A layer is split if this holds for half of its rows.
 
     Args:
         weight: float32 ``[out, K]``.

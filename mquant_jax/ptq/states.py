@@ -1,8 +1,7 @@
-"""What is kept between the parts of a conversion: hidden states and inputs, chunk by chunk.
+"""Storage for hidden states and inputs between the parts of a conversion, chunk by chunk.
 
-Arrays stay in memory up to a budget that all of them share; beyond it they live in files of a
-folder and are read when they are asked for. Arrays from which an interrupted conversion goes on are
-written there in any case.
+Arrays stay in memory up to a shared budget. Beyond it they are written to files in a folder and
+read on demand. Arrays needed to resume an interrupted conversion are always written there.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BUDGET = 1 << 30  # bytes in memory
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """An array that a :class:`Spool` holds, in the place of the array."""
+    """Handle of an array in a :class:`Spool`."""
 
     spool: Spool
     index: int
@@ -30,24 +29,24 @@ class Stored:
     dtype: np.dtype
 
     def load(self) -> np.ndarray:
-        """The array."""
+        """Return the array."""
         return self.spool[self.index]
 
 
 def loaded(value: Any) -> Any:
-    """An array, or a tuple of them, with what is stored read."""
+    """Return an array, or a tuple of them, with stored arrays loaded."""
     if isinstance(value, tuple):
         return tuple(map(loaded, value))
     return value.load() if isinstance(value, Stored) else value
 
 
 class Spool(Sequence):
-    """Arrays in the order in which they were appended.
+    """A sequence of arrays, in the order in which they were appended.
 
     Args:
-        states: whose budget and folder.
-        key: a name under which the arrays can be found again by a later process; ``None``: they are
-            this process's alone.
+        states: provides the budget and the folder.
+        key: name by which a later process finds the arrays; ``None``: they are private to this
+            process.
     """
 
     def __init__(self, states: States, key: str | None = None):
@@ -65,7 +64,7 @@ class Spool(Sequence):
         return np.load(self._path(index % len(self)), allow_pickle=False) if held is None else held
 
     def append(self, value: Any) -> Stored:
-        """Keep an array; returns its place."""
+        """Keep an array; return its handle."""
         array, index = np.asarray(value), len(self)
         fits = self.states.take(array.nbytes)
         if self._durable or not fits:
@@ -75,12 +74,12 @@ class Spool(Sequence):
         return Stored(self, index, array.shape, array.dtype)
 
     def sync(self) -> None:
-        """Flush what was written to the disk."""
+        """Flush written files to the disk."""
         for index in range(len(self)) if self._durable else ():
             _flush(self._path(index))
 
     def release(self) -> None:
-        """Give back the memory; only what another process may ask for stays, on the disk."""
+        """Free the memory; only arrays with a key remain, on the disk."""
         if not self._durable:
             self.clear()
         for index, held in enumerate(self._held):
@@ -89,7 +88,7 @@ class Spool(Sequence):
                 self._held[index] = None
 
     def clear(self) -> None:
-        """Forget everything, files included."""
+        """Remove all arrays, files included."""
         for index, held in enumerate(self._held):
             self.states.take(-held.nbytes if held is not None else 0)
             if self._durable or held is None:
@@ -97,7 +96,7 @@ class Spool(Sequence):
         self._held = []
 
     def drained(self) -> Iterator[np.ndarray]:
-        """The arrays, one after the other; then everything is forgotten."""
+        """Yield the arrays one after the other, then remove them."""
         yield from self
         self.clear()
 
@@ -110,11 +109,11 @@ class Spool(Sequence):
 
 
 class States:
-    """The budget and the folder of all spools of a conversion.
+    """The budget and the folder shared by all spools of a conversion.
 
     Args:
-        folder: where files go; ``None``: a temporary folder, and nothing outlives the process.
-        budget: bytes of arrays that stay in memory.
+        folder: where files go; ``None``: a temporary folder that does not outlive the process.
+        budget: bytes of arrays kept in memory.
     """
 
     def __init__(self, folder: Path | None = None, budget: int = BUDGET):
@@ -126,7 +125,7 @@ class States:
 
     @property
     def folder(self) -> Path:
-        """Made when it is first needed."""
+        """The folder, created on first use."""
         if self._folder is None:
             self._temporary = tempfile.mkdtemp(prefix="mquant-states-")
             self._folder = Path(self._temporary)
@@ -134,25 +133,26 @@ class States:
         return self._folder
 
     def take(self, count: int) -> bool:
-        """Reserve ``count`` bytes of memory (negative: give back); whether there were so many."""
+        """Reserve ``count`` bytes of memory (negative: give back); return whether they were
+        available."""
         if count > self._free:
             return False
         self._free -= count
         return True
 
     def spool(self, key: str | None = None) -> Spool:
-        """An empty spool."""
+        """Return an empty spool."""
         return Spool(self, key)
 
     def kept(self, arrays: Iterable[Any], key: str | None = None) -> Spool:
-        """A spool of these arrays."""
+        """Return a spool of these arrays."""
         spool = self.spool(key)
         for x in arrays:
             spool.append(x)
         return spool
 
     def found(self, key: str, count: int) -> Spool | None:
-        """The ``count`` arrays that another process kept under ``key``, if all are there."""
+        """Return the ``count`` arrays that another process kept under ``key``, if all exist."""
         spool = Spool(self, key)
         if not self.keeps or not all(spool._path(i).is_file() for i in range(count)):
             return None
@@ -160,7 +160,7 @@ class States:
         return spool
 
     def forget(self, name: str) -> None:
-        """Remove the files of all keys below ``name``: a pass that is done."""
+        """Remove the files of all keys below ``name``, when a pass is finished."""
         if self.keeps and self.folder.is_dir():
             for path in self.folder.iterdir():
                 if path.name.startswith(f"{name}."):

@@ -1,10 +1,11 @@
-"""Learned scales: after rounding, by gradient on the divergence from the float model.
+"""Learn scales after rounding, by gradient descent on the divergence from the float model.
 
-GPTQ serves one layer at a time; this looks at the whole language model. The integers stay. The
-weights' scales, the static activation scales and the norms' gains, a few numbers per channel, move
-towards the least Kullback-Leibler divergence of the predicted tokens, activations rounded as they
-will be (the end-to-end stage of EfficientQAT, arXiv 2407.11062, with the float model in the place
-of labels; gradients pass the rounding straight through, for scales as in LSQ, arXiv 1902.08153).
+GPTQ optimises one layer at a time; this optimises the whole language model. The integers do not
+change. The weights' scales, the static activation scales and the norms' gains (a few numbers per
+channel) move to minimise the Kullback-Leibler divergence of the predicted tokens, with activations
+rounded as at inference. This is the end-to-end stage of EfficientQAT (arXiv 2407.11062) with the
+float model instead of labels. Gradients pass straight through the rounding, for scales as in LSQ
+(arXiv 1902.08153).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from mquant_jax.recipe import Tuning
 
 
 class _Recomputing(Runner):
-    """Keeps what dense layers deliver and computes the rest again for the gradient: attention and
-    the simulated rounding take most of the memory and little of the time."""
+    """Keeps the outputs of dense layers and recomputes the rest for the gradient: attention and the
+    simulated rounding take most of the memory and little of the time."""
 
     def layers(self, name, stack, x, context):
         graphdef, state = nnx.split(stack)
@@ -45,8 +46,8 @@ class _Recomputing(Runner):
 def _shown(
     student: VLM, teacher: VLM, batches: Sequence[Batch]
 ) -> tuple[jax.Array, jax.Array, Batch]:
-    """What enters the student's decoder and what leaves the teacher's, float ``[B, T, hidden]``,
-    and the tokens of all prompts, padded on the left to one length."""
+    """Return the student decoder's inputs and the teacher decoder's outputs, float ``[B, T,
+    hidden]``, and the tokens of all prompts, left-padded to one length."""
     length = max(b.input_ids.shape[1] for b in batches)
 
     def joined(parts: Sequence[Any], axis: int, fill: Any) -> jax.Array:
@@ -78,13 +79,13 @@ def tune(
     """Learn the scales and gains of the language model.
 
     Args:
-        student: the quantised model; used up.
+        student: the quantised model; consumed.
         teacher: the float model.
-        batches: calibration prompts; what counts is what is predicted at text tokens.
+        batches: calibration prompts; predictions at text tokens count.
 
     Returns:
         The learned arrays by tensor name (of a quantised weight: its scale), and the divergence in
-        nats per token on the calibration prompts, ``first`` and ``last`` epoch.
+        nats per token on the calibration prompts in the ``first`` and the ``last`` epoch.
     """
     embedded, target, batch = _shown(student, teacher, batches)
     classes = batch.token_class
@@ -121,9 +122,9 @@ def tune(
     rng, moments, losses = np.random.default_rng(0), optimizer.init(factors), []
     rounds = [rng.permutation(classes.shape[0]) for _ in range(plan.epochs)]
     rows = np.stack([np.resize(r, (epoch, together)) for r in rounds]).reshape(-1, together)
-    for some in progress(rows, "learn scales"):
-        theirs = prediction(target[some])
-        factors, moments, value = step(factors, moments, state, some, theirs)
+    for chosen in progress(rows, "learn scales"):
+        theirs = prediction(target[chosen])
+        factors, moments, value = step(factors, moments, state, chosen, theirs)
         losses.append(float(value))
     nnx.update(student.language, scaled(state, factors))
     out = {f"language/{name}": value for name, value in learned_values(student.language).items()}

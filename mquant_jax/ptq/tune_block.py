@@ -1,9 +1,9 @@
-"""Learned scales in bounded memory: a block at a time, by gradient on the block's output.
+"""Learn scales in bounded memory: one block at a time, by gradient descent on the block's output.
 
-The block gets what the quantised blocks before it deliver and is to deliver what the float model
-has behind it, so that it makes up for some of their errors too. No more than one block is in
-memory. The divergence of the predicted tokens, which :mod:`mquant_jax.ptq.tune` follows with the
-whole model, is not known here.
+The block's inputs come from the quantised blocks before it, and its target is the float model's
+output behind it. It therefore also corrects some of the earlier blocks' errors. Only one block is
+in memory. The divergence of the predicted tokens, which :mod:`mquant_jax.ptq.tune` minimises over
+the whole model, is not available here.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def tune_block(
     """Learn the scales and gains of one block.
 
     Args:
-        block: quantised; used up.
-        inputs: its arguments, chunk by chunk: the residual stream ``[B, T, hidden]`` as the
-            quantised model has it, and a context all of whose arrays lead with ``B``.
-        targets: what the float model has behind the block, chunk by chunk, ``[B, T, hidden]``.
+        block: the quantised block; consumed.
+        inputs: its arguments, chunk by chunk: the quantised model's residual stream
+            ``[B, T, hidden]``, and a context whose arrays all have the leading axis ``B``.
+        targets: the float model's stream behind the block, chunk by chunk, ``[B, T, hidden]``.
 
     Returns:
         The learned arrays by their names in the block (of a quantised weight: its scale), and the
@@ -64,11 +64,11 @@ def tune_block(
 
 
 def relative_error(ours: jax.Array, theirs: jax.Array, token_class: jax.Array) -> jax.Array:
-    """Squared distance of two residual streams ``[B, T, hidden]``, relative to the size of
-    ``theirs``, token by token; the mean over all tokens but padding (class -1).
+    """Return the relative squared distance of two residual streams ``[B, T, hidden]``.
 
-    What reads the stream norms it first, so that a relative error is what it sees; and no massive
-    token outweighs all others.
+    The distance is relative to the size of ``theirs``, token by token, and averaged over all tokens
+    but padding (class -1). Readers normalise the stream first, so they see relative errors, and no
+    massive token outweighs the others.
     """
     error = jnp.sum((ours - theirs) ** 2, -1) / (jnp.sum(theirs**2, -1) + 1e-30)
     real = token_class >= 0
@@ -77,7 +77,7 @@ def relative_error(ours: jax.Array, theirs: jax.Array, token_class: jax.Array) -
 
 @partial(jax.jit, static_argnums=0)
 def _step(graphdef, state, factors, moments, sizes, example):
-    """One step of Adam on some rows of a chunk; also gives the error before it."""
+    """Take one Adam step on some rows of a chunk; also return the error before it."""
     chunk, rows = example
     x, target, context = jax.tree.map(lambda a: a[rows], chunk)
 
@@ -92,6 +92,7 @@ def _step(graphdef, state, factors, moments, sizes, example):
 
 
 def _groups(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
-    """Rows of a chunk ``[B, T, hidden]`` in any order, int64 ``[steps, rows of a step]``."""
+    """Return the rows of a chunk ``[B, T, hidden]`` in random order, int64 ``[steps, rows per
+    step]``."""
     together = min(max(1, STEP_TOKENS // shape[1]), shape[0])
     return np.resize(rng.permutation(shape[0]), (-(-shape[0] // together), together))

@@ -1,8 +1,8 @@
-"""A model part by part over all calibration prompts, with the weights of one part in memory.
+"""Walk a model part by part over all calibration prompts, with one part's weights in memory.
 
-Every chunk of prompts has a flow (:mod:`mquant_jax.nn.flow`) of its own. The walk carries out one
-call of all of them, then the next; a stack is walked block by block. A visitor is shown each part
-with its weights and inputs, and says what goes on.
+Every chunk of prompts has its own flow (:mod:`mquant_jax.nn.flow`). The walk runs one call of all
+flows, then the next; a stack is walked block by block. A visitor gets each part with its weights
+and inputs, and returns the inputs of the next.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from mquant_jax.ptq.states import Spool, States, loaded
 
 Progress = Callable[[Iterable, str], Iterable]
 RowChange = Callable[[np.ndarray], np.ndarray]
-LAST = "language/head_in"  # what comes after it, the head, needs no calibration
-SMALL = 1 << 22  # elements of a tensor that may stay in memory through a walk
+LAST = "language/head_in"  # the head after it needs no calibration
+SMALL = 1 << 22  # elements of the largest tensor kept in memory throughout a walk
 
 
 def no_progress(items: Iterable, label: str) -> Iterable:
-    """The items, without a bar."""
+    """Return the items, without a progress bar."""
     return items
 
 
 def working(value: np.ndarray) -> jax.Array:
-    """A tensor as calibration computes with it: integers as they are, the rest float32."""
+    """Return a tensor in calibration's type: integers unchanged, the rest float32."""
     integer = np.issubdtype(value.dtype, np.integer)
     return jnp.asarray(value, value.dtype if integer else jnp.float32)
 
 
 def filled(module: nnx.Module, name: str, params: Tensors) -> nnx.Module:
-    """A copy of an abstract module with its tensors, those below ``name``."""
+    """Return a copy of an abstract module with its tensors, those below ``name``."""
     copy = jax.tree.map(lambda leaf: leaf, module)
     for path, _ in variables(module):
         assign(copy, path, working(params["/".join((name, *path))].load()))
@@ -52,7 +52,7 @@ def filled(module: nnx.Module, name: str, params: Tensors) -> nnx.Module:
 
 
 def block_of(stack: nnx.Module) -> nnx.Module:
-    """One abstract block of an abstract stack."""
+    """Return one abstract block of an abstract stack."""
     graphdef, state = nnx.split(stack)
     one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), state)
     return nnx.merge(graphdef, one)
@@ -78,14 +78,14 @@ class Inputs(Sequence):
 
 @dataclasses.dataclass
 class Part:
-    """A module in hand.
+    """A module to be visited.
 
     Attributes:
         name: path of its parameters, ``language/layers/3``.
         module: the float module with its weights.
         inputs: its arguments, chunk by chunk.
         classes: int32, token class of each row, chunk by chunk.
-        twin: its arguments in the float model, where the walk carries that along.
+        twin: its arguments in the float model, if the walk carries them along.
     """
 
     name: str
@@ -99,13 +99,13 @@ Outputs = Iterable[Any]
 
 
 class Visitor(Protocol):
-    """Who is shown the parts."""
+    """Receives the parts of a walk."""
 
     def visit(self, part: Part) -> tuple[Outputs, Outputs | None]:
-        """What the part makes of its inputs, chunk by chunk, and of its twin's inputs."""
+        """Return the part's outputs for its inputs, chunk by chunk, and for its twin's inputs."""
 
     def record(self, name: str) -> dict[str, Any]:
-        """What was learned of a part (JSON), once all that it makes has been taken."""
+        """Return what was learned of a part (JSON), after all its outputs have been taken."""
 
     def restore(self, name: str, record: dict[str, Any]) -> None:
         """Take the record of a part that an earlier process has visited."""
@@ -118,12 +118,12 @@ class Walk:
         model: abstract; tensors that belong to no part, such as positions, are filled in.
         params: its tensors.
         batches: calibration prompts, chunk by chunk; their patches may be stored.
-        states: where what goes from part to part is kept.
-        ledger: what an earlier process has finished, and where parts are reported.
+        states: keeps what is passed from part to part.
+        ledger: knows what an earlier process has finished, and records parts.
         twin: carry the float model's activations along.
-        rounded: what becomes of rows of the token embedding (float32 ``[n, hidden]``, and so is
-            what it gives); the twin's stay as they are.
-        advance: called when a part is done.
+        rounded: maps rows of the token embedding (float32 ``[n, hidden]``) to their rounded
+            values; the twin's are unchanged.
+        advance: called after each part.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Walk:
                     outs.release()
 
     def _embedded(self, call: EmbeddingCall, rounded: RowChange | None = None) -> jax.Array:
-        """Rows of the token embedding: only those that calibration needs are read."""
+        """Return rows of the token embedding; only those that calibration needs are read."""
         table = self.params[call.name]
         ids, back = np.unique(np.asarray(call.ids), return_inverse=True)
         rows = np.concatenate([table.read(int(i), int(i) + 1) for i in ids])
@@ -212,9 +212,9 @@ class Walk:
         stack, contexts = calls[0].module, [c.context for c in calls]
         classes = [c.context.token_class for c in calls]
         block, depth = block_of(stack), num_layers(stack)
-        done = [self.ledger.done(self._key(f"{name}/{i}")) for i in range(depth)]
-        first = next((i for i, record in enumerate(done) if record is None), depth)
-        for i, record in enumerate(done[:first]):
+        records = [self.ledger.done(self._key(f"{name}/{i}")) for i in range(depth)]
+        first = next((i for i, record in enumerate(records) if record is None), depth)
+        for i, record in enumerate(records[:first]):
             visitor.restore(f"{name}/{i}", record or {})
             self.advance()
         if first:
@@ -239,9 +239,9 @@ class Walk:
         return states
 
     def _visit(self, visitor: Visitor, name: str, part: Callable[[], Part], before: Any):
-        """Show one part, or take up what an earlier process made of it.
+        """Visit one part, or load what an earlier process computed.
 
-        ``before``: spools that nobody needs any more once the part is done.
+        ``before``: spools to remove once the part is finished.
         """
         key = self._key(name)
         record = self.ledger.done(key)
@@ -264,7 +264,7 @@ class Walk:
         return made
 
     def _found(self, name: str, count: int) -> tuple[Spool | None, Spool | None]:
-        """The states behind a part that an earlier process has finished."""
+        """Return the states after a part that an earlier process has finished."""
         key = self._key(name)
         found = self.states.found(key, count)
         if found is None:
@@ -290,7 +290,7 @@ class _Calls:
         return None if self.call is None else self.call.name
 
     def send(self, value: Any) -> None:
-        """Answer the call; with ``None``, nothing more is wanted of the flow."""
+        """Answer the call; ``None`` abandons the flow."""
         if value is None:
             self.flow.close()
             self.call = None
@@ -308,7 +308,7 @@ def _next(calls: Sequence[_Calls]) -> str:
 
 
 def on_device(batch: Batch) -> Batch:
-    """A batch as JAX arrays; stored patches stay where they are."""
+    """Return a batch as JAX arrays; stored patches stay where they are."""
     return jax.tree.map(lambda x: x if hasattr(x, "load") else jnp.asarray(x), batch)
 
 
@@ -318,12 +318,12 @@ def _run(graphdef, state, *args):
 
 
 def loaded_batch(batch: Batch) -> Batch:
-    """A batch with what is stored read."""
+    """Return a batch with stored arrays loaded."""
     return jax.tree.map(loaded, batch)
 
 
 def outputs(module: nnx.Module, inputs: Inputs) -> Iterator[jax.Array]:
-    """What a module makes of its inputs, chunk by chunk."""
+    """Yield a module's outputs for its inputs, chunk by chunk."""
     graphdef, state = nnx.split(module)
     for args in inputs:
         yield _run(graphdef, state, *args)
