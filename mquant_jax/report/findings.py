@@ -210,15 +210,18 @@ def _part_kind(part: str) -> str:
 
 
 def by_stack(values: Mapping[str, V]) -> dict[str, dict[str, dict[int, V]]]:
-    """Values by path -> stack (``language/layers``) -> name in a block -> layer's number -> value;
-    those without a number are left out."""
+    """Values by path -> stack (``language/layers``) -> name in a block -> layer's number -> value,
+    numbers ascending; those without a number are left out."""
     out: dict[str, dict[str, dict[int, V]]] = {}
     for path, value in values.items():
         stack, star, name = kind_of(path).partition("/*/")
         if star:
             number = next(int(part) for part in path.split("/") if part.isdigit())
             out.setdefault(stack, {}).setdefault(name, {})[number] = value
-    return out
+    return {
+        stack: {name: dict(sorted(layers.items())) for name, layers in names.items()}
+        for stack, names in out.items()
+    }
 
 
 def outside_stacks(values: Mapping[str, V]) -> dict[str, V]:

@@ -101,7 +101,8 @@ def _axes(ax: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -140,14 +141,15 @@ def heat(
     figure = empty(size, 0.3 * sum(heights) + 1.0 * len(heights) + 0.7, title)
     grids = {stack: _grid(rows) for stack, rows in stacks.items()}
     values = np.concatenate([g[np.isfinite(g)] for g in grids.values()])
-    low, high = float(values.min()), float(values.max())
+    # A few extreme layers would leave one colour for all others.
+    low, high = map(float, np.percentile(values, (2, 98)))
     high = high if high > low else low + 1.0
     axes = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights).ravel()
     for ax, (stack, rows) in zip(axes, stacks.items(), strict=True):
         image = _map(ax, grids[stack], rows, (low, high), form)
         ax.set_title(stack, fontsize=10)
     axes[-1].set_xlabel("layer", fontsize=10)
-    figure.colorbar(image, ax=list(axes), label=unit, shrink=0.9)
+    figure.colorbar(image, ax=list(axes), label=unit, shrink=0.9, extend="both")
     return figure
 
 

@@ -240,9 +240,12 @@ def test_without_matplotlib(halved, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("depth", [1, 28, 80])
 def test_pictures_of_any_depth_fit_a_page(depth) -> None:
     rng = np.random.default_rng(0)
-    values = {f"language/layers/{i}/{n}": float(rng.uniform(1, 9)) for i in range(depth)
+    by_name = sorted(range(depth), key=str)  # as a manifest has them
+    values = {f"language/layers/{i}/{n}": float(rng.uniform(1, 9)) for i in by_name
               for n in ("attn_in", "attn_out", "mlp_in", "mlp_hidden")}  # fmt: skip
     stacks = by_stack(values)
+    for layers in stacks["language/layers"].values():
+        assert list(layers) == list(range(depth))
     series = [Series("text", plots.BLUE, "o", stacks["language/layers"])]
     for figure in (plots.lines("t", "u", series), plots.heat("t", "u", stacks, ".1f")):
         width, height = Image.open(io.BytesIO(plots.png(figure))).size
