@@ -66,7 +66,9 @@ def random_weights(name: str, layers: int) -> Model:
     return Model(module, config, {}, FAMILY.processor(DEMO, config))
 
 
-def random_request(model: Model, rng: np.random.Generator) -> Request:
+def random_request(model: Model, rng: np.random.Generator, prompts: int | None = None) -> Request:
+    """A request of so many prompts; ``None``: any number."""
+
     def prompt() -> Prompt:
         letters = rng.integers(97, 123, (rng.integers(2, 121), 4)).astype(np.uint8)
         text = " ".join(bytes(word[: rng.integers(1, 5)]).decode() for word in letters)
@@ -74,8 +76,8 @@ def random_request(model: Model, rng: np.random.Generator) -> Request:
         images = [rng.integers(0, 256, (*side, 3), np.uint8) for side in sides]
         return model.processor.prompt(text, images)
 
-    prompts = [prompt() for _ in range(rng.integers(1, 9))]
-    return Request(prompts, int(rng.integers(1, 49)))
+    count = rng.integers(1, 9) if prompts is None else prompts
+    return Request([prompt() for _ in range(count)], int(rng.integers(1, 49)))
 
 
 def resident_bytes() -> int:
@@ -133,14 +135,23 @@ def soak(model: Model, generator: Generator, rng: np.random.Generator, count: in
         request = random_request(model, rng)
         compiled, began = generator.programs.compiled, time.perf_counter()
         generator.generate(model.processor.collate(request.prompts), request.new_tokens)
-        rows.append({
-            "seconds": time.perf_counter() - began,
-            "compiled": generator.programs.compiled - compiled,
-            "resident_bytes": resident_bytes(),
-            "memory_maps": memory_maps(),
-            "programs": len(generator.programs),
-        })  # fmt: skip
+        rows.append(usage(generator, began, compiled))
     return rows
+
+
+def usage(generator: Generator, began: float, compiled: int) -> dict[str, Any]:
+    """What a request took since ``began``, and what the process holds now.
+
+    Args:
+        compiled: programs that had been compiled by then.
+    """
+    return {
+        "seconds": time.perf_counter() - began,
+        "compiled": generator.programs.compiled - compiled,
+        "resident_bytes": resident_bytes(),
+        "memory_maps": memory_maps(),
+        "programs": len(generator.programs),
+    }
 
 
 def summary(rows: list[dict]) -> dict[str, Any]:
@@ -181,7 +192,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for ax, (name, values) in zip(axes, curves.items(), strict=True):
         ax.plot(range(1, len(values) + 1), values)
         ax.set_ylabel(name)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.15 * max(values))
         ax.grid(alpha=0.3)
     axes[2].axhline(result["limit"], color="black", linestyle="--", linewidth=1)
     axes[2].annotate("limit", (1, result["limit"]), xytext=(0, 3), textcoords="offset points")
@@ -199,18 +210,24 @@ def table(result: dict[str, Any]) -> str:
             f"mean of {len(c['requests'])} warm requests: exact shapes {c['exact_mean']:.2f} s, "
             f"as generate runs them {c['padded_mean']:.2f} s, ratio {c['ratio']:.2f}"
         )
-    if result["summary"]:
-        s = result["summary"]
-        lines += [
-            f"{s['requests']} requests, {s['compiled']} programs compiled "
-            f"({s['compiled_in_last_tenth']} in the last tenth), at most {s['programs_most']} alive"
-        ]
-        for name, unit, label in (("resident_bytes", 1e6, "MB"), ("memory_maps", 1, "maps")):
-            m = s[name]
-            lines.append(
-                f"{m['half_way'] / unit:.0f} {label} half way, {m['end'] / unit:.0f} at the end"
-            )
-    return "\n".join(lines)
+    return "\n".join(lines + summary_lines(result))
+
+
+def summary_lines(result: dict[str, Any]) -> list[str]:
+    """What a person reads of the long run, if there was one."""
+    s = result["summary"]
+    if not s:
+        return []
+    lines = [
+        f"{s['requests']} requests, {s['compiled']} programs compiled "
+        f"({s['compiled_in_last_tenth']} in the last tenth), at most {s['programs_most']} alive"
+    ]
+    for name, unit, label in (("resident_bytes", 1e6, "MB"), ("memory_maps", 1, "maps")):
+        m = s[name]
+        lines.append(
+            f"{m['half_way'] / unit:.0f} {label} half way, {m['end'] / unit:.0f} at the end"
+        )
+    return lines
 
 
 def _run(argv: list[str]) -> int:

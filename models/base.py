@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +269,7 @@ def longest(prompts: Any) -> int:
     return max(len(prompt.input_ids) for prompt in prompts)
 
 
+@runtime_checkable
 class Processor(Protocol):
     """From pictures and text to a :class:`Batch`, and from tokens back to text."""
 
@@ -282,6 +283,9 @@ class Processor(Protocol):
         videos: Sequence[Any] = (),
     ) -> Prompt:
         """A whole conversation, answered next by the assistant."""
+
+    def chat(self, messages: Sequence[Any]) -> Prompt:
+        """The same of messages that hold their pictures, whose texts are nothing but text."""
 
     def continued(self, prompt: Prompt, text: str) -> Prompt:
         """The prompt followed by the beginning of its answer."""
@@ -298,6 +302,11 @@ class Processor(Protocol):
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """How the model's files have tokens drawn: ``temperature``, ``top_k``, ``top_p`` and
+        ``repetition_penalty``."""
 
     def vocabulary_warning(self) -> str | None:
         """What a conversion says of a tokenizer with ids that the model does not have."""

@@ -18,6 +18,8 @@ from mquant_jax.errors import PromptError, PromptTooLong, UserError
 from mquant_jax.files import is_file, read_json_if_any
 from mquant_jax.models import chat_files
 from mquant_jax.models.base import Prompt
+from mquant_jax.models.chat_media import take_media
+from mquant_jax.models.literal import LiteralText, is_hidden
 from mquant_jax.models.prompts import check_ids
 from mquant_jax.models.template import ChatTemplate
 from mquant_jax.validate import listed
@@ -50,6 +52,10 @@ class ChatFolder:
     ROLES: ClassVar[tuple[str, ...]] = ("system", "user", "assistant", "tool")
     # What stands in prompts for a visual token, where no id of the vocabulary does.
     PLACEHOLDER: ClassVar[int | None] = None
+    # Texts that place pictures in a prompt, beside the tokenizer's special tokens.
+    MARKS: ClassVar[tuple[str, ...]] = ()
+    # Whether :meth:`encode` turns what a text spells into special tokens.
+    SPELLED: ClassVar[bool] = True
 
     def __init__(self, folder: str | Path, config: Any):
         self.folder, self.config = Path(folder), config
@@ -123,15 +129,52 @@ class ChatFolder:
         eos = self.tokenizer.eos_token_id
         return () if eos is None else (eos,)
 
+    @functools.cached_property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """See :func:`mquant_jax.models.chat_files.sampling_defaults`."""
+        return chat_files.sampling_defaults(self.folder)
+
     @property
     def pad_id(self) -> int:
         """The tokenizer's padding token (any id does: padding is masked)."""
         pad = self.tokenizer.pad_token_id
         return 0 if pad is None else pad
 
+    @functools.cached_property
+    def backend(self):
+        """The ``tokenizers.Tokenizer``, which threads may share.
+
+        transformers' class around it sets its options in every call, which other threads may then
+        see, or which fails while they use it.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = not self.SPELLED
+        return backend
+
+    @functools.cached_property
+    def literal(self) -> LiteralText:
+        """What keeps the special tokens that users type from being some."""
+        return LiteralText(self.backend, self.MARKS, self.shown_tokens)
+
+    @property
+    def shown_tokens(self) -> list[str]:
+        """Added tokens that :meth:`decode` shows, which belong into an earlier answer's text."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if not token.special]
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, no special tokens added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def rendered_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a chat's text, in which :meth:`chat` may have hidden what users spelled."""
+        if is_hidden(text):
+            return self.literal.encode(text, add_special_tokens)
+        if add_special_tokens:
+            return self.backend.encode(text).ids
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated tokens, special tokens removed."""
@@ -164,6 +207,22 @@ class ChatFolder:
     ) -> Prompt:
         """A whole conversation, answered next by the assistant."""
         raise NotImplementedError
+
+    def chat(self, messages: Sequence[Message]) -> Prompt:
+        """A whole conversation whose parts hold their pictures, answered next by the assistant.
+
+        Texts are nothing but text: special tokens and placeholders that they spell have the ids of
+        their letters. Without such, the prompt is that of :meth:`messages`.
+
+        Args:
+            messages: as :func:`mquant_jax.models.chat_media.take_media` has them.
+
+        Raises:
+            UserError: as ``take_media`` and :meth:`messages`.
+        """
+        plain, images, videos = take_media(messages)
+        hidden = [self.literal.hide_message(message) for message in plain]
+        return self.messages(hidden, images, videos)
 
     def conversation(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 
 from mquant_jax.errors import UserError
 from mquant_jax.files import MOST_BYTES, check_regular, is_file, read_json_if_any, read_text
-from mquant_jax.schema import token_ids, whole
+from mquant_jax.schema import Schema, flag, real, token_ids, whole
 from mquant_jax.validate import shortened, shown
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -23,6 +23,16 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken"
 _BPE_CLASSES = ("Qwen2Tokenizer", "GPT2Tokenizer")
 _ID = whole(low=0, high=2**24)
 _UNNAMED = {"unk_token": None, "bos_token": None, "eos_token": None, "pad_token": None}
+_LEAST = 1e-6  # of a temperature and a top_p: smaller ones leave the likeliest token alone
+_SAMPLING = Schema(
+    {
+        "do_sample": flag(False),
+        "temperature": real(1.0, 0.0, 1e6, null=True),
+        "top_k": whole(50, null=True),
+        "top_p": real(1.0, 0.0, 1.0, null=True),
+        "repetition_penalty": real(1.0, _LEAST, 1e6, null=True),
+    }
+)
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -141,6 +151,20 @@ def stop_ids(folder: Path, vocab: int) -> tuple[int, ...] | None:
             if value is not None:
                 return field.read(value, f"{folder / name}: eos_token_id")
     return None
+
+
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """How generation_config.json has tokens drawn: ``temperature`` (0 is greedy), ``top_k`` (0
+    keeps all), ``top_p`` and ``repetition_penalty``. What it leaves out is as in transformers.
+
+    Raises:
+        UserError: a value of another type or range.
+    """
+    path = folder / "generation_config.json"
+    found = _SAMPLING.read(read_json_if_any(path), str(path))
+    if not found.pop("do_sample") or found["temperature"] < _LEAST:
+        return found | {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    return found | {"top_p": max(found["top_p"], _LEAST)}
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

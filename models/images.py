@@ -47,6 +47,22 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF
 _PNG_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 
 
+def load_encoded(url: str, name: str, most_pixels: int) -> Image.Image:
+    """:func:`load_image` of a ``data:`` URL from somebody else, whose size is bounded.
+
+    Args:
+        most_pixels: that it may have; more are not decoded.
+
+    Raises:
+        ImageError: another URL or a path; no picture; more pixels.
+    """
+    label = f"{shortened(url, 40)} ({name})"
+    if url[:5].lower() != "data:":
+        raise ImageError(f"{label}: only data: URLs are taken, nothing is fetched; send "
+                         "data:image/png;base64,...")  # fmt: skip
+    return _opened(io.BytesIO(_url_bytes(url, name)), label, most_pixels)
+
+
 def load_image(image: Any, name: str) -> Image.Image:
     """An upright 8-bit RGB picture, the first frame of an animated one.
 
@@ -114,11 +130,16 @@ def _decoding(label: str) -> Iterator[None]:
         raise ImageError(f"{label}: not a readable image: {what}") from e
 
 
-def _opened(file: BinaryIO, label: str) -> Image.Image:
+def _opened(file: BinaryIO, label: str, most_pixels: int | None = None) -> Image.Image:
     with _decoding(label):
         Image.init()
         known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is optional
         with Image.open(file, formats=known) as image:
+            if most_pixels is not None and (pixels := image.width * image.height) > most_pixels:
+                raise ImageError(
+                    f"{label}: {image.width} x {image.height} are {pixels} pixels; expected "
+                    f"{most_pixels} at most, send a smaller picture"
+                )
             return _rgb(image, label)
 
 

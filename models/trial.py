@@ -48,5 +48,6 @@ def try_processor(family: Family, folder: Path, config: Config) -> None:
     for prompt in prompts:
         processor.collate([prompt])
     processor.decode(processor.encode("Hello"))
+    _ = processor.sampling_defaults  # the file is checked as it is read
     for stop in processor.stop_ids:
         processor.decode([stop])

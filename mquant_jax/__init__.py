@@ -9,12 +9,15 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "CheckpointError",
+    "Engine",
     "ImageError",
     "Model",
     "PRESETS",
     "PromptError",
     "PromptTooLong",
+    "QueueFull",
     "Recipe",
+    "RequestOptions",
     "Sampling",
     "UserError",
     "convert",
@@ -30,6 +33,8 @@ _HOMES = {
     "decode": "mquant_jax.runtime.steps",
     "extend": "mquant_jax.runtime.steps",
     "prefill": "mquant_jax.runtime.steps",
+    "Engine": "mquant_jax.runtime.engine",
+    "RequestOptions": "mquant_jax.runtime.requests",
     "Model": "mquant_jax.api",
     "convert": "mquant_jax.api",
     "load": "mquant_jax.api",
@@ -42,6 +47,7 @@ _HOMES = {
     "ImageError": "mquant_jax.errors",
     "PromptError": "mquant_jax.errors",
     "PromptTooLong": "mquant_jax.errors",
+    "QueueFull": "mquant_jax.errors",
 }
 
 if TYPE_CHECKING:
@@ -51,11 +57,14 @@ if TYPE_CHECKING:
         ImageError,
         PromptError,
         PromptTooLong,
+        QueueFull,
         UserError,
     )
     from mquant_jax.models.base import Batch
     from mquant_jax.presets import PRESETS
     from mquant_jax.recipe import Recipe
+    from mquant_jax.runtime.engine import Engine
+    from mquant_jax.runtime.requests import RequestOptions
     from mquant_jax.runtime.sampling import Sampling
     from mquant_jax.runtime.steps import decode, extend, prefill
 

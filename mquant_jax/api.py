@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from mquant_jax.checkpoint.manifest import Verify
 from mquant_jax.compile_cache import keep_compiled_programs
@@ -15,17 +18,21 @@ from mquant_jax.errors import PromptTooLong, UserError
 from mquant_jax.models.base import VLM, Batch, Family, Processor, Prompt, longest
 from mquant_jax.presets import resolve_recipe
 from mquant_jax.recipe import Recipe
+from mquant_jax.runtime.chats import Chats, chat_options
 from mquant_jax.runtime.generate import Generation, Generator
 from mquant_jax.runtime.options import Options, sampling_key
 from mquant_jax.runtime.prompts import padded
 from mquant_jax.runtime.sampling import Sampling
+from mquant_jax.runtime.text_stream import TextStream
 from mquant_jax.samples import Sample
 from mquant_jax.validate import kind, listed, path
 
+_MAKING = threading.RLock()  # one thing that is made needs another
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(repr=False)
 class Model:
-    """A loaded checkpoint.
+    """A loaded checkpoint. Several threads may use it at once.
 
     Attributes:
         module: the Flax module; use it with :mod:`mquant_jax.runtime.generate` in JAX programs.
@@ -45,15 +52,31 @@ class Model:
     kv_cache: str = "float"
     family: Family | None = None
     _generator: Generator | None = None
+    _chats: Chats | None = None
+
+    def __repr__(self) -> str:
+        name = self.family.name if self.family else type(self.module).__name__
+        recipe = self.manifest.get("recipe", {}).get("name", "float")
+        return f"Model({name}, recipe {recipe!r}, context of {self.max_positions} tokens)"
 
     @property
     def generator(self) -> Generator:
-        """The compiled programs; made at first use."""
-        if self._generator is None:
-            self._generator = Generator(
-                self.module, self.processor.stop_ids, self.layout, self.kv_cache
-            )
-        return self._generator
+        """The compiled programs; made at first use, one for all threads."""
+        with _MAKING:
+            if self._generator is None:
+                self._generator = Generator(
+                    self.module, self.processor.stop_ids, self.layout, self.kv_cache
+                )
+            return self._generator
+
+    @property
+    def chats(self) -> Chats:
+        """The engine behind :meth:`chat`; made at first use."""
+        with _MAKING:
+            if self._chats is None:
+                self._chats = Chats(self)
+                weakref.finalize(self, self._chats.close)
+            return self._chats
 
     @property
     def max_positions(self) -> int:
@@ -122,6 +145,45 @@ class Model:
         out = self.generate_prompts(made, options.max_new_tokens, options.sampling, key, stream)
         answers = [self.processor.decode(ids) for ids in out.tokens]
         return answers[0] if single else answers
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> str:
+        """Answer a conversation.
+
+        Texts are nothing but text: special tokens and placeholders of pictures that they spell
+        become letters. :meth:`generate` places pictures by placeholder.
+
+        Args:
+            messages: ``{"role": ..., "content": text or parts}``, as transformers has them; a part
+                is ``{"type": "text", "text": ...}``, ``{"type": "image", "image": picture}``
+                (whatever :func:`mquant_jax.models.images.load_image` takes) or, where the family
+                takes videos, ``{"type": "video", "video": frames}``; see
+                :func:`mquant_jax.models.chat_media.take_media`.
+            stream: called with each new piece of text.
+            options: those of :class:`mquant_jax.runtime.requests.RequestOptions`. By default 512
+                new tokens, drawn as the model's generation_config.json says.
+
+        Raises:
+            ImageError: a picture that cannot be read; URLs are not fetched.
+            PromptTooLong: a conversation that leaves no room for an answer.
+            UserError: a malformed message, or a bad option.
+        """
+        if stream is not None and not callable(stream):
+            raise UserError(f"stream: expected a function of the new text, found {kind(stream)}")
+        asked = chat_options(self.processor, options)
+        request = self.chats.submit(self.processor.chat(messages), asked)
+        try:
+            if stream is not None:
+                for text in request:
+                    stream(text)
+            return request.result().text
+        finally:
+            request.cancel()  # where the caller no longer waits
 
     def warm_up(
         self,
@@ -193,26 +255,21 @@ class Model:
         key = sampling_key(key)
         batch = self._collate(prompts)
         limit = min(options.max_new_tokens, self.max_positions - longest(prompts))
-        on_tokens = None if stream is None else _TextStream(self.processor, stream)
-        return self.generator.generate(batch, limit, options.sampling, key, on_tokens)
+        if stream is None:
+            return self.generator.generate(batch, limit, options.sampling, key)
+        text = TextStream(self.processor.decode)
 
+        def emit(piece: str) -> None:
+            if piece:
+                stream(piece)
 
-class _TextStream:
-    """Turns one token per call into pieces of text, holding back incomplete characters."""
+        def on_tokens(tokens: np.ndarray) -> None:
+            if (token := int(tokens[0])) not in self.generator.stop_ids:
+                emit(text.push(token))
 
-    def __init__(self, processor: Processor, emit: Callable[[str], None]):
-        self.processor, self.emit = processor, emit
-        self.ids: list[int] = []
-        self.shown = ""
-
-    def __call__(self, tokens) -> None:
-        if int(tokens[0]) in self.processor.stop_ids:
-            return
-        self.ids.append(int(tokens[0]))
-        text = self.processor.decode(self.ids)
-        if not text.endswith("\ufffd") and len(text) > len(self.shown):
-            self.emit(text[len(self.shown) :])
-            self.shown = text
+        out = self.generator.generate(batch, limit, options.sampling, key, on_tokens)
+        emit(text.end())
+        return out
 
 
 def load(
@@ -329,5 +386,5 @@ def quantize(
     )
     manifest = {"family": family.name, "recipe": recipe.to_json(), "report": report}
     return dataclasses.replace(
-        model, module=module, config=config, manifest=manifest, _generator=None
+        model, module=module, config=config, manifest=manifest, _generator=None, _chats=None
     )

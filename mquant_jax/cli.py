@@ -16,6 +16,8 @@ COMMANDS = {
     "verify": "check a checkpoint: files, source, and its outputs against recorded ones",
     "demo": "convert the bundled model to W4A8, compare it with float, draw a contact sheet",
     "generate": "ask a converted model about pictures",
+    "chat": "talk with a converted model about pictures",
+    "serve": "answer requests in the form of OpenAI's interface, and show a page to try it",
     "eval": "scores on benchmarks, and what changed between checkpoints",
     "bench": "prefill and decode speed against float32 and bfloat16 of the same model",
     "report": "what quantisation did to a checkpoint, as a page with pictures",

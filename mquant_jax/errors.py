@@ -30,5 +30,9 @@ class PromptTooLong(PromptError):
     """A prompt with more tokens than the model's context holds."""
 
 
+class QueueFull(UserError):
+    """An engine that has as many requests waiting as it may hold; try again later."""
+
+
 class CheckpointError(UserError):
     """A checkpoint folder that is missing, damaged, edited or of another format version."""

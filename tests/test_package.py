@@ -25,7 +25,7 @@ FLOORS = (
      "mquant_jax.layer_plan"),
     ("mquant_jax.report",),
     ("mquant_jax.api",),
-    ("mquant_jax.eval",),
+    ("mquant_jax.eval", "mquant_jax.serve"),
     ("mquant_jax.cli", "mquant_jax.commands", "mquant_jax.__main__"),
     ("convert",),
 )  # fmt: skip

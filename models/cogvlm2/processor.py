@@ -6,7 +6,7 @@ Nothing here touches the network or runs code from the folder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mquant_jax.errors import UserError
@@ -68,12 +68,39 @@ class CogVLM2Processor(OnePictureChat):
             raise UserError("the conversation must end with a message of role 'user'")
         ids = [self.tokenizer.bos_token_id]
         ids += [VISUAL] * (len(images) * self.config.vision.tokens)
-        ids += self.encode(render([text_of(message) for message in chat], self.config.template))
+        texts = [text_of(message) for message in chat]
+        ids += self.rendered_ids(render(texts, self.config.template))
         return self.made(ids, *pixels_of(self.config.vision, images))
+
+    def chat(self, messages: Sequence[Message]) -> Prompt:
+        """As :class:`ChatFolder` has it. The model knows no system message: the text of one begins
+        the first question, on a line of its own."""
+        return super().chat(_without_system(messages))
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""
         return collate(self.config, prompts, pad_to)
+
+
+def _without_system(messages: Any) -> Any:
+    """A conversation whose first question begins with what the system message says."""
+    if not isinstance(messages, list | tuple) or len(messages) < 2:
+        return messages
+    system, question = _parts(messages[0], "system"), _parts(messages[1], "user")
+    if system is None or question is None:
+        return messages
+    newline = {"type": "text", "text": "\n"}
+    return [{**messages[1], "content": [*system, newline, *question]}, *messages[2:]]
+
+
+def _parts(message: Any, role: str) -> list[Any] | None:
+    """The content of a well-formed message of this role as a list."""
+    if not isinstance(message, Mapping) or message.get("role") != role:
+        return None
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return list(content) if isinstance(content, list | tuple) else None
 
 
 def render(texts: Sequence[str], template: str) -> str:

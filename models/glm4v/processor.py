@@ -50,6 +50,7 @@ class GLM4VProcessor(OnePictureChat):
 
     config: GLM4VConfig
     ROLES = ROLES
+    SPELLED = False  # a text cannot end its turn
 
     @functools.cached_property
     def tokenizer(self):
@@ -80,12 +81,6 @@ class GLM4VProcessor(OnePictureChat):
                                 f"config.json says {i}")  # fmt: skip
         return tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, in which nothing is special: a text cannot end its turn."""
-        return list(
-            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        )
-
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
@@ -115,9 +110,9 @@ class GLM4VProcessor(OnePictureChat):
                 continue
             # Each piece is encoded on its own: a text's first line break joins no other.
             metadata = checked_text(given.get("metadata", ""), f"message {i}: metadata")
-            ids += [token(f"<|{message['role']}|>"), *self.encode(f"{metadata}\n")]
+            ids += [token(f"<|{message['role']}|>"), *self.rendered_ids(f"{metadata}\n")]
             ids += [VISUAL] * self.config.tower.tokens if picture else []
-            ids += self.encode(text)
+            ids += self.rendered_ids(text)
         ids.append(token("<|assistant|>"))
         return self.made(ids, *pixels_of(self.config.vision, images))
 

@@ -70,6 +70,7 @@ class InternVLProcessor(ChatFolder):
     """
 
     config: InternVLConfig
+    MARKS = ("<image>", *MARKS.values())
 
     @functools.cached_property
     def tokenizer(self):
@@ -184,14 +185,15 @@ class InternVLProcessor(ChatFolder):
 
         text = _MARKED.sub(place, text)
         bos = self.tokenizer.bos_token
-        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))
+        begins = bool(bos) and text.startswith(bos)
+        ids = self.rendered_ids(text, add_special_tokens=not begins)
         edge = tiling.size // self.config.patch_size
         pixels = [x for _, made in tiles for x in made]
         patches = [patchify(x, self.config.patch_size) for x in pixels]
         flat = [x.reshape(-1, x.shape[-1]) for x in patches]
         empty = np.zeros((0, self.config.vision.patch_dim), np.float32)
         return self.made(
-            list(ids["input_ids"]),
+            ids,
             [(len(x), edge, edge) for x in patches],
             np.concatenate([empty, *flat]),
         )

@@ -30,7 +30,7 @@ class LlamaProcessor(ChatFolder):
         self._refuse(
             listed(images, "images", "pictures", ndim=4), listed(videos, "videos", "clips", ndim=5)
         )
-        return self.made(self.tokenizer(checked_text(text, "prompt"))["input_ids"])
+        return self.made(self.backend.encode(checked_text(text, "prompt")).ids)
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
@@ -58,7 +58,7 @@ class LlamaProcessor(ChatFolder):
                 raise UserError(f"message {i}: this is a language model without a vision part; "
                                 "expected text alone")  # fmt: skip
         texts = [{**m, "content": text_of(c)} for m, c in zip(given, chat, strict=True)]
-        return self.made(self.encode(self.render(texts, self.chat_template)))
+        return self.made(self.rendered_ids(self.render(texts, self.chat_template)))
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts to one length."""

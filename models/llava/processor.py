@@ -42,6 +42,7 @@ class LlavaProcessor(ChatFolder):
     """
 
     config: LlavaConfig
+    MARKS = (IMAGE,)
 
     @functools.cached_property
     def tokenizer(self):
@@ -132,7 +133,7 @@ class LlavaProcessor(ChatFolder):
         """Token ids; what begins a text is added, unless the template has done so."""
         begin = self.tokenizer.bos_token
         written = bool(begin) and text.startswith(begin)
-        return list(self.tokenizer(text, add_special_tokens=not written)["input_ids"])
+        return self.rendered_ids(text, add_special_tokens=not written)
 
     def _filled(self, ids: Sequence[int], images: Sequence[Any]) -> Prompt:
         """Each placeholder repeated once per visual token of its picture."""

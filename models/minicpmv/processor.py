@@ -64,6 +64,7 @@ class MiniCPMVProcessor(ChatFolder):
 
     config: MiniCPMVConfig
     PLACEHOLDER = VISUAL
+    MARKS = (MARK,)
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class MiniCPMVProcessor(ChatFolder):
         chunks = text.split(MARK)
         check_count(f"{self.folder}: the chat template made {len(chunks) - 1}", "image",
                     len(chunks) - 1, pictures)  # fmt: skip
-        ids = self.encode(chunks[0])
+        ids = self.rendered_ids(chunks[0])
         grids, patches = [], [np.zeros((0, self.config.vision.patch_dim), np.float32)]
         # A picture's text begins and ends with special tokens, at which tokenizers cut anyway.
         for number, (picture, chunk) in enumerate(zip(pictures, chunks[1:], strict=True)):
@@ -195,7 +196,7 @@ class MiniCPMVProcessor(ChatFolder):
                 grids.append((1, h, w))
             numbered = not is_frame and self.numbers_pictures
             ids += self._picture_ids(number if numbered else None, grid)
-            ids += self.encode(chunk)
+            ids += self.rendered_ids(chunk)
         return self.made(ids, grids, np.concatenate(patches))
 
     def _picture_ids(self, number: int | None, grid: tuple[int, int] | None) -> list[int]:

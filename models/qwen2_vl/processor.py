@@ -46,6 +46,7 @@ class Qwen2VLProcessor(ChatFolder):
     """
 
     config: Qwen2VLConfig
+    MARKS = tuple(PLACEHOLDERS.values())
     NEEDED = ("tokenizer.json", chat_files.PREPROCESSOR)
     INSTEAD = {**ChatFolder.INSTEAD, chat_files.PREPROCESSOR: (chat_files.PROCESSOR,)}
 
@@ -107,7 +108,7 @@ class Qwen2VLProcessor(ChatFolder):
         given = {"image": images, "video": videos}
         for kind, pictures in given.items():
             check_count(f"the prompt has {kinds.count(kind)}", kind, kinds.count(kind), pictures)
-        ids = self.encode(self._render(chat))
+        ids = self.rendered_ids(self._render(chat))
         made = {
             self.config.image_token_id: [self._image(x, i) for i, x in enumerate(images)],
             self.config.video_token_id: [self._video(x, i) for i, x in enumerate(videos)],

@@ -66,6 +66,8 @@ class QwenVLProcessor(ChatFolder):
 
     config: QwenVLConfig
     PLACEHOLDER = VISUAL
+    SPELLED = False
+    MARKS = (MARK,)
     NEEDED = ("qwen.tiktoken",)
     INSTEAD = {"qwen.tiktoken": ("tokenizer.json",)}
 
@@ -126,9 +128,17 @@ class QwenVLProcessor(ChatFolder):
             if i % 2:
                 ids.append(self.tokenizer.convert_tokens_to_ids(part))
             elif part:
-                options = {"add_special_tokens": False, "split_special_tokens": True}
-                ids += self.tokenizer(part, **options)["input_ids"]
+                ids += super().encode(part)
         return ids
+
+    def rendered_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """As :class:`ChatFolder` has it; composed first, as in :meth:`encode`."""
+        return super().rendered_ids(unicodedata.normalize("NFC", text), add_special_tokens)
+
+    @property
+    def shown_tokens(self) -> list[str]:
+        """An answer holds the tags of its boxes."""
+        return [tag for tag in _TAGS if tag not in (IMG, IMG_END, IMG_PAD)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated tokens, stripped: tags stay, a chat's special tokens go."""
@@ -217,7 +227,7 @@ class QwenVLProcessor(ChatFolder):
     def _with_pictures(self, number: int, text: str) -> list[int]:
         """Token ids of a message's text, a placeholder for every visual token."""
         c, out, is_open = self.config, [], False
-        for token in self.encode(_PLACED.sub(MARK, text)):
+        for token in self.rendered_ids(_PLACED.sub(MARK, text)):
             if is_open != (token == c.image_end_id):
                 raise UserError(f"message {number}: {IMG} and {IMG_END} do not pair up")
             is_open = token == c.image_start_id

@@ -46,9 +46,9 @@ class ModelResult:
     """
 
     path: str
-    run: dict[str, Any]
-    answers: list[Answer]
-    table: Table
+    run: dict[str, Any] = dataclasses.field(repr=False)
+    answers: list[Answer] = dataclasses.field(repr=False)
+    table: Table = dataclasses.field(repr=False)
     score: float
     metrics: Metrics
     overlap: Overlap | None = None
@@ -85,7 +85,7 @@ class ModelResult:
         }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
     """All checkpoints of one call.
 
@@ -98,6 +98,11 @@ class Evaluation:
     task: Task
     questions: list[Question]
     models: list[ModelResult]
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{m.path}: {m.score:.4g}" for m in self.models)
+        n, unit = len(self.questions), self.task.unit
+        return f"Evaluation({self.task.name}, {n} questions, score in {unit!r}, {scores})"
 
     def to_json(self) -> dict[str, Any]:
         """What ``eval --json`` prints."""

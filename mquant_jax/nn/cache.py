@@ -31,11 +31,11 @@ class KVCache:
         order: int32 ``[B, slots]``, the place of each slot's token in its sequence; unused and
             padding slots hold ``NEVER``. A query sees a slot iff ``order[slot] <= order[query]``,
             which is causality, padding and any reordering of tokens (AIFS) in one rule.
-        cursor: int32 scalar, the next free slot (the same for every row: prompts are padded on
-            the left).
-        span: int32 ``[B]``, rotary positions of the prompts that were first written to the empty
-            cache. Stepped rope depends on it throughout, so a prompt longer than the training
-            length gives different numbers in chunks than as a whole.
+        cursor: int32, the next free slot: a scalar where it is the same for every row (prompts are
+            padded on the left), or ``[B]`` where each row has its own; one token at a time then.
+        span: int32 ``[B]``, rotary positions of the prompts. Rope that depends on the length of the
+            prompt takes it from here: what is first written to the empty cache counts as the whole
+            prompt, unless ``span`` is larger already, as it must be for a prompt in chunks.
     """
 
     k: Store
@@ -51,16 +51,40 @@ class KVCache:
 
 def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor):
     """The keys and values of a :class:`KVCache` with new ones, ``[B, kv_heads, d, T]`` and
-    ``[B, kv_heads, T, d]``, from slot ``cursor`` of a layer on; int8 if the cache is."""
+    ``[B, kv_heads, T, d]``, from slot ``cursor`` of a layer on; int8 if the cache is. ``T`` is 1
+    where each row has its own cursor."""
     new: tuple[Store, Store] = k, v
     if isinstance(cache[0], QTensor):
         new = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
+
+    if cursor.ndim:
+        rows = _rows(cursor)
+
+        def put_keys(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[layer, rows, :, :, cursor].set(new[..., 0].astype(old.dtype))
+
+        def put_values(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[layer, rows, :, cursor].set(new[:, :, 0].astype(old.dtype))
+
+        keys = jax.tree.map(put_keys, cache[0], new[0])
+        return keys, jax.tree.map(put_values, cache[1], new[1])
 
     def put(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
         return put_at(old, new[None], (layer, 0, 0, *at))
 
     keys = jax.tree.map(lambda old, new: put(old, new, (0, cursor)), cache[0], new[0])
     return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], new[1])
+
+
+def write_order(slots: jax.Array, new: jax.Array, cursor: jax.Array) -> jax.Array:
+    """``order`` of a :class:`KVCache` with that of new keys, int32 ``[B, T]``."""
+    if cursor.ndim:
+        return slots.at[_rows(cursor), cursor].set(new[:, 0])
+    return put_at(slots, new, (0, cursor))
+
+
+def _rows(cursor: jax.Array) -> jax.Array:
+    return jnp.arange(cursor.shape[0], dtype=jnp.int32)
 
 
 def put_at(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant
-from mquant_jax.nn.cache import KVCache, empty_cache, key_order
+from mquant_jax.nn.cache import KVCache, empty_cache, key_order, write_order
 from mquant_jax.nn.decoder_block import DecoderBlock, DecoderConfig, DecoderContext, ExpertBlock
 from mquant_jax.nn.dense import empty_qweight, linear
 from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
@@ -187,13 +188,14 @@ class Decoder(nnx.Module):
         Returns:
             Residual stream before the final norm, and the cache with the tokens in it.
         """
-        slots = jax.lax.dynamic_update_slice_in_dim(
-            cache.order, key_order(order, token_class), cache.cursor, axis=1
-        )
+        slots = write_order(cache.order, key_order(order, token_class), cache.cursor)
         keys = None if fresh else slots
         span = jnp.max(positions, axis=(0, 2)) + 1
-        span = jnp.where(cache.cursor == 0, span, cache.span)
+        span = jnp.maximum(cache.span, jnp.where(cache.cursor == 0, span, 0))
         ctx = self.context(positions, order, token_class, keys, visual_slots, visual, span)
+        if cache.cursor.ndim:
+            used = jnp.where(order[:, 0] < 0, 0, cache.cursor + 1)
+            ctx = dataclasses.replace(ctx, used=used)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
         # place; as a scanned input and output it would be copied whole at every step.

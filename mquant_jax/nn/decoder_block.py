@@ -79,7 +79,7 @@ class DecoderConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["angles", "order", "keys", "mask", "token_class", "query_gain", "visual"],
+    data_fields=["angles", "order", "keys", "mask", "token_class", "query_gain", "visual", "used"],
     meta_fields=["visual_slots", "in_order"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,7 @@ class DecoderContext:
         visual: bool ``[B, T]``, which tokens are the visual expert's (sinks among them are no
             exception); ``None`` where there is no such expert, or nothing for it to do.
         in_order: keys belong to the same tokens, and columns are in sequence order.
+        used: int32 ``[B]``, how many keys may be seen, where rows differ in it.
     """
 
     angles: jax.Array
@@ -110,6 +111,7 @@ class DecoderContext:
     visual: jax.Array | None = None
     visual_slots: int | None = None
     in_order: bool = False
+    used: jax.Array | None = None
 
 
 class Projections(nnx.Module):
@@ -294,7 +296,7 @@ class DecoderBlock(Projections):
         if fresh:
             attended = self.attend(q, k, v, ctx)
         else:
-            attended = attend_cache(q, cache, layer, ctx.mask, self.prefix())
+            attended = attend_cache(q, cache, layer, ctx.mask, self.prefix(), ctx.used)
         return self.rest(x, attended, ctx, None), cache
 
 

@@ -103,11 +103,11 @@ class DynamicScaling:
     original: int
 
     def __call__(self, length: jax.Array, dim: int, theta: float) -> jax.Array:
-        """Frequencies of a sequence of ``length`` (int32 scalar): float32 ``[dim/2]``."""
+        """Frequencies of sequences of ``length`` (int32 ``[B]``): float32 ``[B, dim/2]``."""
         growth = self.factor * length / self.original - (self.factor - 1)
-        growth = jnp.maximum(growth, 1.0) ** (dim / (dim - 2))
-        slots = np.arange(0, dim, 2, dtype=np.float32) / dim
-        return jnp.asarray(frequencies(dim, theta)) * growth**-slots
+        growth = (jnp.maximum(growth, 1.0) ** (dim / (dim - 2)))[:, None]
+        slots = np.arange(0, dim, 2, dtype=np.float32)[None] / dim
+        return jnp.asarray(frequencies(dim, theta))[None] * growth**-slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def multi_axis_angles(
         theta: base.
         sections: slots per stream; they add up to ``dim / 2``. One section is ordinary rope.
         scaling: of the frequencies.
-        length: int32 ``[B]``, positions of the rows' prompts, for :class:`SteppedScaling`; by
+        length: int32 ``[B]``, positions of the rows' prompts, for scaling that depends on them; by
             default those of ``positions``.
 
     Returns:
@@ -167,11 +167,12 @@ def multi_axis_angles(
     """
     per_slot = slot_positions(positions, sections)
     freq: AnyArray
-    if isinstance(scaling, DynamicScaling):
-        freq = scaling(jnp.max(positions) + 1, dim, theta)
-    elif isinstance(scaling, SteppedScaling):
-        length = jnp.max(positions, axis=(0, 2)) + 1 if length is None else length
-        freq = scaling(length, dim, theta)[:, None]
+    if isinstance(scaling, DynamicScaling | SteppedScaling):
+        used = jnp.max(positions, axis=(0, 2)) + 1
+        length = used if length is None else length
+        # Only the dynamic kind goes on growing behind the prompt.
+        growing = jnp.maximum(used, length) if isinstance(scaling, DynamicScaling) else length
+        freq = scaling(growing, dim, theta)[:, None]
     else:
         freq = frequencies(dim, theta, scaling)
     return per_slot * along_last(freq, per_slot)

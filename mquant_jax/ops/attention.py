@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +25,8 @@ def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
 
 
 FEWEST_ROWS = 128  # below, the kernel pads more than it saves
+# Slots of a cache that a row attends to, where it needs no more: the least that holds its own.
+REACHES = (256, 1024, 4096, 16384)
 FEWEST_ON_CPU = 64  # below, there is little to transpose
 
 
@@ -123,16 +127,43 @@ def attend_cache(
     layer: jax.Array,
     mask: jax.Array,
     prefix: tuple[jax.Array, jax.Array] | None = None,
+    used: jax.Array | None = None,
 ) -> jax.Array:
     """:func:`attend` to one layer of a cache, which a kernel for single queries reads in its place.
 
     Args:
         cache: keys ``[layers, B, kv_heads, d, S]`` and values ``[layers, B, kv_heads, S, d]``.
         layer: int32 ``[]``.
+        used: int32 ``[B]``, how many slots may be seen, where rows differ in it.
     """
     if platform() == "gpu" and gpu.suits_decoding(q, cache[1], prefix):
         from mquant_jax.ops import decode_gpu  # slow to import
 
         return decode_gpu.attend_one(q[:, :, 0], *cache, layer, mask[:, 0])[:, None]
+    if used is not None and platform() == "cpu":
+        return _attend_by_rows(q, cache, layer, mask, prefix, used)
     k, v = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
     return attend(q, k, v, mask, prefix)
+
+
+def _attend_by_rows(q, cache, layer, mask, prefix, used: jax.Array) -> jax.Array:
+    """:func:`attend_cache` row by row, each over no more slots than it needs, so that neither time
+    nor rounding depends on the other rows."""
+    total = mask.shape[-1]
+    sizes = [n for n in REACHES if n < total] + [total]
+
+    def cut(x: jax.Array, row: jax.Array, axis: int, size: int) -> jax.Array:
+        sizes = (1, 1, *x.shape[2:axis], size, *x.shape[axis + 1 :])
+        return jax.lax.dynamic_slice(x, (layer, row, *[jnp.int32(0)] * 3), sizes)[0]
+
+    def first(size: int, row: jax.Array) -> jax.Array:
+        k = jax.tree.map(lambda x: cut(x, row, 4, size), cache[0])
+        v = jax.tree.map(lambda x: cut(x, row, 3, size), cache[1])
+        own, seen = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (q, mask[..., :size]))
+        return attend(own, k, v, seen, prefix)[0]
+
+    def one(row: jax.Array) -> jax.Array:
+        least = jnp.sum(used[row] > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
+        return jax.lax.switch(least, [partial(first, n) for n in sizes], row)
+
+    return jax.lax.map(one, jnp.arange(q.shape[0], dtype=jnp.int32))

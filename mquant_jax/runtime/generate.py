@@ -24,7 +24,7 @@ from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime import buckets, steps
 from mquant_jax.runtime.buckets import PIECE
 from mquant_jax.runtime.programs import PROGRAMS, Programs
-from mquant_jax.runtime.prompts import Prompts, on_host, split_pictures, split_prompts
+from mquant_jax.runtime.prompts import Pictures, Prompts, on_host, split_pictures, split_prompts
 from mquant_jax.runtime.sampling import RowSampling, Sampling, per_row
 from mquant_jax.runtime.steps import Answers, DecodeState, Entry, decode, extend, prefill
 from mquant_jax.runtime.tokens import uses_aifs
@@ -47,7 +47,7 @@ class Generation:
         steps: decode steps run.
     """
 
-    tokens: list[list[int]]
+    tokens: list[list[int]] = dataclasses.field(repr=False)
     stopped: list[bool]
     prefill_seconds: float
     decode_seconds: float
@@ -186,7 +186,7 @@ class Generator:
             for s in slots:
                 yield from ((kind, (b, s)) for kind in ("empty", "insert", "decode"))
         prompts = [] if self.aifs else list(buckets.up_to(prompt, buckets.prompt))
-        yield from (("read", (1, t, self._pieces(0, 1, t), None)) for t in prompts)
+        yield from (("read", (1, t, self.feature_pieces(0, 1, t), None)) for t in prompts)
         tower = self.model.vision
         if tower is not None and tower.takes_any_size:
             unit = tower.patches_per_token
@@ -194,7 +194,7 @@ class Generator:
                 yield "see", (1, p)
         for t in prompts:
             for b in sorted(set(buckets.groups(rows, t, self.platform)) - {1}):
-                yield "read", (b, t, self._pieces(0, b, t), None)
+                yield "read", (b, t, self.feature_pieces(0, b, t), None)
 
     def _see(self, batch: Batch) -> dict[tuple[int, int], jax.Array]:
         """Visual features by picture and piece."""
@@ -202,26 +202,30 @@ class Generator:
         if batch.vision is None:
             return out
         for group in split_pictures(self.model.vision, batch.vision, self.platform):
-            see = self._program("see", *group.vision.valid.shape)
-            for row, parts in zip(group.rows, see(self.params, group.vision), strict=True):
+            for row, parts in zip(group.rows, self.see(group), strict=True):
                 out |= {(row, i): part for i, part in enumerate(parts)}
         return out
+
+    def see(self, group: Pictures) -> Sequence[tuple[jax.Array, ...]]:
+        """For each picture of a group, its features in pieces ``[PIECE, hidden]``."""
+        program = self._program("see", *group.vision.valid.shape)
+        return program(self.params, group.vision)
 
     def _read(self, group: Prompts, features: dict) -> Sequence[Entry]:
         rows, width = group.batch.order.shape
         parts = [features[piece] for piece in group.features]
-        count = self._pieces(len(parts), rows, width)
-        parts += [self._zeros()] * (count - len(parts))
+        count = self.feature_pieces(len(parts), rows, width)
+        parts += [self.zeros()] * (count - len(parts))
         program = self._program("read", rows, width, count, group.batch.visual_slots)
         return program(self.params, group.batch, tuple(parts))
 
-    def _pieces(self, needed: int, rows: int, width: int) -> int:
+    def feature_pieces(self, needed: int, rows: int, width: int) -> int:
         """Pieces of features that a prefill takes; none in a model without pictures."""
         if self.model.vision is None:
             return 0
         return buckets.feature_pieces(needed, rows, width)
 
-    def _zeros(self) -> jax.Array:
+    def zeros(self) -> jax.Array:
         """A piece of features that nobody looks at."""
         if self._nothing is None:
             language = self.model.language
@@ -245,13 +249,13 @@ class Generator:
             self.owner, (kind, *sizes), lambda: getattr(self, f"_compile_{kind}")(*sizes)
         )
 
-    def _bound(self, step: Callable) -> Callable:
+    def bound(self, step: Callable) -> Callable:
         """``step(model, ...)`` as a function of ``(params, ...)``."""
         return lambda params, *rest: step(nnx.merge(self.graphdef, params), *rest)
 
-    def _compiled(self, step: Callable, *args: Any, donate: int | None = None) -> Any:
+    def compiled(self, step: Callable, *args: Any, donate: int | None = None) -> Any:
         donated = () if donate is None else (donate,)
-        jitted = jax.jit(self._bound(step), donate_argnums=donated)
+        jitted = jax.jit(self.bound(step), donate_argnums=donated)
         return jitted.lower(self.params, *args).compile()
 
     def _compile_see(self, rows: int, patches: int) -> Any:
@@ -259,42 +263,42 @@ class Generator:
         shape = (rows, patches)
         positions = None
         if tower.cfg.position_grid and tower.takes_any_size:
-            positions = _shape(shape, i32)
+            positions = shape_of(shape, i32)
         vision = VisionInput(
-            _shape((*shape, tower.cfg.patch_dim), np.float32),
-            _shape((*shape, 2), i32),
-            _shape(shape, bool),
+            shape_of((*shape, tower.cfg.patch_dim), np.float32),
+            shape_of((*shape, 2), i32),
+            shape_of(shape, bool),
             positions,
         )
-        return self._compiled(steps.see, vision)
+        return self.compiled(steps.see, vision)
 
     def _compile_read(self, rows: int, width: int, count: int, visual_slots: int | None) -> Any:
         language = self.model.language
-        ids = _shape((rows, width), np.int32)
+        ids = shape_of((rows, width), np.int32)
         streams = len(language.cfg.rope_sections)
-        positions = _shape((streams, rows, width), np.int32)
+        positions = shape_of((streams, rows, width), np.int32)
         batch = Batch(ids, ids, positions, ids, ids, None, visual_slots)
-        piece = _shape((PIECE, language.cfg.hidden_size), language.dtype)
+        piece = shape_of((PIECE, language.cfg.hidden_size), language.dtype)
 
         def read(model: VLM, batch: Batch, features: tuple) -> tuple[Entry, ...]:
             return steps.read(model, batch, features, self.int8_cache)
 
-        return self._compiled(read, batch, (piece,) * count)
+        return self.compiled(read, batch, (piece,) * count)
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
         return lambda model: steps.empty(model, rows, slots, self.int8_cache)
 
     def _answers(self, rows: int, slots: int) -> Answers:
-        return jax.eval_shape(self._bound(self._empty(rows, slots)), self.params)
+        return jax.eval_shape(self.bound(self._empty(rows, slots)), self.params)
 
     def _compile_empty(self, rows: int, slots: int) -> Any:
-        return self._compiled(self._empty(rows, slots))
+        return self.compiled(self._empty(rows, slots))
 
     def _compile_insert(self, rows: int, slots: int) -> Any:
         # One row of one piece has the shapes of an entry.
-        one, i32 = self._answers(1, PIECE), _shape((), np.int32)
+        one, i32 = self._answers(1, PIECE), shape_of((), np.int32)
         cache = one.state.cache
-        hidden = _shape(one.hidden.shape[1:], one.hidden.dtype)
+        hidden = shape_of(one.hidden.shape[1:], one.hidden.dtype)
         entry = Entry(((cache.k, cache.v, cache.order),), hidden, i32, i32, i32)
         jitted = jax.jit(steps.insert, donate_argnums=0)
         return jitted.lower(self._answers(rows, slots), entry, i32, i32).compile()
@@ -303,12 +307,12 @@ class Generator:
         def run(model: VLM, answers: Answers, until: jax.Array, how: RowSampling) -> Answers:
             return steps.run(model, answers, until, how, self.stop_ids)
 
-        until = _shape((rows,), np.int32)
+        until = shape_of((rows,), np.int32)
         how = steps.shapes_of(per_row(Sampling(), None, rows))
-        return self._compiled(run, self._answers(rows, slots), until, how, donate=1)
+        return self.compiled(run, self._answers(rows, slots), until, how, donate=1)
 
 
-def _shape(shape: tuple[int, ...], dtype: Any) -> Any:
+def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
     """Stands for an array while a program is compiled."""
     return jax.ShapeDtypeStruct(shape, dtype)
 

@@ -15,7 +15,7 @@ from mquant_jax.runtime.tokens import LAYOUTS
 from mquant_jax.validate import choice, count, shortened
 
 DTYPES = ("float32", "bfloat16", "float16")
-_SEEDS = 1 << 32  # without 64-bit integers JAX drops the higher bits of a seed
+SEEDS = 1 << 32  # without 64-bit integers JAX drops the higher bits of a seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
             "max_new_tokens": count(self.max_new_tokens, "max_new_tokens"),
             "batch_size": count(self.batch_size, "batch_size"),
             "limit": None if self.limit is None else count(self.limit, "limit"),
-            "seed": count(self.seed, "seed", 0, _SEEDS - 1),
+            "seed": count(self.seed, "seed", 0, SEEDS - 1),
             "dtype": None if self.dtype is None else _dtype(self.dtype),
             "layout": choice(self.layout, "layout", LAYOUTS),
             "kv_cache": choice(self.kv_cache, "kv_cache", KV_CACHES),

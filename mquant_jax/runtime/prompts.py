@@ -89,7 +89,7 @@ def split_prompts(model: VLM, batch: Batch, aifs: bool, platform: str) -> Iterat
         tokens = model.vision.tokens(batch.vision.patches.shape[1])
     rows, width = batch.order.shape
     if batch.visual_slots is not None:
-        yield _prompts(batch, list(range(rows)), tokens)
+        yield regrouped(batch, list(range(rows)), tokens)
         return
     real = batch.order >= 0
     visual = (real & (batch.token_class == VISUAL)).sum(axis=1)
@@ -105,11 +105,15 @@ def split_prompts(model: VLM, batch: Batch, aifs: bool, platform: str) -> Iterat
         for some in _groups(alike, front + back, platform):
             part = _rows(batch, some)
             part = arrange(part, front, back)[0] if aifs else _left_padded(part, back)
-            yield _prompts(part, some, tokens)
+            yield regrouped(part, some, tokens)
 
 
-def _prompts(batch: Batch, rows: list[int], tokens: int) -> Prompts:
-    """``tokens``: visual tokens of each row of the vision input that ``visual_index`` counts."""
+def regrouped(batch: Batch, rows: list[int], tokens: int) -> Prompts:
+    """A batch whose ``visual_index`` counts the pieces of features that it needs, and them alone.
+
+    Args:
+        tokens: visual tokens of each row of the vision input that ``visual_index`` counts now.
+    """
     index = batch.visual_index
     if not tokens or not (index >= 0).any():
         return Prompts(rows, dataclasses.replace(batch, vision=None), [])
@@ -158,10 +162,28 @@ def _rows(batch: Batch, rows: list[int]) -> Batch:
 def _left_padded(batch: Batch, width: int) -> Batch:
     """The last ``width`` columns of a batch, with padding on their left where it has fewer."""
     missing = max(0, width - batch.order.shape[1])
+    return _padded(batch, lambda x: x[..., -width:], (missing, 0))
+
+
+def right_padded(batch: Batch, width: int) -> Batch:
+    """A batch of at most ``width`` columns with padding on its right."""
+    return _padded(batch, lambda x: x, (0, width - batch.order.shape[1]))
+
+
+def without_padding(batch: Batch) -> Batch:
+    """A batch without the columns on its left that no row has a token in."""
+    first = int((np.asarray(batch.order) >= 0).any(axis=0).argmax())
+    return _left_padded(batch, batch.order.shape[1] - first)
+
+
+def _padded(
+    batch: Batch, part: Callable[[np.ndarray], np.ndarray], missing: tuple[int, int]
+) -> Batch:
+    """``part`` of a batch's columns, with so many columns of padding before and after them."""
 
     def fit(x: AnyArray, fill: int) -> np.ndarray:
-        widths = [(0, 0)] * (x.ndim - 1) + [(missing, 0)]
-        return np.pad(np.asarray(x)[..., -width:], widths, constant_values=fill)
+        widths = [(0, 0)] * (x.ndim - 1) + [missing]
+        return np.pad(part(np.asarray(x)), widths, constant_values=fill)
 
     return dataclasses.replace(
         batch,

@@ -94,6 +94,49 @@ def key_words(key: jax.Array | None) -> np.ndarray:
     return np.bitwise_xor.reduce(words.reshape(-1, 2), axis=0)
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["repetition", "presence", "frequency"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class RowPenalties:
+    """Penalties on tokens that each row holds already, float32 ``[B]``, as vLLM defines them.
+
+    Attributes:
+        repetition: divides positive logits and multiplies others, of tokens of prompt and answer;
+            1 changes nothing.
+        presence: taken off the logits of tokens of the answer.
+        frequency: taken off once for each time that the answer holds the token.
+    """
+
+    repetition: AnyArray
+    presence: AnyArray
+    frequency: AnyArray
+
+
+def penalised(
+    logits: jax.Array, penalties: RowPenalties, prompt: jax.Array, counts: jax.Array
+) -> jax.Array:
+    """float32 ``[B, vocab]`` after the penalties; as it is where no row has any.
+
+    Args:
+        prompt: bool ``[B, vocab]``, whether a row's prompt holds the token.
+        counts: int32 ``[B, vocab]``, how often its answer does.
+    """
+    repetition, presence, frequency = (
+        x[:, None] for x in (penalties.repetition, penalties.presence, penalties.frequency)
+    )
+
+    def changed() -> jax.Array:
+        factor = jnp.where(prompt | (counts > 0), repetition, 1.0)
+        x = jnp.where(logits > 0, logits / factor, logits * factor)
+        return x - frequency * counts - presence * (counts > 0)
+
+    some = (repetition != 1) | (presence != 0) | (frequency != 0)
+    return jax.lax.cond(jnp.any(some), changed, lambda: logits)
+
+
 def sample(logits: jax.Array, how: RowSampling, draw: jax.Array) -> jax.Array:
     """float32 ``[B, vocab]`` -> int32 ``[B]``.
 

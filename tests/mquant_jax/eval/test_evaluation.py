@@ -164,6 +164,9 @@ def test_several_checkpoints_against_the_first(models, data) -> None:
     out = result.to_json()
     first, second = out["models"]
     assert out["task"] == "jsonl" and out["n"] == 11
+    assert (
+        repr(result) == "Evaluation(jsonl, 11 questions, score in '%', a/float: 100, b/w4: 81.82)"
+    )
     assert first["score"] == 100 and first["delta"] is first["ci95"] is first["flips"] is None
     assert second["delta"] == pytest.approx(-200 / 11) == second["score"] - 100
     assert second["ci95"][0] < second["delta"] < second["ci95"][1] <= 0

@@ -1,0 +1,96 @@
+"""Answer chat requests in the form of OpenAI's interface, and show a page to try it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+
+from mquant_jax.api import load
+from mquant_jax.cli_support import OK, Parser, add_no_verify, warn
+from mquant_jax.errors import UserError
+from mquant_jax.runtime.chats import MAX_NEW_TOKENS
+from mquant_jax.runtime.engine import Engine
+from mquant_jax.runtime.generate import KV_CACHES
+from mquant_jax.runtime.options import Options
+from mquant_jax.validate import count
+
+KEY_VARIABLE = "MQUANT_API_KEY"
+EPILOG = f"""\
+  POST /v1/chat/completions   text and pictures (data: URLs), whole or streamed
+  GET  /v1/models             the served model
+  GET  /health, /metrics      for supervisors and Prometheus
+  GET  /                      a page: drop pictures, ask, watch the answer
+
+One line with the URL says that requests are taken. SIGTERM and Ctrl-C end the server: it refuses
+new requests and finishes the open ones. docs/serving.md has examples for clients.
+
+examples:
+  python -m mquant_jax serve DST --port 8000
+  {KEY_VARIABLE}=secret python -m mquant_jax serve DST --host 0.0.0.0 --slots 16
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "DST", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Serve until a signal ends it."""
+    args = _parser().parse_args(argv)
+    try:
+        from mquant_jax.serve.server import Server, open_socket, url_of
+        from mquant_jax.serve.service import Limits, Service
+    except ImportError as e:
+        raise UserError(f"serve needs the package {e.name}: pip install 'mquant-jax[serve]'") from e
+    requests = count(args.slots, "--slots") + count(args.queue, "--queue")
+    body = count(args.max_body_mb, "--max-body-mb") << 20
+    limits = Limits(body, args.max_pixels, args.max_prompt_tokens, args.max_new_tokens, requests)
+    options = Options(kv_cache=args.kv_cache)
+    grace = count(args.grace, "--grace", least=0)
+    key = args.api_key or os.environ.get(KEY_VARIABLE)
+    if not (key or _is_local(args.host)):
+        warn(f"--host {args.host} is reached from other machines, and there is no --api-key")
+    with open_socket(args.host, args.port) as listening:
+        model = load(args.checkpoint, kv_cache=options.kv_cache, verify=args.verify)
+        name = args.name or Path(args.checkpoint).resolve().name
+        with Engine(model, slots=args.slots, context=args.context, queue=args.queue) as engine:
+            service = Service(model, engine, name, limits)
+            service.warm_up()
+            ready = f"serving {name} on {url_of(listening)}"
+            Server(service, key, grace, lambda: print(ready, flush=True)).run_on(listening)
+    return OK
+
+
+def _parser() -> Parser:
+    parser = Parser("python -m mquant_jax serve", __doc__, EPILOG)
+    add = parser.add_argument
+    add("checkpoint", help="folder that convert has written")
+    add("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine "
+        "alone; 0.0.0.0 is all of its addresses")  # fmt: skip
+    add("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
+    add("--api-key", metavar="KEY", help=f"clients must send it; default: ${KEY_VARIABLE}")
+    add("--name", help="the model's name for clients; default: the folder's")
+    add("--slots", type=int, default=8, metavar="N", help="requests that decode together")
+    add("--context", type=int, metavar="TOKENS",
+        help="of a prompt and its answer; default: the model's, 4096 at most")  # fmt: skip
+    add("--queue", type=int, default=256, metavar="N",
+        help="requests that may wait; more are refused (429)")  # fmt: skip
+    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N",
+        help=f"of an answer whose request does not say; default {MAX_NEW_TOKENS}")  # fmt: skip
+    add("--max-prompt-tokens", type=int, metavar="N",
+        help="of a prompt, pictures included; default: what the context holds")  # fmt: skip
+    add("--max-pixels", type=int, default=64 << 20, metavar="N",
+        help="of a request's pictures together; default 67108864")  # fmt: skip
+    add("--max-body-mb", type=int, default=64, metavar="MB", help="of a request; default 64")
+    add("--grace", type=int, default=30, metavar="SECONDS",
+        help="that open requests may take at the end; default 30")  # fmt: skip
+    add("--kv-cache", choices=KV_CACHES, default="float",
+        help="int8 keeps keys and values in a half to a quarter of the memory")  # fmt: skip
+    add_no_verify(parser)
+    return parser
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
