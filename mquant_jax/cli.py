@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "answer requests in the form of OpenAI's interface, and show a page to try it",
     "eval": "scores on benchmarks, and what changed between checkpoints",
     "bench": "prefill and decode speed against float32 and bfloat16 of the same model",
+    "report": "what quantisation did to a checkpoint, as a page with pictures",
     "inspect": "what a checkpoint holds and which kernel each layer runs",
 }
 _MODULES = {"eval": "evaluate"}

@@ -201,9 +201,12 @@ class Recipe:
     def section_for(self, path: str) -> Section:
         """How one dense layer is quantised, or a table: ``language/layers/3/down_proj``,
         ``language/embedding``. A tied table has the head's path."""
-        section = self.section(section_name(path))
-        rule = next((rule for rule in self.rules if rule.matches(path)), None)
+        section, rule = self.section(section_name(path)), self.rule_for(path)
         return section if rule is None else rule.applied(section)
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The rule that changes a layer's section, if one does."""
+        return next((rule for rule in self.rules if rule.matches(path)), None)
 
     def _of(self, *names: str) -> list[Section]:
         """What layers of these sections may have, by one rule or by none."""

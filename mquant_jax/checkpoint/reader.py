@@ -97,6 +97,22 @@ class Checkpoint:
                 refuse(file.path, wrong)
         return _assembled(name, entry, arrays)
 
+    def read_scale(self, name: str) -> np.ndarray:
+        """The scales of a quantised tensor, float32 ``[..., groups]``, without its values.
+
+        Raises:
+            CheckpointError: they are not what was written.
+        """
+        entry = self.manifest["tensors"][name]
+        if self.manifest["format_version"] == 2:
+            return np.asarray(self.read(name).scale)
+        file, stored = self._part(entry["part"]), stored_names(name, entry)[1]
+        scale = file.read(stored)
+        found = hashlib.sha256(byte_view(scale)).hexdigest()
+        if self.verify and found != entry["scale_sha256"]:
+            refuse(file.path, [f"tensor {stored} differs from its hash in {MANIFEST}"])
+        return scale
+
     def _part(self, part: str) -> TensorFile:
         if part not in self._files:
             self._files[part] = open_part(self.folder, part, self.manifest)

@@ -9,12 +9,13 @@ from pathlib import Path
 from mquant_jax.checkpoint.manifest import REPORT
 from mquant_jax.cli_support import OK, Parser, add_no_verify
 from mquant_jax.errors import UserError
-from mquant_jax.files import is_file, read_json
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import platform, select_path
 from mquant_jax.recipe import Recipe
+from mquant_jax.report.findings import collect, read_record
+from mquant_jax.report.summary import summary, text
 from mquant_jax.runtime.generate import KV_CACHES
 from mquant_jax.runtime.memory import ACCELERATORS, checkpoint_plan
 from mquant_jax.sections import kind_of
@@ -42,7 +43,7 @@ def layer_paths(model, recipe: Recipe) -> list[dict]:
 
 
 def worst_points(report: dict, count: int) -> str:
-    """The quantisation points (and token classes) that lose most, and what else was decided."""
+    """The quantisation points (and token classes) that lose most."""
     rows = [
         (seen["error"], point, cls, seen)
         for point, classes in report["points"].items()
@@ -52,12 +53,6 @@ def worst_points(report: dict, count: int) -> str:
     for error, point, cls, seen in sorted(rows, key=lambda row: -row[0])[:count]:
         lines.append(f"{point:<40} {cls:<7} {error:>8.2%} {seen['amax']:>10.3g} "
                      f"{seen['clip']:>10.3g} {seen['clipped']:>9.4%}")  # fmt: skip
-    if "sinks" in report:
-        lines.append("sinks: positions {positions}, token ids {ids}".format(**report["sinks"]))
-    for name, split in report.get("split", {}).items():
-        done = "split off" if split["split"] else "kept"
-        lines.append(f"{name}: channel {split['channel']} leads {split['rows_led']:.0%} of the "
-                     f"rows, {done}")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -86,8 +81,10 @@ def main(argv: list[str]) -> int:
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
+    findings = collect(args.checkpoint, verify=False)  # it was just verified
     if args.json:
-        print(json.dumps({"platform": platform(), "recipe": recipe.to_json(), "layers": rows}))
+        print(json.dumps({"platform": platform(), "recipe": recipe.to_json(), "layers": rows,
+                          "report": summary(findings)}))  # fmt: skip
         return OK
     print(f"family {loaded.manifest['family']}, recipe {recipe.name}, platform {platform()}\n")
     print(recipe.table() + "\n")
@@ -95,6 +92,8 @@ def main(argv: list[str]) -> int:
     for r in rows:
         forms = f"{r['one_row']} / {r['many_rows']}" if "one_row" in r else "float dot"
         print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
+    if recipe.changes_weights:
+        print("\n" + text(findings))
     if points:
         print("\n" + _points(Path(args.checkpoint), points))
     return OK
@@ -122,13 +121,9 @@ def _memory(args: argparse.Namespace) -> int:
 
 
 def _points(folder: Path, count: int) -> str:
-    path = folder / REPORT
-    if not is_file(path):
-        raise UserError(f"{path}: no such file; only quantised checkpoints have a report")
-    report = read_json(path)
-    try:
-        return worst_points(report, count)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    record = read_record(folder)
+    if record is None:
         raise UserError(
-            f"{path}: damaged: not a quantisation report; convert the model again"
-        ) from e
+            f"{folder / REPORT}: no such file; only quantised checkpoints have a report"
+        )
+    return worst_points(record, count)

@@ -247,6 +247,21 @@ def output_error(weight: jax.Array, q: Any, hessian: AnyArray) -> jax.Array:
     return _output_error(weight, q.dequantize(), hessian)
 
 
+def relative_output_error(weight: np.ndarray, rounded: np.ndarray, hessian: np.ndarray) -> float:
+    """Root of ``sum_t |(w - q) x_t|^2 / sum_t |w x_t|^2`` over up to 256 output channels, which are
+    spread evenly: all of them would take as long as rounding.
+
+    Args:
+        weight, rounded: float32 ``[out, K]``.
+        hessian: float32 ``[K, K]``; in host memory, and not copied.
+    """
+    some = slice(None, None, -(-len(weight) // _ROWS))
+    weight, error = weight[some], weight[some] - rounded[some]
+    lost = np.sum((error @ hessian) * error, dtype=np.float64)
+    whole = np.sum((weight @ hessian) * weight, dtype=np.float64)
+    return float(np.sqrt(max(lost, 0.0) / (whole + 1e-30)))
+
+
 @jax.jit
 def _output_error(weight: jax.Array, rounded: jax.Array, hessian: Any) -> jax.Array:
     error = weight.astype(jnp.float32) - rounded

@@ -102,6 +102,11 @@ class Histogram:
                 np.add.at(out.counts, out._bins(h.centres()), h.counts)
         return out
 
+    def range_report(self) -> dict[str, float]:
+        """Largest magnitude and root mean square of what was counted."""
+        power = self.counts @ self.centres() ** 2 / max(self.counts.sum(), 1.0)
+        return {"amax": self.amax, "rms": float(power**0.5)}
+
     def centres(self) -> np.ndarray:
         return (np.arange(self.BINS) + 0.5) * (self.range / self.BINS)
 

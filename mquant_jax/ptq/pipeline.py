@@ -25,6 +25,7 @@ from mquant_jax.nn.decoder import SinkRule
 from mquant_jax.nn.params import Params, abstract_params, layer_path, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.balance import balance_params
+from mquant_jax.ptq.coverage import coverage, float_ranges
 from mquant_jax.ptq.factors import is_weight, placed
 from mquant_jax.ptq.ledger import Ledger
 from mquant_jax.ptq.prefix import prefix_ids, prefix_params
@@ -58,7 +59,7 @@ def quantize_params(
 
     Returns:
         Tensors by name (``QWeight`` where quantised, with ``act_scale`` tables), and a report with
-        weight error per layer and clipping per quantisation point.
+        weight error per layer and clipping per quantisation point, see docs/checkpoints.md.
     """
     made: Params = {}
 
@@ -135,6 +136,7 @@ class Conversion:
         self._shapes = abstract_params(self.target)
         self._written: set[str] = set()
         self._bar: Iterator[Any] = iter(())
+        self._unchanged: Statistics | None = None  # a look before anything was scaled or rotated
         self.report: dict[str, Any] = {"weights": {}, "points": {}}
 
     def run(self, sink: Sink) -> dict[str, Any]:
@@ -144,6 +146,7 @@ class Conversion:
         if recipe.balance:
             look = Statistics(columns=True, sample=0)
             self._walk("balance", Recipe(), look)
+            self._unchanged = look
             self.params, self.report["balance"] = balance_params(
                 self.params, streams(self.config), look
             )
@@ -192,9 +195,12 @@ class Conversion:
     def _calibrate(self, sink: Sink) -> None:
         """Determine everything that depends on the calibration prompts."""
         recipe, bare = self.recipe, without_prefix(self.recipe)
+        sinks: tuple[list[int], list[int]] = [], []
         if recipe.smooth:
             look = Statistics(columns=True)
             self._walk("smooth", bare, look)
+            if not (recipe.balance or recipe.rotate):
+                self._unchanged = look
             streams = self.family.streams(self.config)
             self.params, self.report["smoothing"] = smooth_params(
                 self.params, streams, recipe, look
@@ -202,7 +208,12 @@ class Conversion:
         if recipe.finds_sinks:
             look = Statistics(columns=False)
             self._walk("sinks", bare, look)
-            self._mark_sinks(sinks_of(look, self.batches))
+            sinks = sinks_of(look, self.batches)
+            self._mark_sinks(sinks)
+        self.report["coverage"] = coverage(self.batches, sinks)
+        if self._unchanged is not None:
+            self.report["before"] = float_ranges(self._unchanged, self.batches, sinks)
+            self._unchanged = None  # of no more use, and as large as the prompts are long
         dtypes = {name: value.dtype for name, value in self.source.items()}
         quantiser = Quantiser(self.target, recipe, dtypes, self.states, sink)
         rounded = self._rounded_rows if self._table.quantised else None

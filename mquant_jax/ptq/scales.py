@@ -77,7 +77,8 @@ def choose_clip(
 def point_report(
     hists: list[Histogram], clips: list[float], names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Per class: largest magnitude, clip, share of clipped values, rounding error in relation.
+    """Per class: largest magnitude, root mean square, clip, share of clipped values, rounding error
+    in relation.
 
     ``error`` is the root of ``sum (x - q)^2 / sum x^2``.
     """
@@ -90,7 +91,7 @@ def point_report(
         error = values - np.minimum(np.round(values / scale), INT_MAX[8]) * scale
         power = float(hist.counts @ values**2) + 1e-30
         out[name] = {
-            "amax": hist.amax,
+            **hist.range_report(),
             "clip": clip,
             "clipped": float(hist.counts[values > clip].sum() / total),
             "error": float((hist.counts @ error**2) / power) ** 0.5,

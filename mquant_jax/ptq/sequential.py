@@ -24,63 +24,26 @@ from mquant_jax.nn.act_quant import SINK, TEXT, TOKEN_CLASSES, VISUAL
 from mquant_jax.nn.params import Params, assign, find, variables
 from mquant_jax.numerics import INT_MAX, QWeight
 from mquant_jax.ptq.factors import placed
-from mquant_jax.ptq.gptq import Inputs, accumulate, empty_gram, fitted, prepare
+from mquant_jax.ptq.gptq import (
+    Inputs,
+    accumulate,
+    empty_gram,
+    fitted,
+    prepare,
+    relative_output_error,
+)
 from mquant_jax.ptq.observe import Histogram, named, tapped
 from mquant_jax.ptq.scales import choose_clip, clip_search, point_report, round_weight
 from mquant_jax.ptq.split import split_weight
-from mquant_jax.ptq.states import Spool, States
+from mquant_jax.ptq.states import States
 from mquant_jax.ptq.statistics import Sampler, classes_at
 from mquant_jax.ptq.tune_block import tune_block
 from mquant_jax.ptq.walk import LAST, Outputs, Part, block_of, outputs, working
+from mquant_jax.ptq.work import Seen, Work, empty_report
 from mquant_jax.recipe import Recipe, Section
 
 # Takes the tensors of a finished part; returns what a journal has to know of them.
 Sink = Callable[[str, Params], dict[str, Any]]
-
-
-def empty_report() -> dict[str, dict[str, Any]]:
-    """By tensor, point, layer and block: relative error of each weight, clipping, channels that
-    were split off, and what learning scales did."""
-    return {"weights": {}, "points": {}, "split": {}, "tuning": {}}
-
-
-@dataclasses.dataclass
-class Seen:
-    """What calibration saw at one point.
-
-    Attributes:
-        hists: magnitudes by token class.
-        samples: a sample of rows by token class.
-        hessian: float32 ``[K, K]``, or ``None``.
-        cross: float32 ``[K, K]``, how the float model's inputs differ, or ``None``.
-    """
-
-    hists: list[Histogram]
-    samples: list[Sampler]
-    hessian: jax.Array | None = None
-    cross: jax.Array | None = None
-
-
-@dataclasses.dataclass
-class Work:
-    """A part while it is being quantised.
-
-    Attributes:
-        part: the part; its weights are replaced point by point.
-        target: its abstract quantised form; ``None`` for a point on its own.
-        twin: the module as it was, split, where the float model's inputs are known.
-        known: name of a point that is done -> its inputs, chunk by chunk. No weight before it will
-            change, so that later points are reached from there. Not of the last one, the widest.
-        made: path -> ``QWeight`` or ``act_scale``.
-        report: see :func:`empty_report`.
-    """
-
-    part: Part
-    target: Any
-    twin: tuple[Any, Any] | None = None
-    known: dict[str, Spool] = dataclasses.field(default_factory=dict)
-    made: Params = dataclasses.field(default_factory=dict)
-    report: dict[str, dict[str, Any]] = dataclasses.field(default_factory=empty_report)
 
 
 class Quantiser:
@@ -222,6 +185,12 @@ class Quantiser:
         kernels = {reader: find(part.module, reader).kernel for reader in readers}
         if static:
             self._set_scale(path, work, seen, [k.get_value() for k in kernels.values()])
+        else:
+            work.report["ranges"][path] = {
+                name: hist.range_report()
+                for name, hist in zip(TOKEN_CLASSES, seen.hists, strict=True)
+                if not hist.empty
+            }
         if not readers:
             return
         inputs = None
@@ -249,6 +218,9 @@ class Quantiser:
                 )
             error = np.linalg.norm(rounded - before) / (np.linalg.norm(before) + 1e-30)
             work.report["weights"][f"{name}/kernel"] = float(error)
+            if inputs is not None:
+                lost = relative_output_error(before, rounded, inputs.hessian)
+                work.report["outputs"][f"{name}/kernel"] = lost
             kernel.set_value(jnp.asarray(rounded.astype(weight.dtype)))
 
     def _round_together(self, readers, kernels, inputs, section: Section) -> dict[str, QWeight]:

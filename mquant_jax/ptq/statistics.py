@@ -62,21 +62,23 @@ def column_squares(kernel: jax.Array, rows: int = 1024) -> np.ndarray:
 
 
 @jax.jit
-def _largest(x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(x), axis=-1)
+def _sizes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest magnitude and mean square of each token, float32 ``[...]``."""
+    return jnp.max(jnp.abs(x), axis=-1), jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1)
 
 
 class Statistics:
     """A visitor that looks at every point of a float model.
 
     Args:
-        columns: look at channels and weights, too, and keep rows; else ``channels``, ``moments``,
-            ``samples`` and ``weights`` stay empty.
+        columns: look at channels and weights, too, and keep rows; else ``squares``, ``channels``,
+            ``moments``, ``samples`` and ``weights`` stay empty.
         sample: rows kept per point.
 
     Attributes:
         tokens: path of a point -> float32 ``[tokens]``, largest magnitude of each token, row by row
             and chunk by chunk; NaN for those that the point does not serve.
+        squares: path of a point -> float32 ``[tokens]``, mean square of each token, as ``tokens``.
         channels: path of a point -> float32 ``[K]``, largest magnitude of each channel.
         samples: path of a point -> a :class:`Sampler` of its rows, padding left out.
         moments: path of a point -> float64 ``[2, K]``, mean and mean square of each channel, over
@@ -88,6 +90,7 @@ class Statistics:
     def __init__(self, columns: bool, sample: int = SAMPLE):
         self.columns, self.sample = columns, sample
         self.tokens: dict[str, np.ndarray] = {}
+        self.squares: dict[str, np.ndarray] = {}
         self.channels: dict[str, np.ndarray] = {}
         self.samples: dict[str, Sampler] = {}
         self.moments: dict[str, np.ndarray] = {}
@@ -111,17 +114,17 @@ class Statistics:
         for n, args in enumerate(part.inputs):
             out, taps = run_tapped(graphdef, state, *args)
             for point, value in taps.items():
-                path, per_token = f"{owner}/{point}", np.asarray(_largest(value))
+                path = f"{owner}/{point}"
+                per_token, squares = map(np.asarray, _sizes(value))
                 real = np.asarray(classes_at(part.module, point, args, part.classes[n])) >= 0
                 if not np.isfinite(per_token[real]).all():
                     raise UserError(
                         f"{path}: activations of the float model hold NaN or Inf; the source is "
                         "damaged, or its activations outgrow float32"
                     )
-                per_token = np.where(real, per_token, np.nan).ravel()
-                known = self.tokens.get(path, np.empty(0, np.float32))
-                self.tokens[path] = np.concatenate([known, per_token])
+                _append(self.tokens, path, np.where(real, per_token, np.nan))
                 if self.columns:
+                    _append(self.squares, path, np.where(real, squares, np.nan))
                     self._see_columns(path, np.asarray(value)[real])
             yield out
 
@@ -137,7 +140,7 @@ class Statistics:
         known = self.moments.get(path, np.zeros_like(sums))
         self.moments[path] = (known * before + sums) / max(self._seen[path], 1)
 
-    _KEPT = ("tokens", "channels", "moments", "weights")
+    _KEPT = ("tokens", "squares", "channels", "moments", "weights")
 
     def record(self, name: str) -> dict[str, Any]:
         """What was seen of a part."""
@@ -157,6 +160,12 @@ class Statistics:
         for k, values in kept.items():
             getattr(self, k).update(values)
         self.point_of.update(record["point_of"])
+
+
+def _append(known: dict[str, np.ndarray], path: str, values: np.ndarray) -> None:
+    """Add a chunk's values to those of the chunks before it."""
+    before = known.get(path, np.empty(0, np.float32))
+    known[path] = np.concatenate([before, values.ravel()])
 
 
 def _below(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
 import io
@@ -12,13 +11,10 @@ from typing import Any
 from PIL import Image
 
 from mquant_jax.models.images import load_image
+from mquant_jax.report.html import data_url, page, table
 
 _SIDE = 320  # pixels, the longer side of a picture
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;
-color:#1e1e24;background:#fcfcfa}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ccc;
-text-align:right}td:first-child,th:first-child{text-align:left}
 .card{display:flex;gap:1rem;border:1px solid #ccc;border-radius:6px;padding:1rem;margin:1rem 0;
 background:#fff}.card img{max-width:20rem;height:auto;display:block;image-rendering:auto}
 .q{white-space:pre-wrap;font-weight:600;overflow-wrap:anywhere}dt{color:#555}
@@ -60,25 +56,11 @@ def flips_page(
     Raises:
         ImageError: a picture that cannot be read.
     """
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
-        _table(header, rows),
-    ]
+    parts = [table(header, rows)]
     for name, flips in sections.items():
         parts.append(f"<h2>{html.escape(name)} ({len(flips)})</h2>")
         parts += [_card(flip) for flip in flips] or ["<p>None.</p>"]
-    return "\n".join([*parts, "</body></html>", ""])
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return page(title, parts, _STYLE)
 
 
 def _card(flip: Flip) -> str:
@@ -107,5 +89,4 @@ def _url(image: Any, name: str) -> str:
         picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     picture.save(out, "PNG" if small else "JPEG")
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    return data_url(out.getvalue(), "png" if small else "jpeg")

@@ -124,7 +124,8 @@ def test_everything_the_recipe_names_is_quantised(golden) -> None:
     seen = report["points"]
     assert set(seen["vision/merger/merger_in"]) == {"text"}
     assert set(seen["language/layers/0/attn_in"]) == {"text", "visual", "sink"}
-    assert set(seen["language/layers/0/attn_in"]["sink"]) == {"amax", "clip", "clipped", "error"}
+    figures = {"amax", "rms", "clip", "clipped", "error"}
+    assert set(seen["language/layers/0/attn_in"]["sink"]) == figures
 
 
 def test_group_scales_lower_the_weight_error(golden) -> None:
