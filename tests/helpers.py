@@ -28,6 +28,8 @@ from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight
 from mquant_jax.ops.dense import target_platform
+from mquant_jax.ptq.pipeline import Conversion
+from mquant_jax.ptq.statistics import Statistics
 from mquant_jax.recipe import Recipe
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -91,6 +93,13 @@ def golden_qwen2_vl(case: str) -> tuple[Qwen2VL, Qwen2VLConfig, Arrays, Arrays]:
     model = nnx.eval_shape(lambda: Qwen2VL(config, rngs=nnx.Rngs(0)))
     set_params(model, {r.dst: r.apply(source[r.src]) for r in weight_rules(config)})
     return model, config, inputs, outputs
+
+
+def looked(family: Family, config: Any, params: dict[str, Any], batches: Any) -> Statistics:
+    """Return what the float model shows at its points, statistics of columns included."""
+    seen = Statistics(columns=True)
+    Conversion(family, config, Recipe(), params, batches).walk("look", Recipe(), seen)
+    return seen
 
 
 def quantised(family, config, recipe: Recipe, params: dict[str, Any], batch) -> np.ndarray:

@@ -76,15 +76,6 @@ def quantize_params(
     return {name: made[name] for name in abstract_params(job.target)}, report
 
 
-def looked(
-    family: Family, config: Config, recipe: Recipe, params: Mapping[str, Any], batches: Batches
-) -> Statistics:
-    """Return statistics with columns of the float model that ``recipe`` describes."""
-    seen = Statistics(columns=True)
-    Conversion(family, config, Recipe(), params, batches)._walk("look", recipe, seen)
-    return seen
-
-
 def in_memory(value: Any) -> Any:
     """A tensor whole."""
     if not isinstance(value, Rows):
@@ -145,7 +136,7 @@ class Conversion:
         self._bar = iter(self.progress(range(self._visits()), "convert"))
         if recipe.balance:
             look = Statistics(columns=True, sample=0)
-            self._walk("balance", Recipe(), look)
+            self.walk("balance", Recipe(), look)
             self._unchanged = look
             self.params, self.report["balance"] = balance_params(
                 self.params, streams(self.config), look
@@ -175,7 +166,7 @@ class Conversion:
         walks = recipe.balance + recipe.smooth + recipe.finds_sinks + recipe.needs_calibration
         return walks * len(inner) + len(parts) - (len(inner) if walks else 0)
 
-    def _walk(
+    def walk(
         self,
         name: str,
         recipe: Recipe,
@@ -183,7 +174,13 @@ class Conversion:
         twin: bool = False,
         rounded: RowChange | None = None,
     ) -> None:
-        """One pass over the float model that ``recipe`` describes."""
+        """Take a visitor through the float model that ``recipe`` describes, part by part.
+
+        Args:
+            name: of the pass, in the journal and in the timing.
+            twin: carry the unquantised stream along as well.
+            rounded: replaces rows of the embedding where it is quantised.
+        """
         model = abstract_float(self.family, self.config, recipe)
         params = of_recipe(recipe, self.params)
         with stage(name):
@@ -198,7 +195,7 @@ class Conversion:
         sinks: tuple[list[int], list[int]] = [], []
         if recipe.smooth:
             look = Statistics(columns=True)
-            self._walk("smooth", bare, look)
+            self.walk("smooth", bare, look)
             if not (recipe.balance or recipe.rotate):
                 self._unchanged = look
             streams = self.family.streams(self.config)
@@ -207,7 +204,7 @@ class Conversion:
             )
         if recipe.finds_sinks:
             look = Statistics(columns=False)
-            self._walk("sinks", bare, look)
+            self.walk("sinks", bare, look)
             sinks = sinks_of(look, self.batches)
             self._mark_sinks(sinks)
         self.report["coverage"] = coverage(self.batches, sinks)
@@ -217,7 +214,7 @@ class Conversion:
         dtypes = {name: value.dtype for name, value in self.source.items()}
         quantiser = Quantiser(self.target, recipe, dtypes, self.states, sink)
         rounded = self._rounded_rows if self._table.quantised else None
-        self._walk("round", recipe, quantiser, recipe.carries_float, rounded)
+        self.walk("round", recipe, quantiser, recipe.carries_float, rounded)
         self._written |= quantiser.written
         self.report |= {k: v for k, v in quantiser.report.items() if v or k in self.report}
 

@@ -17,7 +17,6 @@ from mquant_jax.presets import METHODS, PRESETS
 from mquant_jax.ptq import sequential
 from mquant_jax.ptq.pipeline import (
     float_model,
-    looked,
     no_progress,
     quantize_params,
 )
@@ -27,7 +26,7 @@ from mquant_jax.recipe import Calibration, Recipe, Section, Tuning, Weights
 from mquant_jax.runtime.generate import decode, prefill
 from mquant_jax.runtime.tokens import arrange, restore
 from tests.family_cases import changed_config, golden_case, golden_params
-from tests.helpers import dot_flops, forward, golden, relative
+from tests.helpers import dot_flops, forward, golden, looked, relative
 
 CASE = "cogvlm2/public"
 W8A8 = Recipe(
@@ -190,7 +189,7 @@ def test_smoothing_moves_both_experts_together() -> None:
     config, batch = case()
     params = golden_params(CASE)
     recipe = dataclasses.replace(METHODS["smoothquant"], vision=Section(), connector=Section())
-    look = looked(FAMILY, config, Recipe(), params, batch)
+    look = looked(FAMILY, config, params, batch)
     smooth, chosen = smooth_params(params, FAMILY.streams(config), recipe, look)
     assert {n.rpartition("/")[2] for n in chosen} == {"q_proj", "gate_proj", "o_proj", "down_proj"}
     joint = {n: a for n, a in chosen.items() if "down_proj" not in n}

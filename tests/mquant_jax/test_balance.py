@@ -10,10 +10,10 @@ from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import METHODS
 from mquant_jax.ptq.balance import balance_params
-from mquant_jax.ptq.pipeline import float_model, looked, quantize_params, untied
+from mquant_jax.ptq.pipeline import float_model, quantize_params, untied
 from mquant_jax.ptq.statistics import Statistics
 from mquant_jax.recipe import Recipe, Tuning
-from tests.helpers import golden_qwen2_vl, quantised, relative
+from tests.helpers import golden_qwen2_vl, looked, quantised, relative
 
 RECIPE = dataclasses.replace(METHODS["mquant"], tune=Tuning())
 
@@ -29,7 +29,7 @@ def hard():
 
 
 def seen(config, params, batch) -> Statistics:
-    return looked(FAMILY, config, Recipe(), params, batch)
+    return looked(FAMILY, config, params, batch)
 
 
 def test_the_function_stays_and_a_second_time_changes_nothing(hard) -> None:

@@ -46,7 +46,7 @@ def walked(golden, recipe: Recipe, batches) -> Quantiser:
     model, config, _, _, _ = golden
     job = Conversion(FAMILY, config, recipe, get_params(model), batches)
     quantiser = Quantiser(job.target, recipe, {}, job.states, lambda *_: {})
-    job._walk("round", recipe, quantiser)
+    job.walk("round", recipe, quantiser)
     return quantiser
 
 

@@ -8,10 +8,10 @@ from benchmarks.outliers import with_outliers
 from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.pipeline import float_model, looked, quantize_params, untied
+from mquant_jax.ptq.pipeline import float_model, quantize_params, untied
 from mquant_jax.ptq.smooth import smooth_params
 from mquant_jax.recipe import Recipe, Weights
-from tests.helpers import golden_qwen2_vl, quantised, relative
+from tests.helpers import golden_qwen2_vl, looked, quantised, relative
 
 PLAIN = dataclasses.replace(PRESETS["w8a8"], rotate=False, sink_class=False, weights=Weights())
 
@@ -23,7 +23,7 @@ def test_smoothing_keeps_the_function_and_lowers_the_error() -> None:
     config, params = untied(config, get_params(model))
     streams = FAMILY.streams(config)
     hard = with_outliers(params, streams, seed=0)
-    look = looked(FAMILY, config, Recipe(), hard, batch)
+    look = looked(FAMILY, config, hard, batch)
     smooth, strengths = smooth_params(hard, streams, PLAIN, look)
     got = np.asarray(float_model(FAMILY, config, Recipe(), smooth)(batch))[real]
     assert relative(got, outputs["logits"][real]) < 1e-4
