@@ -245,11 +245,14 @@ class Prompt:
             id is set aside for them, families use a number that is no id.
         grids: ``(t, h, w)`` patches of each picture or clip, in order of appearance.
         patches: float32 ``[sum(t*h*w), patch_dim]``.
+        seconds: of each picture or clip, the time from one temporal patch to the next, for
+            families whose positions follow time; empty: one second.
     """
 
     input_ids: list[int]
     grids: list[tuple[int, int, int]]
     patches: np.ndarray
+    seconds: Sequence[float] = ()
 
 
 def longest(prompts: Any) -> int:

@@ -259,6 +259,7 @@ class ChatFolder:
         ids: Sequence[int],
         grids: Sequence[tuple[int, int, int]] = (),
         patches: np.ndarray | None = None,
+        seconds: Sequence[float] = (),
     ) -> Prompt:
         """A prompt of these ids and patches.
 
@@ -270,7 +271,7 @@ class ChatFolder:
         vocab = self.config.language.vocab_size
         check_ids(ids, vocab, self.PLACEHOLDER, f"{self.folder}: tokenizer")
         patches = np.zeros((0, 0), np.float32) if patches is None else patches
-        return Prompt(list(ids), list(grids), patches)
+        return Prompt(list(ids), list(grids), patches, tuple(seconds))
 
     def continued(self, prompt: Prompt, text: str) -> Prompt:
         """The prompt followed by the beginning of its answer.
@@ -279,7 +280,7 @@ class ChatFolder:
             UserError: as :meth:`made`.
         """
         ids = [*prompt.input_ids, *self.encode(checked_text(text, "answer"))]
-        return self.made(ids, prompt.grids, prompt.patches)
+        return self.made(ids, prompt.grids, prompt.patches, prompt.seconds)
 
     @property
     def unknown_tokens(self) -> list[str]:

@@ -20,7 +20,7 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.eva2 import MERGE, EVA2Config
-from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import REQUIRED, choice, whole
 
 VISION = common(

@@ -21,6 +21,7 @@ _BY_MODEL_TYPE = {
     "minicpmv": "mquant_jax.models.minicpmv",
     "qwen": "mquant_jax.models.qwen_vl",
     "qwen2": "mquant_jax.models.llama",
+    "qwen2_5_vl": "mquant_jax.models.qwen2_5_vl",
     "qwen2_vl": "mquant_jax.models.qwen2_vl",
 }
 # Models whose remote code defines no model_type, by the class in ``architectures``.

@@ -26,7 +26,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
-from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Refused, Schema, choice, flag, real, square, table, text, whole
 from mquant_jax.validate import shown
 

@@ -25,7 +25,7 @@ from mquant_jax.models.config_keys import (
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.resampler import ResamplerConfig
-from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Field, Refused, choice, flag, square, table, whole
 from mquant_jax.validate import shown
 

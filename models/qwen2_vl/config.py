@@ -1,4 +1,7 @@
-"""Qwen2-VL's published config.json -> the shapes of our generic parts."""
+"""Qwen2-VL's published config.json -> the shapes of our generic parts.
+
+Qwen2.5-VL shares everything but the table of its tower.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,15 @@ from mquant_jax.models.language_config import SCHEMAS, decoder_config, decoder_f
 from mquant_jax.models.rope_config import FIELDS as ROPE_FIELDS
 from mquant_jax.models.rope_config import read_rope
 from mquant_jax.nn.decoder_block import DecoderConfig
-from mquant_jax.nn.vit import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Refused, Schema, choice, real, table, whole
 from mquant_jax.validate import shown
 
-_TEXT = SCHEMAS["qwen2"] | common(
+TEXT = SCHEMAS["qwen2"] | common(
     decoder_fields(152064, 8192, 29568, 80, 64, 8, 32768) | {"rms_norm_eps": norm_eps(1e-5)},
     "image_token_id video_token_id vision_end_token_id vision_start_token_id vision_token_id",
 )
-_TOP = common(
+TOP = common(
     {
         "image_token_id": token(151655),
         "video_token_id": token(151656),
@@ -61,7 +64,7 @@ _VISION = common(
     in_chans=Refused((3,), "pictures have three channels"),
     window_size=Refused(reason="the tower would be that of Qwen2.5-VL"),
 )
-_AXIAL = Schema(
+AXIAL = Schema(
     {"rope_theta": theta(10000.0), "rope_type": choice("axial", ("axial", "default"))},
     frozenset({"type"}),
 )
@@ -70,7 +73,12 @@ _MROPE, _THETA = (16, 24, 24), 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2VLConfig:
-    """Vision tower, decoder and the special token ids."""
+    """Vision tower, decoder and the special token ids, of Qwen2-VL and Qwen2.5-VL.
+
+    Attributes:
+        tokens_per_second: steps of the temporal position that a second of a clip takes; ``None``:
+            each temporal patch takes one.
+    """
 
     vision: ViTConfig
     language: DecoderConfig
@@ -80,6 +88,7 @@ class Qwen2VLConfig:
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int
+    tokens_per_second: float | None = None
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Qwen2VLConfig:
@@ -90,44 +99,63 @@ class Qwen2VLConfig:
         """
         tables_of = config_tables(hf)
         tables = read_tables(tables_of)
-        top, vision = tables[""], tables["vision_config"]
-        text = tables.get("text_config", top)
-        if text is not top:
-            _check_agreement(hf, top, text)
-        text["tie_word_embeddings"] |= top.get("tie_word_embeddings", False)
-        where = FILE if text is top else f"{FILE}: text_config"
-        language = decoder_config(text, "qwen2", where, _THETA, _MROPE)
-        if vision["hidden_size"] != language.hidden_size:
-            given = "hidden_size" in tables_of["vision_config"][1]
-            how = "" if given else "is missing, and its default "
-            raise UserError(
-                f"{FILE}: vision_config.hidden_size {how}{vision['hidden_size']} differs from "
-                f"hidden_size {language.hidden_size}; the merger must end in the decoder's width"
-            )
-        patch, temporal = vision["patch_size"], vision["temporal_patch_size"]
-        return cls(
-            vision=_vision(vision, tables["vision_config.rope_parameters"]),
-            language=language,
-            patch_size=patch,
-            temporal_patch_size=temporal,
-            merge_size=vision["spatial_merge_size"],
-            image_token_id=top["image_token_id"],
-            video_token_id=top["video_token_id"],
-            vision_start_token_id=top["vision_start_token_id"],
+        vision, rope = tables["vision_config"], tables["vision_config.rope_parameters"]
+        shared = shared_fields(hf, tables, tables_of, "hidden_size")
+        size = vision["embed_dim"]
+        tower = tower_shape(vision, rope, size, int(size * vision["mlp_ratio"]))
+        return cls(vision=tower, **shared)
+
+
+def shared_fields(
+    hf: dict[str, Any], tables: Mapping[str, Any], given: Tables, width: str
+) -> dict[str, Any]:
+    """All fields of the config but the vision tower's, from typed tables.
+
+    Args:
+        given: the tables with what the file holds.
+        width: key of ``vision_config`` for the width of the merger's output.
+
+    Raises:
+        UserError: see :meth:`Qwen2VLConfig.from_hf`.
+    """
+    top, vision = tables[""], tables["vision_config"]
+    text = tables.get("text_config", top)
+    if text is not top:
+        _check_agreement(hf, top, text)
+    text["tie_word_embeddings"] |= top.get("tie_word_embeddings", False)
+    where = FILE if text is top else f"{FILE}: text_config"
+    language = decoder_config(text, "qwen2", where, _THETA, _MROPE)
+    if vision[width] != language.hidden_size:
+        how = "" if width in given["vision_config"][1] else "is missing, and its default "
+        raise UserError(
+            f"{FILE}: vision_config.{width} {how}{vision[width]} differs from "
+            f"hidden_size {language.hidden_size}; the merger must end in the decoder's width"
         )
+    return {
+        "language": language,
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "image_token_id": top["image_token_id"],
+        "video_token_id": top["video_token_id"],
+        "vision_start_token_id": top["vision_start_token_id"],
+    }
 
 
-def config_tables(hf: dict[str, Any]) -> Tables:
-    """The tables of a config.json; flat ones have the text model's keys at the top."""
+def config_tables(hf: dict[str, Any], tower: Schema = _VISION) -> Tables:
+    """The tables of a config.json; flat ones have the text model's keys at the top.
+
+    ``tower``: the table of ``vision_config``.
+    """
     vision = hf.get("vision_config") or {}
     rope = vision.get("rope_parameters") if isinstance(vision, Mapping) else None
     tables = {
-        "": (_TEXT | _TOP, hf),
-        "vision_config": (_VISION, vision),
-        "vision_config.rope_parameters": (_AXIAL, rope or {}),
+        "": (TEXT | TOP, hf),
+        "vision_config": (tower, vision),
+        "vision_config.rope_parameters": (AXIAL, rope or {}),
     }
     if hf.get("text_config"):
-        tables["text_config"] = (_TEXT, hf["text_config"])
+        tables["text_config"] = (TEXT, hf["text_config"])
     return tables
 
 
@@ -145,7 +173,7 @@ def _check_agreement(
     if scaled != read_rope(text, where, _THETA, head_dim, mrope=True):
         raise UserError(f"{FILE}: {' and '.join(rope)} at the top differ from those in "
                         "text_config, which transformers reads; make them agree")  # fmt: skip
-    for key in _TEXT.fields:
+    for key in TEXT.fields:
         own = key in ROPE_FIELDS or key == "tie_word_embeddings"
         if key in hf and not own and top[key] != text[key]:
             raise UserError(
@@ -154,8 +182,19 @@ def _check_agreement(
             )
 
 
-def _vision(vision: Mapping[str, Any], rope: Mapping[str, Any]) -> ViTConfig:
-    size, patch = vision["embed_dim"], vision["patch_size"]
+def tower_shape(
+    vision: Mapping[str, Any], rope: Mapping[str, Any], size: int, inner: int, **more: Any
+) -> ViTConfig:
+    """A tower with rotary positions.
+
+    Args:
+        size, inner: widths of the stream and of the MLPs.
+        more: fields of :class:`ViTConfig`.
+
+    Raises:
+        UserError: the heads do not fit the width.
+    """
+    patch = vision["patch_size"]
     check_heads(f"{FILE}: vision_config", size, vision["num_heads"])
     if size // vision["num_heads"] % 4:
         raise UserError(f"{FILE}: vision_config: heads of width {size // vision['num_heads']} do "
@@ -164,9 +203,10 @@ def _vision(vision: Mapping[str, Any], rope: Mapping[str, Any]) -> ViTConfig:
         hidden_size=size,
         num_layers=vision["depth"],
         num_heads=vision["num_heads"],
-        intermediate_size=int(size * vision["mlp_ratio"]),
+        intermediate_size=inner,
         patch_dim=3 * vision["temporal_patch_size"] * patch * patch,
         activation=vision["hidden_act"],
         norm_eps=1e-6,
         rope_theta=rope["rope_theta"],
+        **more,
     )

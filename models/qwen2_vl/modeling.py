@@ -1,4 +1,4 @@
-"""Qwen2-VL: a rotary vision tower, a 2x2 patch merger and the generic decoder."""
+"""Qwen2-VL and Qwen2.5-VL: a rotary vision tower, a 2x2 patch merger and the generic decoder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.vit import VisionInput, ViT, gelu, tower_norm
+from mquant_jax.nn.vit import VisionInput, ViT
+from mquant_jax.nn.vit_block import gelu, tower_norm
 from mquant_jax.recipe import Recipe
 
 
 class PatchMerger(nnx.Module):
-    """LayerNorm per patch, then a two-layer MLP over each 2x2 block of patches."""
+    """A norm per patch, then a two-layer MLP over each 2x2 block of patches."""
 
     POINTS: ClassVar[Points] = {"merger_in": ("fc1",), "merger_hidden": ("fc2",)}
 
@@ -25,7 +26,7 @@ class PatchMerger(nnx.Module):
         width, out = config.vision.hidden_size, config.language.hidden_size
         self.block = config.merge_size**2
         merged = width * self.block
-        self.norm = tower_norm(width, config.vision.norm_eps, place)
+        self.norm = tower_norm(width, config.vision.norm_eps, place, config.vision.rms_norm)
         self.merger_in = place.point("merger_in", self.POINTS)
         self.fc1 = place.dense("fc1", merged, merged, rngs=rngs)
         rotation = place.online_rotation(merged)
@@ -63,6 +64,6 @@ class Qwen2VLVision(ViT):
 
 
 class Qwen2VL(VLM):
-    """Qwen2-VL of any size, float or quantised as ``recipe`` says."""
+    """Qwen2-VL or Qwen2.5-VL of any size, float or quantised as ``recipe`` says."""
 
     VISION = Qwen2VLVision

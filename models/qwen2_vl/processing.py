@@ -15,6 +15,7 @@ from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime.buckets import fine
 
 Grid = tuple[int, int, int]
+_LONGEST_STEP = 3600.0  # seconds between temporal patches
 
 
 def patch_coords(h: int, w: int, merge: int) -> np.ndarray:
@@ -58,23 +59,51 @@ def visual_rows(grids: Sequence[Grid], merge: int, row_tokens: int) -> list[np.n
     return out
 
 
+def _temporal(frames: int, seconds: float, config: Qwen2VLConfig) -> np.ndarray:
+    """int32 ``[frames]``: temporal positions of a clip's temporal patches, from 0."""
+    index = np.arange(frames, dtype=np.float32)
+    if config.tokens_per_second is not None:
+        index = np.floor(index * np.float32(seconds) * np.float32(config.tokens_per_second))
+    return index.astype(np.int32)
+
+
+def _checked_seconds(seconds: Sequence[float], grids: Sequence[Grid]) -> Sequence[float]:
+    """The time between temporal patches of each grid, checked.
+
+    Raises:
+        PromptError: there is not one number for each grid, or one out of range.
+    """
+    if not seconds:
+        return [1.0] * len(grids)
+    if len(seconds) != len(grids) or not all(0 <= s <= _LONGEST_STEP for s in seconds):
+        raise PromptError(f"seconds {list(seconds)}: expected one number from 0 to {_LONGEST_STEP} "
+                          f"for each of {len(grids)} pictures and clips")  # fmt: skip
+    return seconds
+
+
 def mrope_positions(
-    ids: Sequence[int], grids: Sequence[Grid], config: Qwen2VLConfig
+    ids: Sequence[int],
+    grids: Sequence[Grid],
+    config: Qwen2VLConfig,
+    seconds: Sequence[float] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rotary positions of one unpadded row, and which visual grid each token belongs to.
 
     After a clip, text continues at one past the largest position used (as the models were trained).
 
+    Args:
+        seconds: see :class:`~mquant_jax.models.base.Prompt`.
+
     Returns:
         int32 ``[3, n]``, and int32 ``[n]``: index into ``grids``, -1 for text.
 
     Raises:
-        PromptError: placeholders and grids do not match.
+        PromptError: placeholders, grids and ``seconds`` do not match.
     """
     visual = np.isin(ids, (config.image_token_id, config.video_token_id))
     positions = np.zeros((3, len(ids)), np.int32)
     owner = np.full(len(ids), -1, np.int32)
-    at = i = used = 0
+    seconds, at, i, used = _checked_seconds(seconds, grids), 0, 0, 0
     while i < len(ids):
         if not visual[i]:
             positions[:, i] = at
@@ -87,9 +116,11 @@ def mrope_positions(
         n = t * mh * mw
         if not visual[i : i + n].all() or i + n > len(ids):
             raise PromptError(f"picture {used} needs {n} placeholders in a row from token {i}")
-        positions[:, i : i + n] = at + np.indices((t, mh, mw)).reshape(3, n)
+        own = np.indices((t, mh, mw)).reshape(3, n)
+        own[0] = _temporal(t, seconds[used], config)[own[0]]
+        positions[:, i : i + n] = at + own
         owner[i : i + n] = used
-        at, i, used = at + max(t, mh, mw), i + n, used + 1
+        at, i, used = at + int(own.max()) + 1, i + n, used + 1
     if used < len(grids):
         raise PromptError(f"{len(grids)} pictures given, placeholders for {used}")
     return positions, owner
@@ -123,7 +154,7 @@ def collate(
         n = lengths[i]
         real = slice(t - n, t)
         ids[i, real], order[i, real] = p.input_ids, np.arange(n)
-        positions[:, i, real], owner = mrope_positions(p.input_ids, p.grids, config)
+        positions[:, i, real], owner = mrope_positions(p.input_ids, p.grids, config, p.seconds)
         token_class[i, real] = owner >= 0
         if p.grids:
             mine = np.concatenate(rows[first : first + len(p.grids)])
@@ -144,21 +175,23 @@ def reference_prompts(inputs: dict[str, Any], config: Qwen2VLConfig) -> Iterator
             sizes = np.prod(inputs[shapes], axis=1)
             parts = np.split(inputs[pixels], np.cumsum(sizes)[:-1])
             grids = [(int(t), int(h), int(w)) for t, h, w in inputs[shapes]]
-            queues[token] = iter(list(zip(grids, parts, strict=True)))
+            steps = [1.0] * len(grids)
+            if token == config.video_token_id:
+                steps = [float(s) for s in inputs.get("second_per_grid_ts", steps)]
+            queues[token] = iter(list(zip(grids, parts, steps, strict=True)))
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         ids = ids[mask == 1].tolist()
         pictures = []
         i = 0
         while i < len(ids):
             if ids[i] in queues:
-                grid, part = next(queues[ids[i]])
-                pictures.append((grid, part))
-                i += int(np.prod(grid)) // config.merge_size**2
+                pictures.append(next(queues[ids[i]]))
+                i += int(np.prod(pictures[-1][0])) // config.merge_size**2
             else:
                 i += 1
-        patches = [part for _, part in pictures]
+        grids, parts, seconds = ([p[k] for p in pictures] for k in range(3))
         empty = np.zeros((0, config.vision.patch_dim), np.float32)
-        yield Prompt(ids, [g for g, _ in pictures], np.concatenate(patches) if patches else empty)
+        yield Prompt(ids, grids, np.concatenate([empty, *parts]), seconds)
 
 
 def reference_batch(config: Qwen2VLConfig, inputs: dict[str, np.ndarray]) -> Batch:

@@ -23,6 +23,7 @@ from mquant_jax.models.image_settings import agree, read_area
 from mquant_jax.models.images import load_frames, load_image
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.processing import Grid, collate
+from mquant_jax.schema import Schema, real
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
@@ -30,7 +31,8 @@ PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 _PLACED = re.compile(rf"(?:{re.escape(START)})?<\|(image|video)_pad\|>(?:{re.escape(END)})?")
 _PATCHES = ("patch_size", "temporal_patch_size", "merge_size")
 _SYSTEM = "You are a helpful assistant."
-Picture = tuple[Grid, np.ndarray]
+_RATE = Schema({"fps": real(2.0, 0.0, 1000.0, above=True, null=True)})
+Picture = tuple[Grid, np.ndarray, float]  # with the seconds between its temporal patches
 
 
 class Qwen2VLProcessor(ChatFolder):
@@ -72,9 +74,20 @@ class Qwen2VLProcessor(ChatFolder):
     @functools.cached_property
     def video_processor(self):
         """The same for frames of videos, which may have bounds of their own."""
-        name = "video_preprocessor_config.json"
-        path, settings = chat_files.settings_of(self.folder, name, "video_processor")
+        path, settings = self._video_settings
         return self._processor_of(path, settings) if settings else self.image_processor
+
+    @functools.cached_property
+    def _video_settings(self) -> tuple[Path, dict[str, Any]]:
+        name = "video_preprocessor_config.json"
+        return chat_files.settings_of(self.folder, name, "video_processor")
+
+    @functools.cached_property
+    def seconds_per_grid(self) -> float:
+        """Time from one temporal patch of a clip to the next; clips are taken to be sampled at the
+        folder's ``fps``, as published 2 frames a second."""
+        path, settings = self._video_settings
+        return self.config.temporal_patch_size / _RATE.read(settings, str(path))["fps"]
 
     def _processor_of(self, path: Path, settings: dict[str, Any]):
         read = read_area(settings, path)
@@ -138,8 +151,9 @@ class Qwen2VLProcessor(ChatFolder):
                 repeats = int(np.prod(used[-1][0])) // self.config.merge_size**2
             out.extend([token] * repeats)
         patches = [np.zeros((0, self.config.vision.patch_dim), np.float32)]
-        patches.extend(part for _, part in used)
-        return self.made(out, [grid for grid, _ in used], np.concatenate(patches))
+        patches.extend(part for _, part, _ in used)
+        grids, seconds = [grid for grid, _, _ in used], [step for _, _, step in used]
+        return self.made(out, grids, np.concatenate(patches), seconds)
 
     def _frames(
         self, frames: list[Image.Image], name: str, processor: Any
@@ -155,7 +169,7 @@ class Qwen2VLProcessor(ChatFolder):
         patches, grids = self._frames(
             [load_image(image, f"image {index}")], f"image {index}", self.image_processor
         )
-        return _grid(grids[0]), patches
+        return _grid(grids[0]), patches, 1.0
 
     def _video(self, video: Sequence[Any], index: int) -> Picture:
         """A clip: the last frame is repeated until temporal patches are full."""
@@ -173,7 +187,8 @@ class Qwen2VLProcessor(ChatFolder):
         padding = np.repeat(stills[-1:], -len(frames) % slots, axis=0)
         clip = np.concatenate([stills, padding])
         clip = clip.reshape(-1, slots, *clip.shape[1:]).transpose(0, 2, 3, 1, 4, 5)
-        return (len(clip), h, w), np.ascontiguousarray(clip).reshape(-1, 3 * slots * size**2)
+        patches = np.ascontiguousarray(clip).reshape(-1, 3 * slots * size**2)
+        return (len(clip), h, w), patches, self.seconds_per_grid
 
 
 def render_published(chat: Sequence[Message]) -> str:

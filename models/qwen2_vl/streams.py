@@ -1,4 +1,4 @@
-"""Qwen2-VL's residual streams, for fusing and rotating."""
+"""Qwen2-VL's and Qwen2.5-VL's residual streams, for fusing and rotating."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 def streams(config: Qwen2VLConfig) -> Streams:
     """The tower's stream ends in the merger's norm; the decoder's begins with its output."""
     vision, language = config.vision, config.language
+    gated = vision.gated_mlp
+    reads_mlp = ("gate_proj", "up_proj") if gated else ("fc1",)
+    last = f"{_V}/down_proj" if gated else f"{_V}/fc2"
     return Streams(
         streams=(
             Stream(
                 "vision",
                 vision.hidden_size,
-                writers=("vision/patch_embed/proj", f"{_V}/o_proj", f"{_V}/fc2"),
+                writers=("vision/patch_embed/proj", f"{_V}/o_proj", last),
                 reads=(
                     Read(f"{_V}/attn_norm", tuple(f"{_V}/{n}" for n in _QKV)),
-                    Read(f"{_V}/mlp_norm", (f"{_V}/fc1",)),
+                    Read(f"{_V}/mlp_norm", tuple(f"{_V}/{n}" for n in reads_mlp)),
                     Read("vision/merger/norm", ("vision/merger/fc1",), config.merge_size**2),
                 ),
-                centred=True,
+                centred=not vision.rms_norm,
             ),
             decoder_stream(language, "vision/merger/fc2"),
         ),
@@ -33,7 +36,7 @@ def streams(config: Qwen2VLConfig) -> Streams:
             decoder_attention(language),
         ),
         hiddens=(
-            Hidden(f"{_V}/fc2", vision.intermediate_size),
+            Hidden(last, vision.intermediate_size, f"{_V}/up_proj" if gated else None),
             Hidden("vision/merger/fc2", vision.hidden_size * config.merge_size**2),
             decoder_hidden(language),
         ),

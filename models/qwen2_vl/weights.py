@@ -1,4 +1,4 @@
-"""Qwen2-VL's published tensor names -> ours. Every tensor of the checkpoint is accounted for."""
+"""The published tensor names of Qwen2-VL and Qwen2.5-VL -> ours, every tensor of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mquant_jax.models.language import decoder_rules, dense_rules, direct
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.nn.params import Params
+from mquant_jax.nn.vit_block import ViTConfig
 
 
 def weight_rules(config: Qwen2VLConfig) -> list[WeightRule]:
@@ -30,14 +31,26 @@ def ignored(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name.endswith("rotary_pos_emb.inv_freq")
 
 
-def _norm(dst: str, src: str, width: int) -> Iterator[WeightRule]:
+def _norm(dst: str, src: str, width: int, bias: bool) -> Iterator[WeightRule]:
     yield direct(f"{dst}/weight", f"{src}.weight", width)
-    yield direct(f"{dst}/bias", f"{src}.bias", width)
+    if bias:
+        yield direct(f"{dst}/bias", f"{src}.bias", width)
+
+
+def _mlp(dst: str, src: str, v: ViTConfig) -> Iterator[WeightRule]:
+    d, inner = v.hidden_size, v.intermediate_size
+    if not v.gated_mlp:
+        yield from dense_rules(f"{dst}/fc1", f"{src}.fc1", inner, d)
+        yield from dense_rules(f"{dst}/fc2", f"{src}.fc2", d, inner)
+        return
+    yield from dense_rules(f"{dst}/gate_proj", f"{src}.gate_proj", inner, d)
+    yield from dense_rules(f"{dst}/up_proj", f"{src}.up_proj", inner, d)
+    yield from dense_rules(f"{dst}/down_proj", f"{src}.down_proj", d, inner)
 
 
 def _vision(config: Qwen2VLConfig) -> Iterator[WeightRule]:
     v = config.vision
-    d = v.hidden_size
+    d, biased = v.hidden_size, not v.rms_norm
     kernel = (d, 3, config.temporal_patch_size, config.patch_size, config.patch_size)
     yield WeightRule(
         "vision/patch_embed/proj/kernel",
@@ -57,12 +70,11 @@ def _vision(config: Qwen2VLConfig) -> Iterator[WeightRule]:
                     rows=Rows(part, part + 1, 3),
                 )
         yield from dense_rules(f"{dst}/o_proj", f"{src}.attn.proj", d, d)
-        yield from dense_rules(f"{dst}/fc1", f"{src}.mlp.fc1", v.intermediate_size, d)
-        yield from dense_rules(f"{dst}/fc2", f"{src}.mlp.fc2", d, v.intermediate_size)
-        yield from _norm(f"{dst}/attn_norm", f"{src}.norm1", d)
-        yield from _norm(f"{dst}/mlp_norm", f"{src}.norm2", d)
+        yield from _mlp(dst, f"{src}.mlp", v)
+        yield from _norm(f"{dst}/attn_norm", f"{src}.norm1", d, biased)
+        yield from _norm(f"{dst}/mlp_norm", f"{src}.norm2", d, biased)
     merged = d * config.merge_size**2
-    yield from _norm("vision/merger/norm", "visual.merger.ln_q", d)
+    yield from _norm("vision/merger/norm", "visual.merger.ln_q", d, biased)
     yield from dense_rules("vision/merger/fc1", "visual.merger.mlp.0", merged, merged)
     yield from dense_rules(
         "vision/merger/fc2", "visual.merger.mlp.2", config.language.hidden_size, merged

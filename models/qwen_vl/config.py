@@ -29,7 +29,7 @@ from mquant_jax.models.config_keys import (
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.rope import SteppedScaling
-from mquant_jax.nn.vit import ViTConfig
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.schema import REQUIRED, Refused, flag, real, table, whole
 
 NORM_EPS = 1e-6  # of all norms of the vision part; not in the config

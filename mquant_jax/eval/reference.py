@@ -22,7 +22,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.files import is_folder
 from mquant_jax.loading import Loaded, load_model
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.nn.stack import Runner
+from mquant_jax.nn.stack import Runner, context_at, num_layers
 from mquant_jax.numerics import AnyArray
 from mquant_jax.validate import number
 
@@ -51,10 +51,11 @@ class CaptureRunner(Runner):
         graphdef, state = nnx.split(stack)
 
         def body(carry, layer):
-            out = nnx.merge(graphdef, layer)(carry, context)
+            parts, number = layer
+            out = nnx.merge(graphdef, parts)(carry, context_at(context, number))
             return out, out
 
-        last, outs = jax.lax.scan(body, x, state)
+        last, outs = jax.lax.scan(body, x, (state, jnp.arange(num_layers(stack))))
         self.seen[name] = jnp.concatenate([x[None], outs])
         self.real[name] = context.token_class >= 0
         return last

@@ -15,7 +15,8 @@ from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
-from mquant_jax.nn.vit import TowerNorm, VisionInput, ViT, ViTConfig, tower_norm
+from mquant_jax.nn.vit import VisionInput, ViT
+from mquant_jax.nn.vit_block import TowerNorm, ViTConfig, tower_norm
 from mquant_jax.numerics import along_last
 from mquant_jax.ops.attention import attend
 from mquant_jax.recipe import Recipe

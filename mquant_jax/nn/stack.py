@@ -35,6 +35,39 @@ def num_layers(stack: nnx.Module) -> int:
     return jax.tree.leaves(nnx.state(stack))[0].shape[0]
 
 
+class LayeredContext:
+    """A context (what blocks get beside the residual stream) that may differ from layer to layer.
+
+    Its parts that differ have a leading layer axis until :meth:`at_layer` takes one layer's.
+    """
+
+    @property
+    def layered(self) -> bool:
+        """Whether it differs."""
+        raise NotImplementedError
+
+    def at_layer(self, layer: Any) -> Any:
+        """The context of one layer: a number, which a scan traces (int32 ``[]``)."""
+        raise NotImplementedError
+
+
+def context_at(context: Any, layer: Any) -> Any:
+    """The context of one layer; most are the same for all."""
+    return context.at_layer(layer) if isinstance(context, LayeredContext) else context
+
+
+def scan_blocks(stack: nnx.Module, x: Any, context: Any) -> Any:
+    """``x = block(x, context)`` for each block of a stack, by ``lax.scan``."""
+    if not (isinstance(context, LayeredContext) and context.layered):
+        return scan_layers(lambda block, carry: block(carry, context), stack, x)
+
+    def body(block: nnx.Module, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        x, layer = carry
+        return block(x, context.at_layer(layer)), layer + 1
+
+    return scan_layers(body, stack, (x, jnp.int32(0)))[0]
+
+
 def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start: Any) -> Any:
     """``carry = body(block, carry)`` for each block of a stack, by ``lax.scan``.
 
@@ -66,9 +99,10 @@ class Runner:
     def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
         """Feed ``x`` through every block: ``x = block(x, context)``.
 
-        ``context.token_class`` holds the class of each token of ``x``; -1 marks padding.
+        ``context.token_class`` holds the class of each token of ``x``; -1 marks padding. A
+        :class:`LayeredContext` gives each block its own.
         """
-        return scan_layers(lambda block, carry: block(carry, context), stack, x)
+        return scan_blocks(stack, x, context)
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
         """Call one module outside the stacks (patch embedding, merger).

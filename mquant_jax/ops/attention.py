@@ -32,14 +32,14 @@ FEWEST_ON_CPU = 64  # below, there is little to transpose
 
 def select_path(
     tokens: int, heads: int, kv_heads: int, head_dim: int, dtype, ordered: bool = False,
-    gradient: bool = False,
+    gradient: bool = False, windows: bool = False,
 ) -> str:  # fmt: skip
     """``pallas_tpu`` or ``heads_cpu`` where :func:`attend_rows` may run, for many tokens (on TPU in
-    bfloat16 and without a ``gradient``) that attend to each other and to nothing else; else
-    ``xla``."""
+    bfloat16, without a ``gradient`` and without ``windows``) that attend to each other and to
+    nothing else; else ``xla``."""
     if platform() == "cpu" and tokens >= FEWEST_ON_CPU:
         return "heads_cpu"
-    if platform() != "tpu" or early_tpu() or gradient:
+    if platform() != "tpu" or early_tpu() or gradient or windows:
         return "xla"
     if tokens < FEWEST_ROWS or dtype != jnp.bfloat16:
         return "xla"
@@ -54,7 +54,7 @@ def attend_rows(
     k: jax.Array,
     v: jax.Array,
     head_dim: int,
-    order: tuple[jax.Array, jax.Array],
+    order: tuple[jax.Array, ...],
     angles: jax.Array | None = None,
     gain: jax.Array | None = None,
     scale: jax.Array | None = None,
@@ -64,7 +64,8 @@ def attend_rows(
 
     Args:
         q, k, v: float ``[B, T, heads * d]``, as the projections give them; bfloat16 on TPU.
-        order: of queries and keys, int32 ``[B, T]``: a query sees what is not above its own.
+        order: of queries and keys, int32 ``[B, T]``: a query sees what is not above its own. With
+            windows also the lowest order that a query sees.
         angles: float32 ``[B, T, r/2]``, by which queries and keys are turned.
         gain: float32 ``[B, T]``, factor on queries.
         scale: float32, one number or ``[B, T, 1]``, to quantise the result by.

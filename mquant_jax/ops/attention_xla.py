@@ -48,7 +48,7 @@ def attend_rows(
     k: jax.Array,
     v: jax.Array,
     head_dim: int,
-    order: tuple[jax.Array, jax.Array],
+    order: tuple[jax.Array, ...],
     angles: jax.Array | None,
     gain: jax.Array | None,
     scale: jax.Array | None,
@@ -59,7 +59,7 @@ def attend_rows(
     Heads are sliced out of the rows, rotated, and written back as int8 a few at a time, while they
     are in the processor's cache; all at once would transpose four arrays in memory.
     """
-    queries, keys = order
+    queries, keys, *lowest = order
     turn = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
     more = turn, gain, None if scale is None else jnp.broadcast_to(scale, (*q.shape[:2], 1))
 
@@ -67,13 +67,19 @@ def attend_rows(
         return _by_heads(q, k, v, head_dim, mask, more, ordered)
 
     def masked() -> jax.Array:
-        return all_heads(keys[:, None, :] <= queries[:, :, None])
+        mask = keys[:, None, :] <= queries[:, :, None]
+        for low in lowest:
+            mask &= keys[:, None, :] >= low[:, :, None]
+        return all_heads(mask)
 
     if ordered:
         return masked()
     # A picture's patches usually all see each other, and applying the mask takes a third of the
     # softmax's time.
-    return jax.lax.cond(jnp.max(keys) <= jnp.min(queries), lambda: all_heads(None), masked)
+    all_seen = jnp.max(keys) <= jnp.min(queries)
+    for low in lowest:
+        all_seen &= jnp.min(keys) >= jnp.max(low)
+    return jax.lax.cond(all_seen, lambda: all_heads(None), masked)
 
 
 def _by_heads(q, k, v, d: int, mask, more, ordered: bool) -> jax.Array:

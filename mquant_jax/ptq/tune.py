@@ -23,7 +23,7 @@ from flax import nnx
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import TEXT, VISUAL
 from mquant_jax.nn.params import Params
-from mquant_jax.nn.stack import Runner
+from mquant_jax.nn.stack import Runner, context_at, num_layers
 from mquant_jax.ptq.factors import STEP_TOKENS, learned_values, rates, scaled, simulated, start
 from mquant_jax.ptq.walk import Progress, loaded_batch, on_device
 from mquant_jax.recipe import Tuning
@@ -38,9 +38,10 @@ class _Recomputing(Runner):
 
         @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
         def body(carry, layer):
-            return nnx.merge(graphdef, layer)(carry, context), None
+            parts, number = layer
+            return nnx.merge(graphdef, parts)(carry, context_at(context, number)), None
 
-        return jax.lax.scan(body, x, state)[0]
+        return jax.lax.scan(body, x, (state, jnp.arange(num_layers(stack))))[0]
 
 
 def _shown(

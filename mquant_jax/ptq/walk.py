@@ -22,7 +22,7 @@ from mquant_jax.lazy import Tensors
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.flow import Call, EmbeddingCall, StackCall
 from mquant_jax.nn.params import assign, variables
-from mquant_jax.nn.stack import num_layers
+from mquant_jax.nn.stack import context_at, num_layers
 from mquant_jax.ptq.ledger import Ledger
 from mquant_jax.ptq.states import Spool, States, loaded
 
@@ -227,12 +227,13 @@ class Walk:
             here, there = states
 
             def part(i=i, here=here, there=there) -> Part:
+                own = [context_at(context, i) for context in contexts]
                 return Part(
                     f"{name}/{i}",
                     filled(block, f"{name}/{i}", self.params),
-                    Inputs(here, contexts),
+                    Inputs(here, own),
                     classes,
-                    None if there is None else Inputs(there, contexts),
+                    None if there is None else Inputs(there, own),
                 )
 
             states = self._visit(visitor, f"{name}/{i}", part, states)
