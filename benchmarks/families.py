@@ -53,6 +53,12 @@ WIDE: dict[str, dict[str, Any]] = {
         "rope_scaling": {"mrope_section": [8, 12, 12]},
         "vision_config": {"embed_dim": 512, "num_heads": 8, "hidden_size": 512},
     },
+    "qwen2_5_vl/public": _LLM | {
+        "rope_scaling": {"mrope_section": [8, 12, 12]},
+        "vision_config": {
+            "hidden_size": 512, "intermediate_size": 1368, "num_heads": 8, "out_hidden_size": 512,
+        },
+    },
     "internvl2/public": {"llm_config": _LLM, "vision_config": _VIT},
     "internvl/public": {"text_config": _LLM | {"head_dim": 64}, "vision_config": _VIT},
     "llava/public": {"text_config": _LLM, "vision_config": _VIT},
