@@ -48,13 +48,14 @@ def prefill_and_decode(
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     vision = VisionInput(
-        jax.ShapeDtypeStruct((pictures, patches, 588), jnp.float32),
+        jax.ShapeDtypeStruct((pictures, patches, model.vision.cfg.patch_dim), jnp.float32),
         ints(pictures, patches, 2),
         jax.ShapeDtypeStruct((pictures, patches), jnp.bool_),
         ints(pictures, patches) if position_rows else None,
     )
     row, one = ints(1, tokens), ints(1)
-    batch = Batch(row, row, ints(1, 1, tokens), row, row, vision, slots)
+    positions = ints(len(model.language.cfg.rope_sections), 1, tokens)
+    batch = Batch(row, row, positions, row, row, vision, slots)
     cache = jax.eval_shape(lambda m: m.language.init_cache(1, tokens + 32), model)
     logits, cache = jax.eval_shape(lambda m, b, c: m.prefill(b, c), model, batch, cache)
     assert logits.shape == (1, vocab) and logits.dtype == jnp.float32

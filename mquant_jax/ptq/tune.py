@@ -29,7 +29,7 @@ from mquant_jax.ptq.walk import Progress, loaded_batch, on_device
 from mquant_jax.recipe import Tuning
 
 
-class _Recomputing(Runner):
+class Recomputing(Runner):
     """Keeps the outputs of dense layers and recomputes the rest for the gradient: attention and the
     simulated rounding take most of the memory and little of the time."""
 
@@ -107,7 +107,7 @@ def tune(
         language = nnx.merge(graphdef, scaled(state, factors))
         place = batch.positions[:, rows], batch.order[rows], marked[rows]
         own = classes[rows] == VISUAL
-        x = language(embedded[rows], *place, _Recomputing(), visual=own)
+        x = language(embedded[rows], *place, Recomputing(), visual=own)
         ours = jax.nn.log_softmax(language.logits(x))
         kl = (jnp.exp(theirs) * (theirs - ours)).sum(-1)
         asked = classes[rows] == TEXT

@@ -20,6 +20,7 @@ from tests.models import (
     test_glm4v_sizes,
     test_internvl_sizes,
     test_llava_sizes,
+    test_qwen2_5_vl_sizes,
     test_qwen_vl_sizes,
 )
 
@@ -77,6 +78,8 @@ FULL = {
     "llava-1.5-7b": test_llava_sizes.LLAVA_7B,
     "llava-siglip-llama3": test_llava_sizes.MANTIS_8B,
     "llava-dinov2-qwen2": test_llava_sizes.DINO_QWEN,
+    "qwen2.5-vl-7b": test_qwen2_5_vl_sizes.QWEN2_5_VL_7B,
+    "qwen2.5-vl-3b": test_qwen2_5_vl_sizes.QWEN2_5_VL_3B,
     "qwen_vl": test_qwen_vl_sizes.PUBLISHED,
 }
 
@@ -126,6 +129,53 @@ def test_defaults_of_qwen2_vl_are_those_of_transformers() -> None:
     assert_defaults(tables[""], published.text_config)
     tables["vision_config"].pop("hidden_size")
     assert_defaults(tables["vision_config"], published.vision_config)
+
+
+def test_defaults_of_qwen2_5_vl_are_those_of_transformers() -> None:
+    import transformers
+
+    published = transformers.Qwen2_5_VLConfig()
+    saved = json.loads(published.to_json_string(use_diff=False))
+    saved["vision_config"]["out_hidden_size"] = 8192  # the class's own halves do not fit each other
+    config = config_of(saved)
+    assert family_for(saved).unknown_keys(saved) == []
+    assert config.tokens_per_second == 4 and config.vision.full_layers == (7, 15, 23, 31)
+    bare = {"model_type": "qwen2_5_vl", "vision_config": {"out_hidden_size": 8192}}
+    assert config_of(bare) == config
+    tables = read_tables(family_for(bare).config_tables(bare))
+    assert_defaults(tables[""], published.text_config)
+    tables["vision_config"].pop("out_hidden_size")
+    assert_defaults(tables["vision_config"], published.vision_config)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl/public", "qwen2.5-vl-7b", "qwen2.5-vl-3b"])
+def test_qwen2_5_vl_saved_again_by_transformers(name) -> None:
+    """``save_pretrained`` nests the text model's keys and renames some."""
+    import transformers
+
+    hf = (GOLDEN | FULL)[name]
+    published = transformers.Qwen2_5_VLConfig.from_dict(copy.deepcopy(hf))
+    for diff in (False, True):
+        saved = json.loads(published.to_json_string(use_diff=diff))
+        assert "text_config" in saved and family_for(saved).unknown_keys(saved) == []
+        assert config_of(saved) == config_of(hf)
+
+
+def test_towers_of_qwen2_5_vl() -> None:
+    def tower(**vision):
+        hf = copy.deepcopy(GOLDEN["qwen2_5_vl/public"])
+        return config_of(hf | {"vision_config": hf["vision_config"] | vision}).vision
+
+    assert (tower().window, tower().full_layers) == (4, (1,))
+    assert (tower(window_size=83).window, tower(window_size=84).window) == (4, 6)
+    assert tower(fullatt_block_indexes=[]).full_layers == ()
+    assert tower(fullatt_block_indexes=[2, 0, 9, 2]).full_layers == (0, 2)
+    assert tower(fullatt_block_indexes=[0, 1, 2]).window == 0  # every layer sees the picture
+    for key, value in (("window_size", 27), ("fullatt_block_indexes", [-1]),
+                       ("hidden_act", "gelu"), ("out_hidden_size", 95),
+                       ("tokens_per_second", 0)):  # fmt: skip
+        with pytest.raises(UserError, match=f"vision_config.{key}"):
+            tower(**{key: value})
 
 
 def test_defaults_of_internvl_are_those_of_transformers() -> None:
@@ -209,6 +259,8 @@ def test_minicpmv_without_a_tower_has_the_published_one() -> None:
         ("qwen2/public", "", "use_mrope", True),
         ("llama/public", "", "use_qk_norm", True),
         ("qwen2_vl/public", "vision_config", "window_size", 112),
+        ("qwen2_5_vl/public", "vision_config", "in_chans", 1),
+        ("qwen2_5_vl/public", "vision_config", "embed_dim", 64),
         ("internvl2/public", "llm_config", "attn_logit_softcapping", 50.0),
         ("internvl/public", "vision_config", "use_absolute_position_embeddings", False),
         ("llava/public_dinov2", "vision_config", "use_swiglu_ffn", True),

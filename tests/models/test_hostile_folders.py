@@ -46,13 +46,13 @@ KEYS = {
     "special_tokens_map.json": ("bos_token", "eos_token", "additional_special_tokens"),
     "added_tokens.json": ("<extra>",),
     "chat_template.json": ("chat_template",),
-    "video_preprocessor_config.json": ("patch_size", "max_pixels"),
+    "video_preprocessor_config.json": ("patch_size", "max_pixels", "fps"),
 }  # fmt: skip
 
 
-def qwen2_vl(folder: Path) -> None:
+def qwen2_vl(folder: Path, family: str = "qwen2_vl") -> None:
     for name in ("config.json", "preprocessor_config.json"):
-        shutil.copy(GOLDENS / "qwen2_vl" / "public" / name, folder / name)
+        shutil.copy(GOLDENS / family / "public" / name, folder / name)
     write_tokenizer(folder, test_qwen2_vl_processing.SPECIAL, 384, eos_token="<|im_end|>")
 
 
@@ -74,6 +74,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "llama": llama,
     "llava": test_llava_processing.make_folder,
     "minicpmv": test_minicpmv_processing.make_folder,
+    "qwen2_5_vl": lambda f: qwen2_vl(f, "qwen2_5_vl"),
     "qwen2_vl": qwen2_vl,
     "qwen_vl": qwen_vl,
 }
