@@ -29,6 +29,7 @@ CASES = {
     "llama": "public",
     "minicpmv2_6": "public",
     "qwen_vl": "public",
+    "qwen2_5_vl": "public",
     "qwen2_vl": "public",
 }
 
