@@ -30,7 +30,8 @@ GOLDENS = Path(__file__).parents[2] / "tests" / "goldens"
 CHECKPOINTS = ("float", "w4a8", "v2")
 CONFIGS = (
     "cogvlm2/public", "glm4v/public", "internvl/public", "internvl2/public_qwen2", "llama/public",
-    "minicpmv2_6/quirk_zero_token", "qwen2/public", "qwen2_5_vl/public", "qwen2_vl/public_video", "qwen_vl/public",
+    "minicpmv2_6/quirk_zero_token", "qwen2/public", "qwen2_5_vl/public",
+    "qwen2_vl/public_video", "qwen_vl/public",
 )  # fmt: skip
 _DYNAMIC = Section(4, None, "dynamic")
 W4A8 = Recipe("w4a8-dynamic", vision=_DYNAMIC, connector=_DYNAMIC, language=_DYNAMIC,
