@@ -14,9 +14,11 @@ from tests.family_cases import family_of
 from tests.helpers import golden
 from tests.hf_folders import write_tokenizer
 
-CASES = ("qwen2_vl/public", "qwen2_5_vl/public", "qwen_vl/public", "internvl/public",
-         "internvl2/public", "llava/public", "minicpmv2_6/public", "glm4v/public", "cogvlm2/public", "llama/public",
-         "qwen2/public")  # fmt: skip
+CASES = (
+    "qwen2_vl/public", "qwen2_5_vl/public", "qwen_vl/public", "internvl/public", "internvl2/public",
+    "llava/public", "minicpmv2_6/public", "glm4v/public", "cogvlm2/public", "llama/public",
+    "qwen2/public",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
