@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mquant_jax as mq
 from mquant_jax.errors import PromptError, UserError
 from mquant_jax.models.base import Prompt
 from mquant_jax.models.qwen2_5_vl import FAMILY
 from mquant_jax.models.qwen2_vl.processing import mrope_positions, reference_prompts
+from tests.family_checks import answers, cheap_w4a8
 from tests.helpers import GOLDENS, golden
 from tests.hf_folders import write_tokenizer
 from tests.models.test_qwen2_vl_processing import SPECIAL, text_of
@@ -56,6 +58,26 @@ def test_positions_follow_the_frame_rate_of_the_folder(folder, fps, step) -> Non
     times = batch.positions[0, 0, batch.input_ids[0] == VIDEO]
     expected = np.repeat(np.floor(np.arange(3) * step), 6)
     np.testing.assert_array_equal(times - times[0], expected)
+
+
+@pytest.mark.slow
+def test_a_converted_folder_answers(folder, tmp_path_factory) -> None:
+    """Conversion, W4A8, and an answer about a clip and pictures; names as in memory."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(GOLDENS / "qwen2_5_vl" / "public" / "model.safetensors")
+    moved = {
+        "model." + n if n.startswith("visual.")
+        else n.replace("model.", "model.language_model.", 1): x
+        for n, x in tensors.items()
+    }  # fmt: skip
+    save_file(moved, folder / "model.safetensors")
+    out = tmp_path_factory.mktemp("made")
+    mq.convert(folder, out / "dst", str(cheap_w4a8(out)))
+    model = mq.load(out / "dst")
+    pictures = [INPUTS["image_0"], INPUTS["image_1"]]
+    answers(out / "dst", pictures)
+    assert isinstance(model.generate([[]], ["What?"], videos=[[FRAMES]], max_new_tokens=2)[0], str)
 
 
 @pytest.mark.parametrize("fps", [0, -1, "two", True])
