@@ -71,7 +71,7 @@ def run(out: Path, source: Path, recipe: str, kills: int, seed: int) -> dict[str
     result = {"kills": 0, "chains": 0, "differences": 0, "leftovers": 0}
     bar = iter(progress(range(kills), "kill"))
     while result["kills"] < kills:
-        ended = convert(source, dst, recipe, rng.uniform(0, whole / 2))  # most are killed
+        ended = convert(source, dst, recipe, whole * rng.random() ** 2)  # most are killed
         allowed = {"reference", "dst"} if ended else {"reference", "dst", "dst.work"}
         result["leftovers"] += len({p.name for p in out.iterdir()} - allowed)
         result["kills" if not ended else "chains"] += 1
