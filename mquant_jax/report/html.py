@@ -10,7 +10,8 @@ _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;
 color:#1e1e24;background:#fcfcfa}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-td,th{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right}td{white-space:nowrap}td:first-child,th:first-child{text-align:left}
+td,th{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right}
+td{white-space:nowrap}td:first-child,th:first-child{text-align:left}
 """
 
 
