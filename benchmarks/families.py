@@ -229,10 +229,10 @@ rows and padding. `greedy`: whether all generated tokens equal the original's. `
 weights with fused norms and folded rotations, against float. The last three columns: relative
 logits error of W4A8 with static scales in every dense layer, vision tower and connector included,
 for the same structure widened to 512 channels, with random weights and channels 10 to 100 times
-larger than the rest. Random weights have no redundancy and nothing to learn from: these columns
-show the effect of outliers. They do not show what a trained model loses, nor how `quarot` and
-`mquant` differ; [accuracy.md](accuracy.md) does. `status` is complete where `float` is within 1e-4,
-`greedy` is equal, `rotated` is within 1e-3, and `mquant` has a smaller error than `rtn`.
+larger than the rest. `mquant` balances these channels before it rotates; `quarot` does not. Random
+weights have no redundancy and nothing to learn from: these columns show the effect of outliers, not
+what a trained model loses ([accuracy.md](accuracy.md) does). `status` is complete where `float` is
+within 1e-4, `greedy` is equal, `rotated` is within 1e-3, and `mquant` has a smaller error than `rtn`.
 
 """
 
