@@ -232,7 +232,8 @@ for the same structure widened to 512 channels, with random weights and channels
 larger than the rest. `mquant` balances these channels before it rotates; `quarot` does not. Random
 weights have no redundancy and nothing to learn from: these columns show the effect of outliers, not
 what a trained model loses ([accuracy.md](accuracy.md) does). `status` is complete where `float` is
-within 1e-4, `greedy` is equal, `rotated` is within 1e-3, and `mquant` has a smaller error than `rtn`.
+within 1e-4, `greedy` is equal, `rotated` is within 1e-3, and `mquant` has a smaller error than
+`rtn`.
 
 """
 

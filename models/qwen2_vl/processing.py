@@ -189,9 +189,9 @@ def reference_prompts(inputs: dict[str, Any], config: Qwen2VLConfig) -> Iterator
                 i += int(np.prod(pictures[-1][0])) // config.merge_size**2
             else:
                 i += 1
-        grids, parts, seconds = ([p[k] for p in pictures] for k in range(3))
         empty = np.zeros((0, config.vision.patch_dim), np.float32)
-        yield Prompt(ids, grids, np.concatenate([empty, *parts]), seconds)
+        patches = np.concatenate([empty, *(part for _, part, _ in pictures)])
+        yield Prompt(ids, [g for g, _, _ in pictures], patches, [s for _, _, s in pictures])
 
 
 def reference_batch(config: Qwen2VLConfig, inputs: dict[str, np.ndarray]) -> Batch:

@@ -152,7 +152,7 @@ class VisionContext(LayeredContext):
     def order(self) -> tuple[jax.Array, ...]:
         """The same as orders of queries and keys, int32 ``[N, P]``; with windows also the lowest
         order that each query sees."""
-        if self.windows is None:
+        if self.windows is None or self.full is None:
             queries = jnp.zeros_like(self.token_class)
             return queries, key_order(queries, self.token_class)
         last = jnp.max(self.windows, axis=1, keepdims=True)
@@ -197,6 +197,7 @@ class AttentionPart(nnx.Module):
     """The attention half of a block: dense layers, quantisation points, attention itself."""
 
     POINTS: ClassVar[Points] = {"attn_in": ("q_proj", "k_proj", "v_proj"), "attn_out": ("o_proj",)}
+    cfg: ViTConfig
 
     def init_attention(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> None:
         dense, d = partial(place.dense, rngs=rngs), cfg.hidden_size
@@ -240,7 +241,30 @@ class AttentionPart(nnx.Module):
         return attend(q, jnp.swapaxes(k, 2, 3), v, ctx.mask)
 
 
-class PlainMLP(nnx.Module):
+class MLPPart(nnx.Module):
+    """The MLP half of a block.
+
+    Attributes:
+        mlp_in: the point where the half reads the stream.
+        mlp_last: its last layer, which writes to the stream.
+    """
+
+    cfg: ViTConfig
+    mlp_in: ActQuant
+
+    @property
+    def mlp_last(self) -> Dense:
+        raise NotImplementedError
+
+    def init_mlp(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> None:
+        raise NotImplementedError
+
+    def hidden(self, h: jax.Array | QTensor, tap: Tap | None) -> jax.Array | QTensor:
+        """The stream as the block reads it ``[N, P, hidden]`` -> the input of :attr:`mlp_last`."""
+        raise NotImplementedError
+
+
+class PlainMLP(MLPPart):
     """The MLP half of a block: ``fc2(act(fc1(x)))``."""
 
     POINTS: ClassVar[Points] = {"mlp_in": ("fc1",), "mlp_hidden": ("fc2",)}
@@ -260,12 +284,11 @@ class PlainMLP(nnx.Module):
         return self.fc2
 
     def hidden(self, h: jax.Array | QTensor, tap: Tap | None) -> jax.Array | QTensor:
-        """The stream as the block reads it ``[N, P, hidden]`` -> the input of :attr:`mlp_last`."""
         h = self.fc1(self.mlp_in(h, None, tap))
         return self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap)
 
 
-class GatedMLP(nnx.Module):
+class GatedMLP(MLPPart):
     """The MLP half of a block: ``down_proj(silu(gate_proj(x)) * up_proj(x))``, all with biases."""
 
     POINTS: ClassVar[Points] = {"mlp_in": ("gate_proj", "up_proj"), "mlp_hidden": ("down_proj",)}
@@ -290,12 +313,11 @@ class GatedMLP(nnx.Module):
         return self.down_proj
 
     def hidden(self, h: jax.Array | QTensor, tap: Tap | None) -> jax.Array | QTensor:
-        """The stream as the block reads it ``[N, P, hidden]`` -> the input of :attr:`mlp_last`."""
         h = self.mlp_in(h, None, tap)
         return self.mlp_hidden(self.up_proj(h, gate=self.gate_proj(h)), None, tap)
 
 
-class _Wiring(AttentionPart):
+class _Wiring(AttentionPart, MLPPart):
     """Norms, layer scale and residual stream around an attention and an MLP half.
 
     ``x += attention(norm(x))``, then ``x += mlp(norm(x))``. Post-norm, ``x += norm(attention(x))``

@@ -82,7 +82,8 @@ def attend_rows(
     heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
     cut = kernel.plan(q.shape[1], heads, kv_heads, head_dim, ordered)
     assert cut is not None, "select_path sends no other shapes here"
-    y = kernel.attend_rows(q, k, v, order, cut, angles, gain, scale, ordered)
+    queries, keys = order  # nor windows
+    y = kernel.attend_rows(q, k, v, (queries, keys), cut, angles, gain, scale, ordered)
     return y if scale is None else QTensor(y, scale)
 
 
