@@ -76,7 +76,7 @@ def together(n: int, size: int, platform: str) -> int:
 def fine(n: int, multiple: int = 1) -> int:
     """At most an eighth more than ``n``: for batches as families collate them, which calibration
     runs as they are."""
-    step = max(multiple, 1 << max(0, n.bit_length() - 4))
+    step = -(-(1 << max(0, n.bit_length() - 4)) // multiple) * multiple
     return -(-n // step) * step
 
 
