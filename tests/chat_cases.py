@@ -18,13 +18,12 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _IM = ("<|im_start|>", "<|im_end|>")
+_QWEN2_VL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unused|>", "<|vision_start|>",
+             "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
 # Case -> its special tokens, the first one's id, and what tokenizer_config.json says.
 TOKENS: dict[str, tuple[tuple[str, ...], int, dict[str, str]]] = {
-    "qwen2_vl/public": (
-        ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unused|>", "<|vision_start|>",
-         "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
-        384, {"eos_token": "<|im_end|>"},
-    ),
+    "qwen2_vl/public": (_QWEN2_VL, 384, {"eos_token": "<|im_end|>"}),
+    "qwen2_5_vl/public": (_QWEN2_VL, 384, {"eos_token": "<|im_end|>"}),
     "internvl2/public": (
         ("<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<|im_end|>"),
         374, {"eos_token": "<|im_end|>"},
