@@ -104,7 +104,7 @@ class DynamicScaling:
 
     def __call__(self, length: jax.Array, dim: int, theta: float) -> jax.Array:
         """Frequencies of sequences of ``length`` (int32 ``[B]``): float32 ``[B, dim/2]``."""
-        growth = self.factor * length / self.original - (self.factor - 1)
+        growth = self.factor * length.astype(jnp.float32) / self.original - (self.factor - 1)
         growth = (jnp.maximum(growth, 1.0) ** (dim / (dim - 2)))[:, None]
         slots = np.arange(0, dim, 2, dtype=np.float32)[None] / dim
         return jnp.asarray(frequencies(dim, theta))[None] * growth**-slots
