@@ -193,7 +193,7 @@ class DataParallel(Generator):
         def arguments(n: int) -> tuple:
             found = [(s[0] * n // rows, *s[1:]) for s in features]
             held = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in found)
-            return self._batch(n, width, visual_slots), held
+            return self.prompt_shapes(n, width, visual_slots), held
 
         def begin(model: VLM, batch: Batch, features: tuple) -> Answers:
             flat = [f.reshape(-1, f.shape[-1]) for f in features]
@@ -201,13 +201,6 @@ class DataParallel(Generator):
             return steps.begin(model, batch, slots, self.int8_cache, visual)
 
         return self._over_rows(begin, arguments, rows)
-
-    def _batch(self, rows: int, width: int, visual_slots: int | None) -> Batch:
-        """Shapes of prompts without pictures."""
-        ids: Any = jax.ShapeDtypeStruct((rows, width), np.int32)
-        streams = len(self.model.language.cfg.rope_sections)
-        positions: Any = jax.ShapeDtypeStruct((streams, rows, width), np.int32)
-        return Batch(ids, ids, positions, ids, ids, None, visual_slots)
 
 
 def _cut(part: Any, whole: Any) -> PartitionSpec:

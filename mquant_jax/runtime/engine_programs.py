@@ -10,7 +10,6 @@ import numpy as np
 
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.runtime import slots
-from mquant_jax.runtime.buckets import PIECE
 from mquant_jax.runtime.generate import Generator, shape_of
 from mquant_jax.runtime.prefill import Chunk
 from mquant_jax.runtime.slots import Columns, Slots, Start
@@ -40,12 +39,11 @@ class EnginePrograms:
         """:func:`mquant_jax.runtime.slots.read_chunk`; ``parts`` are the chunk's features."""
         width = chunk.batch.order.shape[1]
         reach = self.reach(chunk.start, width)
-        count = self.generator.feature_pieces(len(parts), 1, width)
-        parts = parts + [self.generator.zeros()] * (count - len(parts))
-        sizes = (width, reach, count, chunk.batch.visual_slots)
+        features = self.generator.filled_up(parts, 1, width)
+        sizes = (width, reach, len(features), chunk.batch.visual_slots)
         program = self._get("chunk", lambda: self._compile_read(*sizes), *sizes)
         place = np.int32(row), np.int32(chunk.start), np.int32(span)
-        return program(self._params, state, chunk.batch, tuple(parts), *place)
+        return program(self._params, state, chunk.batch, features, *place)
 
     def reach(self, start: int, width: int) -> int:
         """Columns that the program of a chunk looks at: none in a first chunk, else a size of which
@@ -104,16 +102,10 @@ class EnginePrograms:
         return self.generator.compiled(step, *shapes_of((state, *args)), donate=1)
 
     def _compile_read(self, width: int, reach: int, count: int, visual_slots: int | None) -> Any:
-        language = self.generator.model.language
-        ids, one = shape_of((1, width), np.int32), shape_of((), np.int32)
-        positions = shape_of((len(language.cfg.rope_sections), 1, width), np.int32)
-        batch = Batch(ids, ids, positions, ids, ids, None, visual_slots)
-        piece = shape_of((PIECE, language.cfg.hidden_size), language.dtype)
-
         def read(model: VLM, state: Slots, batch: Batch, features: tuple, row, start, span):
             int8 = self.generator.int8_cache
             return slots.read_chunk(model, state, batch, features, row, start, span, reach, int8)
 
-        return self.generator.compiled(
-            read, self._slots, batch, (piece,) * count, one, one, one, donate=1
-        )
+        batch = self.generator.prompt_shapes(1, width, visual_slots)
+        features, one = self.generator.piece_shapes(count), shape_of((), np.int32)
+        return self.generator.compiled(read, self._slots, batch, features, one, one, one, donate=1)

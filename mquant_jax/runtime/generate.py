@@ -213,11 +213,15 @@ class Generator:
 
     def _read(self, group: Prompts, features: dict) -> Sequence[Entry]:
         rows, width = group.batch.order.shape
-        parts = [features[piece] for piece in group.features]
-        count = self.feature_pieces(len(parts), rows, width)
-        parts += [self.zeros()] * (count - len(parts))
-        program = self._program("read", rows, width, count, group.batch.visual_slots)
-        return program(self.params, group.batch, tuple(parts))
+        parts = self.filled_up([features[piece] for piece in group.features], rows, width)
+        program = self._program("read", rows, width, len(parts), group.batch.visual_slots)
+        return program(self.params, group.batch, parts)
+
+    def filled_up(self, parts: Sequence[jax.Array], rows: int, width: int) -> tuple[jax.Array, ...]:
+        """Pieces of features, as many as a prefill of these sizes takes; nobody looks at the added
+        ones."""
+        missing = self.feature_pieces(len(parts), rows, width) - len(parts)
+        return (*parts, *[self._zeros()] * missing)
 
     def feature_pieces(self, needed: int, rows: int, width: int) -> int:
         """Pieces of features that a prefill takes; none in a model without pictures."""
@@ -225,8 +229,7 @@ class Generator:
             return 0
         return buckets.feature_pieces(needed, rows, width)
 
-    def zeros(self) -> jax.Array:
-        """A piece of features that nobody looks at."""
+    def _zeros(self) -> jax.Array:
         if self._nothing is None:
             language = self.model.language
             zeros = np.zeros((PIECE, language.cfg.hidden_size), language.dtype)
@@ -306,17 +309,23 @@ class Generator:
         )
 
     def _compile_read(self, rows: int, width: int, count: int, visual_slots: int | None) -> Any:
-        language = self.model.language
-        ids = shape_of((rows, width), np.int32)
-        streams = len(language.cfg.rope_sections)
-        positions = shape_of((streams, rows, width), np.int32)
-        batch = Batch(ids, ids, positions, ids, ids, None, visual_slots)
-        piece = shape_of((PIECE, language.cfg.hidden_size), language.dtype)
-
         def read(model: VLM, batch: Batch, features: tuple) -> tuple[Entry, ...]:
             return steps.read(model, batch, features, self.int8_cache)
 
-        return self.compiled(read, batch, (piece,) * count)
+        batch = self.prompt_shapes(rows, width, visual_slots)
+        return self.compiled(read, batch, self.piece_shapes(count))
+
+    def prompt_shapes(self, rows: int, width: int, visual_slots: int | None) -> Batch:
+        """Shapes of prompts without pictures."""
+        ids = shape_of((rows, width), np.int32)
+        streams = len(self.model.language.cfg.rope_sections)
+        positions = shape_of((streams, rows, width), np.int32)
+        return Batch(ids, ids, positions, ids, ids, None, visual_slots)
+
+    def piece_shapes(self, count: int) -> tuple[Any, ...]:
+        """Shapes of so many pieces of features."""
+        language = self.model.language
+        return (shape_of((PIECE, language.cfg.hidden_size), language.dtype),) * count
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
         return lambda model: steps.empty(model, rows, slots, self.int8_cache)
