@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.hadamard import Rotation
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.cache import key_order
 from mquant_jax.nn.dense import Dense
@@ -188,9 +187,16 @@ def tower_norm(
     return kind(width, eps, place.dtype)
 
 
-def stream_reading(cfg: ViTConfig, place: Placement) -> Rotation | None:
-    """The online rotation before layers that read the stream itself, of a post-norm tower."""
-    return place.read_rotation(cfg.hidden_size) if cfg.post_norm else None
+def reading_point(
+    name: str, points: Points, cfg: ViTConfig, place: Placement
+) -> tuple[ActQuant, int]:
+    """The point where half a block reads the stream, and the width of what its layers get.
+
+    A post-norm tower reads the stream itself, which it rotates online.
+    """
+    rotation = place.read_rotation(cfg.hidden_size) if cfg.post_norm else None
+    width = rotation.n if rotation else cfg.hidden_size
+    return place.point(name, points, rotation), width
 
 
 class AttentionPart(nnx.Module):
@@ -201,9 +207,7 @@ class AttentionPart(nnx.Module):
 
     def init_attention(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> None:
         dense, d = partial(place.dense, rngs=rngs), cfg.hidden_size
-        reading = stream_reading(cfg, place)
-        into = reading.n if reading else d
-        self.attn_in = place.point("attn_in", self.POINTS, reading)
+        self.attn_in, into = reading_point("attn_in", self.POINTS, cfg, place)
         # A rotated LayerNorm has left its bias in the layers that read it.
         bias = cfg.qkv_bias or (place.rotated and not cfg.rms_norm and not cfg.post_norm)
         self.q_proj = dense("q_proj", into, d, bias=bias)
@@ -270,9 +274,7 @@ class PlainMLP(MLPPart):
     POINTS: ClassVar[Points] = {"mlp_in": ("fc1",), "mlp_hidden": ("fc2",)}
 
     def init_mlp(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> None:
-        reading = stream_reading(cfg, place)
-        into = reading.n if reading else cfg.hidden_size
-        self.mlp_in = place.point("mlp_in", self.POINTS, reading)
+        self.mlp_in, into = reading_point("mlp_in", self.POINTS, cfg, place)
         self.fc1 = place.dense("fc1", into, cfg.intermediate_size, rngs=rngs)
         rotation = place.online_rotation(cfg.intermediate_size)
         self.mlp_hidden = place.point("mlp_hidden", self.POINTS, rotation)
@@ -295,9 +297,7 @@ class GatedMLP(MLPPart):
 
     def init_mlp(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> None:
         dense, inner = partial(place.dense, rngs=rngs), cfg.intermediate_size
-        reading = stream_reading(cfg, place)
-        into = reading.n if reading else cfg.hidden_size
-        self.mlp_in = place.point("mlp_in", self.POINTS, reading)
+        self.mlp_in, into = reading_point("mlp_in", self.POINTS, cfg, place)
         self.gate_proj = dense("gate_proj", into, inner)
         self.up_proj = dense("up_proj", into, inner)
         # The signs of the rotation are folded into up_proj.
