@@ -1,24 +1,29 @@
-"""The float Qwen2-VL against transformers' own numbers (tests/goldens/qwen2_vl)."""
+"""The float Qwen2-VL and Qwen2.5-VL against transformers' own numbers (tests/goldens)."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
+from mquant_jax.eval.reference import capture
 from mquant_jax.models.qwen2_vl.processing import collate, reference_batch, reference_prompts
 from tests.family_checks import RTOL, greedy_with_the_cache, rows_stand_alone
-from tests.helpers import forward, golden_qwen2_vl, relative
+from tests.helpers import forward, golden_model, relative
 
 embed = nnx.jit(lambda model, batch: model.embed(batch))
 prefill = nnx.jit(lambda model, batch, cache: model.prefill(batch, cache))
 
 
-@pytest.fixture(scope="module", params=["public", "public_video"])
+CASES = ["qwen2_vl/public", "qwen2_vl/public_video", "qwen2_5_vl/public"]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request):
-    return golden_qwen2_vl(request.param)
+    return golden_model(request.param)[1:]
 
 
 def test_every_position_of_the_forward_pass(case) -> None:
@@ -32,6 +37,19 @@ def test_visual_tokens(case) -> None:
     model, config, inputs, outputs = case
     batch, visual = reference_batch(config, inputs), outputs["is_visual"] == 1
     assert relative(embed(model, batch)[visual], outputs["vision"]) < RTOL
+
+
+def test_a_runner_that_captures_layers_sees_the_same(case) -> None:
+    """Runners with loops of their own give each layer its context, windows for example."""
+    model, config, inputs, outputs = case
+    got = capture(model, reference_batch(config, inputs))
+    assert relative(got["vision"], outputs["vision"]) < RTOL
+
+
+def test_positions_match_the_reference(case) -> None:
+    _, config, inputs, outputs = case
+    batch, real = reference_batch(config, inputs), inputs["attention_mask"] == 1
+    np.testing.assert_array_equal(batch.positions[:, real], outputs["position_ids"][:, real])
 
 
 def test_greedy_with_the_cache(case) -> None:
