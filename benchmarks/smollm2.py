@@ -14,6 +14,7 @@ pinned and every file is checked against its hash. Nothing is downloaded. To ins
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -106,10 +107,8 @@ def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
     Raises:
         UserError: a package is missing, or another release is installed.
     """
-    path = packaged_file(*SMOLLM2)
-    gguf, reader = _open(path)
-    meta = {name: field for name, field in reader.fields.items()}
-    hf = _hf_config({k: f.contents() for k, f in meta.items() if k.startswith("llama.")})
+    gguf, reader, path = _source()
+    hf = hf_config()
     family, config = family_for(hf, path), LlamaConfig.from_hf(hf)
     params = {}
     for tensor in reader.tensors:
@@ -123,30 +122,17 @@ def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
     if shapes != {k: v.shape for k, v in expected.items()}:
         odd = sorted(set(shapes.items()) ^ {(k, v.shape) for k, v in expected.items()})
         raise UserError(f"{path}: tensors do not fit the model, first {odd[0]}")
-    return family, config, params, _tokenizer(meta)
+    return family, config, params, _tokenizer(reader.fields)
 
 
 def hf_config() -> dict[str, Any]:
-    """The model's config.json.
+    """Translate GGUF's metadata to a config.json.
 
     Raises:
         UserError: as :func:`load`.
     """
-    fields = _open(packaged_file(*SMOLLM2))[1].fields
-    return _hf_config({k: f.contents() for k, f in fields.items() if k.startswith("llama.")})
-
-
-def _open(path: Path) -> tuple[Any, Any]:
-    """The module ``gguf``, and its reader of the file."""
-    try:
-        import gguf
-    except ImportError as e:
-        raise UserError(f"gguf cannot be imported ({e}); pip install -e '.[bench]'") from e
-    return gguf, gguf.GGUFReader(path)
-
-
-def _hf_config(meta: dict[str, Any]) -> dict[str, Any]:
-    """Translate GGUF's metadata keys to those of a config.json."""
+    fields = _source()[1].fields
+    meta = {k: f.contents() for k, f in fields.items() if k.startswith("llama.")}
     return {
         "model_type": "llama",
         "hidden_size": meta["llama.embedding_length"],
@@ -161,6 +147,17 @@ def _hf_config(meta: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": meta["llama.context_length"],
         "tie_word_embeddings": True,
     }
+
+
+@functools.cache
+def _source() -> tuple[Any, Any, Path]:
+    """Return the module ``gguf``, its reader of the file, and the file, hashed once."""
+    path = packaged_file(*SMOLLM2)
+    try:
+        import gguf
+    except ImportError as e:
+        raise UserError(f"gguf cannot be imported ({e}); pip install -e '.[bench]'") from e
+    return gguf, gguf.GGUFReader(path), path
 
 
 def our_name(name: str) -> str:

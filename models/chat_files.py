@@ -52,11 +52,6 @@ def loading(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be loaded: {what}") from e
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds any tokenizer."""
-    return any(is_file(folder / name) for name in TOKENIZERS)
-
-
 def check_readable(folder: Path) -> None:
     """The files that transformers reads by itself are regular ones, of the right form.
 

@@ -38,12 +38,6 @@ def tapped(graphdef, point, state, known, *args):
     return _tapped(graphdef, state, args, known)[1][point]
 
 
-@jax.jit
-def layer_of(state, i):
-    """The state of one layer of a stack."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), state)
-
-
 class Histogram:
     """A histogram of magnitudes whose range doubles as larger values arrive.
 

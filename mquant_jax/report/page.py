@@ -24,7 +24,7 @@ from mquant_jax.sections import kind_of, section_name
 PAGE = "report.html"
 _STYLE = """
 figure{margin:1rem 0}figure img{max-width:100%;height:auto;display:block}
-figcaption,.note{color:#555;max-width:52rem}td{white-space:nowrap}
+figcaption,.note{color:#555;max-width:52rem}
 td:last-child{white-space:normal;overflow-wrap:anywhere}.left td{text-align:left}
 """
 
