@@ -89,6 +89,9 @@ def ablation_rows() -> list[Row]:
         recipe = dataclasses.replace(recipe, **changes)
         rows.append(Row(name, recipe))
     rows.append(Row("mquant", full))  # without the split
+    rows.append(Row("mquant, no learning", dataclasses.replace(full, tune=Tuning())))
+    by_block = dataclasses.replace(full.tune, form="block")
+    rows.append(Row("mquant, by block", dataclasses.replace(full, tune=by_block)))
     paper = dataclasses.replace(recipe, online_signs=False, tune=Tuning())
     rows.append(Row("plain Hadamard", dataclasses.replace(paper, split=Split())))
     rows.append(Row("plain Hadamard +rms", dataclasses.replace(paper, split=Split("paper"))))

@@ -16,6 +16,7 @@ from mquant_jax.ops.dense import platform, select_path
 from mquant_jax.recipe import Recipe
 from mquant_jax.report.findings import collect, read_record
 from mquant_jax.report.summary import summary, text
+from mquant_jax.runtime.buckets import MOST_TOGETHER_ELSEWHERE
 from mquant_jax.runtime.generate import KV_CACHES
 from mquant_jax.runtime.memory import ACCELERATORS, checkpoint_plan
 from mquant_jax.sections import kind_of
@@ -68,6 +69,14 @@ def main(argv: list[str]) -> int:
     add("--context", type=int, metavar="N", help="with --memory: tokens per row, prompt and answer "
         "(default 4096, or the model's limit)")  # fmt: skip
     add("--batch", type=int, default=1, metavar="B", help="with --memory: rows (default 1)")
+    add(
+        "--patches",
+        type=int,
+        default=MOST_TOGETHER_ELSEWHERE,
+        metavar="P",
+        help="with --memory: "
+        "patches of the largest picture; this many or fewer (default %(default)s) run together",
+    )
     add("--device", choices=ACCELERATORS, help="with --memory: one device (default: all known)")
     add("--kv-cache", choices=KV_CACHES, default="float", help="with --memory (default float)")
     add_no_verify(parser)
@@ -101,16 +110,19 @@ def main(argv: list[str]) -> int:
 
 def _memory(args: argparse.Namespace) -> int:
     count(args.batch, "--batch")
+    count(args.patches, "--patches")
     devices = [args.device] if args.device else list(ACCELERATORS)
     options = {
-        "context": args.context, "batch": args.batch, "int8_cache": args.kv_cache == "int8"
+        "context": args.context, "batch": args.batch, "int8_cache": args.kv_cache == "int8",
+        "patches": args.patches,
     }  # fmt: skip
     plans = [checkpoint_plan(Path(args.checkpoint), device, **options) for device in devices]
     if args.json:
         print(json.dumps({"memory": [plan.to_json() for plan in plans]}))
         return OK
     first = plans[0]
-    print(f"{first.batch} row(s) of {first.context} tokens, {args.kv_cache} cache; GB")
+    print(f"{first.batch} row(s) of {first.context} tokens, {args.kv_cache} cache, "
+          f"{first.patches} patches at once; GB")  # fmt: skip
     print(f"{'device':<9} {'weights':>8} {'cache':>8} {'working':>8} {'total':>8} {'capacity':>8}"
           "  fits  longest context")  # fmt: skip
     for p in plans:
