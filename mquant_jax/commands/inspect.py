@@ -12,15 +12,19 @@ from mquant_jax.errors import UserError
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.numerics import QWeight
-from mquant_jax.ops.dense import platform, select_path
+from mquant_jax.ops.dense import DENSE, Product
 from mquant_jax.recipe import Recipe
 from mquant_jax.report.findings import collect, read_record
 from mquant_jax.report.summary import summary, text
+from mquant_jax.runtime import choices
 from mquant_jax.runtime.buckets import MOST_TOGETHER_ELSEWHERE
 from mquant_jax.runtime.generate import KV_CACHES
 from mquant_jax.runtime.memory import ACCELERATORS, checkpoint_plan
 from mquant_jax.sections import kind_of
+from mquant_jax.target import target
 from mquant_jax.validate import count
+
+_EXAMPLE = 128, 224  # text tokens, and side of a picture in pixels
 
 
 def layer_paths(model, recipe: Recipe) -> list[dict]:
@@ -35,12 +39,16 @@ def layer_paths(model, recipe: Recipe) -> list[dict]:
                 "weights": f"int{value.bits}",
                 "group_size": section.group_size,
                 "activations": f"int8 {section.activations}" if int8 else "float",
-                "one_row": select_path(int8, 1, value),
-                "many_rows": select_path(int8, 1024, value),
+                "one_row": _form(1, value, int8),
+                "many_rows": _form(1024, value, int8),
             }
         key = (kind, row["weights"])
         rows.setdefault(key, row)["count"] += 1
     return list(rows.values())
+
+
+def _form(rows: int, w: QWeight, int8: bool) -> str:
+    return DENSE.choose(Product.of(rows, w, "int8" if int8 else "float")).name
 
 
 def worst_points(report: dict, count: int) -> str:
@@ -90,17 +98,22 @@ def main(argv: list[str]) -> int:
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
+    prompt = loaded.family.example_prompt(loaded.config, *_EXAMPLE)
+    batch = loaded.family.collate(loaded.config, [prompt])
+    ran = choices.rows_of(choices.choices(loaded.model, batch))
     findings = collect(args.checkpoint, verify=False)  # it was just verified
     if args.json:
-        print(json.dumps({"platform": platform(), "recipe": recipe.to_json(), "layers": rows,
-                          "report": summary(findings)}))  # fmt: skip
+        print(json.dumps({"platform": target().platform, "recipe": recipe.to_json(),
+                          "layers": rows, "forms": ran, "report": summary(findings)}))  # fmt: skip
         return OK
-    print(f"family {loaded.manifest['family']}, recipe {recipe.name}, platform {platform()}\n")
+    print(f"family {loaded.manifest['family']}, recipe {recipe.name}, "
+          f"platform {target().platform}\n")  # fmt: skip
     print(recipe.table() + "\n")
     print(f"{'layer':<32} {'count':>5}  {'weights':<8} {'activations':<13} one row / many rows")
     for r in rows:
         forms = f"{r['one_row']} / {r['many_rows']}" if "one_row" in r else "float dot"
         print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
+    print(f"\none prompt of {len(prompt.input_ids)} tokens:\n" + choices.table(ran))
     if recipe.changes_weights:
         print("\n" + text(findings))
     if points:

@@ -16,9 +16,9 @@ from mquant_jax.models.base import VLM, Family, abstract_model
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.params import parameter_bytes
 from mquant_jax.nn.vit_block import ViTConfig
-from mquant_jax.ops.dense import target_platform
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.buckets import MOST_TOGETHER_ELSEWHERE
+from mquant_jax.target import tracing_for
 
 RESERVED = 1.0e9  # bytes for the runtime, compiled programs and what lies fragmented
 _DTYPE = jnp.bfloat16
@@ -124,7 +124,7 @@ def memory_plan(
     if not 0 < context <= limit:
         raise UserError(f"--context {context}: the model has contexts of 1 to {limit} tokens")
     chip = ACCELERATORS[device]
-    with target_platform(chip.platform, chip.kind):
+    with tracing_for(chip.platform, chip.kind):
         model = abstract_model(family, config, recipe, _DTYPE)
         weights = model_bytes(model)
     patches = max(patches, MOST_TOGETHER_ELSEWHERE)
