@@ -23,12 +23,12 @@ sys.exit(run_cli(main))
 @pytest.mark.parametrize("size", [10, 10_000_000])
 def test_a_reader_that_leaves_ends_the_command_quietly(size) -> None:
     """As in ``| head -1``: no traceback, whether output is written at once or at the end."""
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(size)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert child.stdin and child.stdout and child.stderr
-    child.stdout.close()
-    child.stdin.write(b"\n")
-    child.stdin.close()
-    assert child.stderr.read() == b"" and child.wait() == UNREAD
+    ) as child:  # fmt: skip
+        assert child.stdin and child.stdout and child.stderr
+        child.stdout.close()
+        child.stdin.write(b"\n")
+        child.stdin.close()
+        assert child.stderr.read() == b"" and child.wait() == UNREAD
