@@ -84,13 +84,13 @@ def test_paths_are_relative_to_the_file(folder) -> None:
         ('{"messages": []}', "one at least"),
         ('{"messages": [{"role": "user"}]}', r"messages\[0\]"),
         ('{"messages": [{"role": "wizard", "content": "?"}]}', "role is 'wizard'"),
-        ('{"messages": [{"role": "assistant", "content": "?"}]}', "no question of the user"),
+        ('{"messages": [{"role": "assistant", "content": "?"}]}', "no question from the user"),
         ('{"messages": [{"role": "user", "content": [{"type": "sound"}]}]}', "a part must be"),
         ('{"messages": [{"role": "user", "content": 3}]}', "expected text"),
         ('{"conversations": [{"from": "me", "value": "?"}]}', "from is 'me'"),
         ('{"conversations": [{"from": "human", "value": "<image>?"}]}', "1 places.*0 pictures"),
         ('{"conversations": "hello"}', "a conversation must be a list"),
-        ("", "holds no samples"),
+        ("", "no samples"),
     ],
 )
 def test_bad_lines_are_named(folder, line, words) -> None:

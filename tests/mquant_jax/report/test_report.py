@@ -160,7 +160,7 @@ def test_the_page_is_one_file(halved, tmp_path) -> None:
     words = ("positions [0]", "different pictures", "vision/merger/fc1")
     for word in (f"rule {rule} on section language", *words):
         assert word in text, word
-    assert "Not known" not in text
+    assert "Missing data" not in text
 
 
 def test_the_command_prints_the_short_form(folders, tmp_path, capsys) -> None:
@@ -174,7 +174,7 @@ def test_the_command_prints_the_short_form(folders, tmp_path, capsys) -> None:
     assert main(["inspect", str(folders / "halved")]) == 0
     said = capsys.readouterr().out
     for word in ("weight SQNR (dB): vision", "output SQNR (dB)", "saturation: ", "sinks: ",
-                 "first to keep at 8 bits, by output error"):  # fmt: skip
+                 "first candidates for 8 bits, by output error"):  # fmt: skip
         assert word in said, word
 
 

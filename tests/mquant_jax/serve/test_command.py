@@ -59,9 +59,9 @@ def test_an_open_door_is_warned_about(place, capsys, monkeypatch) -> None:
     monkeypatch.delenv("MQUANT_API_KEY", raising=False)
     args = ["serve", str(place / "none"), "--host", "0.0.0.0", "--port", "0"]
     assert cli.main(args) == 2
-    assert "no --api-key" in capsys.readouterr().err
+    assert "without an --api-key" in capsys.readouterr().err
     assert cli.main([*args, "--api-key", "x"]) == 2
-    assert "no --api-key" not in capsys.readouterr().err
+    assert "without an --api-key" not in capsys.readouterr().err
 
 
 def test_the_help_teaches(capsys) -> None:
