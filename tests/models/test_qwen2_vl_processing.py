@@ -183,7 +183,7 @@ def test_a_conversation(processor, images) -> None:
     assert prompt.grids == [(1, 4, 6), (1, 6, 4)]
 
 
-@pytest.mark.parametrize(("places", "given"), [(1, 2), (2, 1), (1, 0)])
+@pytest.mark.parametrize(("placeholders", "given"), [(1, 2), (2, 1), (1, 0)])
 def test_placeholders_and_pictures_must_agree(processor, images, places, given) -> None:
     with pytest.raises(UserError, match=f"{places} image placeholders, but {given} images"):
         processor.prompt("<|image_pad|> " * places, images[:given])
@@ -221,7 +221,7 @@ def test_pictures_that_cannot_be_read(processor, tmp_path) -> None:
 
 def test_clips_that_cannot_be_read(processor) -> None:
     frames = [np.zeros((28, 28, 3), np.uint8), np.zeros((28, 56, 3), np.uint8)]
-    for bad, message in (([], "one at least"), ("clip.mp4", "sequence"), (frames, "differ")):
+    for bad, message in (([], "at least one"), ("clip.mp4", "sequence"), (frames, "differ")):
         with pytest.raises(UserError, match=message):
             processor.prompt("", videos=[bad])
 

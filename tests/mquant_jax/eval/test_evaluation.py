@@ -171,7 +171,7 @@ def test_damaged_answers_are_named(tmp_path) -> None:
     good = path.read_bytes()
     for bad, words in (
         (b"{nonsense\n", "a.jsonl:3: damaged"),
-        (b'{"id": 3}\n', "a.jsonl:3: no answer"),
+        (b'{"id": 3}\n', "a.jsonl:3: not an answer"),
         (b"[]\n", "a.jsonl:3: damaged: not a JSON object"),
     ):
         path.write_bytes(good + bad)

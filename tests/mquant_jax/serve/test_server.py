@@ -171,7 +171,7 @@ def test_errors_as_the_client_knows_them(server) -> None:
     with pytest.raises(openai.BadRequestError, match="context is 512") as info:
         create(model=NAME, messages=user("x" * 600))
     assert info.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="nothing is fetched"):
+    with pytest.raises(openai.BadRequestError, match="nothing is downloaded"):
         url = {"url": "http://127.0.0.1/x.png"}
         create(model=NAME, messages=[
             {"role": "user", "content": [{"type": "image_url", "image_url": url}]}])  # fmt: skip
