@@ -105,7 +105,7 @@ def load_frames(video: Any, name: str) -> list[Image.Image]:
     """
     frames = listed(video, name, "frames", ndim=4)
     if not frames:
-        raise ImageError(f"{name}: expected a sequence of at least one frame")
+        raise ImageError(f"{name}: expected a sequence of frames, at least one")
     return [load_image(frame, f"{name}, frame {i}") for i, frame in enumerate(frames)]
 
 

@@ -227,7 +227,7 @@ class Model:
         if isinstance(prompt, str):
             return [self.processor.prompt(prompt, images, videos)]
         if not isinstance(prompt, list | tuple) or not prompt:
-            raise UserError("prompt: expected text, or a list of at least one text; found "
+            raise UserError("prompt: expected text, or a list of texts, at least one; found "
                             f"{kind(prompt)}")  # fmt: skip
         n = len(prompt)
         pictures = listed(images, "images", "lists of pictures", ndim=5) or [()] * n

@@ -357,9 +357,7 @@ def test_clips() -> None:
         frames = load_frames(form, "video 0")
         np.testing.assert_array_equal(np.stack([np.asarray(f) for f in frames]), clip)
     for bad in (RGB, "clip.mp4", Path("clip.mp4"), Image.fromarray(RGB), None, {}, b"x", 3, []):
-        with pytest.raises(
-            mq.ImageError, match="video 0: expected a sequence of at least one frame"
-        ):
+        with pytest.raises(mq.ImageError, match="video 0: expected a sequence of frames"):
             load_frames(bad, "video 0")
     with pytest.raises(mq.ImageError, match="video 0, frame 1"):
         load_frames([RGB, None], "video 0")

@@ -136,7 +136,7 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
     image = np.zeros((40, 40, 3), np.uint8)
     fails("1 image placeholders, but 2", lambda: processor.prompt("<image>", [image, image]))
     fails("no such file", lambda: processor.prompt("x", [tmp_path / "none.png"]))
-    fails("sequence of at least one frame", lambda: processor.prompt("x", videos=[[]]))
+    fails("sequence of frames", lambda: processor.prompt("x", videos=[[]]))
     fails('"role" and "content"', lambda: processor.messages([{"role": "user"}]))
     folder = make_folder(tmp_path, "internvl/public")
     write_tokenizer(folder, ("<a>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"), 380)

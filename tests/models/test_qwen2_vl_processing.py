@@ -183,7 +183,7 @@ def test_a_conversation(processor, images) -> None:
     assert prompt.grids == [(1, 4, 6), (1, 6, 4)]
 
 
-@pytest.mark.parametrize(("placeholders", "given"), [(1, 2), (2, 1), (1, 0)])
+@pytest.mark.parametrize(("places", "given"), [(1, 2), (2, 1), (1, 0)])
 def test_placeholders_and_pictures_must_agree(processor, images, places, given) -> None:
     with pytest.raises(UserError, match=f"{places} image placeholders, but {given} images"):
         processor.prompt("<|image_pad|> " * places, images[:given])

@@ -134,7 +134,7 @@ PICTURE = np.zeros((28, 28, 3), np.uint8)
         ({"images": [[], "a.png"], "prompt": ["a", "b"]}, "prompt 1: images: expected"),
         ({"images": "ab", "prompt": ["a", "b"]}, "images: expected a sequence"),
         ({"videos": "clip.mp4"}, "videos: expected a sequence"),
-        ({"videos": [PICTURE]}, "video 0: expected a sequence of at least one frame"),
+        ({"videos": [PICTURE]}, "video 0: expected a sequence of frames"),
         ({"videos": [(None for _ in range(2))]}, "video 0, frame 0"),
         ({"videos": np.zeros((2, 28, 28, 3), np.uint8)}, "videos: expected a sequence"),
         ({"stream": 3}, "stream"),
