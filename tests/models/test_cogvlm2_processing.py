@@ -96,6 +96,7 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
     fails("no bos_token", lambda: processor_of(folder).prompt("x"))
 
 
+@pytest.mark.slow
 def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
     """With the bundled pictures; the recipe is the preset, but cheaper to make."""
     src = make_folder(tmp_path / "src")

@@ -127,6 +127,7 @@ def test_a_converted_folder_answers(tmp_path) -> None:
     answers(tmp_path / "dst", golden_pictures(CASE)[:1], tokens=3)
 
 
+@pytest.mark.slow
 def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
     """With the bundled pictures; the recipe is the preset, but cheaper to make."""
     src = make_folder(tmp_path / "src")

@@ -125,6 +125,7 @@ def test_convert_and_verify(family, tmp_path, capsys) -> None:
     assert {"embeds", "hidden_1", "hidden_2", "logits"} <= arrays
 
 
+@pytest.mark.slow
 def test_a_text_only_checkpoint_through_the_commands(folder, tmp_path, capsys) -> None:
     text, dst = tmp_path / "text.jsonl", str(tmp_path / "dst")
     rows = [{"question": f"Count to {i}.", "answer": " ".join("123456"[:i])} for i in range(1, 7)]

@@ -193,6 +193,7 @@ def test_settings_of_another_model_are_refused(settings, words, tmp_path) -> Non
     fails(words, lambda: p.pictures.pixels(Image.new("RGB", (100, 70)), "x"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_a_converted_folder_answers(case, tmp_path) -> None:
     (src := tmp_path / "src").mkdir()

@@ -158,6 +158,7 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
     fails("no token <imgpad>", lambda: QwenVLProcessor(tmp_path, processor.config).encode("x"))
 
 
+@pytest.mark.slow
 def test_a_quantised_folder_answers(tmp_path) -> None:
     """From a folder and a few samples to W4A8 and text, as users go."""
     src, dst = tmp_path / "src", tmp_path / "dst"

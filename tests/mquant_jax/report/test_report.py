@@ -47,9 +47,10 @@ PLAIN = Recipe(name="plain", language=Section(4), weights=Weights(clip=False))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, demo_float):
     root = tmp_path_factory.mktemp("report")
-    for recipe in (Recipe(), PLAIN, HALVED):
+    (root / "float").symlink_to(demo_float)
+    for recipe in (PLAIN, HALVED):
         convert(SOURCE, root / recipe.name, recipe)
     return root
 

@@ -12,16 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import mquant_jax as mq
 from mquant_jax import cli
-from tests.chat_cases import folder_of
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("serve")
-    mq.convert(folder_of("qwen2_vl/public", place / "src"), place / "dst")
-    return place / "dst"
+def place(random_float) -> Path:
+    return random_float
 
 
 def test_a_server_that_a_signal_ends(place) -> None:
