@@ -107,7 +107,7 @@ def test_special_tokens_may_be_told_by_a_file(tmp_path) -> None:
 
 def test_bad_input_is_named(processor, tmp_path) -> None:
     image = np.zeros((40, 40, 3), np.uint8)
-    fails("one picture per conversation, 2", lambda: processor.prompt("x", [image, image]))
+    fails("one picture per conversation, found 2", lambda: processor.prompt("x", [image, image]))
     fails("does not support videos", lambda: processor.prompt("x", videos=[[image]]))
     fails("no such file", lambda: processor.prompt("x", [tmp_path / "none.png"]))
     fails('"role" and "content"', lambda: processor.messages([{"role": "user"}]))
