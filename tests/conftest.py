@@ -20,7 +20,7 @@ if jax.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 
-# Linux allows a process 65,530 memory maps by default; a test file adds up to some 20,000.
+# Far below 65,530, Linux's default limit: the next file adds more before it is checked again.
 MOST_MAPS = 20_000
 
 
