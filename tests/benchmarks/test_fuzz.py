@@ -71,11 +71,11 @@ def test_damage_is_undone(tmp_path) -> None:
 
 
 def test_rehearsal(capsys) -> None:
-    assert fuzz._run(["--cases", "100", "--seed", "5", "--json"]) == 0
+    assert fuzz._run(["--cases", "200", "--seed", "5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert sum(result["total"].values()) == result["cases"] == 100
+    assert sum(result["total"].values()) == result["cases"] == 200
     assert list(result["kinds"]) == list(KINDS) and result["faults"] == []
-    assert result["total"]["accepted"] > 5 and result["total"]["refused"] > 50
+    assert result["total"]["accepted"] > 10 and result["total"]["refused"] > 100
 
 
 def test_unknown_kinds_are_refused() -> None:
