@@ -12,12 +12,12 @@ _L = "language/layers/*"
 
 
 def direct(dst: str, src: str, *shape: int) -> WeightRule:
-    """Return the rule of a tensor that is taken over unchanged."""
+    """Return the rule of a tensor that is copied unchanged."""
     return WeightRule(dst, src, shape, shape)
 
 
 def dense_rules(dst: str, src: str, out: int, into: int, bias: bool = True) -> Iterator[WeightRule]:
-    """Kernel ``[out, into]`` and bias ``[out]`` of a dense layer."""
+    """Yield the rules of a dense layer: kernel ``[out, into]`` and bias ``[out]``."""
     yield direct(f"{dst}/kernel", f"{src}.weight", out, into)
     if bias:
         yield direct(f"{dst}/bias", f"{src}.bias", out)
@@ -111,12 +111,12 @@ def decoder_attention(c: DecoderConfig) -> ValueOutput:
 
 
 def decoder_hidden(c: DecoderConfig) -> Hidden:
-    """Return the decoder's MLP layer behind its online rotation."""
+    """Return the decoder's MLP layer that follows an online rotation."""
     return decoder_hiddens(c)[0]
 
 
 def decoder_hiddens(c: DecoderConfig) -> tuple[Hidden, ...]:
-    """Return each expert's MLP layer behind its online rotation."""
+    """Return each expert's MLP layer that follows an online rotation."""
     inner = c.intermediate_size
     return tuple(Hidden(f"{e}/down_proj", inner, f"{e}/up_proj") for e in _experts(c))
 

@@ -1,6 +1,6 @@
 """The config.json of Llama, Qwen2, Qwen3 and InternLM2 decoders -> the shape of ours.
 
-The same keys describe a language model alone (top level) and one inside a multimodal model.
+The same keys describe a text-only model (top level) and the decoder of a multimodal model.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ def decoder_config(
 
     Args:
         kind: model_type of the language model: llama, qwen2, qwen3 or internlm2.
-        where: the object that holds the keys, for messages.
+        where: the object with the keys, for messages.
         default_theta: base of the rotary positions if the config has none.
         mrope: rotary slots of each of three position streams if the config has none;
             ``None``: the model has one position per token.
 
     Raises:
-        UserError: it asks for something that is not supported, or its sizes are inconsistent.
+        UserError: an unsupported option, or inconsistent sizes.
     """
     check_window(hf, where)
     count, hidden = hf["num_attention_heads"], hf["hidden_size"]

@@ -1,6 +1,6 @@
 """``rope_scaling`` and ``rope_parameters`` of a config.json -> base and scaling of positions.
 
-They are the same object, named differently before transformers 5 and since.
+They are the same object, which transformers 5 renamed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SCHEMA = Schema(
         "long_factor": Refused(reason="longrope is not supported"),
     },
 )
-# Keys that only one kind reads; another kind would ignore them.
+# Keys of a single kind, which other kinds would ignore.
 _OWN = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
@@ -64,10 +64,10 @@ class Rope:
     """Rotary positions of a decoder.
 
     Attributes:
-        theta: base.
-        scaling: of the frequencies.
-        max_positions: the context, in tokens.
-        sections: M-RoPE's slots per stream, where the config names them.
+        theta: base of the frequencies.
+        scaling: scaling of the frequencies.
+        max_positions: context length in tokens.
+        sections: M-RoPE's slots per stream, if the config has them.
     """
 
     theta: float
@@ -82,14 +82,14 @@ def read_rope(
     """Rotary positions from the typed keys :data:`FIELDS` and ``max_position_embeddings``.
 
     Args:
-        where: the object that holds them, for messages.
-        default_theta: base where the config names none.
-        head_dim: channels that turn.
-        mrope: ``mrope_section`` has a meaning, and ``mrope`` as a type means no scaling.
+        where: the object with the keys, for messages.
+        default_theta: base if the config has none.
+        head_dim: rotated channels.
+        mrope: whether ``mrope_section`` is used, and the type ``mrope`` means no scaling.
 
     Raises:
-        UserError: a kind of scaling that is not supported; keys that contradict each other, are
-            missing, or would be ignored.
+        UserError: an unsupported kind of scaling; keys that are contradictory, missing, or would
+            be ignored.
     """
     name, values = _one_object(config, where)
     at = inside(where, name)
@@ -119,7 +119,7 @@ def _one_object(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, A
 
 def _read(data: Mapping[str, Any], at: str) -> dict[str, Any]:
     if unknown := _SCHEMA.unknown(data):
-        raise UserError(f"{inside(at, unknown[0])} is not known, and could change the numbers; "
+        raise UserError(f"{inside(at, unknown[0])} is unknown and could change results; "
                         f"known: {', '.join(_SCHEMA.fields)}")  # fmt: skip
     return _SCHEMA.read(data, at)
 
@@ -154,8 +154,8 @@ def _check_own(at: str, kind: str, values: Mapping[str, Any]) -> None:
         foreign.append("factor")
     for key in foreign:
         if values[key] is not None:
-            raise UserError(f"{at}.{key} means nothing to rope type {kind!r}; "
-                            "remove it, or name the type that it belongs to")  # fmt: skip
+            raise UserError(f"{at}.{key} has no meaning for rope type {kind!r}; "
+                            "remove it, or set the type that it belongs to")  # fmt: skip
 
 
 def _scaling(
@@ -174,7 +174,7 @@ def _scaling(
         return DynamicScaling(factor, context)
     low, high = (_needed(at, kind, values, key) for key in _OWN["llama3"])
     if low >= high:
-        raise UserError(f"{at}: low_freq_factor {low} and high_freq_factor {high} are impossible; "
+        raise UserError(f"{at}: low_freq_factor {low} and high_freq_factor {high} are invalid; "
                         "expected the first to be smaller")  # fmt: skip
     return Llama3Scaling(factor, low, high, values[_ORIGINAL] or context)
 
@@ -193,7 +193,7 @@ def _yarn(at: str, values: Mapping[str, Any], context: int) -> YarnScaling:
     factor = factor or max(context / original, 1.0)
     fast, slow = values["beta_fast"] or 32.0, values["beta_slow"] or 1.0
     if slow >= fast:
-        raise UserError(f"{at}: beta_fast {fast} and beta_slow {slow} are impossible; "
+        raise UserError(f"{at}: beta_fast {fast} and beta_slow {slow} are invalid; "
                         "expected the first to be larger")  # fmt: skip
     attention = values["attention_factor"]
     if attention is None:

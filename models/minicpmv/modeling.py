@@ -11,7 +11,7 @@ from mquant_jax.recipe import Recipe
 
 
 class MiniCPMVVision(ResampledViT):
-    """Vision tower and resampler; each patch carries its index in the table of positions."""
+    """Vision tower and resampler; each patch has an index into the position table."""
 
     takes_any_size = True
 
@@ -20,6 +20,6 @@ class MiniCPMVVision(ResampledViT):
 
 
 class MiniCPMV(VLM):
-    """MiniCPM-V of any size, float or quantised as ``recipe`` says."""
+    """MiniCPM-V of any size, float or quantised by ``recipe``."""
 
     VISION = MiniCPMVVision

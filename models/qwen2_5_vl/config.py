@@ -41,10 +41,10 @@ def config_tables(hf: dict[str, Any]) -> Tables:
 
 
 def config_from_hf(hf: dict[str, Any]) -> Qwen2VLConfig:
-    """Read a config.json, in the flat form of the hub or the nested one of transformers 5.
+    """Read a config.json, in the hub's flat format or transformers 5's nested one.
 
     Raises:
-        UserError: a key has an impossible value, or asks for something that is not supported.
+        UserError: a key has an invalid value, or is not supported.
     """
     given = config_tables(hf)
     tables = read_tables(given)
@@ -66,13 +66,13 @@ def config_from_hf(hf: dict[str, Any]) -> Qwen2VLConfig:
 
 
 def _window(vision: Mapping[str, Any]) -> int:
-    """The side of a window in patches, whole merged tokens.
+    """Side of a window in patches, a multiple of the merge size.
 
     Raises:
-        UserError: it holds no merged token.
+        UserError: the window is smaller than a merged token.
     """
     size, merge, patch = (vision[k] for k in ("window_size", "spatial_merge_size", "patch_size"))
     if size < merge * patch:
-        raise UserError(f"{FILE}: vision_config.window_size {size} holds no merged token of "
-                        f"{merge * patch} pixels; expected {merge * patch} at least")  # fmt: skip
+        raise UserError(f"{FILE}: vision_config.window_size {size} is smaller than a merged token; "
+                        f"expected at least {merge * patch} pixels")  # fmt: skip
     return size // merge // patch * merge

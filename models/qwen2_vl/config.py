@@ -76,8 +76,8 @@ class Qwen2VLConfig:
     """Vision tower, decoder and the special token ids, of Qwen2-VL and Qwen2.5-VL.
 
     Attributes:
-        tokens_per_second: steps of the temporal position that a second of a clip takes; ``None``:
-            each temporal patch takes one.
+        tokens_per_second: temporal positions per second of a clip; ``None``: one per temporal
+            patch.
     """
 
     vision: ViTConfig
@@ -92,10 +92,10 @@ class Qwen2VLConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Qwen2VLConfig:
-        """Read a config.json, in the flat form of the hub or the nested one of transformers 5.
+        """Read a config.json, in the hub's flat format or transformers 5's nested one.
 
         Raises:
-            UserError: a key has an impossible value, or asks for something that is not supported.
+            UserError: a key has an invalid value, or is not supported.
         """
         tables_of = config_tables(hf)
         tables = read_tables(tables_of)
@@ -109,10 +109,10 @@ class Qwen2VLConfig:
 def shared_fields(
     hf: dict[str, Any], tables: Mapping[str, Any], given: Tables, width: str
 ) -> dict[str, Any]:
-    """All fields of the config but the vision tower's, from typed tables.
+    """All fields of the config but the vision tower, from typed tables.
 
     Args:
-        given: the tables with what the file holds.
+        given: the tables with the file's contents.
         width: key of ``vision_config`` for the width of the merger's output.
 
     Raises:
@@ -129,7 +129,7 @@ def shared_fields(
         how = "" if width in given["vision_config"][1] else "is missing, and its default "
         raise UserError(
             f"{FILE}: vision_config.{width} {how}{vision[width]} differs from "
-            f"hidden_size {language.hidden_size}; the merger must end in the decoder's width"
+            f"hidden_size {language.hidden_size}; the merger's output must have the decoder's width"
         )
     return {
         "language": language,
@@ -188,8 +188,8 @@ def tower_shape(
     """A tower with rotary positions.
 
     Args:
-        size, inner: widths of the stream and of the MLPs.
-        more: fields of :class:`ViTConfig`.
+        size, inner: widths of the stream and the MLPs.
+        more: further fields of :class:`ViTConfig`.
 
     Raises:
         UserError: the heads do not fit the width.

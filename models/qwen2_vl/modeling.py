@@ -64,6 +64,6 @@ class Qwen2VLVision(ViT):
 
 
 class Qwen2VL(VLM):
-    """Qwen2-VL or Qwen2.5-VL of any size, float or quantised as ``recipe`` says."""
+    """Qwen2-VL or Qwen2.5-VL of any size, float or quantised by ``recipe``."""
 
     VISION = Qwen2VLVision

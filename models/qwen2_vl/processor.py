@@ -1,7 +1,7 @@
-"""Qwen2-VL: files, chat messages and pictures in; token ids and patches out.
+"""Qwen2-VL: turn files, chat messages and pictures into token ids and patches.
 
-Only the image processor (PIL backend) and the tokenizer of transformers are used: its combined
-processor wants torch. Nothing here touches the network or runs code from the folder.
+Uses only the image processor (PIL backend) and the tokenizer of transformers, whose combined
+processor needs torch. Nothing here touches the network or runs code from the folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mquant_jax.schema import Schema, real
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-# A placeholder in a text, bare or already between its markers.
+# A placeholder in a text, with or without its markers.
 _PLACED = re.compile(rf"(?:{re.escape(START)})?<\|(image|video)_pad\|>(?:{re.escape(END)})?")
 _PATCHES = ("patch_size", "temporal_patch_size", "merge_size")
 _SYSTEM = "You are a helpful assistant."
@@ -36,15 +36,15 @@ Picture = tuple[Grid, np.ndarray, float]  # with the seconds between its tempora
 
 
 class Qwen2VLProcessor(ChatFolder):
-    """From pictures and text to a ``Batch``, and from tokens back to text.
+    """Turns pictures and text into a ``Batch``, and tokens into text.
 
     Args:
-        folder: holds a tokenizer, and preprocessor_config.json or processor_config.json; as
-            published, tokenizer_config.json, generation_config.json and the chat template.
+        folder: has a tokenizer, preprocessor_config.json or processor_config.json, and optionally
+            tokenizer_config.json, generation_config.json and a chat template.
         config: the model's config.
 
     Raises:
-        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+        UserError: a file is missing or unreadable, or the tokenizer belongs to another model.
     """
 
     config: Qwen2VLConfig
@@ -54,7 +54,7 @@ class Qwen2VLProcessor(ChatFolder):
 
     @functools.cached_property
     def tokenizer(self):
-        """The folder's tokenizer, its placeholder ids checked against the config's."""
+        """The folder's tokenizer, with its placeholder ids checked against the config."""
         tokenizer = super().tokenizer
         expected = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         for kind, token in PLACEHOLDERS.items():
@@ -62,7 +62,7 @@ class Qwen2VLProcessor(ChatFolder):
             if found != expected[kind]:
                 raise UserError(
                     f"{self.folder / 'tokenizer.json'}: {token} is token {found}, "
-                    f"config.json says {expected[kind]}"
+                    f"config.json has {expected[kind]}"
                 )
         return tokenizer
 
@@ -73,7 +73,7 @@ class Qwen2VLProcessor(ChatFolder):
 
     @functools.cached_property
     def video_processor(self):
-        """The same for frames of videos, which may have bounds of their own."""
+        """The same for video frames, which may have other bounds."""
         path, settings = self._video_settings
         return self._processor_of(path, settings) if settings else self.image_processor
 
@@ -84,8 +84,8 @@ class Qwen2VLProcessor(ChatFolder):
 
     @functools.cached_property
     def seconds_per_grid(self) -> float:
-        """Time from one temporal patch of a clip to the next; clips are taken to be sampled at the
-        folder's ``fps``, as published 2 frames a second."""
+        """Time between temporal patches of a clip, for frames sampled at the folder's ``fps`` (by
+        default 2 per second)."""
         path, settings = self._video_settings
         return self.config.temporal_patch_size / _RATE.read(settings, str(path))["fps"]
 
@@ -95,8 +95,8 @@ class Qwen2VLProcessor(ChatFolder):
         return import_transformers().Qwen2VLImageProcessorPil(**read)
 
     def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
-        """Pictures stand in front of the text, or where it says ``<|image_pad|>`` or
-        ``<|video_pad|>`` (with or without the markers around)."""
+        """Pictures come before the text, or where it has ``<|image_pad|>`` or ``<|video_pad|>``
+        (with or without their markers)."""
         placed = [m[1] for m in _PLACED.finditer(text)]
         given = (("image", images), ("video", videos))
         content = [{"type": kind} for kind, some in given if kind not in placed for _ in some]
@@ -105,7 +105,7 @@ class Qwen2VLProcessor(ChatFolder):
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
-        """A whole conversation, answered next by the assistant.
+        """A conversation, to be continued by the assistant.
 
         Args:
             messages: ``{"role": ..., "content": text or parts}``; a part is ``{"type": "text",
@@ -113,7 +113,7 @@ class Qwen2VLProcessor(ChatFolder):
             images, videos: in the order of their parts and placeholders.
 
         Raises:
-            UserError: pictures and places differ in number (both are named); a picture that
+            UserError: the number of pictures differs from that of placeholders; a picture
                 cannot be read; a malformed message.
         """
         chat, images, videos = self.conversation(messages, images, videos, _PLACED)
@@ -158,7 +158,8 @@ class Qwen2VLProcessor(ChatFolder):
     def _frames(
         self, frames: list[Image.Image], name: str, processor: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Patches of pictures, each as a still: float32 ``[sum(h*w), patch_dim]``, and grids."""
+        """Patches of pictures, each processed as a still: float32 ``[sum(h*w), patch_dim]``; and
+        grids."""
         try:
             out = processor(images=frames, return_tensors="np")
         except ValueError as e:
@@ -182,7 +183,7 @@ class Qwen2VLProcessor(ChatFolder):
         stills, grids = self._frames(frames, name, self.video_processor)
         _, h, w = _grid(grids[0])
         size = self.config.patch_size
-        # A still fills every temporal slot with the same picture: take one slot of each frame.
+        # A still repeats the picture in every temporal slot: take one slot per frame.
         stills = stills.reshape(len(frames), h * w, 3, slots, size, size)[:, :, :, 0]
         padding = np.repeat(stills[-1:], -len(frames) % slots, axis=0)
         clip = np.concatenate([stills, padding])
@@ -192,7 +193,7 @@ class Qwen2VLProcessor(ChatFolder):
 
 
 def render_published(chat: Sequence[Message]) -> str:
-    """The template that Qwen2-VL was released with, for folders that carry none.
+    """The template that Qwen2-VL was released with, for folders without a template.
 
     Args:
         chat: messages whose content is a list of parts.

@@ -1,4 +1,4 @@
-"""The published tensor names of Qwen2-VL and Qwen2.5-VL -> ours, every tensor of them."""
+"""The published tensor names of Qwen2-VL and Qwen2.5-VL -> ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def canonical_name(name: str) -> str:
 
 
 def ignored(name: str) -> bool:
-    """Tables that older checkpoints store and that are computed here."""
+    """Whether a tensor is unused: tables in older checkpoints that are computed here."""
     return name.endswith("rotary_emb.inv_freq") or name.endswith("rotary_pos_emb.inv_freq")
 
 
@@ -82,7 +82,7 @@ def _vision(config: Qwen2VLConfig) -> Iterator[WeightRule]:
 
 
 def export_hf(config: Qwen2VLConfig, params: Params) -> dict[str, np.ndarray]:
-    """The published names and shapes from our float tensors: the inverse of the rules."""
+    """Our float tensors under their published names and shapes: the inverse of the rules."""
     out: dict[str, np.ndarray] = {}
     for rule in weight_rules(config):
         ours = np.asarray(params[rule.dst])

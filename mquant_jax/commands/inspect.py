@@ -1,4 +1,4 @@
-"""What a checkpoint holds and which kernel each layer runs."""
+"""Show the contents of a checkpoint and the kernel that each layer runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mquant_jax.sections import kind_of
 from mquant_jax.target import target
 from mquant_jax.validate import count
 
-_EXAMPLE = 128, 224  # text tokens, and side of a picture in pixels
+_EXAMPLE = 128, 224  # text tokens, picture side in pixels
 
 
 def layer_paths(model, recipe: Recipe) -> list[dict]:
-    """One row per kind of dense layer: bits, activation mode and the form that runs."""
+    """One row per kind of dense layer: bits, activation mode and kernel."""
     rows: dict[tuple, dict] = {}
     for path, value in dense_layers(model).items():
         kind, section = kind_of(path), recipe.section_for(path)
@@ -52,7 +52,7 @@ def _form(rows: int, w: QWeight, int8: bool) -> str:
 
 
 def worst_points(report: dict, count: int) -> str:
-    """The quantisation points (and token classes) that lose most."""
+    """The quantisation points (and token classes) with the largest error."""
     rows = [
         (seen["error"], point, cls, seen)
         for point, classes in report["points"].items()
@@ -66,26 +66,20 @@ def worst_points(report: dict, count: int) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan, the sizes and the path that each layer executes on this platform."""
+    """Print the plan, the sizes and each layer's kernel on this platform."""
     parser = Parser("python -m mquant_jax inspect", __doc__)
-    parser.add_argument("checkpoint", help="folder written by convert.hf_to_flax")
+    parser.add_argument("checkpoint", help="folder written by convert")
     parser.add_argument("--points", type=int, default=0, metavar="N", help="show the N "
                         "quantisation points with the largest rounding and clipping error on the "
                         "calibration data")  # fmt: skip
     add = parser.add_argument
-    add("--memory", action="store_true", help="say whether the checkpoint fits on accelerators")
+    add("--memory", action="store_true", help="show whether the checkpoint fits on accelerators")
     add("--context", type=int, metavar="N", help="with --memory: tokens per row, prompt and answer "
         "(default 4096, or the model's limit)")  # fmt: skip
     add("--batch", type=int, default=1, metavar="B", help="with --memory: rows (default 1)")
-    add(
-        "--patches",
-        type=int,
-        default=MOST_TOGETHER_ELSEWHERE,
-        metavar="P",
-        help="with --memory: "
-        "patches of the largest picture; this many or fewer (default %(default)s) run together",
-    )
-    add("--device", choices=ACCELERATORS, help="with --memory: one device (default: all known)")
+    add("--patches", type=int, default=MOST_TOGETHER_ELSEWHERE, metavar="P", help="with --memory: "
+        "patches of the largest picture; up to the default %(default)s run together")  # fmt: skip
+    add("--device", choices=ACCELERATORS, help="with --memory: one device (default all)")
     add("--kv-cache", choices=KV_CACHES, default="float", help="with --memory (default float)")
     add_no_verify(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -94,14 +88,14 @@ def main(argv: list[str]) -> int:
     if args.memory:
         return _memory(args)
     if args.context is not None or args.batch != 1 or args.device is not None:
-        raise UserError("--context, --batch and --device go with --memory")
+        raise UserError("--context, --batch and --device need --memory")
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
     prompt = loaded.family.example_prompt(loaded.config, *_EXAMPLE)
     batch = loaded.family.collate(loaded.config, [prompt])
     ran = choices.rows_of(choices.choices(loaded.model, batch))
-    findings = collect(args.checkpoint, verify=False)  # it was just verified
+    findings = collect(args.checkpoint, verify=False)  # already verified
     if args.json:
         print(json.dumps({"platform": target().platform, "recipe": recipe.to_json(),
                           "layers": rows, "forms": ran, "report": summary(findings)}))  # fmt: skip

@@ -1,9 +1,9 @@
 """Compare a checkpoint, run in float32, with the recorded outputs of a reference implementation.
 
-DIR holds inputs.safetensors and outputs.safetensors. Compared are the arrays found there: vision
-(vision_pre, vision_conv), embeds, hidden_i, logits and the greedy tokens, and the same of a second
-batch under text_*. Only real tokens count. A rotated checkpoint works in a basis of its own: of it,
-only logits and greedy tokens can be compared."""
+DIR holds inputs.safetensors and outputs.safetensors. The arrays found there are compared: vision
+(vision_pre, vision_conv), embeds, hidden_i, logits and the greedy tokens, and the same for a second
+batch under text_*. Padding is ignored. A rotated checkpoint uses another basis, so only its logits
+and greedy tokens can be compared."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from mquant_jax.validate import number
 
 FLOAT_RTOL = 1e-3
 _BY_PICTURE = ("vision", "vision_pre", "vision_conv")
-# Arrays that a reference may record with padding -> the output that is 1 where there is none.
+# Arrays that a reference may record with padding -> the mask output, 1 at real tokens.
 _PADDED = {"vision_pre": "vision_patch_mask"}
-# A reference may hold a second batch, of text alone, under the same names with this in front.
+# A reference may hold a second batch, text only, under the same names with this prefix.
 _TEXT = "text_"
 Arrays = dict[str, np.ndarray]
 
 
 class CaptureRunner(Runner):
-    """Keeps what modules return, and the residual stream before, between and after blocks.
+    """Records module outputs, and the residual stream before, between and after blocks.
 
     Attributes:
-        seen: name -> output, or for a stack ``[layers + 1, ...]``: entry i enters block i.
-        real: name -> bool, which rows of the output are no padding.
+        seen: name -> output; for a stack ``[layers + 1, ...]``, where entry i is block i's input.
+        real: name -> bool, which rows of the output are not padding.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ def _forward(model: VLM, batch: Batch) -> tuple[jax.Array, dict, dict]:
 
 
 def capture(model: VLM, batch: Batch) -> Arrays:
-    """One forward pass without a cache, under the names of the reference's arrays.
+    """Arrays of one forward pass without a cache, named as in the reference.
 
     Returns:
         logits, embeds, hidden_i ``[B, T, ...]``; vision ``[tokens, hidden]`` and vision_pre
@@ -97,7 +97,7 @@ def capture(model: VLM, batch: Batch) -> Arrays:
 
 
 def greedy_tokens(model: VLM, batch: Batch, steps: int) -> np.ndarray:
-    """int32 ``[B, steps]``: the most probable tokens, by prefill and cached decoding, no stop."""
+    """Greedy tokens by prefill and cached decoding, int32 ``[B, steps]``; never stops early."""
     rows, width = batch.input_ids.shape
     cache = model.language.init_cache(rows, width + steps)
     logits, cache = nnx.jit(lambda m, b, c: m.prefill(b, c))(model, batch, cache)
@@ -116,11 +116,11 @@ def compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> di
     """Errors of every array that both sides have.
 
     Returns:
-        ``{"arrays": {name: {"max_abs", "rel", "shape"}}, "greedy_match": share or None,
-        "other_basis": names}``; the last are the arrays that a rotation leaves incomparable.
+        ``{"arrays": {name: {"max_abs", "rel", "shape"}}, "greedy_match": fraction or None,
+        "other_basis": names}``; the last lists arrays that a rotation makes incomparable.
 
     Raises:
-        UserError: the reference does not belong to this model.
+        UserError: the reference belongs to another model.
     """
     result = _compare(loaded, inputs, outputs, origin)
     if f"{_TEXT}input_ids" in inputs:
@@ -137,7 +137,7 @@ def _text_part(arrays: Arrays) -> Arrays:
 
 def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> dict[str, Any]:
     batch = _batch(loaded, inputs, origin)
-    # A reference whose inputs hold one placeholder per picture records the mask that it had inside.
+    # A reference whose inputs have one placeholder per picture records its internal mask.
     mask = outputs.get("attention_mask_expanded", inputs["attention_mask"]) == 1
     ours = capture(loaded.model, batch)
     arrays, shared = {}, [n for n in outputs if n in ours]
@@ -165,7 +165,7 @@ def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> d
         tokens = greedy_tokens(loaded.model, batch, outputs["greedy"].shape[1])
         match = float(np.mean(tokens == outputs["greedy"]))
     if not arrays and match is None:
-        raise UserError(f"{origin}: outputs.safetensors holds nothing that can be compared")
+        raise UserError(f"{origin}: outputs.safetensors has no array that can be compared")
     return {"arrays": arrays, "greedy_match": match, "other_basis": turned}
 
 
@@ -178,7 +178,7 @@ def errors(got: np.ndarray, ref: np.ndarray) -> dict[str, float]:
 
 
 def read_reference(folder: Path) -> tuple[Arrays, Arrays]:
-    """Inputs and outputs.
+    """The recorded inputs and outputs.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -195,7 +195,7 @@ def read_reference(folder: Path) -> tuple[Arrays, Arrays]:
             raise UserError(f"{folder / name}: damaged safetensors file: {e}") from e
     for name in ("input_ids", "attention_mask"):
         if name not in found[0]:
-            raise UserError(f"{folder / 'inputs.safetensors'}: holds no {name}")
+            raise UserError(f"{folder / 'inputs.safetensors'}: lacks {name}")
     return found[0], found[1]
 
 
@@ -212,8 +212,8 @@ def _batch(loaded: Loaded, inputs: Arrays, origin: Path) -> Batch:
 def judge(result: dict[str, Any], rtol: float | None, is_float: bool) -> bool:
     """Whether the checkpoint passes.
 
-    A float one must be within ``rtol`` (default 1e-3) with every greedy token equal; a quantised
-    one must be within ``rtol`` if it is given.
+    A float checkpoint must be within ``rtol`` (default 1e-3) and match every greedy token. A
+    quantised one must be within ``rtol`` if it is given.
     """
     if rtol is None and not is_float:
         return True
@@ -225,10 +225,10 @@ def judge(result: dict[str, Any], rtol: float | None, is_float: bool) -> bool:
 def verify_reference(
     checkpoint: Path, reference: Path, rtol: float | None = None, verify: Verify = True
 ) -> dict[str, Any]:
-    """Run the comparison; see :func:`compare`, with ``ok`` added.
+    """The result of :func:`compare`, with ``ok`` added.
 
     Raises:
-        UserError: bad tolerance, checkpoint or reference.
+        UserError: a bad tolerance, checkpoint or reference.
     """
     rtol = None if rtol is None else number(rtol, "--rtol", least=0)
     inputs, outputs = read_reference(reference)

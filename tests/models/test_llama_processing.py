@@ -92,7 +92,7 @@ def test_a_model_without_template_takes_plain_text(copied) -> None:
 
 def test_pictures_and_strange_messages_are_refused(folder) -> None:
     processor = LlamaProcessor(folder, CONFIG)
-    with pytest.raises(UserError, match="without a vision part.*images: 1"):
+    with pytest.raises(UserError, match="text-only model.*images: 1"):
         processor.prompt("hi", [np.zeros((4, 4, 3), np.uint8)])
     with pytest.raises(UserError, match="message 0"):
         processor.messages([{"role": "user", "content": [{"type": "image"}]}])
@@ -125,6 +125,7 @@ def test_convert_and_verify(family, tmp_path, capsys) -> None:
     assert {"embeds", "hidden_1", "hidden_2", "logits"} <= arrays
 
 
+@pytest.mark.slow
 def test_a_text_only_checkpoint_through_the_commands(folder, tmp_path, capsys) -> None:
     text, dst = tmp_path / "text.jsonl", str(tmp_path / "dst")
     rows = [{"question": f"Count to {i}.", "answer": " ".join("123456"[:i])} for i in range(1, 7)]

@@ -173,7 +173,7 @@ def test_the_tower_groups_its_fused_rows_by_head() -> None:
 def test_counts_that_do_not_match() -> None:
     _, config, inputs, _ = golden_case(CASES[0])
     ids = inputs["input_ids"].copy()
-    with pytest.raises(ValueError, match="places for 3"):
+    with pytest.raises(ValueError, match="placeholders for 3"):
         reference_batch(config, inputs | {"pixel_values": inputs["pixel_values"][:2]})
     ids[0, 9] = 5  # the first picture's start
     with pytest.raises(ValueError, match="expected 16 slots"):
@@ -216,7 +216,7 @@ def test_measurements_need_no_tokenizer() -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"visual": None}, "without the key 'visual'"),
+        ({"visual": None}, "no key 'visual'"),
         ({"kv_channels": 32}, "kv_channels 32"),
         ({"intermediate_size": 175}, "intermediate_size 175"),
         ({"rotary_pct": 0.5}, "rotary_pct 0.5"),
@@ -227,7 +227,7 @@ def test_measurements_need_no_tokenizer() -> None:
           "visual": {"output_dim": 96}}, "output_dim 96"),
         ({"visual": {"heads": 5}}, "5 heads"),
         ({"visual": {"n_queries": 15}}, "n_queries 15"),
-        ({"visual": {"patch_size": 96}}, "holds no patch"),
+        ({"visual": {"patch_size": 96}}, "has no patch"),
         ({"visual": {"image_start_id": 318}}, "image_start_id 318"),
     ],
 )  # fmt: skip

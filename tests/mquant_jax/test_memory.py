@@ -53,8 +53,8 @@ def test_contexts():
     assert 0 < many.longest_context < limit
     assert plan(context=many.longest_context, batch=24).fits
     assert not plan(context=many.longest_context + 1, batch=24).fits
-    fails("--context 0: the model has contexts of 1 to", lambda: plan(context=0))
-    fails(f"contexts of 1 to {limit} tokens", lambda: plan(context=limit + 1))
+    fails("--context 0: expected 1 to", lambda: plan(context=0))
+    fails(f"expected 1 to {limit}, the model", lambda: plan(context=limit + 1))
 
 
 def test_the_vision_tower_counts():
