@@ -221,7 +221,7 @@ class VLM(nnx.Module):
         Returns:
             Logits float32 ``[B, vocab]``, and the cache.
         """
-        streams = len(self.language.cfg.rope_sections)
+        streams = self.language.cfg.position_streams
         x = self.language.embed(tokens[:, None])
         positions = jnp.broadcast_to(position[None, :, None], (streams, tokens.shape[0], 1))
         x, cache = self.language.step(

@@ -25,7 +25,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config, decoder_fields
 from mquant_jax.models.rope_config import FIELDS as ROPE_FIELDS
-from mquant_jax.models.rope_config import read_rope
+from mquant_jax.models.rope_config import MRope, read_rope
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Refused, Schema, choice, real, table, whole
@@ -68,7 +68,7 @@ AXIAL = Schema(
     {"rope_theta": theta(10000.0), "rope_type": choice("axial", ("axial", "default"))},
     frozenset({"type"}),
 )
-_MROPE, _THETA = (16, 24, 24), 1e6
+_MROPE, _THETA = MRope((16, 24, 24)), 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +169,8 @@ def _check_agreement(
     """
     where, head_dim = f"{FILE}: text_config", text["hidden_size"] // text["num_attention_heads"]
     rope = {key: top[key] for key in ROPE_FIELDS if key in hf}
-    scaled = read_rope({**text, **rope}, FILE, _THETA, head_dim, mrope=True)
-    if scaled != read_rope(text, where, _THETA, head_dim, mrope=True):
+    scaled = read_rope({**text, **rope}, FILE, _THETA, head_dim, _MROPE)
+    if scaled != read_rope(text, where, _THETA, head_dim, _MROPE):
         raise UserError(f"{FILE}: {' and '.join(rope)} at the top differ from those in "
                         "text_config, which transformers reads; make them agree")  # fmt: skip
     for key in TEXT.fields:

@@ -110,10 +110,10 @@ class Decoder(nnx.Module):
         """
         cfg, gain = self.cfg, None
         if cfg.stored_rope:
-            angles = slot_positions(positions, cfg.rope_sections)
+            angles = slot_positions(positions, cfg.rope_streams)
         else:
             angles = multi_axis_angles(
-                positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling, span
+                positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_streams, cfg.rope_scaling, span
             )
         if cfg.logn_length is not None:
             length = jnp.maximum(jnp.max(positions, axis=0), 0).astype(jnp.float32) + 1

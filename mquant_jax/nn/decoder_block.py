@@ -34,8 +34,8 @@ Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
 class DecoderConfig:
     """Shape of a language model.
 
-    ``rope_sections`` are the rotary slots that follow each position stream; a single entry is
-    ordinary rope. They add up to ``head_dim / 2`` or less; the other channels are not rotated.
+    ``rope_streams`` is the position stream that each rotary slot follows: of ordinary rope, 0
+    everywhere. There are ``head_dim / 2`` slots or fewer; the other channels are not rotated.
     ``stored_rope``: the checkpoint holds each layer's frequencies. ``qk_norm``: queries and keys
     pass an RMSNorm per head before rope. ``logn_length``: from this position on, queries are scaled
     by the logarithm of their position; ``None``: they are not. ``visual_expert``: visual tokens
@@ -51,7 +51,7 @@ class DecoderConfig:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    rope_sections: tuple[int, ...]
+    rope_streams: tuple[int, ...]
     max_positions: int
     qkv_bias: bool
     tied_head: bool
@@ -66,7 +66,12 @@ class DecoderConfig:
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that rope rotates."""
-        return 2 * sum(self.rope_sections)
+        return 2 * len(self.rope_streams)
+
+    @property
+    def position_streams(self) -> int:
+        """Positions that a token has."""
+        return max(self.rope_streams) + 1
 
     @property
     def score_gain(self) -> float:

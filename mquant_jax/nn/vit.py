@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from math import isqrt
 from typing import ClassVar
 
 import jax
@@ -15,7 +14,6 @@ from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
 from mquant_jax.nn.vit_block import (
@@ -117,8 +115,8 @@ class ViT(nnx.Module):
         self.patch_embed = PatchEmbed(cfg, place.within("patch_embed"), rngs=rngs)
         if cfg.class_token:
             self.class_token = nnx.Param(jnp.zeros((1, cfg.hidden_size), place.dtype))
-        if cfg.position_grid:
-            rows = cfg.position_grid**2 + cfg.class_token
+        if cfg.positions is not None:
+            rows = cfg.positions.side**2 + cfg.class_token
             self.positions = nnx.Param(jnp.zeros((rows, cfg.hidden_size), place.dtype))
         layer = place.layer("layers")
         self.layers = stack_layers(lambda r: vit_block(cfg, layer, rngs=r), cfg.num_layers, rngs)
@@ -135,7 +133,7 @@ class ViT(nnx.Module):
     @property
     def takes_any_size(self) -> bool:
         """Whether a row may be padded with patches; else its number of patches is its size."""
-        return self.cfg.position_grid == 0
+        return self.cfg.positions is None or self.cfg.positions.any_size
 
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
         """What the vision module hands to the decoder: its whole :meth:`flow`."""
@@ -160,8 +158,9 @@ class ViT(nnx.Module):
             token = self.class_token.get_value()
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
             classes = jnp.concatenate([jnp.max(classes, axis=1, keepdims=True), classes], axis=1)
-        if cfg.position_grid:
-            x = x + along_last(self._positions(vision), x)
+        if cfg.positions is not None:
+            shape = vision.patches.shape[1], vision.coords, vision.position_rows
+            x = x + along_last(cfg.positions.at(self.positions.get_value(), *shape), x)
         if cfg.input_norm:
             x = yield ModuleCall("vision/input", self.input, x, classes)
         context = VisionContext(angles, classes)
@@ -176,20 +175,3 @@ class ViT(nnx.Module):
     def selected(self, x: jax.Array) -> jax.Array:
         """Of each row's tokens ``[N, P, ...]`` those that are features."""
         return x[:, int(self.cfg.drops_first) :]
-
-    def _positions(self, vision: VisionInput) -> jax.Array:
-        """Positions ``[N, P, hidden]`` as the pictures choose them, or the table for squares: the
-        class token's row, then ``[P, hidden]``."""
-        table, grid, patches = (
-            self.positions.get_value(), self.cfg.position_grid, vision.patches.shape[1]
-        )  # fmt: skip
-        if vision.position_rows is not None:
-            return table[vision.position_rows]
-        side = isqrt(patches)
-        if side * side != patches:
-            raise ValueError(f"a picture of {patches} patches is not square")
-        if side == grid:
-            return table
-        front = table.shape[0] - grid * grid
-        squares = resample_grid(table[front:].astype(jnp.float32), grid, side)
-        return jnp.concatenate([table[:front], squares.astype(table.dtype)])

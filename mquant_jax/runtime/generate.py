@@ -20,6 +20,7 @@ from flax import nnx
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import VLM, Batch
+from mquant_jax.nn.positions import ChosenRows
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime import buckets, steps
 from mquant_jax.runtime.buckets import PIECE
@@ -299,7 +300,7 @@ class Generator:
         tower, i32 = self.model.vision, np.int32
         shape = (rows, patches)
         positions = None
-        if tower.cfg.position_grid and tower.takes_any_size:
+        if isinstance(tower.cfg.positions, ChosenRows):
             positions = shape_of(shape, i32)
         return VisionInput(
             shape_of((*shape, tower.cfg.patch_dim), np.float32),
@@ -318,7 +319,7 @@ class Generator:
     def prompt_shapes(self, rows: int, width: int, visual_slots: int | None) -> Batch:
         """Shapes of prompts without pictures."""
         ids = shape_of((rows, width), np.int32)
-        streams = len(self.model.language.cfg.rope_sections)
+        streams = self.model.language.cfg.position_streams
         positions = shape_of((streams, rows, width), np.int32)
         return Batch(ids, ids, positions, ids, ids, None, visual_slots)
 
