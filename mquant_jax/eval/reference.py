@@ -22,7 +22,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.files import is_folder
 from mquant_jax.loading import Loaded, load_model
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.nn.stack import Runner, context_at, num_layers
+from mquant_jax.nn.stack import Runner, num_layers, scan_blocks
 from mquant_jax.numerics import AnyArray
 from mquant_jax.validate import number
 
@@ -47,18 +47,13 @@ class CaptureRunner(Runner):
         self.seen: dict[str, jax.Array] = {}
         self.real: dict[str, AnyArray] = {}
 
-    def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
-        graphdef, state = nnx.split(stack)
-
-        def body(carry, layer):
-            parts, number = layer
-            out = nnx.merge(graphdef, parts)(carry, context_at(context, number))
-            return out, out
-
-        last, outs = jax.lax.scan(body, x, (state, jnp.arange(num_layers(stack))))
-        self.seen[name] = jnp.concatenate([x[None], outs])
+    def layers(
+        self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        last, outs = scan_blocks(stack, x, context, range(num_layers(stack)))
+        self.seen[name] = jnp.stack([x, *outs])
         self.real[name] = context.token_class >= 0
-        return last
+        return last, tuple(outs[i] for i in taps)
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
         self.seen[name] = out = module(x)

@@ -13,12 +13,21 @@ from flax import nnx
 from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order, write_order
 from mquant_jax.nn.decoder_block import DecoderBlock, DecoderConfig, DecoderContext, ExpertBlock
+from mquant_jax.nn.deepstack import DeepFeatures
 from mquant_jax.nn.dense import empty_qweight, linear
 from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import multi_axis_angles, slot_positions
-from mquant_jax.nn.stack import SCAN, Runner, num_layers, scan_layers, stack_layers
+from mquant_jax.nn.stack import (
+    SCAN,
+    Runner,
+    context_at,
+    num_layers,
+    scan_layers,
+    scanned,
+    stack_layers,
+)
 from mquant_jax.numerics import AnyArray, QWeight
 
 
@@ -100,12 +109,13 @@ class Decoder(nnx.Module):
         visual_slots: int | None = None,
         visual: jax.Array | None = None,
         span: jax.Array | None = None,
+        added: DeepFeatures | jax.Array | None = None,
     ) -> DecoderContext:
         """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
 
         Args:
             keys: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
-            visual_slots, visual: see :class:`DecoderContext`.
+            visual_slots, visual, added: see :class:`DecoderContext`.
             span: as in the cache; by default, of the same tokens.
         """
         cfg, gain = self.cfg, None
@@ -127,8 +137,9 @@ class Decoder(nnx.Module):
         mask = keys[:, None, :] <= order[:, :, None]
         visual = visual if cfg.visual_expert else None
         return DecoderContext(
-            angles, order, keys, mask, token_class, gain, visual, visual_slots, in_order
-        )
+            angles, order, keys, mask, token_class, gain, visual, visual_slots, in_order,
+            added=added,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -137,13 +148,13 @@ class Decoder(nnx.Module):
         order,
         token_class,
         runner: Runner = SCAN,
-        *,
-        visual_slots: int | None = None,
-        visual: jax.Array | None = None,
+        **layout: Any,
     ) -> jax.Array:
-        """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache."""
-        flow = self.flow(x, positions, order, token_class, visual_slots=visual_slots, visual=visual)
-        return run(flow, runner)
+        """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache.
+
+        ``layout``: keyword arguments of :meth:`flow`.
+        """
+        return run(self.flow(x, positions, order, token_class, **layout), runner)
 
     def flow(
         self,
@@ -154,10 +165,16 @@ class Decoder(nnx.Module):
         *,
         visual_slots: int | None = None,
         visual: jax.Array | None = None,
+        added: DeepFeatures | jax.Array | None = None,
     ) -> Flow[jax.Array]:
-        """The same as a flow."""
-        ctx = self.context(positions, order, token_class, None, visual_slots, visual)
-        return (yield StackCall("language/layers", self.layers, x, ctx))
+        """The same as a flow.
+
+        Args:
+            visual_slots, visual, added: see :class:`DecoderContext`.
+        """
+        ctx = self.context(positions, order, token_class, None, visual_slots, visual, added=added)
+        x, _ = yield StackCall("language/layers", self.layers, x, ctx)
+        return x
 
     def init_cache(self, batch: int, slots: int, int8: bool = False) -> KVCache:
         """An empty cache, in the model's float type or quantised."""
@@ -177,13 +194,14 @@ class Decoder(nnx.Module):
         fresh: bool = False,
         visual_slots: int | None = None,
         visual: jax.Array | None = None,
+        added: DeepFeatures | jax.Array | None = None,
     ):
         """Run ``T`` new tokens against the cache.
 
         Args:
             x: ``[B, T, hidden]``.
             fresh: the cache holds nothing yet (a first prefill).
-            visual_slots, visual: see :class:`DecoderContext`.
+            visual_slots, visual, added: see :class:`DecoderContext`.
 
         Returns:
             Residual stream before the final norm, and the cache with the tokens in it.
@@ -192,16 +210,17 @@ class Decoder(nnx.Module):
         keys = None if fresh else slots
         span = jnp.max(positions, axis=(0, 2)) + 1
         span = jnp.maximum(cache.span, jnp.where(cache.cursor == 0, span, 0))
-        ctx = self.context(positions, order, token_class, keys, visual_slots, visual, span)
+        ctx = self.context(positions, order, token_class, keys, visual_slots, visual, span, added)
         if cache.cursor.ndim:
             used = jnp.where(order[:, 0] < 0, 0, cache.cursor + 1)
             ctx = dataclasses.replace(ctx, used=used)
+        ctx = scanned(ctx)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
         # place; as a scanned input and output it would be copied whole at every step.
         def body(block, carry):
             x, store, i = carry
-            x, store = block.cached(x, ctx, store, i, cache.cursor, fresh)
+            x, store = block.cached(x, context_at(ctx, i), store, i, cache.cursor, fresh)
             return x, store, i + 1
 
         start = x, (cache.k, cache.v), jnp.int32(0)

@@ -13,9 +13,11 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.cache import Store, write
+from mquant_jax.nn.deepstack import DeepFeatures
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, YarnScaling, apply_rope
+from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import (
     attend,
@@ -84,11 +86,13 @@ class DecoderConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["angles", "order", "keys", "mask", "token_class", "query_gain", "visual", "used"],
+    data_fields=[
+        "angles", "order", "keys", "mask", "token_class", "query_gain", "visual", "used", "added",
+    ],
     meta_fields=["visual_slots", "in_order"],
-)
+)  # fmt: skip
 @dataclasses.dataclass(frozen=True)
-class DecoderContext:
+class DecoderContext(LayeredContext):
     """What every block needs beside the residual stream.
 
     Attributes:
@@ -105,6 +109,8 @@ class DecoderContext:
             exception); ``None`` where there is no such expert, or nothing for it to do.
         in_order: keys belong to the same tokens, and columns are in sequence order.
         used: int32 ``[B]``, how many keys may be seen, where rows differ in it.
+        added: what the layers add to the stream behind them, or as :meth:`DeepFeatures.stacked`
+            gives it; for a single layer ``[B, T, hidden]``. ``None``: nothing.
     """
 
     angles: jax.Array
@@ -117,6 +123,24 @@ class DecoderContext:
     visual_slots: int | None = None
     in_order: bool = False
     used: jax.Array | None = None
+    added: DeepFeatures | jax.Array | None = None
+
+    @property
+    def layered(self) -> bool:
+        return self.added is not None
+
+    def scanned(self) -> DecoderContext:
+        if not isinstance(self.added, DeepFeatures):
+            return self
+        return dataclasses.replace(self, added=self.added.stacked())
+
+    def at_layer(self, layer: Any) -> DecoderContext:
+        if self.added is None:
+            return self
+        if isinstance(self.added, DeepFeatures):
+            return dataclasses.replace(self, added=self.added.at_layer(layer))
+        own = self.added[jnp.minimum(layer, len(self.added) - 1)]
+        return dataclasses.replace(self, added=own)
 
 
 class Projections(nnx.Module):
@@ -267,10 +291,15 @@ class DecoderBlock(Projections):
     def rest(
         self, x: jax.Array, attended: jax.Array | QTensor, ctx: DecoderContext, tap: Tap | None
     ):
-        """Output projection and MLP, each added to the residual stream ``x``."""
+        """Output projection and MLP, each added to the residual stream ``x``, and what the context
+        adds."""
         x = self.run(Projections.output, (attended, x), ctx, tap)
         h = self.into(self.mlp_norm, self.mlp_in, x, ctx, tap)
-        return self.run(Projections.mlp, (h, x), ctx, tap)
+        x = self.run(Projections.mlp, (h, x), ctx, tap)
+        if ctx.added is None:
+            return x
+        assert not isinstance(ctx.added, DeepFeatures), "a block is given the context of its layer"
+        return x + ctx.added.astype(x.dtype)
 
     def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
         """Without a cache: queries see the keys of the same call only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,12 @@ from mquant_jax.nn.vit_block import (
 from mquant_jax.numerics import AnyArray, along_last
 
 STREAM = "vision"  # the name under which families declare a tower's residual stream
+Features = jax.Array | tuple[Any, ...]
+
+
+def parts_of(features: Features) -> tuple[Any, ...]:
+    """What a tower's flow gives, as a tuple."""
+    return features if isinstance(features, tuple) else (features,)
 
 
 @partial(
@@ -136,16 +142,26 @@ class ViT(nnx.Module):
         return self.cfg.positions is None or self.cfg.positions.any_size
 
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
-        """What the vision module hands to the decoder: its whole :meth:`flow`."""
-        return run(self.flow(vision), runner)
+        """What the vision module hands to the decoder: all parts of its :meth:`flow`, next to each
+        other, ``[N, M, parts * hidden]``."""
+        return jnp.concatenate(parts_of(run(self.flow(vision), runner)), axis=-1)
 
-    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
-        """Patches -> visual tokens ``[N, M, hidden]``. Families add their connector here."""
+    def flow(self, vision: VisionInput) -> Flow[Features]:
+        """Patches -> visual tokens ``[N, M, hidden]``. Families add their connector here.
+
+        A tower with taps gives a tuple: what takes the place of embeddings, and of each tap what
+        the decoder adds behind its layers 0, 1, ... (which may be handles, see ``passed_on`` of
+        :class:`ModuleCall`).
+        """
         return self.features(vision)
 
     def features(self, vision: VisionInput) -> Flow[jax.Array]:
+        """:meth:`tapped` without the taps."""
+        return (yield from self.tapped(vision))[0]
+
+    def tapped(self, vision: VisionInput) -> Flow[tuple[jax.Array, tuple[Any, ...]]]:
         """Patches -> features ``[N, P, hidden]``; the class token, if there is one, is the first
-        (:attr:`ViTConfig.drops_first`).
+        (:attr:`ViTConfig.drops_first`). And a tuple of what the layers ``taps`` give.
 
         Raises:
             ValueError: pictures that are not square, in a tower with learned positions.
@@ -167,10 +183,10 @@ class ViT(nnx.Module):
         if cfg.window:
             full = jnp.asarray([i in cfg.full_layers for i in range(cfg.num_layers)])
             context = VisionContext(angles, classes, window_ids(vision.coords, cfg.window), full)
-        x = yield StackCall("vision/layers", self.layers, x, context)
+        x, tapped = yield StackCall("vision/layers", self.layers, x, context, cfg.taps)
         if cfg.final_norm:
             x = yield ModuleCall("vision/final", self.final, x, classes)
-        return self.selected(x)
+        return self.selected(x), tapped
 
     def selected(self, x: jax.Array) -> jax.Array:
         """Of each row's tokens ``[N, P, ...]`` those that are features."""

@@ -208,7 +208,7 @@ class Generator:
         return out
 
     def see(self, group: Pictures) -> Sequence[tuple[jax.Array, ...]]:
-        """For each picture of a group, its features in pieces ``[PIECE, hidden]``."""
+        """For each picture of a group, its features in pieces ``[PIECE, feature_width]``."""
         program = self._program("see", *group.vision.valid.shape)
         return program(self.params, group.vision)
 
@@ -232,8 +232,7 @@ class Generator:
 
     def _zeros(self) -> jax.Array:
         if self._nothing is None:
-            language = self.model.language
-            zeros = np.zeros((PIECE, language.cfg.hidden_size), language.dtype)
+            zeros = np.zeros((PIECE, self.model.feature_width), self.model.language.dtype)
             self._nothing = jax.device_put(zeros)
         return self._nothing
 
@@ -325,8 +324,8 @@ class Generator:
 
     def piece_shapes(self, count: int) -> tuple[Any, ...]:
         """Shapes of so many pieces of features."""
-        language = self.model.language
-        return (shape_of((PIECE, language.cfg.hidden_size), language.dtype),) * count
+        model = self.model
+        return (shape_of((PIECE, model.feature_width), model.language.dtype),) * count
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
         return lambda model: steps.empty(model, rows, slots, self.int8_cache)

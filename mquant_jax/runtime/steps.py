@@ -136,7 +136,7 @@ class Entry:
 
 
 def see(model: VLM, vision: VisionInput) -> tuple[tuple[jax.Array, ...], ...]:
-    """Pictures -> for each row, its visual features in pieces ``[PIECE, hidden]``."""
+    """Pictures -> for each row, its visual features in pieces ``[PIECE, feature_width]``."""
     x = model.vision(vision).astype(model.language.dtype)
     count = pieces(x.shape[1])
     x = jnp.pad(x, ((0, 0), (0, count * PIECE - x.shape[1]), (0, 0)))
@@ -150,7 +150,7 @@ def read(
 
     Args:
         batch: without pictures; ``visual_index`` counts the rows of all ``features``.
-        features: pieces ``[PIECE, hidden]``, any number that holds the batch's.
+        features: pieces ``[PIECE, feature_width]``, any number that holds the batch's.
     """
     visual = jnp.concatenate(features) if features else None
     hidden, state = _fresh(model, batch, batch.input_ids.shape[1], int8_cache, visual)
