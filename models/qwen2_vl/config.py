@@ -100,14 +100,29 @@ class Qwen2VLConfig:
         tables_of = config_tables(hf)
         tables = read_tables(tables_of)
         vision, rope = tables["vision_config"], tables["vision_config.rope_parameters"]
-        shared = shared_fields(hf, tables, tables_of, "hidden_size")
+        shared = shared_fields(tables, language_of(hf, tables), tables_of, "hidden_size")
         size = vision["embed_dim"]
         tower = tower_shape(vision, rope, size, int(size * vision["mlp_ratio"]))
         return cls(vision=tower, **shared)
 
 
+def language_of(hf: dict[str, Any], tables: Mapping[str, Any]) -> DecoderConfig:
+    """The language model, from typed tables.
+
+    Raises:
+        UserError: see :meth:`Qwen2VLConfig.from_hf`.
+    """
+    top = tables[""]
+    text = tables.get("text_config", top)
+    if text is not top:
+        _check_agreement(hf, top, text)
+    text["tie_word_embeddings"] |= top.get("tie_word_embeddings", False)
+    where = FILE if text is top else f"{FILE}: text_config"
+    return decoder_config(text, "qwen2", where, _THETA, _MROPE)
+
+
 def shared_fields(
-    hf: dict[str, Any], tables: Mapping[str, Any], given: Tables, width: str
+    tables: Mapping[str, Any], language: DecoderConfig, given: Tables, width: str
 ) -> dict[str, Any]:
     """All fields of the config but the vision tower's, from typed tables.
 
@@ -116,15 +131,9 @@ def shared_fields(
         width: key of ``vision_config`` for the width of the merger's output.
 
     Raises:
-        UserError: see :meth:`Qwen2VLConfig.from_hf`.
+        UserError: the merger does not end in the decoder's width.
     """
     top, vision = tables[""], tables["vision_config"]
-    text = tables.get("text_config", top)
-    if text is not top:
-        _check_agreement(hf, top, text)
-    text["tie_word_embeddings"] |= top.get("tie_word_embeddings", False)
-    where = FILE if text is top else f"{FILE}: text_config"
-    language = decoder_config(text, "qwen2", where, _THETA, _MROPE)
     if vision[width] != language.hidden_size:
         how = "" if width in given["vision_config"][1] else "is missing, and its default "
         raise UserError(
