@@ -12,7 +12,7 @@ from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.vit import VisionInput, ViT
+from mquant_jax.nn.vit import Features, VisionInput, ViT
 from mquant_jax.nn.vit_block import gelu, tower_norm
 from mquant_jax.recipe import Recipe
 
@@ -60,7 +60,7 @@ class Qwen2VLVision(ViT):
     def tokens(self, patches: int) -> int:
         return patches // self.merger.block
 
-    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
+    def flow(self, vision: VisionInput) -> Flow[Features]:
         """Patches -> visual tokens ``[N, P/4, hidden]`` of the decoder."""
         x = yield from self.features(vision)
         classes = vision.token_class[:, :: self.merger.block]
