@@ -29,6 +29,7 @@ from mquant_jax.nn.stack import (
     stack_layers,
 )
 from mquant_jax.numerics import AnyArray, QWeight
+from mquant_jax.ops.epilogue import Epilogue
 
 
 class SinkRule(nnx.Module):
@@ -98,7 +99,7 @@ class Decoder(nnx.Module):
         h = yield ModuleCall("language/head_in", self.head_in, self.norm(x), classes)
         kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()
         dtype = jnp.float32 if isinstance(kernel, QWeight) else self.dtype
-        return linear(h, kernel, dtype).astype(jnp.float32)
+        return linear(h, kernel, Epilogue(dtype=dtype)).astype(jnp.float32)
 
     def context(
         self,
