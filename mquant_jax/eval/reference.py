@@ -1,8 +1,8 @@
 """Compare a checkpoint, run in float32, with the recorded outputs of a reference implementation.
 
 DIR holds inputs.safetensors and outputs.safetensors. Compared are the arrays found there: vision
-(vision_pre, vision_conv), embeds, hidden_i, logits and the greedy tokens, and the same of a second
-batch under text_*. Only real tokens count. A rotated checkpoint works in a basis of its own: of it,
+(vision_pre, vision_conv), deepstack_i, embeds, hidden_i, logits and the greedy tokens, and the same
+of a second batch under text_*. Only real tokens count. A rotated checkpoint works in a basis of its own: of it,
 only logits and greedy tokens can be compared."""
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from mquant_jax.numerics import AnyArray
 from mquant_jax.validate import number
 
 FLOAT_RTOL = 1e-3
-_BY_PICTURE = ("vision", "vision_pre", "vision_conv")
+_BY_PICTURE = "vision", "deepstack_"  # how the names of arrays begin
+_DEEP = "vision/deepstack_"
 # Arrays that a reference may record with padding -> the output that is 1 where there is none.
 _PADDED = {"vision_pre": "vision_patch_mask"}
 # A reference may hold a second batch, of text alone, under the same names with this in front.
@@ -72,8 +73,8 @@ def capture(model: VLM, batch: Batch) -> Arrays:
     """One forward pass without a cache, under the names of the reference's arrays.
 
     Returns:
-        logits, embeds, hidden_i ``[B, T, ...]``; vision ``[tokens, hidden]`` and vision_pre
-        ``[patches, width]`` (with class tokens, unless the tower drops them) of all pictures in
+        logits, embeds, hidden_i ``[B, T, ...]``; vision and deepstack_i ``[tokens, hidden]`` and
+        vision_pre ``[patches, width]`` (with class tokens, unless the tower drops them) of all pictures in
         prompt order, padding removed.
     """
     logits, seen, real = jax.tree.map(np.asarray, _forward(model, batch))
@@ -88,6 +89,9 @@ def capture(model: VLM, batch: Batch) -> Arrays:
         out["vision"] = seen[merger][real[merger]]
         if "vision/conv" in seen:
             out["vision_conv"] = seen["vision/conv"][real["vision/conv"]]
+        for name in seen:  # of a tower with taps
+            if name.startswith(_DEEP):
+                out[name.removeprefix("vision/")] = seen[name][real[name]]
     return out
 
 
@@ -140,7 +144,7 @@ def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> d
     turned = [n for n in shared if rotated and n != "logits"]
     for name in [n for n in shared if n not in turned]:
         got, ref = ours[name], outputs[name]
-        if name in _BY_PICTURE:  # recorded flat, or picture by picture
+        if name.startswith(_BY_PICTURE):  # recorded flat, or picture by picture
             padding = outputs.get(_PADDED.get(name, ""))
             ref = ref.reshape(-1, ref.shape[-1])
             if padding is not None:
