@@ -2,8 +2,8 @@
 
 DIR holds inputs.safetensors and outputs.safetensors. Compared are the arrays found there: vision
 (vision_pre, vision_conv), deepstack_i, embeds, hidden_i, logits and the greedy tokens, and the same
-of a second batch under text_*. Only real tokens count. A rotated checkpoint works in a basis of its own: of it,
-only logits and greedy tokens can be compared."""
+of a second batch under text_*. Only real tokens count. A rotated checkpoint works in a basis of its
+own: of it, only logits and greedy tokens can be compared."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def capture(model: VLM, batch: Batch) -> Arrays:
 
     Returns:
         logits, embeds, hidden_i ``[B, T, ...]``; vision and deepstack_i ``[tokens, hidden]`` and
-        vision_pre ``[patches, width]`` (with class tokens, unless the tower drops them) of all pictures in
-        prompt order, padding removed.
+        vision_pre ``[patches, width]`` (with class tokens, unless the tower drops them) of all
+        pictures in prompt order, padding removed.
     """
     logits, seen, real = jax.tree.map(np.asarray, _forward(model, batch))
     stream = seen["language/layers"]
