@@ -19,6 +19,7 @@ CASES = [
     "qwen2_vl/public", "qwen2_vl/public_video", "internvl2/public", "internvl2/public_qwen2",
     "internvl/public", "internvl/public_qwen3", "llava/public", "minicpmv2_6/public",
     "qwen_vl/public", "glm4v/public", "cogvlm2/public", "llama/public", "qwen2/public",
+    "qwen3_vl/public", "qwen3_vl/public_video",
 ]  # fmt: skip
 
 
