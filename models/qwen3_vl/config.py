@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any
@@ -107,8 +108,9 @@ def _language(hf: Mapping[str, Any], tables: Mapping[str, Any]) -> DecoderConfig
     # transformers 5 reads the key at the top, version 4 either; a checkpoint's own head goes first.
     text["tie_word_embeddings"] |= tables[""]["tie_word_embeddings"]
     # Version 4 leaves its default base out of the configs that it saves, which version 5 changed.
-    old = str(hf.get("transformers_version")).startswith("4.")
-    return decoder_config(text, "qwen3", f"{FILE}: text_config", 5e6 if old else 5e5, _MROPE)
+    version = hf.get("transformers_version")
+    base = 5e6 if isinstance(version, str) and version.startswith("4.") else 5e5
+    return decoder_config(text, "qwen3", f"{FILE}: text_config", base, _MROPE)
 
 
 def _side(count: int) -> int:
@@ -127,7 +129,7 @@ def _taps(vision: Mapping[str, Any], language: DecoderConfig) -> tuple[int, ...]
             the language model, behind which their features are added.
     """
     taps, depth = vision["deepstack_visual_indexes"], vision["depth"]
-    rising = all(a < b for a, b in zip(taps, (*taps[1:], depth), strict=True))
+    rising = all(a < b for a, b in itertools.pairwise((*taps, depth)))
     if not rising or len(taps) > language.num_layers:
         raise UserError(
             f"{FILE}: vision_config.deepstack_visual_indexes is {list(taps)}; expected numbers of "
