@@ -119,61 +119,50 @@ class Decoder(nnx.Module):
             visual_slots, visual, added: see :class:`DecoderContext`.
             span: as in the cache; by default, of the same tokens.
         """
-        cfg, gain = self.cfg, None
+        cfg = self.cfg
         if cfg.stored_rope:
             angles = slot_positions(positions, cfg.rope_streams)
         else:
             angles = multi_axis_angles(
                 positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_streams, cfg.rope_scaling, span
             )
+        # Only visual tokens are ever moved.
+        in_order = keys is None and not visual_slots
+        keys = key_order(order, token_class) if keys is None else keys
+        mask = keys[:, None, :] <= order[:, :, None]
+        visual = visual if cfg.visual_expert else None
+        gain = self._query_gain(positions, order)
+        return DecoderContext(
+            angles, order, keys, mask, token_class, gain, visual, visual_slots, in_order,
+            added=added,
+        )  # fmt: skip
+
+    def _query_gain(self, positions, order) -> jax.Array | None:
+        """Factor on the queries, see :class:`DecoderContext`."""
+        cfg, gain = self.cfg, None
         if cfg.logn_length is not None:
             length = jnp.maximum(jnp.max(positions, axis=0), 0).astype(jnp.float32) + 1
             gain = jnp.maximum(jnp.log(length) / math.log(cfg.logn_length), 1.0)
         if cfg.score_gain != 1:
             gain = jnp.ones(order.shape, jnp.float32) if gain is None else gain
             gain = gain * cfg.score_gain
-        # Only visual tokens are ever moved.
-        in_order = keys is None and not visual_slots
-        keys = key_order(order, token_class) if keys is None else keys
-        mask = keys[:, None, :] <= order[:, :, None]
-        visual = visual if cfg.visual_expert else None
-        return DecoderContext(
-            angles, order, keys, mask, token_class, gain, visual, visual_slots, in_order,
-            added=added,
-        )  # fmt: skip
+        return gain
 
     def __call__(
-        self,
-        x,
-        positions,
-        order,
-        token_class,
-        runner: Runner = SCAN,
-        **layout: Any,
+        self, x, positions, order, token_class, runner: Runner = SCAN, **layout: Any
     ) -> jax.Array:
         """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache.
 
-        ``layout``: keyword arguments of :meth:`flow`.
+        ``layout``: as in :meth:`flow`.
         """
         return run(self.flow(x, positions, order, token_class, **layout), runner)
 
-    def flow(
-        self,
-        x,
-        positions,
-        order,
-        token_class,
-        *,
-        visual_slots: int | None = None,
-        visual: jax.Array | None = None,
-        added: DeepFeatures | jax.Array | None = None,
-    ) -> Flow[jax.Array]:
+    def flow(self, x, positions, order, token_class, **layout: Any) -> Flow[jax.Array]:
         """The same as a flow.
 
-        Args:
-            visual_slots, visual, added: see :class:`DecoderContext`.
+        ``layout``: ``visual_slots``, ``visual`` and ``added`` of :class:`DecoderContext`.
         """
-        ctx = self.context(positions, order, token_class, None, visual_slots, visual, added=added)
+        ctx = self.context(positions, order, token_class, **layout)
         x, _ = yield StackCall("language/layers", self.layers, x, ctx)
         return x
 
@@ -193,16 +182,14 @@ class Decoder(nnx.Module):
         cache: KVCache,
         *,
         fresh: bool = False,
-        visual_slots: int | None = None,
-        visual: jax.Array | None = None,
-        added: DeepFeatures | jax.Array | None = None,
+        **layout: Any,
     ):
         """Run ``T`` new tokens against the cache.
 
         Args:
             x: ``[B, T, hidden]``.
             fresh: the cache holds nothing yet (a first prefill).
-            visual_slots, visual, added: see :class:`DecoderContext`.
+            layout: as in :meth:`flow`.
 
         Returns:
             Residual stream before the final norm, and the cache with the tokens in it.
@@ -211,7 +198,7 @@ class Decoder(nnx.Module):
         keys = None if fresh else slots
         span = jnp.max(positions, axis=(0, 2)) + 1
         span = jnp.maximum(cache.span, jnp.where(cache.cursor == 0, span, 0))
-        ctx = self.context(positions, order, token_class, keys, visual_slots, visual, span, added)
+        ctx = self.context(positions, order, token_class, keys, span=span, **layout)
         if cache.cursor.ndim:
             used = jnp.where(order[:, 0] < 0, 0, cache.cursor + 1)
             ctx = dataclasses.replace(ctx, used=used)
