@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from mquant_jax.errors import UserError
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 T = TypeVar("T")
 
@@ -53,7 +53,8 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
 
     Returns:
         ``main``'s exit status; 2 after a :class:`UserError` or an ``OSError`` about a file; 130
-        after an interrupt (Ctrl-C, SIGTERM, SIGHUP).
+        after an interrupt (Ctrl-C, SIGTERM, SIGHUP); 141, without a word, if the reader of stdout
+        has gone (``| head``).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -61,7 +62,12 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
             stream.reconfigure(errors="backslashreplace")
     try:
         with terminate_as_interrupt():
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered is flushed at exit
+        return UNREAD
     except (UserError, OSError, KeyboardInterrupt) as e:
         if isinstance(e, OSError) and e.filename is None:
             raise
