@@ -40,7 +40,7 @@ from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.modeling import Qwen2VL
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import set_params
-from mquant_jax.nn.stack import Runner, num_layers, scan_blocks
+from mquant_jax.nn.stack import Runner, num_layers, scan_tapped
 
 WEIGHT_DECAY = 0.05
 
@@ -104,12 +104,12 @@ class Listener(Runner):
             self.visual = y
         return y
 
-    def layers(
+    def tapped(
         self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         if name != "language/layers":
-            return super().layers(name, stack, x, context, taps)
-        x, (*outs, self.stream) = scan_blocks(stack, x, context, (*taps, num_layers(stack) - 2))
+            return super().tapped(name, stack, x, context, taps)
+        x, (*outs, self.stream) = scan_tapped(stack, x, context, (*taps, num_layers(stack) - 2))
         return x, tuple(outs)
 
 

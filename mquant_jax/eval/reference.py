@@ -22,7 +22,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.files import is_folder
 from mquant_jax.loading import Loaded, load_model
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.nn.stack import Runner, num_layers, scan_blocks
+from mquant_jax.nn.stack import Runner, num_layers, scan_tapped
 from mquant_jax.numerics import AnyArray
 from mquant_jax.validate import number
 
@@ -48,10 +48,10 @@ class CaptureRunner(Runner):
         self.seen: dict[str, jax.Array] = {}
         self.real: dict[str, AnyArray] = {}
 
-    def layers(
+    def tapped(
         self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        last, outs = scan_blocks(stack, x, context, range(num_layers(stack)))
+        last, outs = scan_tapped(stack, x, context, range(num_layers(stack)))
         self.seen[name] = jnp.stack([x, *outs])
         self.real[name] = context.token_class >= 0
         return last, tuple(outs[i] for i in taps)

@@ -79,7 +79,7 @@ def carry_out(call: Call, runner: Runner = SCAN) -> Any:
     if isinstance(call, EmbeddingCall):
         return call.module.embed(call.ids)
     if isinstance(call, StackCall):
-        return runner.layers(call.name, call.module, call.x, call.context, call.taps)
+        return runner.tapped(call.name, call.module, call.x, call.context, call.taps)
     return runner.module(call.name, call.module, call.x, call.classes)
 
 

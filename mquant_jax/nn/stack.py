@@ -71,14 +71,19 @@ def scanned(context: Any) -> Any:
 Step = Callable[[Any, Any], tuple[Any, None]]
 
 
-def scan_blocks(
+def scan_blocks(stack: nnx.Module, x: jax.Array, context: Any) -> jax.Array:
+    """``x = block(x, context)`` for each block of a stack, by ``lax.scan``."""
+    return scan_tapped(stack, x, context)[0]
+
+
+def scan_tapped(
     stack: nnx.Module,
     x: jax.Array,
     context: Any,
     taps: Sequence[int] = (),
     wrap: Callable[[Step], Step] = lambda step: step,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """``x = block(x, context)`` for each block of a stack, by ``lax.scan``.
+    """:func:`scan_blocks`, and outputs of single blocks.
 
     Args:
         taps: numbers of blocks, no two alike, whose outputs are wanted as well.
@@ -142,18 +147,19 @@ def scan_layers(
 class Runner:
     """Runs blocks by scan and single modules directly."""
 
-    def layers(
-        self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def layers(self, name: str, stack: nnx.Module, x: jax.Array, context: Any) -> jax.Array:
         """Feed ``x`` through every block: ``x = block(x, context)``.
 
         ``context.token_class`` holds the class of each token of ``x``; -1 marks padding. A
         :class:`LayeredContext` gives each block its own.
-
-        Returns:
-            The last block's output, and those of the blocks ``taps``.
         """
-        return scan_blocks(stack, x, context, taps)
+        return self.tapped(name, stack, x, context)[0]
+
+    def tapped(
+        self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """:meth:`layers`, and the outputs of the blocks ``taps``."""
+        return scan_tapped(stack, x, context, taps)
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
         """Call one module outside the stacks (patch embedding, merger).

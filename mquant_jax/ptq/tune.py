@@ -23,7 +23,7 @@ from flax import nnx
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import TEXT, VISUAL
 from mquant_jax.nn.params import Params
-from mquant_jax.nn.stack import Runner, scan_blocks
+from mquant_jax.nn.stack import Runner, scan_tapped
 from mquant_jax.ptq.factors import STEP_TOKENS, learned_values, rates, scaled, simulated, start
 from mquant_jax.ptq.walk import Progress, loaded_batch, on_device
 from mquant_jax.recipe import Tuning
@@ -33,9 +33,9 @@ class Recomputing(Runner):
     """Keeps the outputs of dense layers and recomputes the rest for the gradient: attention and the
     simulated rounding take most of the memory and little of the time."""
 
-    def layers(self, name, stack, x, context, taps=()):
+    def tapped(self, name, stack, x, context, taps=()):
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return scan_blocks(stack, x, context, taps, partial(jax.checkpoint, policy=policy))
+        return scan_tapped(stack, x, context, taps, partial(jax.checkpoint, policy=policy))
 
 
 @nnx.jit

@@ -14,7 +14,7 @@ from mquant_jax.nn.flow import run
 from mquant_jax.nn.positions import StretchedTable
 from mquant_jax.nn.resample import bilinear_cells
 from mquant_jax.nn.rope import chunked, interleaved
-from mquant_jax.nn.stack import scan_blocks
+from mquant_jax.nn.stack import scan_blocks, scan_tapped
 from mquant_jax.nn.vit_block import VisionContext
 from mquant_jax.ptq.tune import Recomputing
 from tests.family_cases import changed_config, family_of, model_of, random_params
@@ -89,8 +89,8 @@ def test_taps_are_outputs_of_their_layers(made, taps) -> None:
     rng, stack = np.random.default_rng(1), model.vision.layers
     x = rng.standard_normal((*vision.valid.shape, config.vision.hidden_size)).astype(np.float32)
     context, real = VisionContext(None, vision.token_class), np.asarray(vision.valid)
-    every = [scan_blocks(_first(stack, i + 1), x, context)[0] for i in range(4)]
-    for loop in (scan_blocks, partial(Recomputing().layers, "vision/layers")):
+    every = [scan_blocks(_first(stack, i + 1), x, context) for i in range(4)]
+    for loop in (scan_tapped, partial(Recomputing().tapped, "vision/layers")):
         last, tapped = loop(stack, x, context, taps)
         assert len(tapped) == len(taps) and relative(last[real], every[3][real]) < 1e-6
         for i, tap in zip(taps, tapped, strict=True):
