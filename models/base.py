@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -17,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mquant_jax.errors import PromptError
+from mquant_jax.models.batch import Batch as Batch
+from mquant_jax.models.batch import Prompt as Prompt
+from mquant_jax.models.batch import longest as longest
 from mquant_jax.models.config_keys import Tables, unknown_keys
 from mquant_jax.models.rules import WeightRule
 from mquant_jax.models.streams import Streams
@@ -25,56 +26,14 @@ from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.nn.decoder import Decoder
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.deepstack import DeepFeatures, rows_of
 from mquant_jax.nn.flow import EmbeddingCall, Flow, run
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.stack import SCAN, Runner
-from mquant_jax.nn.vit import VisionInput
-from mquant_jax.numerics import AnyArray
+from mquant_jax.nn.vit import Features, parts_of
 from mquant_jax.recipe import Recipe
 from mquant_jax.sections import check_rules
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["input_ids", "order", "positions", "token_class", "visual_index", "vision"],
-    meta_fields=["visual_slots"],
-)
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A batch of prompts, padded on the left to one length ``T``.
-
-    Attributes:
-        input_ids: int32 ``[B, T]``.
-        order: int32 ``[B, T]``, 0, 1, 2, ... for real tokens and -1 for padding. A masked token
-            inside a prompt (also of class -1) has the order of the real token before it. It
-            attends to others, but none attends to it.
-        positions: int32 ``[streams, B, T]``, rotary positions.
-        token_class: int32 ``[B, T]``: 0 text, 1 visual, -1 padding.
-        visual_index: int32 ``[B, T]``, the row of the (flattened) visual features that replaces a
-            token's embedding; -1: the token keeps its embedding.
-        vision: the pictures, or ``None`` for text only.
-        visual_slots: in AIFS layout (``runtime/tokens.py``), the number of leading columns that
-            hold only visual tokens and padding; the others hold none. ``None``: original order.
-    """
-
-    input_ids: AnyArray
-    order: AnyArray
-    positions: AnyArray
-    token_class: AnyArray
-    visual_index: AnyArray
-    vision: VisionInput | None
-    visual_slots: int | None = None
-
-    @property
-    def next_position(self) -> jax.Array:
-        """int32 ``[B]``: the rotary position of the first generated token."""
-        return jnp.max(jnp.where(self.token_class >= 0, self.positions, -1), axis=(0, 2)) + 1
-
-    @property
-    def lengths(self) -> jax.Array:
-        """int32 ``[B]``: real tokens per row."""
-        return jnp.max(self.order, axis=1) + 1
 
 
 class Config(Protocol):
@@ -89,8 +48,8 @@ class Config(Protocol):
 class VLM(nnx.Module):
     """A vision module and a decoder. Families subclass it and set their vision module.
 
-    ``vision(VisionInput, runner) -> [N, M, hidden]`` returns the visual tokens of each row, and
-    ``vision.tokens(P)`` is ``M`` (:class:`mquant_jax.nn.vit.ViT`). For a text-only family
+    ``vision(VisionInput, runner) -> [N, M, feature_width]`` returns the visual tokens of each row,
+    and ``vision.tokens(P)`` is ``M`` (:class:`mquant_jax.nn.vit.ViT`). For a text-only family
     ``vision`` is ``None``, as in all its batches.
     """
 
@@ -120,16 +79,24 @@ class VLM(nnx.Module):
             layers = dense_layers(self)
             check_rules(recipe.rules, {path: recipe.section_for(path) for path in layers})
 
-    def visual(self, batch: Batch, runner: Runner = SCAN) -> jax.Array | None:
-        """Visual features ``[N * M, hidden]``, the rows that ``visual_index`` refers to."""
-        return run(self.visual_flow(batch), runner)
+    @property
+    def feature_width(self) -> int:
+        """Width of a visual token's features: the part that replaces its embedding, then the part
+        that each of the tower's taps adds after a layer of the decoder."""
+        taps = () if self.vision is None else self.vision.cfg.taps
+        return self.language.cfg.hidden_size * (1 + len(taps))
 
-    def visual_flow(self, batch: Batch) -> Flow[jax.Array | None]:
-        """:meth:`visual` as a flow."""
+    def visual(self, batch: Batch, runner: Runner = SCAN) -> jax.Array | None:
+        """Visual features ``[N * M, feature_width]``, the rows that ``visual_index`` refers to."""
         if batch.vision is None or self.vision is None:
             return None
-        features = yield from self.vision.flow(batch.vision)
-        return features.reshape(-1, features.shape[-1])
+        return self.vision(batch.vision, runner).reshape(-1, self.feature_width)
+
+    def visual_flow(self, batch: Batch) -> Flow[Features | None]:
+        """The same as a flow, in parts ``[N, M, hidden]``."""
+        if batch.vision is None or self.vision is None:
+            return None
+        return (yield from self.vision.flow(batch.vision))
 
     def embed(
         self, batch: Batch, runner: Runner = SCAN, visual: jax.Array | None = None
@@ -138,30 +105,39 @@ class VLM(nnx.Module):
 
         ``visual``: features, if already computed; by default those of :meth:`visual`.
         """
-        return run(self.embed_flow(batch, visual), runner)
+        return run(self.embed_flow(batch, self.parts(visual)), runner)
 
-    def embed_flow(self, batch: Batch, visual: jax.Array | None = None) -> Flow[jax.Array]:
+    def embed_flow(self, batch: Batch, visual: Features | None = None) -> Flow[jax.Array]:
         """:meth:`embed` as a flow."""
         visual = (yield from self.visual_flow(batch)) if visual is None else visual
         x = yield EmbeddingCall("language/embedding", self.language, batch.input_ids)
         if visual is None:
             return x
-        index = batch.visual_index
-        return jnp.where((index >= 0)[..., None], visual[index].astype(x.dtype), x)
+        rows = rows_of(parts_of(visual)[0], batch.visual_index)
+        return jnp.where((batch.visual_index >= 0)[..., None], rows.astype(x.dtype), x)
+
+    def parts(self, visual: jax.Array | None) -> Features | None:
+        """Visual features ``[..., feature_width]`` in parts of the decoder's width."""
+        if visual is None:
+            return None
+        return tuple(jnp.split(visual, visual.shape[-1] // self.language.cfg.hidden_size, axis=-1))
+
+    def added(self, batch: Batch, visual: Features | None) -> DeepFeatures | None:
+        """What visual features, in parts, add behind layers of the decoder."""
+        deep = () if visual is None else parts_of(visual)[1:]
+        return DeepFeatures(deep, batch.visual_index) if deep else None
 
     def stream(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
         """Residual stream before the final norm, ``[B, T, hidden]``; no cache."""
         return run(self.stream_flow(batch), runner)
 
     def stream_flow(self, batch: Batch) -> Flow[jax.Array]:
-        """:meth:`stream` as a flow."""
-        x = yield from self.embed_flow(batch)
+        """The same as a flow."""
+        visual = yield from self.visual_flow(batch)
+        x = yield from self.embed_flow(batch, visual)
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
-        return (
-            yield from self.language.flow(
-                x, batch.positions, batch.order, classes, **_layout(batch, batch.vision)
-            )
-        )
+        layout = {**_layout(batch, visual), "added": self.added(batch, visual)}
+        return (yield from self.language.flow(x, batch.positions, batch.order, classes, **layout))
 
     def __call__(self, batch: Batch, runner: Runner = SCAN) -> jax.Array:
         """Logits at every position, float32 ``[B, T, vocab]``; no cache."""
@@ -201,10 +177,11 @@ class VLM(nnx.Module):
         visual: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """:meth:`prefill` without the head: each row's last hidden state, ``[B, hidden]``."""
+        visual = self.visual(batch) if visual is None else visual
         classes = self.language.classes(batch.input_ids, batch.order, batch.token_class)
         x, cache = self.language.step(
             self.embed(batch, visual=visual), batch.positions, batch.order, classes, cache,
-            fresh=fresh, **_layout(batch, batch.vision if visual is None else visual),
+            fresh=fresh, added=self.added(batch, self.parts(visual)), **_layout(batch, visual),
         )  # fmt: skip
         # Break ties to the right: a masked token shares the order of the real token before it.
         last = batch.order.shape[1] - 1 - jnp.argmax(batch.order[:, ::-1], axis=1)
@@ -221,7 +198,7 @@ class VLM(nnx.Module):
         Returns:
             Logits float32 ``[B, vocab]``, and the cache.
         """
-        streams = len(self.language.cfg.rope_sections)
+        streams = self.language.cfg.position_streams
         x = self.language.embed(tokens[:, None])
         positions = jnp.broadcast_to(position[None, :, None], (streams, tokens.shape[0], 1))
         x, cache = self.language.step(
@@ -234,42 +211,6 @@ def _layout(batch: Batch, pictures: Any) -> dict[str, Any]:
     """Arguments that tell the decoder where visual tokens are; empty without pictures."""
     slots = batch.visual_slots if pictures is not None else 0
     return {"visual_slots": slots, "visual": batch.token_class == VISUAL}
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt as model input: token ids with placeholders, and preprocessed pictures.
-
-    Attributes:
-        input_ids: token ids, with one placeholder per visual token. Families without a placeholder
-            token use a number that is not an id.
-        grids: ``(t, h, w)`` patches of each picture or clip, in order of appearance.
-        patches: float32 ``[sum(t*h*w), patch_dim]``.
-        seconds: for each picture or clip, the time between temporal patches, for families with
-            time-based positions; empty: one second.
-    """
-
-    input_ids: list[int]
-    grids: list[tuple[int, int, int]]
-    patches: np.ndarray
-    seconds: Sequence[float] = ()
-
-
-def longest(prompts: Any) -> int:
-    """Length of the longest prompt, in tokens.
-
-    Raises:
-        PromptError: not a sequence of prompts, an empty one, or a prompt without tokens.
-    """
-    if not isinstance(prompts, Sequence) or not prompts:
-        raise PromptError("prompts: expected a list of at least one Prompt object")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, Prompt):
-            raise PromptError(f"prompt {i}: expected a Prompt, found {type(prompt).__name__}; "
-                              "build it with the processor's prompt()")  # fmt: skip
-        if len(prompt.input_ids) == 0:
-            raise PromptError(f"prompt {i}: no tokens; expected at least one")
-    return max(len(prompt.input_ids) for prompt in prompts)
 
 
 @runtime_checkable

@@ -23,16 +23,19 @@ def dense_rules(dst: str, src: str, out: int, into: int, bias: bool = True) -> I
         yield direct(f"{dst}/bias", f"{src}.bias", out)
 
 
-def decoder_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
+def decoder_rules(c: DecoderConfig, prefix: str = "", body: str = "model") -> Iterator[WeightRule]:
     """Return the rules of a decoder under Llama's names, which most others kept.
 
-    ``prefix`` precedes all names if the decoder is part of a larger model.
+    Args:
+        prefix: precedes all names if the decoder is part of a larger model.
+        body: what holds everything but the head.
     """
+    body = f"{prefix}{body}"
     d, inner = c.hidden_size, c.intermediate_size
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    yield direct("language/embedding", f"{prefix}model.embed_tokens.weight", c.vocab_size, d)
+    yield direct("language/embedding", f"{body}.embed_tokens.weight", c.vocab_size, d)
     for i in range(c.num_layers):
-        dst, src = f"language/layers/{i}", f"{prefix}model.layers.{i}"
+        dst, src = f"language/layers/{i}", f"{body}.layers.{i}"
         yield direct(f"{dst}/attn_norm/weight", f"{src}.input_layernorm.weight", d)
         yield direct(f"{dst}/mlp_norm/weight", f"{src}.post_attention_layernorm.weight", d)
         for name, width in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
@@ -43,7 +46,7 @@ def decoder_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
         yield from dense_rules(f"{dst}/gate_proj", f"{src}.mlp.gate_proj", inner, d, c.mlp_bias)
         yield from dense_rules(f"{dst}/up_proj", f"{src}.mlp.up_proj", inner, d, c.mlp_bias)
         yield from dense_rules(f"{dst}/down_proj", f"{src}.mlp.down_proj", d, inner, c.mlp_bias)
-    yield direct("language/norm/weight", f"{prefix}model.norm.weight", d)
+    yield direct("language/norm/weight", f"{body}.norm.weight", d)
     if not c.tied_head:
         yield direct("language/head/kernel", f"{prefix}lm_head.weight", c.vocab_size, d)
 

@@ -23,6 +23,8 @@ _BY_MODEL_TYPE = {
     "qwen2": "mquant_jax.models.llama",
     "qwen2_5_vl": "mquant_jax.models.qwen2_5_vl",
     "qwen2_vl": "mquant_jax.models.qwen2_vl",
+    "qwen3": "mquant_jax.models.llama",
+    "qwen3_vl": "mquant_jax.models.qwen3_vl",
 }
 # Models whose remote code defines no model_type, by the class in ``architectures``.
 _BY_ARCHITECTURE = {"CogVLMForCausalLM": "mquant_jax.models.cogvlm2"}

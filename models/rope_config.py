@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import theta
-from mquant_jax.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, Scaling, YarnScaling
+from mquant_jax.nn.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    Scaling,
+    YarnScaling,
+    chunked,
+    interleaved,
+)
 from mquant_jax.schema import Refused, Schema, choice, flag, inside, items, real, table, whole
 from mquant_jax.validate import shown
 
@@ -43,11 +51,11 @@ _SCHEMA = Schema(
         "mscale_all_dim": real(None, 0.0, 1e3, null=True),
         "truncate": flag(None),
         "mrope_section": items(whole(low=1, high=2048), None, 3, null=True),
+        "mrope_interleaved": flag(None),
     },
     frozenset({"finetuned"}),
     {
         "partial_rotary_factor": Refused((1, 1.0)),
-        "mrope_interleaved": Refused((False,)),
         "short_factor": Refused(reason="longrope is not supported"),
         "long_factor": Refused(reason="longrope is not supported"),
     },
@@ -60,32 +68,50 @@ _OWN = {
 
 
 @dataclasses.dataclass(frozen=True)
+class MRope:
+    """How a family's tokens with three positions are rotated.
+
+    Attributes:
+        sections: rotary slots of each position stream where the config names none.
+        streams: sections -> the stream of each slot.
+    """
+
+    sections: tuple[int, ...]
+    streams: Callable[[tuple[int, ...]], tuple[int, ...]] = chunked
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary positions of a decoder.
 
     Attributes:
-        theta: base of the frequencies.
-        scaling: scaling of the frequencies.
-        max_positions: context length in tokens.
-        sections: M-RoPE's slots per stream, if the config has them.
+        theta: base.
+        scaling: of the frequencies.
+        max_positions: the context, in tokens.
+        streams: position stream of each of the ``head_dim / 2`` slots.
     """
 
     theta: float
     scaling: Scaling | None
     max_positions: int
-    sections: tuple[int, ...] | None
+    streams: tuple[int, ...]
 
 
 def read_rope(
-    config: Mapping[str, Any], where: str, default_theta: float, head_dim: int, mrope: bool = False
+    config: Mapping[str, Any],
+    where: str,
+    default_theta: float,
+    head_dim: int,
+    mrope: MRope | None = None,
 ) -> Rope:
     """Rotary positions from the typed keys :data:`FIELDS` and ``max_position_embeddings``.
 
     Args:
-        where: the object with the keys, for messages.
-        default_theta: base if the config has none.
-        head_dim: rotated channels.
-        mrope: whether ``mrope_section`` is used, and the type ``mrope`` means no scaling.
+        where: the object that holds them, for messages.
+        default_theta: base where the config names none.
+        head_dim: channels that turn.
+        mrope: ``mrope_section`` has a meaning, and ``mrope`` as a type means no scaling;
+            ``None``: tokens have one position.
 
     Raises:
         UserError: an unsupported kind of scaling; keys that are contradictory, missing, or would
@@ -96,15 +122,39 @@ def read_rope(
     for key in ("rope_theta", _ORIGINAL):
         values[key] = _agreed(at, key, values[key], config[key])
     base = values["rope_theta"] or default_theta
-    kind = _kind(at, values, mrope)
+    kind = _kind(at, values, mrope is not None)
     _check_own(at, kind, values)
-    if not mrope and values["mrope_section"]:
-        raise UserError(f"{at}.mrope_section: this model has one position per token")
+    streams = _streams(at, values, head_dim, mrope)
     context = config["max_position_embeddings"]
     scaling = _scaling(at, kind, values, context, base, head_dim)
     if isinstance(scaling, YarnScaling):
         context = max(context, round(scaling.original * scaling.factor))
-    return Rope(base, scaling, min(context, 2**30), values["mrope_section"])
+    return Rope(base, scaling, min(context, 2**30), streams)
+
+
+def _streams(
+    at: str, values: Mapping[str, Any], head_dim: int, mrope: MRope | None
+) -> tuple[int, ...]:
+    """The position stream of each rotary slot.
+
+    Raises:
+        UserError: sections that do not fit the head, or an order of slots that the model has not.
+    """
+    takes_turns = mrope is not None and mrope.streams is interleaved
+    if values["mrope_interleaved"] not in (None, takes_turns):
+        raise UserError(f"{at}.mrope_interleaved {shown(values['mrope_interleaved'])}: this would "
+                        "change the numbers and is not supported")  # fmt: skip
+    if mrope is None:
+        if values["mrope_section"]:
+            raise UserError(f"{at}.mrope_section: this model has one position per token")
+        return chunked((head_dim // 2,))
+    sections = values["mrope_section"] or mrope.sections
+    if sum(sections) != head_dim // 2:
+        raise UserError(
+            f"{at}.mrope_section is {list(sections)}; expected three numbers that add up to "
+            f"head_dim/2 = {head_dim // 2}"
+        )
+    return mrope.streams(sections)
 
 
 def _one_object(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:

@@ -69,7 +69,7 @@ def measure(target: str, model: str, layers: int) -> dict[str, Any]:
         )
         runner = Shapes(module, (0,), devices=found)
         rows = ROWS * len(found)
-        features = (rows, module.vision.tokens(PATCHES), language.hidden_size)
+        features = (rows, module.vision.tokens(PATCHES), module.feature_width)
         texts = {
             "see": runner._compile_see(rows, PATCHES),
             "begin": runner._compile_begin(rows, TOKENS, SLOTS, (features,), None),

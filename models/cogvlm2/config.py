@@ -106,7 +106,7 @@ def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
         vocab_size=hf["vocab_size"],
         norm_eps=hf["rms_norm_eps"],
         rope_theta=_BASE,
-        rope_sections=(head_dim // 2,),
+        rope_streams=(0,) * (head_dim // 2),
         max_positions=hf["max_position_embeddings"],
         qkv_bias=False,
         tied_head=hf["tie_word_embeddings"],

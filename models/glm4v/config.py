@@ -131,7 +131,7 @@ def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
         vocab_size=hf["padded_vocab_size"],
         norm_eps=hf["layernorm_epsilon"],
         rope_theta=_BASE * hf["rope_ratio"],
-        rope_sections=(head_dim // 4,),  # the first half of a head is rotated
+        rope_streams=(0,) * (head_dim // 4),  # the first half of a head is rotated
         max_positions=hf["seq_length"],
         qkv_bias=hf["add_qkv_bias"],
         tied_head=hf["tie_word_embeddings"],

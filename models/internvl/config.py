@@ -26,6 +26,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Refused, Schema, choice, flag, real, square, table, text, whole
 from mquant_jax.validate import shown
@@ -263,7 +264,7 @@ def _tower(vision: Mapping[str, Any], **rest: Any) -> ViTConfig:
         patch_dim=vision["num_channels"] * patch * patch,
         activation=vision["hidden_act"],
         norm_eps=vision["layer_norm_eps"],
-        position_grid=check_grid(where, vision["image_size"], patch),
+        positions=PositionTable(check_grid(where, vision["image_size"], patch)),
         class_token=True,
         layer_scale=True,
         patch_bias=True,

@@ -22,6 +22,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import (
     Field,
@@ -224,7 +225,7 @@ def _vision(vision: Mapping[str, Any], tower: str, top: Mapping[str, Any]) -> Vi
         patch_dim=vision["num_channels"] * patch * patch,
         activation=vision["hidden_act"],
         norm_eps=vision["layer_norm_eps"],
-        position_grid=check_grid(where, vision["image_size"], patch),
+        positions=PositionTable(check_grid(where, vision["image_size"], patch)),
         class_token=tower != SIGLIP,
         layer_scale=tower == DINOV2,
         patch_bias=tower != CLIP,

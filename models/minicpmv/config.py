@@ -24,6 +24,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.positions import ChosenRows
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Field, Refused, choice, flag, square, table, whole
@@ -162,7 +163,7 @@ def _tower(vision: Mapping[str, Any], drop_last: bool) -> ViTConfig:
         patch_dim=vision["num_channels"] * patch * patch,
         activation=vision["hidden_act"],
         norm_eps=vision["layer_norm_eps"],
-        position_grid=check_grid(where, vision["image_size"], patch),
+        positions=ChosenRows(check_grid(where, vision["image_size"], patch)),
         patch_bias=True,
         final_norm=True,
     )

@@ -13,8 +13,6 @@ from mquant_jax.recipe import Recipe
 class MiniCPMVVision(ResampledViT):
     """Vision tower and resampler; each patch has an index into the position table."""
 
-    takes_any_size = True
-
     def __init__(self, config: MiniCPMVConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
         super().__init__(config.vision, config.resampler, recipe, dtype, rngs=rngs)
 

@@ -7,7 +7,12 @@ from typing import Any
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import FILE, Tables, common, heads, layers, read_tables, width
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig, shared_fields, tower_shape
+from mquant_jax.models.qwen2_vl.config import (
+    Qwen2VLConfig,
+    language_of,
+    shared_fields,
+    tower_shape,
+)
 from mquant_jax.models.qwen2_vl.config import config_tables as tables_with
 from mquant_jax.schema import Refused, choice, items, real, table, whole
 
@@ -61,7 +66,7 @@ def config_from_hf(hf: dict[str, Any]) -> Qwen2VLConfig:
         window=0 if every else _window(vision),
         full_layers=() if every else tuple(i for i in sorted(set(full)) if i < depth),
     )
-    shared = shared_fields(hf, tables, given, "out_hidden_size")
+    shared = shared_fields(tables, language_of(hf, tables), given, "out_hidden_size")
     return Qwen2VLConfig(vision=tower, tokens_per_second=vision["tokens_per_second"], **shared)
 
 

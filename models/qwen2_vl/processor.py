@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -27,11 +27,11 @@ from mquant_jax.schema import Schema, real
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-# A placeholder in a text, with or without its markers.
-_PLACED = re.compile(rf"(?:{re.escape(START)})?<\|(image|video)_pad\|>(?:{re.escape(END)})?")
+# A placeholder in a text, bare or already between its markers.
+PLACED = re.compile(rf"(?:{re.escape(START)})?<\|(image|video)_pad\|>(?:{re.escape(END)})?")
 _PATCHES = ("patch_size", "temporal_patch_size", "merge_size")
-_SYSTEM = "You are a helpful assistant."
 _RATE = Schema({"fps": real(2.0, 0.0, 1000.0, above=True, null=True)})
+_VIDEOS = "video_preprocessor_config.json"
 Picture = tuple[Grid, np.ndarray, float]  # with the seconds between its temporal patches
 
 
@@ -49,6 +49,8 @@ class Qwen2VLProcessor(ChatFolder):
 
     config: Qwen2VLConfig
     MARKS = tuple(PLACEHOLDERS.values())
+    # The first message of a conversation without one, in folders that carry no template.
+    SYSTEM: ClassVar[str | None] = "You are a helpful assistant."
     NEEDED = ("tokenizer.json", chat_files.PREPROCESSOR)
     INSTEAD = {**ChatFolder.INSTEAD, chat_files.PREPROCESSOR: (chat_files.PROCESSOR,)}
 
@@ -73,31 +75,35 @@ class Qwen2VLProcessor(ChatFolder):
 
     @functools.cached_property
     def video_processor(self):
-        """The same for video frames, which may have other bounds."""
-        path, settings = self._video_settings
+        """The same for frames of videos, which may have bounds of their own."""
+        path, settings = self.video_settings
         return self._processor_of(path, settings) if settings else self.image_processor
 
     @functools.cached_property
-    def _video_settings(self) -> tuple[Path, dict[str, Any]]:
-        name = "video_preprocessor_config.json"
-        return chat_files.settings_of(self.folder, name, "video_processor")
+    def video_settings(self) -> tuple[Path, dict[str, Any]]:
+        """How frames are prepared, and the file that says so; empty where none does."""
+        return chat_files.settings_of(self.folder, _VIDEOS, "video_processor")
 
     @functools.cached_property
     def seconds_per_grid(self) -> float:
-        """Time between temporal patches of a clip, for frames sampled at the folder's ``fps`` (by
-        default 2 per second)."""
-        path, settings = self._video_settings
+        """Time from one temporal patch of a clip to the next; clips are taken to be sampled at the
+        folder's ``fps``, as published 2 frames a second."""
+        path, settings = self.video_settings
         return self.config.temporal_patch_size / _RATE.read(settings, str(path))["fps"]
 
     def _processor_of(self, path: Path, settings: dict[str, Any]):
+        return import_transformers().Qwen2VLImageProcessorPil(**self.area(path, settings))
+
+    def area(self, path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        """How a file has pictures or frames prepared, checked against the config's patch sizes."""
         read = read_area(settings, path)
         agree(path, read, {k: getattr(self.config, k) for k in _PATCHES})
-        return import_transformers().Qwen2VLImageProcessorPil(**read)
+        return read
 
     def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
-        """Pictures come before the text, or where it has ``<|image_pad|>`` or ``<|video_pad|>``
-        (with or without their markers)."""
-        placed = [m[1] for m in _PLACED.finditer(text)]
+        """Pictures stand in front of the text, or where it says ``<|image_pad|>`` or
+        ``<|video_pad|>`` (with or without the markers around)."""
+        placed = [m[1] for m in PLACED.finditer(text)]
         given = (("image", images), ("video", videos))
         content = [{"type": kind} for kind, some in given if kind not in placed for _ in some]
         return [*content, {"type": "text", "text": text}]
@@ -116,20 +122,37 @@ class Qwen2VLProcessor(ChatFolder):
             UserError: the number of pictures differs from that of placeholders; a picture
                 cannot be read; a malformed message.
         """
-        chat, images, videos = self.conversation(messages, images, videos, _PLACED)
+        chat, images, videos = self.conversation(messages, images, videos, PLACED)
         kinds = [p["type"] for m in chat for p in m["content"] if p["type"] != "text"]
         given = {"image": images, "video": videos}
         for kind, pictures in given.items():
             check_count(f"the prompt has {kinds.count(kind)}", kind, kinds.count(kind), pictures)
-        ids = self.rendered_ids(self._render(chat))
+        clips = [self._video(x, i) for i, x in enumerate(videos)]
+        text, clips = self.timed(self._render(chat), clips, [len(x) for x in videos])
+        ids = self.rendered_ids(text)
         made = {
             self.config.image_token_id: [self._image(x, i) for i, x in enumerate(images)],
-            self.config.video_token_id: [self._video(x, i) for i, x in enumerate(videos)],
+            self.config.video_token_id: clips,
         }
-        for (kind, raw), token in zip(given.items(), made, strict=True):
-            found = ids.count(token)
-            check_count(f"{self.folder}: the chat template made {found}", kind, found, raw)
+        for kind, (token, pictures) in zip(given, made.items(), strict=True):
+            self.check_made(ids.count(token), kind, pictures)
         return self._expand(ids, {token: iter(x) for token, x in made.items()})
+
+    def timed(
+        self, text: str, clips: list[Picture], frames: Sequence[int]
+    ) -> tuple[str, list[Picture]]:
+        """A rendered chat, and its clips as the placeholders in the text stand for them.
+
+        ``frames``: how many each clip has.
+        """
+        return text, clips
+
+    def check_made(self, found: int, kind: str, pictures: Sequence[Any]) -> None:
+        """
+        Raises:
+            UserError: a rendered chat does not have a placeholder for each picture.
+        """
+        check_count(f"{self.folder}: the chat template made {found}", kind, found, pictures)
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
         """Left-pad prompts and pack their pictures into one :class:`Batch`."""
@@ -137,7 +160,7 @@ class Qwen2VLProcessor(ChatFolder):
 
     def _render(self, chat: list[dict[str, Any]]) -> str:
         if self.chat_template is None:
-            return render_published(chat)
+            return render_published(chat, self.SYSTEM)
         return self.render(chat, self.chat_template)
 
     def _expand(self, ids: Sequence[int], pictures: Mapping[int, Iterator[Picture]]) -> Prompt:
@@ -180,7 +203,7 @@ class Qwen2VLProcessor(ChatFolder):
         if len(sizes) > 1:
             raise UserError(f"{name}: frames differ in size: {sorted(sizes)}")
         slots = self.config.temporal_patch_size
-        stills, grids = self._frames(frames, name, self.video_processor)
+        stills, grids = self._frames(self.sized(frames), name, self.video_processor)
         _, h, w = _grid(grids[0])
         size = self.config.patch_size
         # A still repeats the picture in every temporal slot: take one slot per frame.
@@ -191,15 +214,20 @@ class Qwen2VLProcessor(ChatFolder):
         patches = np.ascontiguousarray(clip).reshape(-1, 3 * slots * size**2)
         return (len(clip), h, w), patches, self.seconds_per_grid
 
+    def sized(self, frames: list[Image.Image]) -> list[Image.Image]:
+        """A clip's frames as the image processor takes them."""
+        return frames
 
-def render_published(chat: Sequence[Message]) -> str:
-    """The template that Qwen2-VL was released with, for folders without a template.
+
+def render_published(chat: Sequence[Message], system: str | None) -> str:
+    """The template that these models were released with, for folders that carry none.
 
     Args:
         chat: messages whose content is a list of parts.
+        system: the first message, unless ``chat`` has one.
     """
-    if chat and chat[0]["role"] != "system":
-        chat = [{"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}, *chat]
+    if system is not None and chat and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": [{"type": "text", "text": system}]}, *chat]
     turns = []
     for message in chat:
         parts = [

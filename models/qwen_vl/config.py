@@ -27,6 +27,7 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.rope import SteppedScaling
 from mquant_jax.nn.vit_block import ViTConfig
@@ -169,7 +170,7 @@ def _language(hf: Mapping[str, Any]) -> DecoderConfig:
         vocab_size=hf["vocab_size"],
         norm_eps=hf["layer_norm_epsilon"],
         rope_theta=hf["rotary_emb_base"],
-        rope_sections=(head_dim // 2,),
+        rope_streams=(0,) * (head_dim // 2),
         max_positions=hf["max_position_embeddings"],
         qkv_bias=True,
         tied_head=hf["tie_word_embeddings"],
@@ -191,7 +192,7 @@ def _tower(visual: Mapping[str, Any]) -> ViTConfig:
         patch_dim=3 * visual["patch_size"] ** 2,
         activation="gelu",
         norm_eps=NORM_EPS,
-        position_grid=GRID,
+        positions=PositionTable(GRID),
         input_norm=True,
         keeps_mean=True,
     )

@@ -1,9 +1,9 @@
 """Compare a checkpoint, run in float32, with the recorded outputs of a reference implementation.
 
 DIR holds inputs.safetensors and outputs.safetensors. The arrays found there are compared: vision
-(vision_pre, vision_conv), embeds, hidden_i, logits and the greedy tokens, and the same for a second
-batch under text_*. Padding is ignored. A rotated checkpoint uses another basis, so only its logits
-and greedy tokens can be compared."""
+(vision_pre, vision_conv), deepstack_i, embeds, hidden_i, logits and the greedy tokens, and the same
+for a second batch under text_*. Padding is ignored. A rotated checkpoint uses another basis, so
+only its logits and greedy tokens can be compared."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from mquant_jax.errors import UserError
 from mquant_jax.files import is_folder
 from mquant_jax.loading import Loaded, load_model
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.nn.stack import Runner, context_at, num_layers
+from mquant_jax.nn.stack import Runner, num_layers, scan_tapped
 from mquant_jax.numerics import AnyArray
 from mquant_jax.validate import number
 
 FLOAT_RTOL = 1e-3
-_BY_PICTURE = ("vision", "vision_pre", "vision_conv")
-# Arrays that a reference may record with padding -> the mask output, 1 at real tokens.
+_BY_PICTURE = "vision", "deepstack_"  # how the names of arrays begin
+_DEEP = "vision/deepstack_"
+# Arrays that a reference may record with padding -> the output that is 1 where there is none.
 _PADDED = {"vision_pre": "vision_patch_mask"}
 # A reference may hold a second batch, text only, under the same names with this prefix.
 _TEXT = "text_"
@@ -47,18 +48,13 @@ class CaptureRunner(Runner):
         self.seen: dict[str, jax.Array] = {}
         self.real: dict[str, AnyArray] = {}
 
-    def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
-        graphdef, state = nnx.split(stack)
-
-        def body(carry, layer):
-            parts, number = layer
-            out = nnx.merge(graphdef, parts)(carry, context_at(context, number))
-            return out, out
-
-        last, outs = jax.lax.scan(body, x, (state, jnp.arange(num_layers(stack))))
-        self.seen[name] = jnp.concatenate([x[None], outs])
+    def tapped(
+        self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        last, outs = scan_tapped(stack, x, context, range(num_layers(stack)))
+        self.seen[name] = jnp.stack([x, *outs])
         self.real[name] = context.token_class >= 0
-        return last
+        return last, tuple(outs[i] for i in taps)
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
         self.seen[name] = out = module(x)
@@ -77,9 +73,9 @@ def capture(model: VLM, batch: Batch) -> Arrays:
     """Arrays of one forward pass without a cache, named as in the reference.
 
     Returns:
-        logits, embeds, hidden_i ``[B, T, ...]``; vision ``[tokens, hidden]`` and vision_pre
-        ``[patches, width]`` (with class tokens, unless the tower drops them) of all pictures in
-        prompt order, padding removed.
+        logits, embeds, hidden_i ``[B, T, ...]``; vision and deepstack_i ``[tokens, hidden]`` and
+        vision_pre ``[patches, width]`` (with class tokens, unless the tower drops them) of all
+        pictures in prompt order, padding removed.
     """
     logits, seen, real = jax.tree.map(np.asarray, _forward(model, batch))
     stream = seen["language/layers"]
@@ -93,6 +89,9 @@ def capture(model: VLM, batch: Batch) -> Arrays:
         out["vision"] = seen[merger][real[merger]]
         if "vision/conv" in seen:
             out["vision_conv"] = seen["vision/conv"][real["vision/conv"]]
+        for name in seen:  # of a tower with taps
+            if name.startswith(_DEEP):
+                out[name.removeprefix("vision/")] = seen[name][real[name]]
     return out
 
 
@@ -145,7 +144,7 @@ def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> d
     turned = [n for n in shared if rotated and n != "logits"]
     for name in [n for n in shared if n not in turned]:
         got, ref = ours[name], outputs[name]
-        if name in _BY_PICTURE:  # recorded flat, or picture by picture
+        if name.startswith(_BY_PICTURE):  # recorded flat, or picture by picture
             padding = outputs.get(_PADDED.get(name, ""))
             ref = ref.reshape(-1, ref.shape[-1])
             if padding is not None:

@@ -20,6 +20,7 @@ from flax import nnx
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import VLM, Batch
+from mquant_jax.nn.positions import ChosenRows
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime import buckets, steps
 from mquant_jax.runtime.buckets import PIECE
@@ -208,7 +209,7 @@ class Generator:
         return out
 
     def see(self, group: Pictures) -> Sequence[tuple[jax.Array, ...]]:
-        """The features of each picture in a group, in pieces ``[PIECE, hidden]``."""
+        """For each picture of a group, its features in pieces ``[PIECE, feature_width]``."""
         program = self._program("see", *group.vision.valid.shape)
         return program(self.params, group.vision)
 
@@ -232,8 +233,7 @@ class Generator:
 
     def _zeros(self) -> jax.Array:
         if self._nothing is None:
-            language = self.model.language
-            zeros = np.zeros((PIECE, language.cfg.hidden_size), language.dtype)
+            zeros = np.zeros((PIECE, self.model.feature_width), self.model.language.dtype)
             self._nothing = jax.device_put(zeros)
         return self._nothing
 
@@ -300,7 +300,7 @@ class Generator:
         tower, i32 = self.model.vision, np.int32
         shape = (rows, patches)
         positions = None
-        if tower.cfg.position_grid and tower.takes_any_size:
+        if isinstance(tower.cfg.positions, ChosenRows):
             positions = shape_of(shape, i32)
         return VisionInput(
             shape_of((*shape, tower.cfg.patch_dim), np.float32),
@@ -319,14 +319,14 @@ class Generator:
     def prompt_shapes(self, rows: int, width: int, visual_slots: int | None) -> Batch:
         """Shapes of prompts without pictures."""
         ids = shape_of((rows, width), np.int32)
-        streams = len(self.model.language.cfg.rope_sections)
+        streams = self.model.language.cfg.position_streams
         positions = shape_of((streams, rows, width), np.int32)
         return Batch(ids, ids, positions, ids, ids, None, visual_slots)
 
     def piece_shapes(self, count: int) -> tuple[Any, ...]:
-        """Shapes of ``count`` feature pieces."""
-        language = self.model.language
-        return (shape_of((PIECE, language.cfg.hidden_size), language.dtype),) * count
+        """Shapes of so many pieces of features."""
+        model = self.model
+        return (shape_of((PIECE, model.feature_width), model.language.dtype),) * count
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
         return lambda model: steps.empty(model, rows, slots, self.int8_cache)

@@ -135,7 +135,7 @@ class Entry:
 
 
 def see(model: VLM, vision: VisionInput) -> tuple[tuple[jax.Array, ...], ...]:
-    """The visual features of each picture, in pieces ``[PIECE, hidden]``."""
+    """Pictures -> for each row, its visual features in pieces ``[PIECE, feature_width]``."""
     x = model.vision(vision).astype(model.language.dtype)
     count = pieces(x.shape[1])
     x = jnp.pad(x, ((0, 0), (0, count * PIECE - x.shape[1]), (0, 0)))
@@ -148,8 +148,8 @@ def read(
     """Prefill prompts.
 
     Args:
-        batch: without pictures; ``visual_index`` indexes the rows of all ``features``.
-        features: pieces ``[PIECE, hidden]``; unused ones are allowed.
+        batch: without pictures; ``visual_index`` counts the rows of all ``features``.
+        features: pieces ``[PIECE, feature_width]``, any number that holds the batch's.
     """
     visual = jnp.concatenate(features) if features else None
     hidden, state = _fresh(model, batch, batch.input_ids.shape[1], int8_cache, visual)

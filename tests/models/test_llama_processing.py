@@ -51,7 +51,7 @@ def test_configs_of_both_generations() -> None:
     assert qwen.qkv_bias and not qwen.o_bias and not qwen.mlp_bias
     biased = LlamaConfig.from_hf(HF | {"attention_bias": True, "mlp_bias": True}).language
     assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
-    assert LlamaConfig.from_hf(HF | {"head_dim": 20}).language.rope_sections == (10,)
+    assert LlamaConfig.from_hf(HF | {"head_dim": 20}).language.rope_streams == (0,) * 10
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ TEXTS = {
     "qwen2_vl/public": None, "llama/public": None, "qwen2/public": None,
     "minicpmv2_6/public": None, "internvl2/public": "llm_config", "internvl/public": "text_config",
     "llava/public": "text_config", "llava/public_dinov2": "text_config",
+    "qwen3_vl/public": "text_config",
 }  # fmt: skip
+SECTIONS = {"qwen2_vl/public": [2, 5, 5], "qwen3_vl/public": [6, 5, 5]}
 
 
 def language(case: str = "llama/public", **keys):
@@ -29,8 +31,8 @@ def language(case: str = "llama/public", **keys):
 
 
 def with_keys(case: str, keys: dict) -> dict:
-    if "qwen2_vl" in case and isinstance(keys.get("rope_scaling"), dict):
-        keys = keys | {"rope_scaling": {"mrope_section": [2, 5, 5]} | keys["rope_scaling"]}
+    if case in SECTIONS and isinstance(keys.get("rope_scaling"), dict):
+        keys = keys | {"rope_scaling": {"mrope_section": SECTIONS[case]} | keys["rope_scaling"]}
     hf = changed_config(case)
     text = hf[TEXTS[case]] if TEXTS[case] else hf
     text.update(keys)
@@ -110,7 +112,7 @@ def test_yarn_scales_attention(keys, attention) -> None:
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_every_family_reads_yarn_and_linear(case, name) -> None:
     base = {"rope_scaling": None, "max_position_embeddings": 32768}
-    sections = {"mrope_section": [2, 5, 5]} if "qwen2_vl" in case else {}
+    sections = {"mrope_section": SECTIONS[case]} if case in SECTIONS else {}
     got = language(case, **(base | {name: YARN | sections}))
     assert got.rope_scaling == YarnScaling(4.0, 32768, attention=0.1 * math.log(4) + 1)
     assert got.max_positions == 131072

@@ -19,7 +19,7 @@ from tests.helpers import cpu_target
 TOKENS, WIDTH, HIDDEN = 256, 512, 1024
 CONFIG = DecoderConfig(
     hidden_size=WIDTH, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64,
-    intermediate_size=HIDDEN, vocab_size=64, norm_eps=1e-6, rope_theta=1e4, rope_sections=(32,),
+    intermediate_size=HIDDEN, vocab_size=64, norm_eps=1e-6, rope_theta=1e4, rope_streams=(0,) * 32,
     max_positions=512, qkv_bias=True, tied_head=True,
 )  # fmt: skip
 # As users' programs are compiled, and not as tests are (tests/conftest.py).
