@@ -77,7 +77,7 @@ class VLM(nnx.Module):
         self.language = Decoder(config.language, place, rngs=rngs)
         if recipe.rules:
             layers = dense_layers(self)
-            check_rules(recipe.rules, {path: recipe.section_for(path) for path in layers})
+            check_rules(recipe.rules, layers)
 
     @property
     def feature_width(self) -> int:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -27,11 +28,12 @@ from mquant_jax.nn.params import (
     abstract_params,
     find,
     layer_path,
+    numbered_paths,
     parameter_bytes,
 )
 from mquant_jax.numerics import QWeight
 from mquant_jax.recipe import Recipe
-from mquant_jax.sections import kind_of, numbered
+from mquant_jax.sections import kind_of
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -204,14 +206,14 @@ def _specs(
         if path is None:
             continue
         kind, section = kind_of(path), recipe.section_for(path)
-        at, point = points.get(kind, (None, None))
+        at, point = points.get(path, (None, None))
         rotation = "folded" if kind in folded else "none"
         out_features, in_features = _shape(value)
         out[name] = LayerSpec(
             path,
             in_features,
             out_features,
-            at and numbered(at, path),
+            at,
             section.w_bits,
             section.group_size if section.quantised else None,
             "none" if point is None else point.mode,
@@ -224,15 +226,22 @@ def _specs(
 
 
 def _points(model: VLM) -> dict[str, tuple[str, ActQuant]]:
-    """Kind of a dense layer -> path of its input's quantisation point, and the point."""
+    """Path of a dense layer -> path of its input's quantisation point, and the point."""
     out = {"language/head": ("language/head_in", model.language.head_in)}
     for path, module in nnx.iter_modules(model):
-        names = [f"{name}/*" if name == STACK else str(name) for name in path]
-        for point, readers in getattr(module, "POINTS", {}).items():
-            for reader in readers:
-                at = "/".join((*names, point))
-                out["/".join((*names, reader))] = at, find(module, point)
+        points = getattr(module, "POINTS", {})
+        for names in _paths(tuple(map(str, path)), module) if points else ():
+            for point, readers in points.items():
+                for reader in readers:
+                    at = "/".join((*names, point))
+                    out["/".join((*names, reader))] = at, find(module, point)
     return out
+
+
+def _paths(path: tuple[str, ...], module: nnx.Module) -> list[tuple[str, ...]]:
+    """Paths of a module: one per layer inside a stack."""
+    leaves = jax.tree.leaves(nnx.state(module)) if STACK in path else []
+    return numbered_paths(path, leaves[0].shape[0]) if leaves else [path]
 
 
 def _folded(streams: Streams) -> set[str]:

@@ -126,29 +126,21 @@ def section_name(path: str) -> str:
     return "vision" if path.startswith(("vision/patch_embed/", "vision/layers/")) else "connector"
 
 
-def check_rules(rules: Iterable[Rule], sections: Mapping[str, Section]) -> None:
-    """Check that every rule matches a layer, and that the layers of a stack are quantised alike.
+def check_rules(rules: Iterable[Rule], layers: Iterable[str]) -> None:
+    """Check that every rule matches a layer.
 
     Args:
-        sections: the section of every dense layer of a model, by path.
+        layers: the paths of all dense layers of a model.
 
     Raises:
-        UserError: a rule matches nothing (the message suggests similar paths); or layers of a
-            stack would differ.
+        UserError: a rule matches nothing; the message suggests similar paths.
     """
+    layers = list(layers)
     for rule in rules:
-        if not any(map(rule.matches, sections)):
-            kinds = sorted({kind_of(path) for path in sections})
+        if not any(map(rule.matches, layers)):
+            kinds = sorted({kind_of(path) for path in layers})
             near = difflib.get_close_matches(kind_of(rule.pattern), kinds, _NEAR, cutoff=0.0)
             raise UserError(
                 f"recipe: rule {rule.pattern!r} matches no layer of this model; "
                 f"similar paths are {', '.join(near)}"
-            )
-    first: dict[str, str] = {}
-    for path, section in sections.items():
-        other = first.setdefault(kind_of(path), path)
-        if sections[other] != section:
-            raise UserError(
-                f"recipe: rules quantise {path} ({section}) unlike {other} ({sections[other]}); "
-                f"the layers of a stack must be alike, so use a pattern like {kind_of(path)}"
             )

@@ -42,7 +42,7 @@ def layer_paths(model, recipe: Recipe) -> list[dict]:
                 "one_row": _form(1, value, int8),
                 "many_rows": _form(1024, value, int8),
             }
-        key = (kind, row["weights"])
+        key = (kind, row["weights"], row["activations"], row.get("group_size"))
         rows.setdefault(key, row)["count"] += 1
     return list(rows.values())
 

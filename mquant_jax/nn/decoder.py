@@ -26,7 +26,6 @@ from mquant_jax.nn.stack import (
     num_layers,
     scan_layers,
     scanned,
-    stack_layers,
 )
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.epilogue import Epilogue
@@ -63,8 +62,9 @@ class Decoder(nnx.Module):
             own = empty_qweight(cfg.vocab_size, cfg.hidden_size, rows)
         self.embedding = nnx.Param(own)
         block = ExpertBlock if cfg.visual_expert else DecoderBlock
-        layer = place.layer("layers")
-        self.layers = stack_layers(lambda r: block(cfg, layer, rngs=r), cfg.num_layers, rngs)
+        self.layers = place.stack(
+            "layers", cfg.num_layers, lambda where, r: block(cfg, where, rngs=r), rngs
+        )
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
         if place.sink_class:
             self.sinks = SinkRule()

@@ -2,7 +2,8 @@
 
 A tensor's name is its path in the module tree, ``language/layers/3/q_proj/kernel``. In the
 module, every parameter below an attribute called ``layers`` carries a leading layer axis; its name
-then gets the layer's number after ``layers``. Values are arrays or :class:`QWeight`.
+then gets the layer's number after ``layers``. Where layers differ, there is a stack for each run of
+equal ones, ``language/layers/from_3/q_proj/kernel``. Values are arrays or :class:`QWeight`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from flax import nnx
 from mquant_jax.numerics import empty_aligned
 
 STACK = "layers"
+_SEGMENT = "from_"
 _THREADS = min(4, os.cpu_count() or 1)  # NumPy copies without holding the interpreter
 Params = dict[str, Any]
 
@@ -29,13 +31,31 @@ def variables(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Variable
         yield tuple(map(str, path)), variable
 
 
+def segment_name(first: int) -> str:
+    """The attribute that holds the equal layers from number ``first`` on."""
+    return f"{_SEGMENT}{first}"
+
+
+def first_of(name: str) -> int | None:
+    """The number of the first layer of a segment's attribute; ``None``: it is none."""
+    number = name.removeprefix(_SEGMENT)
+    return int(number) if number != name and number.isdigit() else None
+
+
+def numbered_paths(path: tuple[str, ...], count: int) -> list[tuple[str, ...]]:
+    """The paths of the layers of something in a stack of ``count``, a parameter or a module."""
+    at = path.index(STACK) + 1
+    first = first_of(path[at]) if at < len(path) else None
+    rest = path[at + (first is not None) :]
+    return [(*path[:at], str((first or 0) + i), *rest) for i in range(count)]
+
+
 def layer_names(path: tuple[str, ...], value: Any) -> list[str]:
     """The names of a (possibly stacked) parameter, layer by layer."""
     if STACK not in path:
         return ["/".join(path)]
-    at = path.index(STACK) + 1
     count = jax.tree.leaves(value)[0].shape[0]
-    return ["/".join((*path[:at], str(i), *path[at:])) for i in range(count)]
+    return ["/".join(one) for one in numbered_paths(path, count)]
 
 
 def abstract_params(model: nnx.Module) -> Params:

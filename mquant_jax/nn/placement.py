@@ -6,6 +6,8 @@ Dense layers and quantisation points are made here, so that the recipe's rules r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.hadamard import Orthogonal, Rotation, plan_rotation, stream_rotation
 from mquant_jax.nn.act_quant import ActQuant, Points
 from mquant_jax.nn.dense import WHOLE, Dense
+from mquant_jax.nn.stack import Segments, stack_layers
 from mquant_jax.recipe import Recipe, Section, Split
 
 
@@ -23,7 +26,7 @@ class Placement:
     """How one part of a model is quantised and computed.
 
     Attributes:
-        path: of the part in the model; of a stack, that of its first layer.
+        path: of the part in the model; of a run of equal layers, that of its first.
         recipe: says how each layer is quantised.
         n_classes: entries in each static scale table.
         dtype: float type of everything that is not integer.
@@ -74,9 +77,36 @@ class Placement:
         """The placement of a module inside the part."""
         return dataclasses.replace(self, path=f"{self.path}/{name}")
 
-    def layer(self, name: str) -> Placement:
-        """The placement of the equal layers of a stack."""
-        return self.within(f"{name}/0")
+    def stack(
+        self,
+        name: str,
+        count: int,
+        make_block: Callable[[Placement, nnx.Rngs], nnx.Module],
+        rngs: nnx.Rngs,
+    ) -> nnx.Module:
+        """The ``count`` layers that the part has as ``name``.
+
+        Returns:
+            One stack; if rules make layers differ, :class:`~mquant_jax.nn.stack.Segments`.
+        """
+        runs = self._runs(name, count, make_block)
+        stacks = {
+            first: stack_layers(partial(make_block, self.within(f"{name}/{first}")), length, rngs)
+            for first, length in runs
+        }
+        return stacks[0] if len(stacks) == 1 else Segments(stacks)
+
+    def _runs(self, name: str, count: int, make_block: Callable) -> list[tuple[int, int]]:
+        """First number and length of each run of layers that are quantised alike."""
+        if not self.recipe.rules:
+            return [(0, count)]
+        block = nnx.eval_shape(lambda: make_block(self.within(f"{name}/0"), nnx.Rngs(0)))
+        dense = [path for path, m in nnx.iter_modules(block) if isinstance(m, Dense)]
+        names = ["/".join(map(str, path)) for path in dense]
+        made = [[self.section(f"{name}/{i}/{layer}") for layer in names] for i in range(count)]
+        starts = [i for i in range(count) if i == 0 or made[i] != made[i - 1]]
+        ends = [*starts[1:], count]
+        return [(first, end - first) for first, end in zip(starts, ends, strict=True)]
 
     def section(self, name: str) -> Section:
         """How a dense layer of the part is quantised."""

@@ -1,5 +1,8 @@
 """Stacked layers: the equal blocks of a tower as one module with a leading layer axis.
 
+Where a recipe's rules make some layers unlike others, a tower is a row of :class:`Segments`, each a
+stack of equal layers. All functions here take either.
+
 :class:`Runner` says how a model's parts are run. The default runs a stack by ``lax.scan``, so
 program size does not grow with depth. Calibration and verification pass runners of their own
 (layer by layer, listening at every quantisation point); no model needs to know. The names that a
@@ -9,7 +12,7 @@ model gives to its parts are the paths of their parameters.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mquant_jax.nn.params import first_of, segment_name
 from mquant_jax.nn.side_by_side import joined
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.dense import reads_stacks
@@ -33,8 +37,29 @@ def stack_layers(
     return nnx.merge(graphdef, state)
 
 
+class Segments(nnx.Module):
+    """Stacks that run one after the other.
+
+    Each is an attribute named by the number of its first layer, see
+    :func:`mquant_jax.nn.params.segment_name`.
+    """
+
+    def __init__(self, stacks: Mapping[int, nnx.Module]):
+        for first, stack in stacks.items():
+            setattr(self, segment_name(first), stack)
+
+
+def segments(stack: nnx.Module) -> list[tuple[int, nnx.Module]]:
+    """The stacks of equal layers, in order, each with the number of its first layer."""
+    if not isinstance(stack, Segments):
+        return [(0, stack)]
+    named = ((first_of(name), part) for name, part in vars(stack).items())
+    return sorted((first, part) for first, part in named if first is not None)
+
+
 def num_layers(stack: nnx.Module) -> int:
-    return jax.tree.leaves(nnx.state(stack))[0].shape[0]
+    """Layers in all segments."""
+    return sum(jax.tree.leaves(nnx.state(part))[0].shape[0] for _, part in segments(stack))
 
 
 class LayeredContext:
@@ -119,18 +144,32 @@ def scan_layers(
 ) -> Any:
     """``carry = body(block, carry)`` for each block of a stack, by ``lax.scan``.
 
+    Args:
+        wrap: what to do with a scan's step, such as ``jax.checkpoint``.
+    """
+    for _, part in segments(stack):
+        start = _scan(body, part, start, wrap)
+    return start
+
+
+def _scan(
+    body: Callable[[nnx.Module, Any], Any],
+    stack: nnx.Module,
+    start: Any,
+    wrap: Callable[[Step], Step],
+) -> Any:
+    """:func:`scan_layers` of one segment.
+
     A scan slices each layer's arrays out of their stacks, and kernel operands must be separate
     arrays, so the slices would be copied. Weights whose kernels index the stack themselves are left
     whole, and each layer receives its index. On TPU, small arrays are sliced together.
-
-    Args:
-        wrap: what to do with a scan's step, such as ``jax.checkpoint``.
     """
     graphdef, state = nnx.split(stack)
     leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QWeight))
     whole = [isinstance(leaf, QWeight) and reads_stacks(leaf) for leaf in leaves]
     cut = [None if stays else leaf for leaf, stays in zip(leaves, whole, strict=True)]
-    numbers = jnp.arange(num_layers(stack), dtype=jnp.int32) if any(whole) else None
+    depth = jax.tree.leaves(state)[0].shape[0]
+    numbers = jnp.arange(depth, dtype=jnp.int32) if any(whole) else None
     cut, restored = joined(cut) if target().platform == "tpu" else (cut, lambda parts: parts)
 
     def step(carry, layer):

@@ -15,7 +15,7 @@ from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import grid_angles
-from mquant_jax.nn.stack import SCAN, Runner, stack_layers
+from mquant_jax.nn.stack import SCAN, Runner
 from mquant_jax.nn.vit_block import (
     VisionContext,
     ViTConfig,
@@ -124,8 +124,9 @@ class ViT(nnx.Module):
         if cfg.positions is not None:
             rows = cfg.positions.side**2 + cfg.class_token
             self.positions = nnx.Param(jnp.zeros((rows, cfg.hidden_size), place.dtype))
-        layer = place.layer("layers")
-        self.layers = stack_layers(lambda r: vit_block(cfg, layer, rngs=r), cfg.num_layers, rngs)
+        self.layers = place.stack(
+            "layers", cfg.num_layers, lambda where, r: vit_block(cfg, where, rngs=r), rngs
+        )
         if cfg.input_norm:
             self.input = InputNorm(cfg, place)
         if cfg.final_norm:

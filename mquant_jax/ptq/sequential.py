@@ -126,7 +126,9 @@ class Quantiser:
     def _target(self, name: str) -> Any:
         """The abstract quantised form of a part."""
         stack, _, number = name.rpartition("/")
-        return block_of(find(self.target, stack)) if number.isdigit() else find(self.target, name)
+        if number.isdigit():
+            return block_of(find(self.target, stack), int(number))
+        return find(self.target, name)
 
     def _quantised(self, work: Work) -> nnx.Module:
         """The quantised module, with one int8 per weight."""

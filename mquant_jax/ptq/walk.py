@@ -22,7 +22,7 @@ from mquant_jax.lazy import Tensors
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.flow import Call, EmbeddingCall, ModuleCall, StackCall
 from mquant_jax.nn.params import assign, variables
-from mquant_jax.nn.stack import context_at, num_layers
+from mquant_jax.nn.stack import context_at, num_layers, segments
 from mquant_jax.ptq.ledger import Ledger
 from mquant_jax.ptq.states import Spool, States, loaded
 
@@ -51,9 +51,10 @@ def filled(module: nnx.Module, name: str, params: Tensors) -> nnx.Module:
     return copy
 
 
-def block_of(stack: nnx.Module) -> nnx.Module:
+def block_of(stack: nnx.Module, layer: int = 0) -> nnx.Module:
     """Return one abstract block of an abstract stack."""
-    graphdef, state = nnx.split(stack)
+    part = [part for first, part in segments(stack) if first <= layer][-1]
+    graphdef, state = nnx.split(part)
     one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), state)
     return nnx.merge(graphdef, one)
 
@@ -252,7 +253,7 @@ class Walk:
         stack, contexts = calls[0].module, [c.context for c in calls]
         classes = [c.context.token_class for c in calls]
         own = [c.context for c in twins] if twins is not None else None
-        block, depth = block_of(stack), num_layers(stack)
+        depth = num_layers(stack)
         records = [self.ledger.done(self._key(f"{name}/{i}")) for i in range(depth)]
         first = next((i for i, record in enumerate(records) if record is None), depth)
         for i, record in enumerate(records[:first]):
@@ -272,7 +273,7 @@ class Walk:
             def part(i=i, here=here, there=there) -> Part:
                 return Part(
                     f"{name}/{i}",
-                    filled(block, f"{name}/{i}", self.params),
+                    filled(block_of(stack, i), f"{name}/{i}", self.params),
                     Inputs(here, contexts, i),
                     classes,
                     None if there is None else Inputs(there, own, i),

@@ -104,14 +104,6 @@ def test_a_rule_that_matches_nothing_names_near_misses() -> None:
           lambda: layers_of(ruled(("vision/merger/fc3", {"w_bits": 8}))))  # fmt: skip
 
 
-def test_layers_of_a_stack_must_be_alike() -> None:
-    for pattern in ("language/layers/1/down_proj", "language/layers/0/down_proj", "*/0/*"):
-        recipe = ruled((pattern, {"w_bits": 8}))
-        fails(r"layers/1/\w+ .* unlike \w+/layers/0/.*pattern like", lambda r=recipe: layers_of(r))
-    same = ruled(("language/layers/1/down_proj", {"w_bits": 4}))  # as all of them have
-    assert bits(layers_of(same)) == bits(layers_of(W4A8))
-
-
 def test_readers_of_one_input_must_agree_on_its_activations() -> None:
     one = ruled(("language/layers/*/q_proj", {"activations": "dynamic"}))
     fails(r"behind language/layers/0/attn_in .*q_proj dynamic, k_proj static",
