@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,9 +31,11 @@ from flax import nnx
 
 from benchmarks.output import add_output_options, deliver, save
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
+from mquant_jax.commands.allocate import table as allocated
 from mquant_jax.models.base import abstract_model
 from mquant_jax.nn.params import set_params
 from mquant_jax.presets import METHODS
+from mquant_jax.ptq.budget import choose
 from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Recipe, Section, Split, Tuning
 
@@ -41,12 +44,14 @@ GROUP = 64
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the table: method, group size of the language model, activation mode."""
+    """One row of the table: method, group size of the language model, activation mode; with a
+    budget, bits for each layer chosen within it (``mquant_jax allocate``)."""
 
     method: str
     recipe: Recipe
     group_size: int | None = None
     activations: str = "static"
+    budget: float | None = None
 
     def plan(self, float_head: bool) -> Recipe:
         """Return the recipe with group size and activation mode applied."""
@@ -99,13 +104,25 @@ def ablation_rows() -> list[Row]:
     return rows
 
 
-def quantised_params(bed: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
-    """Quantise the bed's model with ``recipe``; return its config and tensors."""
+def budget_rows(budgets: list[float]) -> list[Row]:
+    """Return a static row of ``mquant`` for each budget."""
+    return [Row(f"mquant, {bits:g} bits", METHODS["mquant"], budget=bits) for bits in budgets]
+
+
+def quantised_params(
+    bed: Any, recipe: Recipe, budget: float | None = None
+) -> tuple[Recipe, Any, dict[str, Any]]:
+    """Quantise the bed's model; return the recipe, with the rules that the budget gives, the
+    model's config and its tensors."""
     params, config = dict(bed.params), bed.config
     if recipe.rotate:
         config, params = untied(config, params)
     batch = bed.calibration if recipe.needs_calibration else None
-    return config, quantize_params(bed.family, config, recipe, params, batch)[0]
+    if budget is not None:
+        found = choose(bed.family, config, recipe, budget, params, bed.calibration)
+        recipe = found.recipe
+        print(allocated(found), file=sys.stderr)
+    return recipe, config, quantize_params(bed.family, config, recipe, params, batch)[0]
 
 
 def built(bed: Any, config: Any, recipe: Recipe, params: dict[str, Any]) -> nnx.Module:
@@ -124,9 +141,10 @@ def measured(bed: Any, rows: list[Row], float_head: bool) -> Iterator[dict[str, 
         recipe, same = row.plan(float_head), (row.method, row.group_size)
         began = time.monotonic()
         if row.activations == "static" or last[0] != same:
-            last = same, *quantised_params(bed, recipe)
+            last = same, *quantised_params(bed, recipe, row.budget)
         seconds = time.monotonic() - began
-        module = built(bed, last[1], recipe, last[2])
+        rules = last[1].rules if row.budget else recipe.rules
+        module = built(bed, last[2], replace(recipe, rules=rules), last[3])
         head = {k: getattr(row, k) for k in ("method", "group_size", "activations")}
         yield head | bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
         del module
@@ -203,6 +221,8 @@ def _run(argv: list[str]) -> int:
     add("--draws", type=int, default=4, metavar="N", help="random draws of the outlier bed "
         "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
+    add("--budget", type=float, action="append", metavar="BITS", help="only mquant with bits chosen "
+        "for each layer, so many in the mean; repeatable")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the rotations (default 0)")
     add("--method", action="append", metavar="NAME", help="only this method's rows; repeatable")
     add("--quick", action="store_true", help="run for about a minute: 100 questions, one draw, "
@@ -215,6 +235,7 @@ def _run(argv: list[str]) -> int:
     )  # fmt: skip
     if text and args.quick:
         rows = [r for r in rows if r.method in ("rtn", "mquant") and r.activations == "static"]
+    rows = budget_rows(args.budget) if args.budget else rows
     rows = [replace(r, recipe=replace(r.recipe, seed=args.seed)) for r in rows]
     if args.method:
         rows = [r for r in rows if r.method in args.method]

@@ -13,6 +13,7 @@ from mquant_jax.errors import UserError
 
 COMMANDS = {
     "convert": "convert a Hugging Face model to a float or quantised checkpoint",
+    "allocate": "choose bits for each layer within a budget",
     "verify": "check a checkpoint's files, source and outputs",
     "demo": "convert the bundled model to W4A8 and compare it with float",
     "generate": "ask a converted model about pictures",

@@ -132,8 +132,28 @@ class Conversion:
 
     def run(self, sink: Sink) -> dict[str, Any]:
         """Make every tensor and hand it, part by part, to ``sink``; returns the report."""
-        recipe, streams = self.recipe, self.family.streams
         self._bar = iter(self.progress(range(self._visits()), "convert"))
+        self._prepare()
+        if self.recipe.needs_calibration:
+            self._calibrate(sink)
+        self._rest(sink)
+        for (
+            _
+        ) in self._bar:  # parts that calibration did not reach, such as the tower without pictures
+            pass
+        return self.report
+
+    def measure(self, visitor: Visitor) -> None:
+        """Take a visitor through the float model as it is before rounding: balanced, rotated."""
+        inner = [p for p in by_part(self._shapes) if p not in OUTSIDE]
+        visits = (1 + self.recipe.balance) * len(inner)
+        self._bar = iter(self.progress(range(visits), "measure"))
+        self._prepare()
+        self.walk("measure", without_prefix(self.recipe), visitor)
+
+    def _prepare(self) -> None:
+        """Balance and rotate, as views."""
+        recipe, streams = self.recipe, self.family.streams
         if recipe.balance:
             look = Statistics(columns=True, sample=0)
             self.walk("balance", Recipe(), look)
@@ -150,14 +170,6 @@ class Conversion:
                 recipe.orthogonal,
                 recipe.online_reads,
             )
-        if recipe.needs_calibration:
-            self._calibrate(sink)
-        self._rest(sink)
-        for (
-            _
-        ) in self._bar:  # parts that calibration did not reach, such as the tower without pictures
-            pass
-        return self.report
 
     def _visits(self) -> int:
         """How many parts are visited, once per pass over the model."""
