@@ -221,8 +221,8 @@ def _run(argv: list[str]) -> int:
     add("--draws", type=int, default=4, metavar="N", help="random draws of the outlier bed "
         "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
-    add("--budget", type=float, action="append", metavar="BITS", help="only mquant with bits chosen "
-        "for each layer, so many in the mean; repeatable")  # fmt: skip
+    add("--budget", type=float, action="append", metavar="BITS", help="only mquant with bits "
+        "chosen for each layer, so many in the mean; repeatable")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the rotations (default 0)")
     add("--method", action="append", metavar="NAME", help="only this method's rows; repeatable")
     add("--quick", action="store_true", help="run for about a minute: 100 questions, one draw, "
