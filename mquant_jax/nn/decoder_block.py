@@ -79,7 +79,17 @@ class DecoderConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["angles", "order", "keys", "mask", "token_class", "query_gain", "visual", "used"],
+    data_fields=[
+        "angles",
+        "order",
+        "keys",
+        "mask",
+        "token_class",
+        "query_gain",
+        "visual",
+        "used",
+        "rows",
+    ],
     meta_fields=["visual_slots", "in_order"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +110,7 @@ class DecoderContext:
             exception); ``None`` where there is no such expert, or nothing for it to do.
         in_order: keys belong to the same tokens, and columns are in sequence order.
         used: int32 ``[B]``, how many keys may be seen, where rows differ in it.
+        rows: as in :class:`~mquant_jax.nn.cache.KVCache`.
     """
 
     angles: jax.Array
@@ -112,6 +123,7 @@ class DecoderContext:
     visual_slots: int | None = None
     in_order: bool = False
     used: jax.Array | None = None
+    rows: jax.Array | None = None
 
 
 class Projections(nnx.Module):
@@ -289,14 +301,14 @@ class DecoderBlock(Projections):
         """
         rows_q, rows_k, rows_v = self.qkv(x, ctx, None)
         q, k, v = self.heads(rows_q, rows_k, rows_v, ctx)
-        cache = write(cache, k, v, layer, cursor)
+        cache = write(cache, k, v, layer, cursor, ctx.rows)
         if fresh and self.fuses(rows_q, ctx):
             attended = self.attend_rows(rows_q, rows_k, rows_v, ctx, None)
             return self.rest(x, attended, ctx, None), cache
         if fresh:
             attended = self.attend(q, k, v, ctx)
         else:
-            attended = attend_cache(q, cache, layer, ctx.mask, self.prefix(), ctx.used)
+            attended = attend_cache(q, cache, layer, ctx.mask, self.prefix(), ctx.used, ctx.rows)
         return self.rest(x, attended, ctx, None), cache
 
 

@@ -8,8 +8,10 @@ model gives to its parts are the paths of their parameters.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +21,18 @@ from flax import nnx
 from mquant_jax.nn.side_by_side import joined
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.dense import platform, reads_stacks
+
+_UNROLLED: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled", default=False)
+
+
+@contextlib.contextmanager
+def unrolled() -> Iterator[None]:
+    """Trace stacks layer by layer instead of as a scan."""
+    token = _UNROLLED.set(True)
+    try:
+        yield
+    finally:
+        _UNROLLED.reset(token)
 
 
 def stack_layers(
@@ -90,7 +104,7 @@ def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start
         ]
         return body(nnx.merge(graphdef, jax.tree.unflatten(tree, parts)), carry), None
 
-    return jax.lax.scan(step, start, (cut, numbers))[0]
+    return jax.lax.scan(step, start, (cut, numbers), unroll=_UNROLLED.get())[0]
 
 
 class Runner:

@@ -130,6 +130,7 @@ def attend_cache(
     mask: jax.Array,
     prefix: tuple[jax.Array, jax.Array] | None = None,
     used: jax.Array | None = None,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
     """:func:`attend` to one layer of a cache, which a kernel for single queries reads in its place.
 
@@ -137,18 +138,22 @@ def attend_cache(
         cache: keys ``[layers, B, kv_heads, d, S]`` and values ``[layers, B, kv_heads, S, d]``.
         layer: int32 ``[]``.
         used: int32 ``[B]``, how many slots may be seen, where rows differ in it.
+        rows: int32 ``[B]``, the cache's row of each query, on CPU with ``used`` alone; ``None``:
+            the same.
     """
     if platform() == "gpu" and gpu.suits_decoding(q, cache[1], prefix):
         from mquant_jax.ops import decode_gpu  # slow to import
 
         return decode_gpu.attend_one(q[:, :, 0], *cache, layer, mask[:, 0])[:, None]
     if used is not None and platform() == "cpu":
-        return _attend_by_rows(q, cache, layer, mask, prefix, used)
+        rows = jnp.arange(q.shape[0], dtype=jnp.int32) if rows is None else rows
+        return _attend_by_rows(q, cache, layer, mask, prefix, used, rows)
+    assert rows is None, "some rows of a cache, on CPU and in decoding alone"
     k, v = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
     return attend(q, k, v, mask, prefix)
 
 
-def _attend_by_rows(q, cache, layer, mask, prefix, used: jax.Array) -> jax.Array:
+def _attend_by_rows(q, cache, layer, mask, prefix, used: jax.Array, rows) -> jax.Array:
     """:func:`attend_cache` row by row, each over no more slots than it needs, so that neither time
     nor rounding depends on the other rows."""
     total = mask.shape[-1]
@@ -159,8 +164,8 @@ def _attend_by_rows(q, cache, layer, mask, prefix, used: jax.Array) -> jax.Array
         return jax.lax.dynamic_slice(x, (layer, row, *[jnp.int32(0)] * 3), sizes)[0]
 
     def first(size: int, row: jax.Array) -> jax.Array:
-        k = jax.tree.map(lambda x: cut(x, row, 4, size), cache[0])
-        v = jax.tree.map(lambda x: cut(x, row, 3, size), cache[1])
+        k = jax.tree.map(lambda x: cut(x, rows[row], 4, size), cache[0])
+        v = jax.tree.map(lambda x: cut(x, rows[row], 3, size), cache[1])
         own, seen = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (q, mask[..., :size]))
         return attend(own, k, v, seen, prefix)[0]
 

@@ -119,6 +119,7 @@ class DataParallel(Generator):
         devices: Sequence[Any],
     ):
         super().__init__(model, stop_ids, layout, kv_cache, programs)
+        self.cursors = False
         self.mesh = Mesh(np.asarray(devices), (AXIS,))
         self.params = self.put(self.params)
 

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 from mquant_jax.errors import PromptTooLong, QueueFull, UserError
 from mquant_jax.models.base import Processor, Prompt, longest
+from mquant_jax.runtime import buckets
 from mquant_jax.runtime.buckets import PIECE
 from mquant_jax.runtime.generate import Generator
 from mquant_jax.runtime.prefill import plan
@@ -122,7 +123,7 @@ class Engine:
         self.context = _context(context, model.max_positions)
         self.queue = count(queue, "queue")
         chunk = min(_chunk(prefill_chunk, model.generator.platform), _up(self.context, PIECE))
-        sizes = count(slots, "slots"), _up(self.context, chunk), chunk
+        sizes = count(slots, "slots"), _up(buckets.slots(self.context), chunk), chunk
         self._rows = Rows(model.generator, *sizes, count(reuse_bytes, "reuse_bytes", least=0))
         self._waiting: deque[Work] = deque()
         self._changed = threading.Condition()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.runtime import slots
+from mquant_jax.runtime import buckets, slots
 from mquant_jax.runtime.generate import Generator, shape_of
+from mquant_jax.runtime.layers_apart import LayersApart
 from mquant_jax.runtime.prefill import Chunk
 from mquant_jax.runtime.slots import Columns, Slots, Start
 from mquant_jax.runtime.steps import shapes_of
@@ -61,10 +63,28 @@ class EnginePrograms:
         program = self._get("begin", lambda: self._compiled(slots.begin, *args))
         return program(self._params, *args)
 
-    def step(self, state: Slots, active: np.ndarray) -> tuple[Slots, jax.Array]:
-        """:func:`mquant_jax.runtime.slots.step`."""
-        program = self._get("step", lambda: self._compiled(slots.step, state, active))
-        return program(self._params, state, active)
+    def step(self, state: Slots, running: Sequence[int]) -> tuple[Slots, np.ndarray]:
+        """One more token for each of these rows: the slots, and int32 tokens in their order.
+
+        On CPU a program takes as many rows as decode, or the next larger number of a few.
+        """
+        size = buckets.decoding(len(running), self.rows, self.generator.platform)
+        program = self._get("step", lambda: self._compile_step(size), size)
+        params = self._apart.parts if self._takes_layers_apart(size) else self._params
+        if size == self.rows:
+            state, tokens = program(params, state, np.isin(np.arange(size), running))
+            return state, np.asarray(tokens)[running]
+        others = [row for row in range(self.rows) if row not in running]
+        rows = np.asarray([*running, *others][:size], np.int32)
+        state, tokens = program(params, state, np.arange(size) < len(running), rows)
+        return state, np.asarray(tokens)[: len(running)]
+
+    def _takes_layers_apart(self, size: int) -> bool:
+        return self.generator.platform == "cpu" and size > 1
+
+    @functools.cached_property
+    def _apart(self) -> LayersApart:
+        return LayersApart(self._params)
 
     def take(self, state: Slots, row: int, start: int) -> Columns:
         """The columns of one whole chunk."""
@@ -100,6 +120,15 @@ class EnginePrograms:
 
     def _compiled(self, step: Callable, state: Slots, *args: Any) -> Any:
         return self.generator.compiled(step, *shapes_of((state, *args)), donate=1)
+
+    def _compile_step(self, size: int) -> Any:
+        args = [self._slots, shape_of((size,), bool)]
+        if size < self.rows:
+            args.append(shape_of((size,), np.int32))
+        if not self._takes_layers_apart(size):
+            return self.generator.compiled(slots.step, *args, donate=1)
+        bound = self._apart.bound(self.generator.bound(slots.step))
+        return jax.jit(bound, donate_argnums=1).lower(self._apart.parts, *args).compile()
 
     def _compile_read(self, width: int, reach: int, count: int, visual_slots: int | None) -> Any:
         def read(model: VLM, state: Slots, batch: Batch, features: tuple, row, start, span):

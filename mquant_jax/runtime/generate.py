@@ -85,6 +85,7 @@ class Generator:
         self.int8_cache, self.programs = kv_cache == "int8", programs
         self.graphdef, self.params = nnx.split(model)
         self.platform = jax.default_backend()
+        self.cursors = self.platform == "cpu"  # elsewhere one place for all rows is faster
         self.owner = next(_OWNERS)
         self._nothing: jax.Array | None = None
         weakref.finalize(self, programs.forget, self.owner).atexit = False
@@ -328,7 +329,7 @@ class Generator:
         return (shape_of((PIECE, language.cfg.hidden_size), language.dtype),) * count
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
-        return lambda model: steps.empty(model, rows, slots, self.int8_cache)
+        return lambda model: steps.empty(model, rows, slots, self.int8_cache, self.cursors)
 
     def _answers(self, rows: int, slots: int) -> Answers:
         return jax.eval_shape(self.bound(self._empty(rows, slots)), self.params)
@@ -372,6 +373,6 @@ def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
 def _held_pieces(batch: Batch) -> list[list[int]]:
     """For each row, the pieces of its cache entries that hold a token."""
     missing = -batch.order.shape[1] % PIECE
-    order = np.pad(np.asarray(batch.order), ((0, 0), (missing, 0)), constant_values=-1)
+    order = np.pad(np.asarray(batch.order), ((0, 0), (0, missing)), constant_values=-1)
     held = np.any(order.reshape(len(order), -1, PIECE) >= 0, axis=2)
     return [np.flatnonzero(row).tolist() or [0] for row in held]
