@@ -134,14 +134,14 @@ class DataParallel(Generator):
         if self.aifs and prompts.visual_slots is None:
             prompts = _arranged(prompts)
         features = [
-            self._program("see", *v.patches.shape[:2])(self.params, v) for v in shares.vision
+            self.program("see", *v.patches.shape[:2])(self.params, v) for v in shares.vision
         ]
         # A bounded number of sizes: what nobody looks at may be anything.
         features += features[:1] * (buckets.rows(len(features)) - len(features) if features else 0)
         rows, width = prompts.order.shape
         slots = buckets.slots(width + max_new_tokens)
         shapes = tuple(f.shape for f in features)
-        begin = self._program("begin", rows, width, slots, shapes, prompts.visual_slots)
+        begin = self.program("begin", rows, width, slots, shapes, prompts.visual_slots)
         return begin(self.params, prompts, tuple(features))
 
     def _sizes(self, *args: int) -> Iterator[tuple]:

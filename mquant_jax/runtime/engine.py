@@ -32,6 +32,7 @@ from mquant_jax.errors import PromptTooLong, QueueFull, UserError
 from mquant_jax.models.base import Processor, Prompt, longest
 from mquant_jax.runtime import buckets
 from mquant_jax.runtime.buckets import PIECE
+from mquant_jax.runtime.engine_programs import Progress
 from mquant_jax.runtime.generate import Generator
 from mquant_jax.runtime.prefill import plan
 from mquant_jax.runtime.requests import Clock, Request, RequestOptions
@@ -157,6 +158,30 @@ class Engine:
             self._waiting.append(work)
             self._changed.notify_all()
         return work.request
+
+    def warm_up(
+        self,
+        *,
+        prompt: int = 512,
+        picture: int = 1024,
+        progress: Progress = lambda items, label: items,
+    ) -> int:
+        """Compile what requests up to these sizes need, as far as the limit of programs goes: a
+        first request then waits for no compiler. Programs for more tokens follow when they are
+        needed. May be called at any time.
+
+        Args:
+            prompt: tokens of the longest prompt, its pictures' included.
+            picture: patches of the largest picture.
+
+        Returns:
+            How many programs are alive then.
+
+        Raises:
+            UserError: a value of another type or range.
+        """
+        tokens = min(count(prompt, "prompt"), self.context)
+        return self._rows.programs.warm_up(tokens, count(picture, "picture"), progress)
 
     def stats(self) -> EngineStats:
         """What the engine does now and has done."""
