@@ -45,7 +45,8 @@ def test_chunks_have_the_bits_of_the_whole(model, tokens) -> None:
         state, hidden, columns = read(model, programs, prompt)
         cache = state.cache.k[..., :columns], state.cache.v[..., :columns, :]
         found.append([np.asarray(x) for x in (hidden, *cache)])
-    assert all(np.array_equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+    for other in found[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_rows_have_the_bits_of_one(model) -> None:
