@@ -14,9 +14,10 @@ on the request and on the engine's options, not on other requests. So
   beginning that are taken from earlier requests are the results of the same programs on the same
   inputs. Entries are kept for whole chunks of prompts, not for answers.
 
-Equality of answers is exact where the programs' sums are, and up to rounding elsewhere. On CPU, with
-W4A8 and a static scale per layer (``w4a8``), a row has the same bits in any company: products are
-of integers, and attention sums the keys of a row in one order, whole or in chunks, in any bucket.
+Equality of answers is exact where the programs' sums are, and up to rounding elsewhere. On CPU,
+with W4A8 and a static scale per layer (``w4a8``), a row has the same bits in any company: products
+are of integers, and attention sums the keys of a row in one order, whole or in chunks, in any
+bucket.
 ``generate`` computes the same bits there, so its greedy answers are the engine's
 (tests/mquant_jax/test_engine_bits.py). Not so with an int8 cache, from which a later chunk reads
 rounded keys, nor in models with a visual expert, whose tokens ``generate`` rearranges. With float
