@@ -21,6 +21,7 @@ import dataclasses
 import gc
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,11 @@ class Row:
         for name in ("vision", "connector", "language", "head"):
             section = self.recipe.section(name)
             if name == "language":
-                section = dataclasses.replace(section, group_size=self.group_size)
-            sections[name] = dataclasses.replace(section, activations=self.activations)
+                section = replace(section, group_size=self.group_size)
+            sections[name] = replace(section, activations=self.activations)
         if float_head:
             sections |= {"head": Section(), "embedding": Section()}
-        return dataclasses.replace(self.recipe, **sections)
+        return replace(self.recipe, **sections)
 
 
 def method_rows(group_sizes: tuple[int | None, ...]) -> list[Row]:
@@ -74,7 +75,7 @@ def ablation_rows() -> list[Row]:
     """Return rows from rounding to nearest to the whole method, adding one part at a time."""
     full = METHODS["mquant"]
     recipe, rows = METHODS["rtn"], [Row("rtn", METHODS["rtn"])]
-    plain = dataclasses.replace(full.weights, asymmetry=0.0, refit=0, visual_weight=1.0)
+    plain = replace(full.weights, asymmetry=0.0, refit=0, visual_weight=1.0)
     steps: dict[str, dict[str, Any]] = {
         "+rotation": {"rotate": True},
         "+gptq": {"weights": plain},
@@ -86,12 +87,15 @@ def ablation_rows() -> list[Row]:
         "+balance": {"balance": True},
     }
     for name, changes in steps.items():
-        recipe = dataclasses.replace(recipe, **changes)
+        recipe = replace(recipe, **changes)
         rows.append(Row(name, recipe))
     rows.append(Row("mquant", full))  # without the split
-    paper = dataclasses.replace(recipe, online_signs=False, tune=Tuning())
-    rows.append(Row("plain Hadamard", dataclasses.replace(paper, split=Split())))
-    rows.append(Row("plain Hadamard +rms", dataclasses.replace(paper, split=Split("paper"))))
+    rows.append(Row("mquant, no learning", replace(full, tune=Tuning())))
+    by_block = replace(full.tune, form="block")
+    rows.append(Row("mquant, by block", replace(full, tune=by_block)))
+    paper = replace(recipe, online_signs=False, tune=Tuning())
+    rows.append(Row("plain Hadamard", replace(paper, split=Split())))
+    rows.append(Row("plain Hadamard +rms", replace(paper, split=Split("paper"))))
     return rows
 
 
@@ -199,6 +203,7 @@ def _run(argv: list[str]) -> int:
     add("--draws", type=int, default=4, metavar="N", help="random draws of the outlier bed "
         "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
+    add("--seed", type=int, default=0, metavar="N", help="of the rotations (default 0)")
     add("--method", action="append", metavar="NAME", help="only this method's rows; repeatable")
     add("--quick", action="store_true", help="run for about a minute: 100 questions, one draw, "
         "per-channel weights; smollm2: 8 windows, static rows of two methods")  # fmt: skip
@@ -210,9 +215,10 @@ def _run(argv: list[str]) -> int:
     )  # fmt: skip
     if text and args.quick:
         rows = [r for r in rows if r.method in ("rtn", "mquant") and r.activations == "static"]
+    rows = [replace(r, recipe=replace(r.recipe, seed=args.seed)) for r in rows]
     if args.method:
         rows = [r for r in rows if r.method in args.method]
-    result: dict[str, Any] = {"bed": args.bed}
+    result: dict[str, Any] = {"bed": args.bed, "seed": args.seed}
     if text:
         result |= run_text(8 if args.quick else 24, rows, args.save)
     else:

@@ -59,6 +59,14 @@ WIDE: dict[str, dict[str, Any]] = {
             "hidden_size": 512, "intermediate_size": 1368, "num_heads": 8, "out_hidden_size": 512,
         },
     },
+    "qwen3_vl/public": {
+        "text_config": _LLM | {
+            "head_dim": 64, "rope_scaling": {"mrope_section": [12, 10, 10]},
+        },
+        "vision_config": {
+            "hidden_size": 512, "intermediate_size": 1536, "num_heads": 8, "out_hidden_size": 512,
+        },
+    },
     "internvl2/public": {"llm_config": _LLM, "vision_config": _VIT},
     "internvl/public": {"text_config": _LLM | {"head_dim": 64}, "vision_config": _VIT},
     "llava/public": {"text_config": _LLM, "vision_config": _VIT},

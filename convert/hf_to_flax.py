@@ -1,4 +1,4 @@
-"""Command line of the conversion: the same as ``python -m mquant_jax convert``."""
+"""The conversion's command line, the same as ``python -m mquant_jax convert``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command line of the checks: the same as ``python -m mquant_jax verify``."""
+"""The command line of the checks, the same as ``python -m mquant_jax verify``."""
 
 from __future__ import annotations
 

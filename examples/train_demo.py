@@ -40,7 +40,7 @@ from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.qwen2_vl.modeling import Qwen2VL
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import set_params
-from mquant_jax.nn.stack import Runner
+from mquant_jax.nn.stack import Runner, num_layers, scan_tapped
 
 WEIGHT_DECAY = 0.05
 
@@ -104,17 +104,13 @@ class Listener(Runner):
             self.visual = y
         return y
 
-    def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
+    def tapped(
+        self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         if name != "language/layers":
-            return super().layers(name, stack, x, context)
-        graphdef, state = nnx.split(stack)
-
-        def body(x, layer):
-            return nnx.merge(graphdef, layer)(x, context), x
-
-        x, entering = jax.lax.scan(body, x, state)
-        self.stream = entering[-1]
-        return x
+            return super().tapped(name, stack, x, context, taps)
+        x, (*outs, self.stream) = scan_tapped(stack, x, context, (*taps, num_layers(stack) - 2))
+        return x, tuple(outs)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

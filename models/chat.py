@@ -1,4 +1,4 @@
-"""What processors share: the tokenizer and chat template of a model's folder.
+"""Shared by processors: the tokenizer and chat template of a model folder.
 
 Nothing here touches the network or runs code from the folder.
 """
@@ -31,30 +31,30 @@ Message = Mapping[str, Any]
 
 
 class ChatFolder:
-    """Chats to text and tokens, tokens to text, as the files of a folder say.
+    """Turns chats into text and tokens, and tokens into text, by the files of a folder.
 
-    Families bring ``messages(messages, images, videos) -> Prompt``.
+    Families implement ``messages(messages, images, videos) -> Prompt``.
 
     Args:
-        folder: holds tokenizer.json, (SentencePiece) tokenizer.model, or vocab.json and merges.txt;
-            and as published tokenizer_config.json, generation_config.json and the chat template.
+        folder: has tokenizer.json, (SentencePiece) tokenizer.model, or vocab.json and merges.txt,
+            and optionally tokenizer_config.json, generation_config.json and a chat template.
         config: the model's config.
 
     Raises:
-        UserError: a needed file is missing; at first use: it is unreadable.
+        UserError: a required file is missing; on first use: it is unreadable.
     """
 
     NEEDED: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
-    # What will do in the place of a needed file.
+    # Alternatives for required files.
     INSTEAD: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tokenizer.json": ("tokenizer.model", "vocab.json"),
     }
     ROLES: ClassVar[tuple[str, ...]] = ("system", "user", "assistant", "tool")
-    # What stands in prompts for a visual token, where no id of the vocabulary does.
+    # Placeholder of a visual token in prompts, if it is not an id of the vocabulary.
     PLACEHOLDER: ClassVar[int | None] = None
-    # Texts that place pictures in a prompt, beside the tokenizer's special tokens.
+    # Texts that place pictures in a prompt, in addition to the tokenizer's special tokens.
     MARKS: ClassVar[tuple[str, ...]] = ()
-    # Whether :meth:`encode` turns what a text spells into special tokens.
+    # Whether :meth:`encode` parses special tokens in a text.
     SPELLED: ClassVar[bool] = True
 
     def __init__(self, folder: str | Path, config: Any):
@@ -62,14 +62,14 @@ class ChatFolder:
         for name in self.NEEDED:
             names = (name, *self.INSTEAD.get(name, ()))
             if not any(is_file(self.folder / n) for n in names):
-                raise UserError(f"{self.folder / name}: no such file (the processor needs it)")
+                raise UserError(f"{self.folder / name}: no such file (required by the processor)")
 
     @functools.cached_property
     def tokenizer(self):
         """The folder's tokenizer.
 
-        The general class takes tokenizer.json as it is; those that AutoTokenizer chooses rebuild
-        parts of it, such as how digits are split, by the name in tokenizer_config.json.
+        The generic class uses tokenizer.json unchanged. The classes that AutoTokenizer selects by
+        the name in tokenizer_config.json rebuild parts of it, such as the splitting of digits.
         """
         kind = import_transformers().PreTrainedTokenizerFast
         path = self.folder / "tokenizer.json"
@@ -82,13 +82,13 @@ class ChatFolder:
             )
         chat_files.check_readable(self.folder)
         with chat_files.loading(path):
-            # The length is the model's matter: the tokenizer's own would only be warned about.
+            # The model limits the length; the tokenizer's own limit would only cause warnings.
             return kind.from_pretrained(
                 self.folder, local_files_only=True, model_max_length=_ANY_LENGTH
             )
 
     def _sentencepiece(self, kind: Any):
-        """The tokenizer of a folder with tokenizer.model alone."""
+        """The tokenizer of a folder that only has tokenizer.model."""
         from mquant_jax.models.sentencepiece import build_tokenizer, read_pieces
 
         config = read_json_if_any(self.folder / chat_files.TOKENIZER_CONFIG)
@@ -102,10 +102,10 @@ class ChatFolder:
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate | None:
-        """The folder's chat template; ``None`` when it has none.
+        """The folder's chat template; ``None`` if it has none.
 
         Raises:
-            UserError: it is none that could be rendered.
+            UserError: it is not a valid template.
         """
         found = chat_files.chat_template(self.folder)
         if found is None:
@@ -113,7 +113,7 @@ class ChatFolder:
         path, source = found
         try:
             return ChatTemplate(source)
-        except Exception as e:  # jinja2 and Python's compiler raise many kinds
+        except Exception as e:  # jinja2 and Python's compiler raise many types
             raise UserError(f"{path}: the chat template cannot be used: {one_line(e)}") from e
 
     @functools.cached_property
@@ -121,7 +121,7 @@ class ChatFolder:
         """Tokens that end an answer: generation_config.json, config.json, then the tokenizer.
 
         Raises:
-            UserError: a file names what is no token id of the model.
+            UserError: a file has a value that is not a token id of the model.
         """
         found = chat_files.stop_ids(self.folder, self.config.language.vocab_size)
         if found is not None:
@@ -142,10 +142,10 @@ class ChatFolder:
 
     @functools.cached_property
     def backend(self):
-        """The ``tokenizers.Tokenizer``, which threads may share.
+        """The ``tokenizers.Tokenizer``, which is thread-safe.
 
-        transformers' class around it sets its options in every call, which other threads may then
-        see, or which fails while they use it.
+        transformers' wrapper sets its options in every call, which affects other threads, or fails
+        while they use it.
         """
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
@@ -155,21 +155,21 @@ class ChatFolder:
 
     @functools.cached_property
     def literal(self) -> LiteralText:
-        """What keeps the special tokens that users type from being some."""
+        """Keeps special tokens in users' texts literal."""
         return LiteralText(self.backend, self.MARKS, self.shown_tokens)
 
     @property
     def shown_tokens(self) -> list[str]:
-        """Added tokens that :meth:`decode` shows, which belong into an earlier answer's text."""
+        """Added tokens that :meth:`decode` keeps, so that earlier answers may contain them."""
         added = self.backend.get_added_tokens_decoder().values()
         return [token.content for token in added if not token.special]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, no special tokens added."""
+        """Token ids of plain text, without special tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def rendered_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a chat's text, in which :meth:`chat` may have hidden what users spelled."""
+        """Token ids of a rendered chat, in which :meth:`chat` may have hidden literal text."""
         if is_hidden(text):
             return self.literal.encode(text, add_special_tokens)
         if add_special_tokens:
@@ -177,19 +177,19 @@ class ChatFolder:
         return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens removed."""
+        """Text of generated tokens, without special tokens."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
         """One user turn.
 
         Args:
-            text: pictures stand in front of it, or where :meth:`turn` says.
-            images: what :func:`mquant_jax.models.images.load_image` takes.
+            text: follows the pictures, unless :meth:`turn` places them.
+            images: anything that :func:`mquant_jax.models.images.load_image` accepts.
             videos: sequences of frames, each like an image.
 
         Raises:
-            UserError: as :meth:`messages`.
+            UserError: see :meth:`messages`.
         """
         text = checked_text(text, "prompt")
         images = listed(images, "images", "pictures", ndim=4)
@@ -205,20 +205,20 @@ class ChatFolder:
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
-        """A whole conversation, answered next by the assistant."""
+        """A conversation, to be continued by the assistant."""
         raise NotImplementedError
 
     def chat(self, messages: Sequence[Message]) -> Prompt:
-        """A whole conversation whose parts hold their pictures, answered next by the assistant.
+        """A conversation whose parts contain their pictures, to be continued by the assistant.
 
-        Texts are nothing but text: special tokens and placeholders that they spell have the ids of
-        their letters. Without such, the prompt is that of :meth:`messages`.
+        Texts are literal: special tokens and placeholders in them are tokenized as plain
+        characters. Without any, the prompt equals that of :meth:`messages`.
 
         Args:
-            messages: as :func:`mquant_jax.models.chat_media.take_media` has them.
+            messages: see :func:`mquant_jax.models.chat_media.take_media`.
 
         Raises:
-            UserError: as ``take_media`` and :meth:`messages`.
+            UserError: see ``take_media`` and :meth:`messages`.
         """
         plain, images, videos = take_media(messages)
         hidden = [self.literal.hide_message(message) for message in plain]
@@ -231,13 +231,13 @@ class ChatFolder:
         videos: Any = (),
         placed: re.Pattern[str] | None = None,
     ) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
-        """What :meth:`messages` was given, checked: messages with parts, pictures, clips.
+        """The checked arguments of :meth:`messages`: messages with parts, pictures, clips.
 
         Args:
             placed: see :func:`normalised`.
 
         Raises:
-            UserError: no messages, or malformed ones; pictures that are no sequence.
+            UserError: no messages, or malformed ones; pictures that are not a sequence.
         """
         found = type(messages).__name__
         if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
@@ -249,9 +249,9 @@ class ChatFolder:
         images = listed(images, "images", "pictures", ndim=4)
         videos = listed(videos, "videos", "clips", ndim=5)
         most = self.config.language.max_positions
-        if (given := len(images) + len(videos)) > most:  # each takes one token at least
-            raise PromptTooLong(f"{given} pictures and clips in one prompt, while the model's "
-                                f"context is {most} tokens; give fewer")  # fmt: skip
+        if (given := len(images) + len(videos)) > most:  # each takes at least one token
+            raise PromptTooLong(f"{given} pictures and clips in one prompt, but the model's "
+                                f"context is {most} tokens; pass fewer")  # fmt: skip
         return chat, images, videos
 
     def made(
@@ -261,36 +261,36 @@ class ChatFolder:
         patches: np.ndarray | None = None,
         seconds: Sequence[float] = (),
     ) -> Prompt:
-        """A prompt of these ids and patches.
+        """A prompt with these ids and patches.
 
         Raises:
-            UserError: no ids, or one that the model does not know.
+            UserError: no ids, or one outside the model's vocabulary.
         """
         if not ids:
-            raise PromptError("the prompt is empty; this model needs one token at least")
+            raise PromptError("the prompt is empty; expected at least one token")
         vocab = self.config.language.vocab_size
         check_ids(ids, vocab, self.PLACEHOLDER, f"{self.folder}: tokenizer")
         patches = np.zeros((0, 0), np.float32) if patches is None else patches
         return Prompt(list(ids), list(grids), patches, tuple(seconds))
 
     def continued(self, prompt: Prompt, text: str) -> Prompt:
-        """The prompt followed by the beginning of its answer.
+        """The prompt followed by the beginning of an answer.
 
         Raises:
-            UserError: as :meth:`made`.
+            UserError: see :meth:`made`.
         """
         ids = [*prompt.input_ids, *self.encode(checked_text(text, "answer"))]
         return self.made(ids, prompt.grids, prompt.patches, prompt.seconds)
 
     @property
     def unknown_tokens(self) -> list[str]:
-        """Tokens of the tokenizer whose ids are outside the model's vocabulary, by id."""
+        """Tokens whose ids are outside the model's vocabulary, sorted by id."""
         vocab = self.config.language.vocab_size
         known = self.tokenizer.get_vocab()
         return sorted((t for t, i in known.items() if i >= vocab), key=known.__getitem__)
 
     def vocabulary_warning(self) -> str | None:
-        """What a conversion says of a tokenizer that is larger than the embedding."""
+        """A warning if the tokenizer is larger than the embedding."""
         unknown, vocab = self.unknown_tokens, self.config.language.vocab_size
         if not unknown:
             return None
@@ -301,28 +301,28 @@ class ChatFolder:
         )
 
     def render(self, chat: list[dict[str, Any]], template: ChatTemplate) -> str:
-        """The text of a chat that the assistant is to go on with.
+        """The text of a chat, for the assistant to continue.
 
         Raises:
-            UserError: the template fails, takes too long, or makes too much.
+            UserError: the template fails, takes too long, or produces too much.
         """
         tokens = self.tokenizer.special_tokens_map
         try:
             text = template.render(chat, **tokens, add_generation_prompt=True)
-            text.encode()  # fails for half of a surrogate pair
+            text.encode()  # fails for a lone surrogate
             return text
-        except Exception as e:  # whatever the template raises
+        except Exception as e:  # anything a template may raise
             raise UserError(f"{self.folder}: the chat template fails: {one_line(e)}") from e
 
 
 def one_line(e: BaseException) -> str:
-    """An error of somebody else's code as one short line."""
+    """A third-party error as one short line."""
     text = " ".join(str(e).split()) or type(e).__name__
     return text if len(text) <= _LONGEST_ERROR else text[: _LONGEST_ERROR - 3] + "..."
 
 
 def import_transformers():
-    """The library, imported late (it takes a second) and kept from advising to install torch."""
+    """Import transformers on demand (it takes a second), without its advice to install torch."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
@@ -335,16 +335,16 @@ def normalised(
     placed: re.Pattern[str] | None = None,
     roles: Sequence[str] = ChatFolder.ROLES,
 ) -> dict[str, Any]:
-    """The message with its content as parts, placeholders in texts turned into parts.
+    """The message with its content as parts; placeholders in texts become parts.
 
     Args:
-        index: its number, for error messages.
-        placed: finds placeholders; its first group is the kind of part, ``image`` or ``video``.
+        index: the message's index, for error messages.
+        placed: matches placeholders; its first group is the kind of part, ``image`` or ``video``.
             ``None``: texts stay whole.
-        roles: those that the model knows.
+        roles: roles that the model supports.
 
     Raises:
-        UserError: it is no message, or of an unknown role.
+        UserError: not a message, or an unknown role.
     """
     where = f"message {index}"
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
@@ -371,7 +371,7 @@ def normalised(
 
 
 def _split(text: str, placed: re.Pattern[str]) -> Iterator[dict[str, Any]]:
-    """A text as parts: what stands between placeholders, and the placeholders."""
+    """Split a text into placeholders and the texts between them."""
     at = 0
     for match in placed.finditer(text):
         if match.start() > at:
@@ -383,14 +383,14 @@ def _split(text: str, placed: re.Pattern[str]) -> Iterator[dict[str, Any]]:
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """The text parts of a message together."""
+    """The concatenated text parts of a message."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def check_count(who: str, kind: str, places: int, pictures: Sequence[Any]) -> None:
     """
     Raises:
-        UserError: there are not as many pictures as places for them.
+        UserError: the number of pictures differs from the number of placeholders.
     """
     if places != len(pictures):
         raise UserError(f"{who} {kind} placeholders, but {len(pictures)} {kind}s were given")

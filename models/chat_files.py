@@ -1,4 +1,4 @@
-"""The files beside a model's weights from which a processor is made, typed and bounded.
+"""Read the files of a model folder that define its processor, with checked types and sizes.
 
 Nothing here touches the network or runs code from the folder.
 """
@@ -18,12 +18,12 @@ from mquant_jax.validate import shortened, shown
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Files of which one at least makes a tokenizer; vocab.json needs merges.txt beside it.
+# Any of these files defines a tokenizer; vocab.json also needs merges.txt.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")
 _BPE_CLASSES = ("Qwen2Tokenizer", "GPT2Tokenizer")
 _ID = whole(low=0, high=2**24)
 _UNNAMED = {"unk_token": None, "bos_token": None, "eos_token": None, "pad_token": None}
-_LEAST = 1e-6  # of a temperature and a top_p: smaller ones leave the likeliest token alone
+_LEAST = 1e-6  # lower bound of temperature and top_p; smaller values keep one token
 _SAMPLING = Schema(
     {
         "do_sample": flag(False),
@@ -38,10 +38,10 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @contextlib.contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Around what the tokenizers library and transformers do with the content of files.
+    """Wrap calls of tokenizers and transformers that parse a file.
 
     Raises:
-        UserError: in place of whatever they raise, which is bare Exception at times.
+        UserError: instead of any exception that they raise, including plain ``Exception``.
     """
     try:
         yield
@@ -53,10 +53,11 @@ def loading(path: Path) -> Iterator[None]:
 
 
 def check_readable(folder: Path) -> None:
-    """The files that transformers reads by itself are regular ones, of the right form.
+    """Check the files that transformers reads itself.
 
     Raises:
-        UserError: one is a pipe or device, which might never end; no JSON object; no template.
+        UserError: a file is a pipe or device, which might never end; not a JSON object; or not a
+            valid template.
     """
     for name in ("tokenizer.json", "chat_template.jinja"):
         if os.path.lexists(folder / name):
@@ -67,14 +68,14 @@ def check_readable(folder: Path) -> None:
 
 
 def settings_of(folder: Path, own: str, key: str) -> tuple[Path, dict[str, Any]]:
-    """How pictures or videos are prepared, and the file that says so; empty where none does.
+    """Preprocessing settings of pictures or videos, and their file; empty if there are none.
 
     Args:
-        own: the file in which transformers saves this alone.
-        key: its key in processor_config.json, in which transformers 5 saves everything.
+        own: the file that holds only these settings.
+        key: their key in processor_config.json, the file in which transformers 5 saves everything.
 
     Raises:
-        UserError: a file that is no JSON object.
+        UserError: a file is not a JSON object.
     """
     path = folder / own
     if settings := read_json_if_any(path):
@@ -94,12 +95,12 @@ def image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def chat_template(folder: Path) -> tuple[Path, str] | None:
-    """The folder's Jinja template and its file; ``None`` when it has none.
+    """The folder's Jinja template and its file; ``None`` if it has none.
 
-    The processor's goes first: a tokenizer's own may know of no pictures.
+    The processor's template takes precedence, because the tokenizer's may not support pictures.
 
     Raises:
-        UserError: a file that cannot be read, or a template that is no text.
+        UserError: a file cannot be read, or a template is not a text.
     """
     for name in (PROCESSOR, "chat_template.json"):
         found = read_json_if_any(folder / name).get("chat_template")
@@ -114,7 +115,7 @@ def chat_template(folder: Path) -> tuple[Path, str] | None:
 
 
 def _one_template(found: Any, path: Path) -> str:
-    """The default of what may be one template or several with names."""
+    """The default template of one or several named ones."""
     named: Any = found
     if isinstance(found, list):
         pairs = [(t.get("name"), t.get("template")) for t in found if isinstance(t, Mapping)]
@@ -126,16 +127,16 @@ def _one_template(found: Any, path: Path) -> str:
             raise UserError(f"{path}: chat_template has the names {known}; "
                             "expected one of them to be 'default'")  # fmt: skip
     if not isinstance(named, str):
-        raise UserError(f"{path}: chat_template {shown(found)}: expected a text, or several with "
-                        "names")  # fmt: skip
+        raise UserError(f"{path}: chat_template {shown(found)}: expected a text, or several named "
+                        "ones")  # fmt: skip
     return named
 
 
 def stop_ids(folder: Path, vocab: int) -> tuple[int, ...] | None:
-    """Tokens that end an answer, as generation_config.json or config.json says.
+    """Tokens that end an answer, from generation_config.json or config.json.
 
     Raises:
-        UserError: they are no token ids of the model.
+        UserError: they are not token ids of the model.
     """
     field = token_ids(None, vocab - 1)
     for name in ("generation_config.json", "config.json"):
@@ -149,11 +150,11 @@ def stop_ids(folder: Path, vocab: int) -> tuple[int, ...] | None:
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:
-    """How generation_config.json has tokens drawn: ``temperature`` (0 is greedy), ``top_k`` (0
-    keeps all), ``top_p`` and ``repetition_penalty``. What it leaves out is as in transformers.
+    """Sampling options of generation_config.json: ``temperature`` (0 is greedy), ``top_k`` (0
+    keeps all), ``top_p`` and ``repetition_penalty``. Missing ones have transformers' defaults.
 
     Raises:
-        UserError: a value of another type or range.
+        UserError: a value of the wrong type or out of range.
     """
     path = folder / "generation_config.json"
     found = _SAMPLING.read(read_json_if_any(path), str(path))
@@ -176,10 +177,10 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def added_tokens(folder: Path) -> dict[int, Mapping[str, Any]]:
-    """Id -> description of the tokens that were added to a vocabulary, by id.
+    """Id -> description of the tokens added to a vocabulary, sorted by id.
 
     Raises:
-        UserError: tokenizer_config.json or added_tokens.json describes them in another form.
+        UserError: tokenizer_config.json or added_tokens.json is malformed.
     """
     path = folder / TOKENIZER_CONFIG
     found = read_json_if_any(path).get("added_tokens_decoder") or {}
@@ -200,13 +201,13 @@ def added_tokens(folder: Path) -> dict[int, Mapping[str, Any]]:
 
 
 def bpe_tokenizer(folder: Path, kind: Any) -> Any:
-    """The tokenizer of a folder with vocab.json and merges.txt alone.
+    """The tokenizer of a folder that only has vocab.json and merges.txt.
 
     Args:
-        kind: transformers' general class for the tokenizers library.
+        kind: transformers' generic wrapper of the tokenizers library.
 
     Raises:
-        UserError: files of another form, or of a tokenizer class that is not known.
+        UserError: malformed files, or an unknown tokenizer class.
     """
     import transformers
 
@@ -228,10 +229,10 @@ def bpe_tokenizer(folder: Path, kind: Any) -> Any:
 
 
 def _add(tokenizer: Any, tokens: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
-    """Add tokens behind the vocabulary of a ``tokenizers.Tokenizer``.
+    """Add tokens after the vocabulary of a ``tokenizers.Tokenizer``.
 
     Raises:
-        UserError: their ids would not be those that the files say.
+        UserError: their ids would differ from those in the files.
     """
     from tokenizers import AddedToken
 

@@ -1,4 +1,4 @@
-"""Messages that hold their pictures, in transformers' chat format, and pictures beside messages."""
+"""Extract pictures from messages in transformers' chat format."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def take_media(messages: Any) -> tuple[list[dict[str, Any]], list[Any], list[Any
 
     Args:
         messages: ``{"role": ..., "content": text or parts}``. A part is ``{"type": "text", "text":
-            ...}``; ``{"type": "image", "image": picture}``, whatever
-            :func:`mquant_jax.models.images.load_image` takes, also under the key ``path``,
+            ...}``; ``{"type": "image", "image": picture}``, anything that
+            :func:`mquant_jax.models.images.load_image` accepts, also under the key ``path``,
             ``url`` (a ``data:`` URL) or ``base64``; OpenAI's ``{"type": "image_url", "image_url":
             {"url": ...}}``; or ``{"type": "video", "video": frames}``.
 
     Raises:
-        UserError: no messages; a part of another form, or without its picture.
+        UserError: no messages; a malformed part, or one without its picture.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise UserError(f"messages: expected a list of messages, found {kind(messages)}")
@@ -46,7 +46,7 @@ def take_media(messages: Any) -> tuple[list[dict[str, Any]], list[Any], list[Any
 
 
 def _part(part: Any, where: str, media: Mapping[str, list[Any]]) -> Any:
-    """A part without its picture, which goes to ``media``."""
+    """The part without its picture, which is appended to ``media``."""
     if not isinstance(part, Mapping):
         raise UserError(f'{where}: expected an object with "type", found {kind(part)}')
     name: Any = part.get("type")

@@ -83,8 +83,8 @@ REFUSED = {
 
 
 def common(fields: Mapping[str, Field], harmless: str = "", **refused: Refused) -> Schema:
-    """Return a table with the keys that every config may have; ``harmless``: more names, with
-    spaces."""
+    """Return a schema with the keys that every config may have; ``harmless``: more names,
+    separated by spaces."""
     return Schema(fields, HARMLESS | frozenset(harmless.split()), {**REFUSED, **refused})
 
 
@@ -155,7 +155,7 @@ def check_heads(where: str, size: int, count: int, kv: int | None = None) -> Non
         UserError: they do not.
     """
     if size % count:
-        raise UserError(f"{where}: width {size} is no multiple of {count} heads")
+        raise UserError(f"{where}: width {size} is not a multiple of {count} heads")
     check_groups(where, count, count if kv is None else kv)
 
 
@@ -165,8 +165,8 @@ def check_groups(where: str, count: int, kv: int) -> None:
         UserError: ``kv`` key heads do not share ``count`` heads evenly.
     """
     if count % kv:
-        raise UserError(f"{where}: {count} heads in {kv} groups are impossible: key heads share "
-                        "the heads evenly")  # fmt: skip
+        raise UserError(f"{where}: {count} heads do not divide into {kv} groups of equal "
+                        "size")  # fmt: skip
 
 
 def check_grid(where: str, image: int, patch: int, most: int = 1024) -> int:
@@ -176,8 +176,8 @@ def check_grid(where: str, image: int, patch: int, most: int = 1024) -> int:
         UserError: none, or more than ``most``.
     """
     if image < patch:
-        raise UserError(f"{where}: a picture of {image} pixels holds no patch of {patch}")
+        raise UserError(f"{where}: a picture of {image} pixels has no patch of {patch}")
     if image // patch > most:
         raise UserError(f"{where}: pictures of {image} pixels make {image // patch} patches of "
-                        f"{patch} along a side; expected {most} at most")  # fmt: skip
+                        f"{patch} along a side; expected at most {most}")  # fmt: skip
     return image // patch

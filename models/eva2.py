@@ -33,7 +33,7 @@ from mquant_jax.nn.vit import VisionInput, ViT
 from mquant_jax.nn.vit_block import ViTConfig, gelu
 from mquant_jax.recipe import Recipe
 
-VISUAL = -1  # placeholder in a prompt for each vector of a picture, its ends included
+VISUAL = -1  # placeholder in a prompt for each vector of a picture, including its ends
 NORM_EPS = (
     1e-5  # of the connector's norm; not in the config: the default of the reference's LayerNorm
 )
@@ -49,10 +49,10 @@ class EVA2Config:
     Attributes:
         tower: the transformer.
         patch_size: side of a patch in pixels.
-        conv_width: channels that the convolution makes.
+        conv_width: output channels of the convolution.
         hidden_size: width of the decoder.
         inner: width of the connector's gated MLP.
-        scaling: what enters the decoder is divided by this.
+        scaling: divisor of the features that enter the decoder.
     """
 
     tower: ViTConfig
@@ -74,12 +74,12 @@ class EVA2Config:
 
     @property
     def tokens(self) -> int:
-        """Vectors of a picture, the two ends included."""
+        """Vectors of a picture, including the two ends."""
         return (self.side // MERGE) ** 2 + 2
 
 
 def squares_of(x: jax.Array) -> jax.Array:
-    """Squares of 2x2 patches as the kernel of a convolution sees them.
+    """Group 2x2 patches into the layout of a convolution kernel.
 
     ``[N, P, d]``, patches of a square picture in row-major order, -> ``[N, P/4, 4 d]``: channel by
     channel, and within a channel row by row.
@@ -91,7 +91,7 @@ def squares_of(x: jax.Array) -> jax.Array:
 
 
 class Convolution(nnx.Module):
-    """2x2 patches become one token; reads the tower's stream as it is."""
+    """Merges 2x2 patches into one token; reads the tower's stream without a norm."""
 
     POINTS: ClassVar[Points] = {"conv_in": ("proj",)}
 
@@ -176,7 +176,7 @@ class EVA2Vision(ViT):
         return patches // MERGE**2 + 2
 
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
-        """Pictures -> visual tokens ``[N, P/4 + 2, hidden]``; the class token is left behind."""
+        """Pictures -> visual tokens ``[N, P/4 + 2, hidden]``; the class token is dropped."""
         x = (yield from self.features(vision))[:, 1:]
         classes = vision.token_class[:, :: MERGE * MERGE]  # a picture is valid as a whole
         x = yield ModuleCall("vision/conv", self.conv, x, classes)
@@ -186,7 +186,7 @@ class EVA2Vision(ViT):
 
 
 def eva2_rules(c: EVA2Config, prefix: str) -> Iterator[WeightRule]:
-    """The published names, which begin with ``prefix``."""
+    """The rules for the published names, which begin with ``prefix``."""
     v, p = c.tower, c.patch_size
     d, inner, out = v.hidden_size, v.intermediate_size, c.hidden_size
     patch, src = "vision/patch_embed/proj", f"{prefix}patch_embedding"
@@ -270,10 +270,10 @@ def collate(
     All of a picture's vectors are visual tokens; positions count tokens.
 
     Args:
-        config: the family's, with ``language`` and (``None`` for text alone) ``vision``.
+        config: the family's config, with ``language`` and ``vision`` (``None`` for text-only).
 
     Raises:
-        PromptError: ids that the model does not know, placeholders and pictures that differ, or a
+        PromptError: ids outside the vocabulary, placeholders that do not match the pictures, or a
             picture of another size.
     """
     check_prompts(prompts, config.language.vocab_size, VISUAL)
@@ -291,7 +291,7 @@ def collate(
     index = batch.visual_index.copy()
     index[visual] = np.arange(
         np.count_nonzero(visual)
-    )  # pictures come in the order of their placeholders
+    )  # pictures are in the order of their placeholders
     return dataclasses.replace(
         batch,
         input_ids=np.where(visual, pad_id, batch.input_ids).astype(np.int32),

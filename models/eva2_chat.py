@@ -1,4 +1,4 @@
-"""What the processors of GLM-4V and CogVLM2 share: conversations about one picture."""
+"""Shared by the processors of GLM-4V and CogVLM2: conversations about one picture."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class OnePictureChat(ChatFolder):
         """The messages with their content as parts, and the pictures.
 
         Raises:
-            UserError: pictures and places differ in number; several pictures, or videos, or a
-                picture for a model that takes none; a malformed message.
+            UserError: the number of pictures differs from the number of placeholders; several
+                pictures, videos, or a picture for a text-only model; a malformed message.
         """
         chat, images, videos = self.conversation(messages, images, videos)
         kinds = [part["type"] for message in chat for part in message["content"]]
         if "video" in kinds or len(videos):
-            raise UserError(f"{self.folder}: this model takes no videos")
+            raise UserError(f"{self.folder}: this model does not support videos")
         places = kinds.count("image")
         check_count(f"the prompt has {places}", "image", places, images)
         if places and self.config.vision is None:
-            raise UserError(f"{self.folder}: this is a language model without a vision part; "
-                            "leave the picture out")  # fmt: skip
+            raise UserError(f"{self.folder}: this is a text-only model; remove the "
+                            "picture")  # fmt: skip
         if places > 1:
-            raise UserError(f"{self.folder}: this model takes one picture per conversation, "
-                            f"{places} were given")  # fmt: skip
+            raise UserError(f"{self.folder}: this model supports one picture per conversation, "
+                            f"found {places}")  # fmt: skip
         return chat, images
 
 
@@ -49,7 +49,7 @@ def pixels_of(
     """Grids, and patches float32 ``[pictures * side^2, patch_dim]``.
 
     Raises:
-        UserError: a picture that cannot be read.
+        UserError: a picture cannot be read.
     """
     if len(images) == 0 or c is None:
         return [], np.zeros((0, 0), np.float32)

@@ -20,6 +20,7 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.eva2 import MERGE, EVA2Config
+from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import REQUIRED, choice, whole
 
@@ -68,7 +69,7 @@ def eva2_config(
         patch_dim=vision["in_channels"] * patch * patch,
         activation=vision["hidden_act"],
         norm_eps=vision["layer_norm_eps"],
-        position_grid=side,
+        positions=PositionTable(side),
         class_token=True,
         post_norm=True,
         patch_bias=True,

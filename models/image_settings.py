@@ -1,4 +1,4 @@
-"""Schemas of the folder files that describe how pictures are prepared, for all families."""
+"""Schemas of image preprocessing settings, for all families."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST = whole(None, 1, MOST_PIXELS, null=True)
 _SIZE = Schema(
     {"shortest_edge": _LEAST, "longest_edge": _MOST, "min_pixels": _LEAST, "max_pixels": _MOST}
 )
-# Resized to a number of pixels: Qwen2-VL.
+# Resized to a total number of pixels: Qwen2-VL.
 AREA = Schema(
     {
         "do_resize": flag(True),
@@ -43,7 +43,7 @@ def read_area(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Read settings as transformers' image processors of this kind do; ``size`` in one form.
 
     Raises:
-        UserError: a value of another type or range, or bounds that contradict each other.
+        UserError: a value of the wrong type or out of range, or contradictory bounds.
     """
     out = AREA.read(settings, str(path))
     size = _SIZE.read(out.pop("size") or {}, f"{path}: size")
@@ -51,7 +51,7 @@ def read_area(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
     least = least or size["shortest_edge"] or size["min_pixels"] or 56 * 56
     most = most or size["longest_edge"] or size["max_pixels"] or 28 * 28 * 1280
     if least > most:
-        raise UserError(f"{path}: pictures of {least} pixels at least and {most} at most; expected "
+        raise UserError(f"{path}: pictures of at least {least} and at most {most} pixels; expected "
                         "the first to be smaller")  # fmt: skip
     given = {key: value for key, value in out.items() if value is not None}
     return given | {"size": {"shortest_edge": least, "longest_edge": most}}
@@ -60,8 +60,8 @@ def read_area(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def agree(path: Path, settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """
     Raises:
-        UserError: the settings are of a model with other patches.
+        UserError: the settings belong to a model with other patches.
     """
     for key, value in wanted.items():
         if settings[key] not in (None, value):
-            raise UserError(f"{path}: {key} is {settings[key]}, the model's config says {value}")
+            raise UserError(f"{path}: {key} is {settings[key]}, the model's config has {value}")

@@ -1,7 +1,7 @@
-"""Decode callers' pictures: the one place where they become 8-bit RGB.
+"""Decode callers' pictures to 8-bit RGB.
 
-Files are opened by content, and only as one of :data:`FORMATS`: Pillow passes some formats to
-another program (EPS to Ghostscript), whatever the file's name.
+Files are opened by content, and only in one of :data:`FORMATS`, because Pillow passes some formats
+to other programs (EPS to Ghostscript), whatever the file's name.
 """
 
 from __future__ import annotations
@@ -48,35 +48,35 @@ _PNG_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 
 
 def load_encoded(url: str, name: str, most_pixels: int) -> Image.Image:
-    """:func:`load_image` of a ``data:`` URL from somebody else, whose size is bounded.
+    """:func:`load_image` for an untrusted ``data:`` URL, with bounded size.
 
     Args:
-        most_pixels: that it may have; more are not decoded.
+        most_pixels: maximum number of pixels; larger pictures are not decoded.
 
     Raises:
-        ImageError: another URL or a path; no picture; more pixels.
+        ImageError: another URL or a path; not a picture; too many pixels.
     """
     label = f"{shortened(url, 40)} ({name})"
     if url[:5].lower() != "data:":
-        raise ImageError(f"{label}: only data: URLs are taken, nothing is fetched; send "
+        raise ImageError(f"{label}: only data: URLs are accepted, nothing is downloaded; send "
                          "data:image/png;base64,...")  # fmt: skip
     return _opened(io.BytesIO(_url_bytes(url, name)), label, most_pixels)
 
 
 def load_image(image: Any, name: str) -> Image.Image:
-    """An upright 8-bit RGB picture, the first frame of an animated one.
+    """An upright 8-bit RGB picture; of an animation, the first frame.
 
-    Transparency is composited on white. Greys of 9 to 16 bits keep their highest 8 (transformers
-    clips them to white). The EXIF orientation is applied to PIL images, too.
+    Transparency is composited on white. Grey values of 9 to 16 bits keep their high 8 bits
+    (transformers clips them to white). The EXIF orientation is also applied to PIL images.
 
     Args:
         image: a PIL image, a path, the bytes of a picture, a binary file, a ``data:`` URL, or an
             array ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``, uint8 or float in 0..1.
-        name: what error messages call it.
+        name: its name in error messages.
 
     Raises:
-        ImageError: no such file, not one of :data:`FORMATS`, damaged, or values whose range is
-            not known; the message names it.
+        ImageError: no such file, not one of :data:`FORMATS`, damaged, or values of unknown range;
+            the message names it.
     """
     if isinstance(image, Image.Image):
         return _rgb(image, name)
@@ -98,20 +98,20 @@ def load_frames(video: Any, name: str) -> list[Image.Image]:
 
     Args:
         video: a list, another iterable, or an array ``[frames, H, W, channels]``.
-        name: what error messages call it.
+        name: its name in error messages.
 
     Raises:
-        ImageError: no sequence of frames, an empty one, or a frame that cannot be read.
+        ImageError: not a sequence of frames, an empty one, or a frame cannot be read.
     """
     frames = listed(video, name, "frames", ndim=4)
     if not frames:
-        raise ImageError(f"{name}: expected a sequence of frames, one at least")
+        raise ImageError(f"{name}: expected a sequence of frames, at least one")
     return [load_image(frame, f"{name}, frame {i}") for i, frame in enumerate(frames)]
 
 
 @contextlib.contextmanager
 def _decoding(label: str) -> Iterator[None]:
-    """Turn all exceptions into one: decoders of damaged data raise nearly every kind.
+    """Turn all exceptions into one, because decoders of damaged data raise almost any type.
 
     Only Pillow's own work and reads of the caller's file belong inside.
 
@@ -138,7 +138,7 @@ def _opened(file: BinaryIO, label: str, most_pixels: int | None = None) -> Image
             if most_pixels is not None and (pixels := image.width * image.height) > most_pixels:
                 raise ImageError(
                     f"{label}: {image.width} x {image.height} are {pixels} pixels; expected "
-                    f"{most_pixels} at most, send a smaller picture"
+                    f"at most {most_pixels}, send a smaller picture"
                 )
             return _rgb(image, label)
 
@@ -147,11 +147,11 @@ def _regular_file(path: str | os.PathLike, name: str) -> BinaryIO:
     """Open a file; reading a device or a FIFO might never end.
 
     Raises:
-        ImageError: no such file, no regular file, or a URL.
+        ImageError: no such file, not a regular file, or a URL.
     """
     label = shortened(os.fspath(path))
     if isinstance(path, str) and _URL.match(path):
-        raise ImageError(f"{label}: URLs are not fetched ({name}); download the picture and give "
+        raise ImageError(f"{label}: URLs are not downloaded ({name}); save the picture and give "
                          "its path")  # fmt: skip
     try:
         is_file = stat.S_ISREG(os.stat(path).st_mode)
@@ -159,7 +159,7 @@ def _regular_file(path: str | os.PathLike, name: str) -> BinaryIO:
             return open(path, "rb")
     except FileNotFoundError as e:
         raise ImageError(f"{label}: no such file ({name})") from e
-    except (OSError, ValueError) as e:  # names that are too long, or hold a NUL
+    except (OSError, ValueError) as e:  # names that are too long or contain a NUL
         why = getattr(e, "strerror", None) or e
         raise ImageError(f"{label}: cannot be opened ({name}): {why}") from e
     raise ImageError(f"{label}: not a regular file ({name}); expected a picture")
@@ -171,7 +171,7 @@ def _file_bytes(file: Any, name: str) -> bytes:
             file.seek(0)
         data = file.read(_MOST_BYTES + 1)
     if not isinstance(data, bytes):
-        raise ImageError(f"{name}: the file gives {type(data).__name__}; open it in binary mode")
+        raise ImageError(f"{name}: the file returns {type(data).__name__}; open it in binary mode")
     if len(data) > _MOST_BYTES:
         raise ImageError(f"{name}: the file is larger than {_MOST_BYTES >> 30} GiB")
     return data
@@ -193,7 +193,7 @@ def _url_bytes(url: str, name: str) -> bytes:
 
 
 def _pixels(image: Any, name: str) -> np.ndarray:
-    """Return uint8 ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]`` of an array of any library."""
+    """Convert an array of any library to uint8 ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]``."""
     with _decoding(name):
         x = np.asarray(image) if hasattr(image, "__array__") else np.zeros(())
     shape, floats = x.shape, jnp.issubdtype(x.dtype, jnp.floating)
@@ -212,7 +212,7 @@ def _pixels(image: Any, name: str) -> np.ndarray:
 
 def _rgb(image: Image.Image, label: str) -> Image.Image:
     if image.format == "EPS" and getattr(image, "tile", None):
-        raise ImageError(f"{label}: EPS is not read, it needs another program; convert it to PNG")
+        raise ImageError(f"{label}: EPS is not supported, it runs another program; use PNG")
     with _decoding(label):
         key = _transparent_key(image)
         image.load()
@@ -231,7 +231,7 @@ def _rgb(image: Image.Image, label: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """Return the EXIF tag; a picture with damaged EXIF data is left as it is, as in viewers."""
+    """Return the EXIF tag; damaged EXIF data is ignored, as in viewers."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
@@ -239,7 +239,7 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _transparent_key(image: Image.Image) -> Any:
-    """Return the transparent colour in the picture's 8 bits; a file may declare it in others."""
+    """Return the transparent colour at 8 bits; a file may declare it at another depth."""
     key, tile = image.info.get("transparency"), getattr(image, "tile", None)
     if image.format != "PNG":
         return key
@@ -254,7 +254,7 @@ def _eight_bits(image: Image.Image, label: str) -> Image.Image:
     """Convert a grey picture of up to 16 bits to 8: L, or LA if a grey is declared transparent.
 
     Raises:
-        ImageError: 32-bit integers or floats, whose range no file declares.
+        ImageError: 32-bit integers or floats, whose range is unknown.
     """
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     if image.mode.startswith("I;16"):
@@ -263,7 +263,7 @@ def _eight_bits(image: Image.Image, label: str) -> Image.Image:
         depth = 16  # Pillow scales PPM to this
     else:
         raise ImageError(
-            f"{label}: grey values of 32 bits (mode {image.mode}), whose range is not known; "
+            f"{label}: grey values of 32 bits (mode {image.mode}), of unknown range; "
             "scale the picture to 8 bits, or give an array of floats in 0..1"
         )
     x = np.asarray(image)

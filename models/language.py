@@ -12,27 +12,30 @@ _L = "language/layers/*"
 
 
 def direct(dst: str, src: str, *shape: int) -> WeightRule:
-    """Return the rule of a tensor that is taken over unchanged."""
+    """Return the rule of a tensor that is copied unchanged."""
     return WeightRule(dst, src, shape, shape)
 
 
 def dense_rules(dst: str, src: str, out: int, into: int, bias: bool = True) -> Iterator[WeightRule]:
-    """Kernel ``[out, into]`` and bias ``[out]`` of a dense layer."""
+    """Yield the rules of a dense layer: kernel ``[out, into]`` and bias ``[out]``."""
     yield direct(f"{dst}/kernel", f"{src}.weight", out, into)
     if bias:
         yield direct(f"{dst}/bias", f"{src}.bias", out)
 
 
-def decoder_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
+def decoder_rules(c: DecoderConfig, prefix: str = "", body: str = "model") -> Iterator[WeightRule]:
     """Return the rules of a decoder under Llama's names, which most others kept.
 
-    ``prefix`` precedes all names if the decoder is part of a larger model.
+    Args:
+        prefix: precedes all names if the decoder is part of a larger model.
+        body: what holds everything but the head.
     """
+    body = f"{prefix}{body}"
     d, inner = c.hidden_size, c.intermediate_size
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    yield direct("language/embedding", f"{prefix}model.embed_tokens.weight", c.vocab_size, d)
+    yield direct("language/embedding", f"{body}.embed_tokens.weight", c.vocab_size, d)
     for i in range(c.num_layers):
-        dst, src = f"language/layers/{i}", f"{prefix}model.layers.{i}"
+        dst, src = f"language/layers/{i}", f"{body}.layers.{i}"
         yield direct(f"{dst}/attn_norm/weight", f"{src}.input_layernorm.weight", d)
         yield direct(f"{dst}/mlp_norm/weight", f"{src}.post_attention_layernorm.weight", d)
         for name, width in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
@@ -43,7 +46,7 @@ def decoder_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
         yield from dense_rules(f"{dst}/gate_proj", f"{src}.mlp.gate_proj", inner, d, c.mlp_bias)
         yield from dense_rules(f"{dst}/up_proj", f"{src}.mlp.up_proj", inner, d, c.mlp_bias)
         yield from dense_rules(f"{dst}/down_proj", f"{src}.mlp.down_proj", d, inner, c.mlp_bias)
-    yield direct("language/norm/weight", f"{prefix}model.norm.weight", d)
+    yield direct("language/norm/weight", f"{body}.norm.weight", d)
     if not c.tied_head:
         yield direct("language/head/kernel", f"{prefix}lm_head.weight", c.vocab_size, d)
 
@@ -111,12 +114,12 @@ def decoder_attention(c: DecoderConfig) -> ValueOutput:
 
 
 def decoder_hidden(c: DecoderConfig) -> Hidden:
-    """Return the decoder's MLP layer behind its online rotation."""
+    """Return the decoder's MLP layer that follows an online rotation."""
     return decoder_hiddens(c)[0]
 
 
 def decoder_hiddens(c: DecoderConfig) -> tuple[Hidden, ...]:
-    """Return each expert's MLP layer behind its online rotation."""
+    """Return each expert's MLP layer that follows an online rotation."""
     inner = c.intermediate_size
     return tuple(Hidden(f"{e}/down_proj", inner, f"{e}/up_proj") for e in _experts(c))
 

@@ -1,6 +1,6 @@
 """The config.json of Llama, Qwen2, Qwen3 and InternLM2 decoders -> the shape of ours.
 
-The same keys describe a language model alone (top level) and one inside a multimodal model.
+The same keys describe a text-only model (top level) and the decoder of a multimodal model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mquant_jax.models.config_keys import (
     vocabulary,
     width,
 )
-from mquant_jax.models.rope_config import read_rope
+from mquant_jax.models.rope_config import MRope, read_rope
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.schema import Field, Refused, choice, flag, inside, items, text
 from mquant_jax.validate import shown
@@ -78,19 +78,18 @@ def decoder_config(
     kind: str,
     where: str,
     default_theta: float = _THETA,
-    mrope: tuple[int, ...] | None = None,
+    mrope: MRope | None = None,
 ) -> DecoderConfig:
     """Return the decoder of a typed config, read with a table of :data:`SCHEMAS` or a similar one.
 
     Args:
         kind: model_type of the language model: llama, qwen2, qwen3 or internlm2.
-        where: the object that holds the keys, for messages.
+        where: the object with the keys, for messages.
         default_theta: base of the rotary positions if the config has none.
-        mrope: rotary slots of each of three position streams if the config has none;
-            ``None``: the model has one position per token.
+        mrope: see :func:`~mquant_jax.models.rope_config.read_rope`.
 
     Raises:
-        UserError: it asks for something that is not supported, or its sizes are inconsistent.
+        UserError: an unsupported option, or inconsistent sizes.
     """
     check_window(hf, where)
     count, hidden = hf["num_attention_heads"], hf["hidden_size"]
@@ -101,7 +100,7 @@ def decoder_config(
     head_dim = hf["head_dim"] or hidden // count
     if head_dim % 2:
         raise UserError(f"{where}: head_dim {head_dim} is odd; rotary positions take pairs")
-    rope = read_rope(hf, where, default_theta, head_dim, mrope is not None)
+    rope = read_rope(hf, where, default_theta, head_dim, mrope)
     # Qwen2's biases are fixed in its code, not in the config; InternLM2's MLP never has any.
     bias = hf.get("bias" if kind == "internlm2" else "attention_bias", False)
     return DecoderConfig(
@@ -114,7 +113,7 @@ def decoder_config(
         vocab_size=hf["vocab_size"],
         norm_eps=hf["rms_norm_eps"],
         rope_theta=rope.theta,
-        rope_sections=_sections(rope.sections or mrope, head_dim, where),
+        rope_streams=rope.streams,
         max_positions=rope.max_positions,
         qkv_bias=kind == "qwen2" or bias,
         tied_head=hf["tie_word_embeddings"],
@@ -142,14 +141,3 @@ def check_window(hf: Mapping[str, Any], where: str) -> None:
     if hf.get("use_sliding_window") and not kinds:
         raise UserError(f"{inside(where, 'use_sliding_window')} is true: sliding windows are "
                         "not supported; with full attention, set it to false")  # fmt: skip
-
-
-def _sections(sections: tuple[int, ...] | None, head_dim: int, where: str) -> tuple[int, ...]:
-    if sections is None:
-        return (head_dim // 2,)
-    if sum(sections) != head_dim // 2:
-        raise UserError(
-            f"{where}: mrope_section of rope_scaling is {list(sections)}; expected three numbers "
-            f"that add up to head_dim/2 = {head_dim // 2}"
-        )
-    return sections

@@ -1,11 +1,11 @@
-"""Text that people write, kept from becoming special tokens.
+"""Keep special tokens in users' texts literal.
 
-A chat template writes special tokens as text, so a message that spells one would become one. Before
-a chat is rendered, :meth:`LiteralText.hide_message` replaces the first character of every such
-spelling in a message by a stand-in. What the rendered text then spells, the template has written.
-:meth:`LiteralText.encode` turns the stand-ins into their characters again, and encodes the text
-with a copy of the tokenizer whose special tokens have secret spellings. All other steps of the copy
-are those of the original, so a text without special tokens has the same ids either way.
+A chat template writes special tokens as text, so the same text in a message would become a special
+token. Before a chat is rendered, :meth:`LiteralText.hide_message` replaces the first character of
+every such spelling in a message by a stand-in. Special tokens in the rendered text then come from
+the template only. :meth:`LiteralText.encode` restores the characters and encodes the text with a
+copy of the tokenizer whose special tokens have secret spellings. The copy is otherwise identical,
+so a text without special tokens gets the same ids either way.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-# Two characters that Unicode reserves for a program's own use, around a number that nobody knows.
+# Two characters that Unicode reserves for internal use, around a secret number.
 _OPEN = f"\ufdd0{secrets.randbelow(10**12)}"
 _CLOSE = "\ufdd1"
 _STAND_IN = re.compile(f"{_OPEN}x([0-9a-f]+){_CLOSE}", re.IGNORECASE)
 
 
 class Spellings:
-    """Texts that must not stay as they are, because a template or tokenizer would act on them."""
+    """Texts that a template or tokenizer would interpret, so they must be hidden."""
 
     def __init__(self, spellings: Iterable[str]):
         self.all = sorted({s for s in spellings if s.strip()}, key=len, reverse=True)
@@ -35,8 +35,8 @@ class Spellings:
         self._longest = max(map(len, self.all), default=0)
 
     def hide(self, text: str) -> str:
-        """The text with a stand-in where a spelling begins, or where the text around it could
-        complete one."""
+        """The text with a stand-in where a spelling begins, or could be completed by the
+        surrounding text."""
         starts = set(self._starts(text))
         edge = range(max(0, len(text) - self._longest), len(text))
         starts.update(i for i in edge if text[i:] in self._beginnings)
@@ -49,7 +49,7 @@ class Spellings:
         return "".join([*pieces, text[at:]])
 
     def inside(self, text: str) -> bool:
-        """Whether the text spells any of them."""
+        """Whether the text contains any of the spellings."""
         return any(s in text for s in self.all)
 
     def _starts(self, text: str) -> Iterable[int]:
@@ -61,14 +61,14 @@ class Spellings:
 
 
 class LiteralText:
-    """A tokenizer's special tokens, and how texts that spell them are kept as texts.
+    """Encodes chats in which users' texts cannot produce special tokens.
 
-    Tokens that are white space alone stay what they are: they stand for text.
+    Tokens of white space only are exempt, because they represent text.
 
     Args:
-        tokenizer: its added tokens, special or not, are what a user's text may not become.
-        marks: other texts with a meaning in prompts, such as a family's place of a picture.
-        shown: added tokens that an answer may hold, which an assistant's text may spell.
+        tokenizer: its added tokens, special or not, cannot result from users' text.
+        marks: other texts with a meaning in prompts, such as a family's picture placeholder.
+        shown: added tokens that answers may contain, so they are allowed in assistants' texts.
     """
 
     def __init__(self, tokenizer: Tokenizer, marks: Iterable[str], shown: Iterable[str]):
@@ -79,17 +79,17 @@ class LiteralText:
         self._user, self._assistant = Spellings(of_user), Spellings(of_user - {*shown})
 
     def hide_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message of a chat with what its texts spell hidden, until :meth:`encode`."""
+        """The message with special spellings in its texts hidden until :meth:`encode`."""
         spellings = self._assistant if message.get("role") == "assistant" else self._user
         return {k: v if k == "role" else self._hide(v, spellings) for k, v in message.items()}
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a rendered text: what it spells is special, what is hidden in it is not."""
+        """Token ids of a rendered text: visible spellings are special, hidden ones are not."""
         text = self._spelled.sub(lambda m: self._secret[m[0]], text)
         return self._tokenizer.encode(shown(text), add_special_tokens=add_special_tokens).ids
 
     def _hide(self, value: Any, spellings: Spellings) -> Any:
-        """JSON-like data with all its texts hidden."""
+        """JSON-like data with the spellings in all its texts hidden."""
         if isinstance(value, str):
             return self._hide_text(value, spellings)
         if isinstance(value, Mapping):
@@ -101,7 +101,7 @@ class LiteralText:
     def _hide_text(self, text: str, spellings: Spellings) -> str:
         hidden, normalizer = spellings.hide(text), self._original.normalizer
         if hidden == text and normalizer and spellings.inside(normalizer.normalize_str(text)):
-            # One stand-in sends the text to the tokenizer that knows no spellings.
+            # A single stand-in selects the tokenizer without the public spellings.
             i = len(text) - len(text.lstrip())
             hidden = f"{text[:i]}{_OPEN}x{ord(text[i]):x}{_CLOSE}{text[i + 1 :]}"
         return hidden
@@ -118,7 +118,7 @@ class LiteralText:
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
-        """The tokenizer with the same ids, its added tokens under their secret spellings."""
+        """The tokenizer with secret spellings of its added tokens and the same ids."""
         data = json.loads(self._original.to_str())
         data["truncation"] = data["padding"] = None
         for token in data["added_tokens"]:
@@ -128,7 +128,7 @@ class LiteralText:
         return Tokenizer.from_str(json.dumps(data))
 
     def _renamed(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        """What changes in the description of a tokenizer's model, of whatever kind it is."""
+        """The changes to the description of a tokenizer's model, of any kind."""
         secret, vocab = self._secret, model["vocab"]
         if isinstance(vocab, list):  # Unigram: pieces with scores
             return {"vocab": [[secret.get(piece, piece), score] for piece, score in vocab]}
@@ -142,10 +142,10 @@ class LiteralText:
 
 
 def is_hidden(text: str) -> bool:
-    """Whether a text holds a stand-in."""
+    """Whether a text contains a stand-in."""
     return _OPEN in text
 
 
 def shown(text: str) -> str:
-    """The text with its stand-ins as what they stand for."""
+    """The text with its stand-ins replaced by the original characters."""
     return _STAND_IN.sub(lambda m: chr(int(m[1], 16)), text)

@@ -1,6 +1,6 @@
-"""Check prompts, made by a processor or by hand: their ids and pictures must suit the model.
+"""Check that the ids and pictures of prompts, from a processor or the caller, fit the model.
 
-JAX clamps indices: without a check, an id beyond the vocabulary would silently run as the last one.
+JAX clamps indices: without a check, an id beyond the vocabulary would silently become the last one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from mquant_jax.models.base import Prompt, longest
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab: int, placeholder: int | None = None) -> None:
-    """Refuse prompts with tokens that a model of ``vocab`` tokens does not have.
+    """Refuse prompts with ids outside a vocabulary of ``vocab`` tokens.
 
     Args:
-        placeholder: the number of a visual token, if that is not an id.
+        placeholder: the placeholder of a visual token, if it is not an id.
 
     Raises:
-        PromptError: as :func:`longest`; an id that is no integer or outside the vocabulary.
+        PromptError: see :func:`longest`; an id that is not an integer or outside the vocabulary.
     """
     longest(prompts)
     for i, prompt in enumerate(prompts):
@@ -31,7 +31,8 @@ def check_prompts(prompts: Sequence[Prompt], vocab: int, placeholder: int | None
 def check_patches(prompts: Sequence[Prompt]) -> None:
     """
     Raises:
-        PromptError: patches that are not as many as the grids say. Without grids none are used.
+        PromptError: the number of patches differs from that of the grids. Without grids patches
+            are ignored.
     """
     for i, prompt in enumerate(prompts):
         wanted = sum(math.prod(grid) for grid in prompt.grids)
@@ -43,7 +44,7 @@ def check_patches(prompts: Sequence[Prompt]) -> None:
 def check_ids(ids: Sequence[int], vocab: int, placeholder: int | None, where: str) -> None:
     """
     Raises:
-        PromptError: an id that is no integer, or outside the vocabulary.
+        PromptError: an id that is not an integer, or outside the vocabulary.
     """
     odd = [i for i in ids if isinstance(i, bool) or not isinstance(i, int | np.integer)]
     if not isinstance(ids, list) or odd:
@@ -56,5 +57,5 @@ def check_ids(ids: Sequence[int], vocab: int, placeholder: int | None, where: st
     if outside.any():
         at = int(np.argmax(outside))
         raise PromptError(f"{where}: token {array[at]} at position {at} is outside the model's "
-                          f"vocabulary of {vocab}; the tokenizer is of another model, or has "
-                          "tokens that were added after training")  # fmt: skip
+                          f"vocabulary of {vocab}; the tokenizer belongs to another model, or "
+                          "has tokens that were added after training")  # fmt: skip

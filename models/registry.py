@@ -1,4 +1,4 @@
-"""Which family reads which ``model_type``. A family's package is imported on demand."""
+"""The family of each ``model_type``. A family's package is imported on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mquant_jax.models.base import Family
 from mquant_jax.validate import shown
 
 # model_type in config.json -> package that exposes ``FAMILY``, and ``TEXT_FAMILY`` if the type also
-# names a language model alone, which has no ``vision_config``.
+# names a text-only model, which has no ``vision_config``.
 _BY_MODEL_TYPE = {
     "chatglm": "mquant_jax.models.glm4v",
     "internvl": "mquant_jax.models.internvl",
@@ -23,6 +23,8 @@ _BY_MODEL_TYPE = {
     "qwen2": "mquant_jax.models.llama",
     "qwen2_5_vl": "mquant_jax.models.qwen2_5_vl",
     "qwen2_vl": "mquant_jax.models.qwen2_vl",
+    "qwen3": "mquant_jax.models.llama",
+    "qwen3_vl": "mquant_jax.models.qwen3_vl",
 }
 # Models whose remote code defines no model_type, by the class in ``architectures``.
 _BY_ARCHITECTURE = {"CogVLMForCausalLM": "mquant_jax.models.cogvlm2"}

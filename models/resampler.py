@@ -18,7 +18,7 @@ def norm_rules(dst: str, src: str, width: int) -> Iterator[WeightRule]:
 
 
 def resampler_rules(c: ResamplerConfig, src: str, last: str) -> Iterator[WeightRule]:
-    """The resampler under ``src``, its last norm and projection under ``last``."""
+    """Yield the rules of a resampler under ``src``, its last norm and projection under ``last``."""
     d = c.width
     yield direct("vision/query", f"{src}.query", c.queries, d)
     if c.stored_positions:
@@ -35,7 +35,7 @@ def resampler_rules(c: ResamplerConfig, src: str, last: str) -> Iterator[WeightR
     yield from norm_rules("vision/queries/norm", f"{src}.ln_q", d)
     yield from norm_rules("vision/keys/norm", f"{src}.ln_kv", d)
     yield from norm_rules("vision/merger/norm", f"{last}.ln_post", d)
-    # A bare parameter, multiplied from the right.
+    # A plain parameter, multiplied from the right.
     yield WeightRule("vision/merger/proj/kernel", f"{last}.proj", (d, d), (d, d), transposed=True)
 
 
@@ -52,7 +52,7 @@ def resampler_streams(c: ResamplerConfig) -> Iterator[Stream]:
     if not c.projects:
         raise UserError(
             f"the tower is as wide as the decoder ({c.width}): the resampler has no kv_proj, which "
-            "rotating and quantising need. No released model is built so; recipe float works"
+            "rotation and quantisation need; use recipe float (no released model is like this)"
         )
     if not c.stored_positions:
         yield Stream(
@@ -78,7 +78,7 @@ def resampler_attention(c: ResamplerConfig) -> ValueOutput:
 
 
 def resampler_hiddens(c: ResamplerConfig) -> tuple[Hidden, ...]:
-    """The layers behind online rotations."""
+    """The layers that follow online rotations."""
     readers = ["vision/keys/k_proj", "vision/keys/v_proj"]
     readers += ["vision/queries/q_proj"] if c.stored_positions else []
     return tuple(Hidden(reader, c.width) for reader in readers)

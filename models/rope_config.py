@@ -1,18 +1,26 @@
 """``rope_scaling`` and ``rope_parameters`` of a config.json -> base and scaling of positions.
 
-They are the same object, named differently before transformers 5 and since.
+They are the same object, which transformers 5 renamed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import theta
-from mquant_jax.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, Scaling, YarnScaling
+from mquant_jax.nn.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    Scaling,
+    YarnScaling,
+    chunked,
+    interleaved,
+)
 from mquant_jax.schema import Refused, Schema, choice, flag, inside, items, real, table, whole
 from mquant_jax.validate import shown
 
@@ -43,20 +51,33 @@ _SCHEMA = Schema(
         "mscale_all_dim": real(None, 0.0, 1e3, null=True),
         "truncate": flag(None),
         "mrope_section": items(whole(low=1, high=2048), None, 3, null=True),
+        "mrope_interleaved": flag(None),
     },
     frozenset({"finetuned"}),
     {
         "partial_rotary_factor": Refused((1, 1.0)),
-        "mrope_interleaved": Refused((False,)),
         "short_factor": Refused(reason="longrope is not supported"),
         "long_factor": Refused(reason="longrope is not supported"),
     },
 )
-# Keys that only one kind reads; another kind would ignore them.
+# Keys of a single kind, which other kinds would ignore.
 _OWN = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class MRope:
+    """How a family's tokens with three positions are rotated.
+
+    Attributes:
+        sections: rotary slots of each position stream where the config names none.
+        streams: sections -> the stream of each slot.
+    """
+
+    sections: tuple[int, ...]
+    streams: Callable[[tuple[int, ...]], tuple[int, ...]] = chunked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +88,21 @@ class Rope:
         theta: base.
         scaling: of the frequencies.
         max_positions: the context, in tokens.
-        sections: M-RoPE's slots per stream, where the config names them.
+        streams: position stream of each of the ``head_dim / 2`` slots.
     """
 
     theta: float
     scaling: Scaling | None
     max_positions: int
-    sections: tuple[int, ...] | None
+    streams: tuple[int, ...]
 
 
 def read_rope(
-    config: Mapping[str, Any], where: str, default_theta: float, head_dim: int, mrope: bool = False
+    config: Mapping[str, Any],
+    where: str,
+    default_theta: float,
+    head_dim: int,
+    mrope: MRope | None = None,
 ) -> Rope:
     """Rotary positions from the typed keys :data:`FIELDS` and ``max_position_embeddings``.
 
@@ -85,26 +110,51 @@ def read_rope(
         where: the object that holds them, for messages.
         default_theta: base where the config names none.
         head_dim: channels that turn.
-        mrope: ``mrope_section`` has a meaning, and ``mrope`` as a type means no scaling.
+        mrope: ``mrope_section`` has a meaning, and ``mrope`` as a type means no scaling;
+            ``None``: tokens have one position.
 
     Raises:
-        UserError: a kind of scaling that is not supported; keys that contradict each other, are
-            missing, or would be ignored.
+        UserError: an unsupported kind of scaling; keys that are contradictory, missing, or would
+            be ignored.
     """
     name, values = _one_object(config, where)
     at = inside(where, name)
     for key in ("rope_theta", _ORIGINAL):
         values[key] = _agreed(at, key, values[key], config[key])
     base = values["rope_theta"] or default_theta
-    kind = _kind(at, values, mrope)
+    kind = _kind(at, values, mrope is not None)
     _check_own(at, kind, values)
-    if not mrope and values["mrope_section"]:
-        raise UserError(f"{at}.mrope_section: this model has one position per token")
+    streams = _streams(at, values, head_dim, mrope)
     context = config["max_position_embeddings"]
     scaling = _scaling(at, kind, values, context, base, head_dim)
     if isinstance(scaling, YarnScaling):
         context = max(context, round(scaling.original * scaling.factor))
-    return Rope(base, scaling, min(context, 2**30), values["mrope_section"])
+    return Rope(base, scaling, min(context, 2**30), streams)
+
+
+def _streams(
+    at: str, values: Mapping[str, Any], head_dim: int, mrope: MRope | None
+) -> tuple[int, ...]:
+    """The position stream of each rotary slot.
+
+    Raises:
+        UserError: sections that do not fit the head, or an order of slots that the model has not.
+    """
+    takes_turns = mrope is not None and mrope.streams is interleaved
+    if values["mrope_interleaved"] not in (None, takes_turns):
+        raise UserError(f"{at}.mrope_interleaved {shown(values['mrope_interleaved'])}: this would "
+                        "change the numbers and is not supported")  # fmt: skip
+    if mrope is None:
+        if values["mrope_section"]:
+            raise UserError(f"{at}.mrope_section: this model has one position per token")
+        return chunked((head_dim // 2,))
+    sections = values["mrope_section"] or mrope.sections
+    if sum(sections) != head_dim // 2:
+        raise UserError(
+            f"{at}.mrope_section is {list(sections)}; expected three numbers that add up to "
+            f"head_dim/2 = {head_dim // 2}"
+        )
+    return mrope.streams(sections)
 
 
 def _one_object(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
@@ -119,7 +169,7 @@ def _one_object(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, A
 
 def _read(data: Mapping[str, Any], at: str) -> dict[str, Any]:
     if unknown := _SCHEMA.unknown(data):
-        raise UserError(f"{inside(at, unknown[0])} is not known, and could change the numbers; "
+        raise UserError(f"{inside(at, unknown[0])} is unknown and could change results; "
                         f"known: {', '.join(_SCHEMA.fields)}")  # fmt: skip
     return _SCHEMA.read(data, at)
 
@@ -154,8 +204,8 @@ def _check_own(at: str, kind: str, values: Mapping[str, Any]) -> None:
         foreign.append("factor")
     for key in foreign:
         if values[key] is not None:
-            raise UserError(f"{at}.{key} means nothing to rope type {kind!r}; "
-                            "remove it, or name the type that it belongs to")  # fmt: skip
+            raise UserError(f"{at}.{key} has no meaning for rope type {kind!r}; "
+                            "remove it, or set the type that it belongs to")  # fmt: skip
 
 
 def _scaling(
@@ -174,7 +224,7 @@ def _scaling(
         return DynamicScaling(factor, context)
     low, high = (_needed(at, kind, values, key) for key in _OWN["llama3"])
     if low >= high:
-        raise UserError(f"{at}: low_freq_factor {low} and high_freq_factor {high} are impossible; "
+        raise UserError(f"{at}: low_freq_factor {low} and high_freq_factor {high} are invalid; "
                         "expected the first to be smaller")  # fmt: skip
     return Llama3Scaling(factor, low, high, values[_ORIGINAL] or context)
 
@@ -193,7 +243,7 @@ def _yarn(at: str, values: Mapping[str, Any], context: int) -> YarnScaling:
     factor = factor or max(context / original, 1.0)
     fast, slow = values["beta_fast"] or 32.0, values["beta_slow"] or 1.0
     if slow >= fast:
-        raise UserError(f"{at}: beta_fast {fast} and beta_slow {slow} are impossible; "
+        raise UserError(f"{at}: beta_fast {fast} and beta_slow {slow} are invalid; "
                         "expected the first to be larger")  # fmt: skip
     attention = values["attention_factor"]
     if attention is None:

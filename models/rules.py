@@ -9,10 +9,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Some rows of a fused source, whose first axis is viewed as ``[groups, of, size]``.
+    """A selection of rows of a fused source, with its first axis viewed as ``[groups, of, size]``.
 
     Attributes:
-        start, stop: the slices taken of each group.
+        start, stop: the slices selected from each group.
         of: number of equal slices in a group.
         groups: number of consecutive groups; a fused ``[q; k; v]`` is one group of three.
     """
@@ -23,24 +23,24 @@ class Rows:
     groups: int = 1
 
     def view(self, source: np.ndarray) -> np.ndarray:
-        """The rows, a view: ``[groups, stop - start, size, ...]``."""
+        """A view of the rows: ``[groups, stop - start, size, ...]``."""
         groups = source.reshape(self.groups, self.of, -1, *source.shape[1:])
         return groups[:, self.start : self.stop]
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightRule:
-    """One tensor of our model and where it comes from.
+    """One tensor of our model and its source.
 
     Attributes:
-        dst: our name, layers separate: ``language/layers/0/q_proj/kernel``.
+        dst: our name, one per layer: ``language/layers/0/q_proj/kernel``.
         src: name in the Hugging Face checkpoint.
         shape: shape of our tensor.
-        src_shape: shape that the source must have.
-        rows: the part of the source that is ours; ``None``: all of it.
-        transposed: the source is a transposed matrix (``x @ W``).
-        order: our row ``i`` in each run of ``len(order)`` rows is row ``order[i]`` of the source's.
-        otherwise: values if the checkpoint has no such tensor; ``None``: it must have it.
+        src_shape: shape of the source.
+        rows: our rows of the source; ``None``: all.
+        transposed: whether the source is a transposed matrix (``x @ W``).
+        order: in each run of ``len(order)`` rows, our row ``i`` is row ``order[i]`` of the source.
+        otherwise: values if the checkpoint lacks the tensor; ``None``: it is required.
     """
 
     dst: str
@@ -53,7 +53,7 @@ class WeightRule:
     otherwise: tuple[float, ...] | None = None
 
     def apply(self, source: np.ndarray) -> np.ndarray:
-        """The source's part of our tensor, in our shape."""
+        """Extract our tensor from the source."""
         source = source.T if self.transposed else source
         source = source if self.rows is None else self.rows.view(source)
         source = source.reshape(self.shape)

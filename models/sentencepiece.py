@@ -24,13 +24,13 @@ SPACE = "\u2581"
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """The content of the file.
+    """The contents of a tokenizer.model.
 
     Attributes:
-        names, scores, kinds: of each piece, in the order of their ids.
+        names, scores, kinds: of each piece, in the order of ids.
         model_type: 1 unigram, 2 byte-pair encoding.
-        charsmap: compiled normalisation of characters; empty: none.
-        dummy_prefix: whether a space is put before every text.
+        charsmap: compiled character normalisation; empty: none.
+        dummy_prefix: whether a space is prepended to every text.
     """
 
     names: list[str]
@@ -42,10 +42,10 @@ class Pieces:
 
 
 def read_pieces(path: Path) -> Pieces:
-    """The content of a tokenizer.model.
+    """Read a tokenizer.model.
 
     Raises:
-        UserError: not such a file.
+        UserError: not a SentencePiece model.
     """
     data = read_bytes(path)
     try:
@@ -65,10 +65,10 @@ def read_pieces(path: Path) -> Pieces:
     except (IndexError, KeyError, ValueError, AttributeError, TypeError, struct.error) as e:
         raise UserError(f"{path}: not a SentencePiece model: {e!r}") from e
     if not names:
-        raise UserError(f"{path}: not a SentencePiece model: it holds no pieces")
+        raise UserError(f"{path}: not a SentencePiece model: it has no pieces")
     longest = max(map(len, names))
     if longest > _LONGEST:
-        raise UserError(f"{path}: a piece of {longest} characters; expected {_LONGEST} at most")
+        raise UserError(f"{path}: a piece of {longest} characters; expected at most {_LONGEST}")
     return Pieces(
         names, scores, kinds, trainer.get(3, 1), normaliser.get(2, b""), bool(normaliser.get(3, 1))
     )
@@ -120,14 +120,14 @@ def _by_score(entry: tuple) -> tuple:
 
 
 def build_tokenizer(pieces: Pieces, added: Mapping[int, Mapping[str, Any]], bos: str | None):
-    """A ``tokenizers.Tokenizer`` that splits text as SentencePiece does.
+    """A ``tokenizers.Tokenizer`` that splits text like SentencePiece.
 
     Args:
-        added: tokens by id; they take the names of pieces, or ids behind the last.
-        bos: the token in front of every text, if any.
+        added: tokens by id; they rename pieces, or have ids after the last piece.
+        bos: the token before every text, if any.
 
     Raises:
-        UserError: a model of another kind than byte-pair encoding.
+        UserError: the model is not a byte-pair encoding.
     """
     import tokenizers as tk
 

@@ -1,4 +1,4 @@
-"""Pictures of one fixed square size: pixels, patches and rows of a vision input."""
+"""Preprocess pictures of one fixed square size: pixels, patches and rows of a vision input."""
 
 from __future__ import annotations
 

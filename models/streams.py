@@ -16,8 +16,8 @@ class Read:
     Attributes:
         norm: path of the norm; ``None``: the stream is read directly.
         readers: paths of the dense layers.
-        blocks: the readers see this many adjacent positions concatenated (2x2 merges). The norm may
-            come before or after the concatenation, as the size of its weight shows.
+        blocks: number of adjacent positions concatenated for the readers (2x2 merges). The norm may
+            come before or after the concatenation, depending on the size of its weight.
         centres: a LayerNorm on a stream that keeps its mean; rotated, a ``ProjectedNorm``.
     """
 
@@ -29,7 +29,7 @@ class Read:
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """Layer scale: what a dense layer writes is multiplied channel by channel.
+    """Layer scale: the output of a dense layer is multiplied by a factor per channel.
 
     Attributes:
         vector: full parameter name; a rotated model has no such parameter.
@@ -84,14 +84,14 @@ class ValueOutput:
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """Values with their outputs."""
+        """Value projections with their output projections."""
         own = (self.value, self.output)
         return (own, self.twin) if self.twin else (own,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """A dense layer behind an online rotation, usually an MLP's last.
+    """A dense layer that follows an online rotation, usually an MLP's last.
 
     Attributes:
         reader: path of the layer.

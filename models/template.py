@@ -53,7 +53,7 @@ class TemplateLimit(Exception):
 
 
 class _Budget:
-    """What one rendering may still use."""
+    """The remaining budget of one rendering."""
 
     def __init__(self, chars: int):
         self.chars, self.most = chars, chars
@@ -77,7 +77,7 @@ class _Budget:
             self.too_long()
 
     def too_long(self) -> None:
-        raise TemplateLimit(f"it makes more than {self.most} characters")
+        raise TemplateLimit(f"it produces more than {self.most} characters")
 
 
 _BUDGET: contextvars.ContextVar[_Budget] = contextvars.ContextVar("template_budget")
@@ -91,7 +91,7 @@ class ChatTemplate:
 
     Raises:
         TemplateLimit: longer than :data:`MOST_SOURCE`.
-        Exception: it is no template; jinja2 raises many kinds.
+        Exception: not a valid template; jinja2 raises many types.
     """
 
     def __init__(self, source: str):
@@ -106,7 +106,7 @@ class ChatTemplate:
 
         Raises:
             TemplateLimit: it takes too long or produces too much.
-            Exception: whatever the template raises.
+            Exception: anything the template raises.
         """
         messages = plain(messages)
         budget = _Budget(MOST_CHARS + 8 * _chars(messages))
@@ -145,7 +145,7 @@ def sized(value: Any) -> Any:
         budget.check_text(len(value))
     elif isinstance(value, int):
         if value.bit_length() > _MOST_BITS:
-            raise TemplateLimit(f"it makes a number of more than {_MOST_BITS} bits")
+            raise TemplateLimit(f"it produces a number of more than {_MOST_BITS} bits")
     elif isinstance(value, list | tuple | set | dict | Namespace):
         _check_items(value, budget)
     return value
@@ -217,11 +217,11 @@ def _through(name: str, node: Any) -> nodes.Filter:
 def _check_names(names: Iterable[Any]) -> None:
     for name in names:
         if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace takes no attribute {name!r}")
+            raise SecurityError(f"a namespace has no attribute {name!r}")
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it has no effect."""
+    """``{% generation %}`` marks the assistant's text for training; it has no effect here."""
 
     tags = {"generation"}
 

@@ -1,4 +1,4 @@
-"""Collate prompts without pictures; families add what pictures need."""
+"""Collate text-only prompts; families extend this for pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def text_prompt(ids: Sequence[int]) -> Prompt:
 
 
 def collate(prompts: Sequence[Prompt], pad_id: int = 0, pad_to: int | None = None) -> Batch:
-    """Left-pad prompts to one length; positions are ``[1, B, T]``, every real token is text."""
+    """Left-pad prompts to one length. Positions are ``[1, B, T]``; every real token is text."""
     check_patches(prompts)
     lengths = np.array([len(p.input_ids) for p in prompts])
     t = max(pad_to or 0, *lengths)

@@ -23,7 +23,7 @@ Ranks = dict[bytes, int]
 
 
 def read_ranks(path: Path) -> Ranks:
-    """Return token -> rank, which is its id, in the order of the file.
+    """Return token -> rank (its id), in the order of the file.
 
     Raises:
         UserError: no such file, or a malformed line.
@@ -38,11 +38,11 @@ def read_ranks(path: Path) -> Ranks:
         except (ValueError, binascii.Error, UserError) as e:
             raise UserError(f"{path}:{number}: expected a token in base64 and its rank") from e
         if len(token) > _LONGEST:
-            raise UserError(f"{path}:{number}: a token of {len(token)} letters of base64; "
-                            f"expected {_LONGEST} at most")  # fmt: skip
+            raise UserError(f"{path}:{number}: a token of {len(token)} base64 letters; "
+                            f"expected at most {_LONGEST}")  # fmt: skip
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing or len(set(ranks.values())) < len(ranks):
-        raise UserError(f"{path}: not a tiktoken vocabulary: a byte is missing or a rank is double")
+        raise UserError(f"{path}: not a tiktoken vocabulary: a missing byte or a repeated rank")
     return ranks
 
 
@@ -72,7 +72,7 @@ def build_tokenizer(ranks: Ranks, pattern: str, special: Mapping[str, int]) -> T
     taken = set(vocab.values())
     for name, i in special.items():
         if i in taken or name in vocab:
-            raise UserError(f"special token {name}: id {i} or its text is that of another token")
+            raise UserError(f"special token {name}: id {i} or its text belongs to another token")
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         splits = [

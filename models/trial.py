@@ -1,4 +1,4 @@
-"""A folder's processor, built and tried before anything is converted."""
+"""Build and try a folder's processor before a conversion."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from mquant_jax.models.chat_files import TOKENIZERS
 if TYPE_CHECKING:
     from mquant_jax.models.base import Config, Family
 
-# Files that only a tokenizer has beside it.
+# Files that only accompany a tokenizer.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                "merges.txt")  # fmt: skip
-_SIDE = 56  # pixels of the picture that is tried
+_SIDE = 56  # pixels of the test picture
 
 
 def try_processor(family: Family, folder: Path, config: Config) -> None:
-    """Make prompts of each kind that the family takes, and text of tokens.
+    """Build prompts of each kind that the family supports, and decode tokens.
 
-    A folder without any tokenizer is left alone: its weights convert, and take token ids. A warning
-    says how many tokens a tokenizer has that the model does not know.
+    A folder without a tokenizer is skipped: its weights can still be converted and run on token
+    ids. Warns of tokens outside the model's vocabulary.
 
     Raises:
-        UserError: the folder's files make no working processor.
+        UserError: the folder's files do not give a working processor.
     """
     if not any(is_file(folder / name) for name in TOKENIZERS):
         left = [name for name in _COMPANIONS if is_file(folder / name)]
         if left:
-            raise UserError(f"{folder}: holds {left[0]}, but no tokenizer; expected one of "
+            raise UserError(f"{folder}: has {left[0]}, but no tokenizer; expected one of "
                             f"{', '.join(TOKENIZERS)}")  # fmt: skip
         return
     processor = family.processor(folder, config)
@@ -48,6 +48,6 @@ def try_processor(family: Family, folder: Path, config: Config) -> None:
     for prompt in prompts:
         processor.collate([prompt])
     processor.decode(processor.encode("Hello"))
-    _ = processor.sampling_defaults  # the file is checked as it is read
+    _ = processor.sampling_defaults  # reading the file checks it
     for stop in processor.stop_ids:
         processor.decode([stop])

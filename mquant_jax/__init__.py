@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: ``import mquant_jax`` alone stays light."""
+    """Import on first use, so that ``import mquant_jax`` stays fast."""
     if name not in _HOMES:
         raise AttributeError(f"module 'mquant_jax' has no attribute {name!r}")
     import importlib
@@ -79,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

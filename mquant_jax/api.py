@@ -1,4 +1,4 @@
-"""The package's front door: load a converted checkpoint, ask it about pictures."""
+"""The Python API: convert models, load checkpoints, generate answers."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from mquant_jax.runtime.text_stream import TextStream
 from mquant_jax.samples import Sample
 from mquant_jax.validate import kind, listed, path
 
-_MAKING = threading.RLock()  # one thing that is made needs another
+_MAKING = threading.RLock()  # reentrant: building one object may build another
 
 
 @dataclasses.dataclass(repr=False)
 class Model:
-    """A loaded checkpoint. Several threads may use it at once.
+    """A loaded checkpoint. Thread-safe.
 
     Attributes:
         module: the Flax module; use it with :mod:`mquant_jax.runtime.generate` in JAX programs.
         config: the family's config object.
-        manifest: what the checkpoint says of itself.
-        processor: pictures and text to batches, tokens to text.
-        layout: where visual tokens stand while a prompt runs, see :class:`Generator`.
+        manifest: contents of mquant.json.
+        processor: turns pictures and text into batches, and tokens into text.
+        layout: token layout of a prompt, see :class:`Generator`.
         kv_cache: ``float`` or ``int8``.
         family: the model family.
-        devices: of this process, among which batches are cut; ``None``: JAX's default alone. Set it
+        devices: devices of this process to shard batches over; ``None``: only JAX's default. Set it
             before the first use.
     """
 
@@ -65,7 +65,7 @@ class Model:
 
     @property
     def generator(self) -> Generator:
-        """The compiled programs; made at first use, one for all threads."""
+        """The compiled programs, created on first use and shared by all threads."""
         with _MAKING:
             if self._generator is None:
                 how = (self.module, self.processor.stop_ids, self.layout, self.kv_cache)
@@ -77,7 +77,7 @@ class Model:
 
     @property
     def chats(self) -> Chats:
-        """The engine behind :meth:`chat`; made at first use."""
+        """The engine of :meth:`chat`, created on first use."""
         with _MAKING:
             if self._chats is None:
                 self._chats = Chats(self)
@@ -89,13 +89,13 @@ class Model:
         return self.config.language.max_positions
 
     def collate(self, prompts: Sequence[Prompt]) -> Batch:
-        """Prompts as one batch, for programs of your own: prompts and pictures are padded to the
-        sizes of :mod:`mquant_jax.runtime.buckets`, so that few are compiled.
+        """Collate prompts into one batch for your own programs. Prompts and pictures are padded to
+        the sizes of :mod:`mquant_jax.runtime.buckets`, so that few programs are compiled.
 
         Raises:
-            PromptTooLong: a prompt does not fit the context.
-            PromptError: no prompts; ids that the model does not know, or placeholders and pictures
-                that differ.
+            PromptTooLong: a prompt exceeds the context.
+            PromptError: no prompts; token ids outside the vocabulary; or placeholders that do not
+                match the pictures.
         """
         return padded(self.module, self._collate(prompts))
 
@@ -124,12 +124,12 @@ class Model:
         """Answer one prompt, or a batch of them.
 
         Args:
-            images: for one prompt, its pictures, each whatever
-                :func:`mquant_jax.models.images.load_image` takes (a path, PIL image, array,
+            images: for one prompt, its pictures, each of which is anything that
+                :func:`mquant_jax.models.images.load_image` accepts (a path, PIL image, array,
                 bytes, ...); for a list of prompts, one such list per prompt.
             prompt: the question, or a list of questions.
             videos: like ``images``; each video is a sequence of frames.
-            max_new_tokens: the longest answer, in tokens.
+            max_new_tokens: maximum length of an answer, in tokens.
             temperature, top_k, top_p: see :class:`Sampling`; temperature 0 is greedy.
             key: sampling key, default ``jax.random.key(0)``.
             stream: called with each new piece of text (one prompt only).
@@ -138,9 +138,9 @@ class Model:
             The answer, or a list of answers.
 
         Raises:
-            ImageError: a picture that cannot be read, or no list of pictures.
-            PromptTooLong: a prompt longer than the context.
-            UserError: placeholders and pictures that do not match, a bad option.
+            ImageError: a picture cannot be read, or ``images`` is not a list.
+            PromptTooLong: a prompt exceeds the context.
+            UserError: placeholders that do not match the pictures, or a bad option.
         """
         options = Options(max_new_tokens, Sampling(temperature, top_k, top_p))
         single = isinstance(prompt, str)
@@ -161,22 +161,22 @@ class Model:
     ) -> str:
         """Answer a conversation.
 
-        Texts are nothing but text: special tokens and placeholders of pictures that they spell
-        become letters. :meth:`generate` places pictures by placeholder.
+        Texts are literal: special tokens and picture placeholders in them are tokenized as plain
+        characters. To place pictures by placeholder, use :meth:`generate`.
 
         Args:
-            messages: ``{"role": ..., "content": text or parts}``, as transformers has them; a part
-                is ``{"type": "text", "text": ...}``, ``{"type": "image", "image": picture}``
-                (whatever :func:`mquant_jax.models.images.load_image` takes) or, where the family
-                takes videos, ``{"type": "video", "video": frames}``; see
+            messages: ``{"role": ..., "content": text or parts}``, as in transformers; a part is
+                ``{"type": "text", "text": ...}``, ``{"type": "image", "image": picture}``
+                (anything that :func:`mquant_jax.models.images.load_image` accepts) or, if the
+                family supports videos, ``{"type": "video", "video": frames}``; see
                 :func:`mquant_jax.models.chat_media.take_media`.
             stream: called with each new piece of text.
-            options: those of :class:`mquant_jax.runtime.requests.RequestOptions`. By default 512
-                new tokens, drawn as the model's generation_config.json says.
+            options: those of :class:`mquant_jax.runtime.requests.RequestOptions`. Defaults are 512
+                new tokens, and sampling as in the model's generation_config.json.
 
         Raises:
-            ImageError: a picture that cannot be read; URLs are not fetched.
-            PromptTooLong: a conversation that leaves no room for an answer.
+            ImageError: a picture cannot be read; URLs are not downloaded.
+            PromptTooLong: the conversation fills the context and leaves no token for an answer.
             UserError: a malformed message, or a bad option.
         """
         if stream is not None and not callable(stream):
@@ -189,7 +189,7 @@ class Model:
                     stream(text)
             return request.result().text
         finally:
-            request.cancel()  # where the caller no longer waits
+            request.cancel()  # if the caller stops waiting
 
     def warm_up(
         self,
@@ -200,19 +200,19 @@ class Model:
         new_tokens: int = 128,
         progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
     ) -> int:
-        """Compile before the first request what requests up to these sizes need.
+        """Compile the programs for requests up to these sizes ahead of the first request.
 
         Args:
-            batch: prompts at once.
-            prompt_tokens: tokens of the longest prompt, its pictures' included.
-            picture_patches: patches of the largest picture; a patch is 14 pixels square in most
-                families.
+            batch: prompts per batch.
+            prompt_tokens: tokens of the longest prompt, including those of its pictures.
+            picture_patches: patches of the largest picture; in most families a patch is 14 x 14
+                pixels.
             new_tokens: tokens of the longest answer.
-            progress: wraps the list of programs, say as a progress bar.
+            progress: wraps the list of programs, for example in a progress bar.
 
         Returns:
-            The number of compiled programs that the process holds;
-            :data:`mquant_jax.runtime.programs.LIMIT` is the most.
+            The number of programs alive in the process, at most
+            :data:`mquant_jax.runtime.programs.LIMIT`.
         """
         return self.generator.warm_up(
             rows=batch,
@@ -227,7 +227,7 @@ class Model:
         if isinstance(prompt, str):
             return [self.processor.prompt(prompt, images, videos)]
         if not isinstance(prompt, list | tuple) or not prompt:
-            raise UserError("prompt: expected text, or a list of texts, one at least; found "
+            raise UserError("prompt: expected text, or a list of texts, at least one; found "
                             f"{kind(prompt)}")  # fmt: skip
         n = len(prompt)
         pictures = listed(images, "images", "lists of pictures", ndim=5) or [()] * n
@@ -252,10 +252,10 @@ class Model:
         key: jax.Array | None = None,
         stream: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Like :meth:`generate` for prompts already made; returns ids and timings.
+        """Like :meth:`generate`, for processed prompts; returns ids and timings.
 
         Raises:
-            UserError: as :meth:`collate`, or a bad option.
+            UserError: see :meth:`collate`; or a bad option.
         """
         options = Options(max_new_tokens, how)
         key = sampling_key(key)
@@ -286,23 +286,23 @@ def load(
     *,
     verify: Verify = True,
 ) -> Model:
-    """Load a checkpoint that ``python -m mquant_jax convert`` wrote.
+    """Load a checkpoint written by ``python -m mquant_jax convert``.
 
     Args:
         folder: the checkpoint folder.
-        dtype: float type of everything that is not integer; default float32 on CPU (where bfloat16
-            is slower) and bfloat16 elsewhere.
+        dtype: dtype of everything that is not integer; default float32 on CPU (where bfloat16 is
+            slower) and bfloat16 elsewhere.
         layout: ``auto``, ``masked`` or ``aifs``, see :class:`Generator`.
-        kv_cache: ``float`` or ``int8``, the type of keys and values that are kept.
-        verify: ``True``: every file must be what the conversion wrote; ``"tensors"``: edited JSON
-            files (config.json, say) are accepted; ``False``: only file sizes are compared.
+        kv_cache: ``float`` or ``int8``, the type of cached keys and values.
+        verify: ``True``: every file must equal what the conversion wrote; ``"tensors"``: JSON files
+            such as config.json may have been edited; ``False``: only file sizes are compared.
 
-    Compiled programs are kept on disk for the next start, unless the user has set or turned off
-    JAX's compilation cache (:mod:`mquant_jax.compile_cache`). No other configuration of the process
-    is changed.
+    Compiled programs are cached on disk for the next start, unless the user has configured or
+    disabled JAX's compilation cache (:mod:`mquant_jax.compile_cache`). No other process-wide
+    setting is changed.
 
     Raises:
-        UserError: no such folder, not a checkpoint, another format version, damaged or edited
+        UserError: no such folder, not a checkpoint, an unknown format version, damaged or edited
             files, or a bad option.
     """
     options = Options(dtype=dtype, layout=layout, kv_cache=kv_cache)
@@ -333,22 +333,22 @@ def convert(
     resume: bool = False,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Convert a Hugging Face model folder into a checkpoint folder, part by part.
+    """Convert a Hugging Face model folder to a checkpoint folder, part by part.
 
     Args:
-        src: the folder, or a hub name that is in the local cache.
+        src: the folder, or a hub name in the local cache.
         dst: the folder to write; it appears when it is complete.
         recipe: a preset's name, the path of a JSON file, or a :class:`Recipe`.
         calibration: a JSONL file of samples; by default the bundled set.
         overwrite: replace the checkpoint at ``dst``.
-        resume, restart: what to do with ``DST.work``, where a stopped conversion left its work: go
-            on with it, or remove it.
+        resume, restart: whether to continue from or remove ``DST.work``, which an interrupted
+            conversion leaves.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: bad input; ``dst`` is as it was.
+        UserError: bad input; ``dst`` is unchanged.
     """
     from mquant_jax.ptq.convert import convert
 
@@ -369,7 +369,7 @@ def quantize(
     recipe: str | Path | Recipe,
     samples: str | Path | Sequence[Sample | Prompt] | None = None,
 ) -> Model:
-    """A quantised copy of a float model, in memory: both models are there at the end.
+    """Quantise a float model in memory; the float model stays usable.
 
     Args:
         model: a float model, from :func:`load`.
@@ -378,7 +378,7 @@ def quantize(
             objects; by default the bundled set.
 
     Raises:
-        UserError: the model is quantised already; bad samples or recipe.
+        UserError: the model is already quantised; bad samples or recipe.
     """
     from mquant_jax.ptq.quantize import quantize_model
 
@@ -386,7 +386,7 @@ def quantize(
     recipe = recipe if isinstance(recipe, Recipe) else resolve_recipe(str(recipe))
     family = model.family
     if family is None:
-        raise UserError("model: expected one from mq.load, which knows its family")
+        raise UserError("model: expected a model from mq.load")
     module, config, report = quantize_model(
         model.module, model.config, family, model.processor, recipe, samples
     )

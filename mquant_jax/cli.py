@@ -1,4 +1,4 @@
-"""``python -m mquant_jax COMMAND``: one module per command, imported when it is called."""
+"""``python -m mquant_jax COMMAND``: one module per command, imported on use."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mquant_jax.compile_cache import keep_compiled_programs
 from mquant_jax.errors import UserError
 
 COMMANDS = {
-    "convert": "convert a Hugging Face model into a checkpoint, float or quantised",
-    "verify": "check a checkpoint: files, source, and its outputs against recorded ones",
-    "demo": "convert the bundled model to W4A8, compare it with float, draw a contact sheet",
+    "convert": "convert a Hugging Face model to a float or quantised checkpoint",
+    "verify": "check a checkpoint's files, source and outputs",
+    "demo": "convert the bundled model to W4A8 and compare it with float",
     "generate": "ask a converted model about pictures",
-    "chat": "talk with a converted model about pictures",
-    "serve": "answer requests in the form of OpenAI's interface, and show a page to try it",
-    "eval": "scores on benchmarks, and what changed between checkpoints",
-    "bench": "prefill and decode speed against float32 and bfloat16 of the same model",
-    "report": "what quantisation did to a checkpoint, as a page with pictures",
-    "inspect": "what a checkpoint holds and which kernel each layer runs",
+    "chat": "chat with a converted model about pictures",
+    "serve": "serve OpenAI's API and a web page to try it",
+    "eval": "score checkpoints on benchmarks and compare them",
+    "bench": "compare speed with float32 and bfloat16 versions of the model",
+    "report": "write a report with plots on a checkpoint's quantisation",
+    "inspect": "show a checkpoint's contents and each layer's kernel",
 }
 _MODULES = {"eval": "evaluate"}
 

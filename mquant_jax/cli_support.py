@@ -1,4 +1,4 @@
-"""What every command line shares: one-line errors, exit statuses, progress bars."""
+"""Shared by all command lines: one-line errors, exit statuses, progress bars."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any, NoReturn, TypeVar
 
 from mquant_jax.errors import UserError
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with ``--debug`` known to every command."""
+    """An argument parser with one-line errors and ``--debug``."""
 
     def __init__(self, prog: str, description: str, epilog: str = ""):
         super().__init__(
@@ -39,21 +39,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_no_verify(parser: Parser) -> None:
-    """``--no-verify``, for commands that load a checkpoint; ``args.verify`` is the opposite."""
+    """Add ``--no-verify``, which sets ``args.verify`` to false."""
     parser.add_argument(
         "--no-verify",
         dest="verify",
         action="store_false",
-        help="load files that were edited, or too large to compare with their hashes",
+        help="do not compare files with their hashes, for edited or very large checkpoints",
     )
 
 
 def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Run ``main(argv)`` and turn what a user can repair into one line on stderr.
+    """Run ``main(argv)`` and report errors that a user can fix as one line on stderr.
 
     Returns:
         ``main``'s exit status; 2 after a :class:`UserError` or an ``OSError`` about a file; 130
-        after an interrupt (Ctrl-C, SIGTERM, SIGHUP).
+        after an interrupt (Ctrl-C, SIGTERM, SIGHUP); 141, without a word, if the reader of stdout
+        has gone (``| head``).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -61,7 +62,12 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
             stream.reconfigure(errors="backslashreplace")
     try:
         with terminate_as_interrupt():
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered is flushed at exit
+        return UNREAD
     except (UserError, OSError, KeyboardInterrupt) as e:
         if isinstance(e, OSError) and e.filename is None:
             raise
@@ -72,9 +78,9 @@ def run_cli(main: Callable[[list[str]], int], argv: Sequence[str] | None = None)
 
 
 def keep_stdout_clean() -> None:
-    """What C++ libraries print goes to stderr from now on; Python's output stays on stdout.
+    """Redirect the output of C++ libraries to stderr; Python's output stays on stdout.
 
-    Gloo, which connects processes on CPUs, says hello on stdout, where JSON is to come.
+    Gloo, which connects processes on CPUs, prints to stdout, where a caller expects JSON.
     """
     sys.stdout.flush()
     own = os.dup(1)
@@ -83,10 +89,10 @@ def keep_stdout_clean() -> None:
 
 
 def utf8(argument: str) -> str:
-    """A text from the command line, which is UTF-8 whatever the locale says.
+    """Decode a command-line argument as UTF-8, whatever the locale.
 
     Raises:
-        ValueError: it is not (argparse makes it a readable error).
+        ValueError: it is not UTF-8 (argparse reports it).
     """
     return os.fsencode(argument).decode("utf-8")
 
@@ -104,8 +110,8 @@ def _on_main_thread() -> bool:
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise ``KeyboardInterrupt`` inside the block, so that clean-up runs; where
-    they are ignored (``nohup``) they stay so."""
+    """SIGTERM and SIGHUP raise ``KeyboardInterrupt`` inside the block, so that clean-up code runs.
+    Ignored signals (``nohup``) stay ignored."""
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt
@@ -116,10 +122,10 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_deferred(forget: bool = False) -> Iterator[None]:
-    """Signals that would end the program wait until the block is done.
+    """Defer signals that would end the program until the end of the block.
 
     Args:
-        forget: do not deliver them then: the program is ending already.
+        forget: drop them instead, because the program is already ending.
     """
     waiting: list[int] = []
     try:
@@ -132,8 +138,8 @@ def signals_deferred(forget: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(signals: Iterable[int], handler: Callable[..., Any]) -> Iterator[None]:
-    """Another handler for those signals that are neither ignored nor handled outside Python; only
-    the main thread may set handlers."""
+    """Set a handler for those signals that are neither ignored nor handled outside Python. Does
+    nothing off the main thread, which alone may set handlers."""
     known = signals if _on_main_thread() else ()
     before = {s: signal.getsignal(s) for s in known}
     before = {s: old for s, old in before.items() if old not in (None, signal.SIG_IGN)}
@@ -152,7 +158,7 @@ _STRICT: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("stric
 
 @contextlib.contextmanager
 def strict(kinds: Sequence[str]) -> Iterator[None]:
-    """Warnings of these kinds are errors inside the block."""
+    """Turn warnings of these kinds into errors inside the block."""
     token = _STRICT.set(tuple(kinds))
     try:
         yield
@@ -161,21 +167,21 @@ def strict(kinds: Sequence[str]) -> Iterator[None]:
 
 
 def warn(message: str, kind: str = "") -> None:
-    """One ``warning:`` line on stderr.
+    """Print a ``warning:`` line to stderr.
 
     Args:
-        kind: one of :data:`WARNINGS`, or none of them.
+        kind: one of :data:`WARNINGS`, or "".
 
     Raises:
         UserError: :func:`strict` makes this kind an error.
     """
     if kind in _STRICT.get():
-        raise UserError(f"{message} (an error by --strict {kind})")
+        raise UserError(f"{message} (an error because of --strict {kind})")
     print("warning: " + " ".join(message.split()), file=sys.stderr)
 
 
 def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> Iterable[T]:
-    """The same items, with a bar on stderr when that is a terminal."""
+    """Iterate over items with a progress bar on stderr, if that is a terminal."""
     if not sys.stderr.isatty():
         return items
     from tqdm import tqdm
@@ -184,6 +190,6 @@ def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> It
 
 
 def peak_bytes() -> int:
-    """The peak resident memory of this process; Linux counts in KiB, macOS in bytes."""
+    """Peak resident memory of this process (Linux reports KiB, macOS bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

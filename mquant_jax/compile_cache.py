@@ -1,15 +1,15 @@
-"""Compiled programs kept on disk, so that a second start does not compile again.
+"""Cache compiled programs on disk, so that later starts do not compile again.
 
-In ``$XDG_CACHE_HOME/mquant_jax`` (``~/.cache/mquant_jax``), one folder per kind of processor, since
-programs for the CPU use what it offers. ``JAX_COMPILATION_CACHE_DIR`` names another place, and
-``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off. Nothing else of JAX's configuration is changed,
-and this only where the user has set neither.
+The cache is in ``$XDG_CACHE_HOME/mquant_jax`` (``~/.cache/mquant_jax``), one folder per kind of
+processor, because CPU programs depend on its features. ``JAX_COMPILATION_CACHE_DIR`` names another
+folder, and ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off. JAX's configuration is changed only
+if the user has set neither, and nothing else in it is changed.
 
-JAX writes entries in place and replaces none: one cut short or damaged would be refused and its
-program compiled at every later start, and one under another's name would be run. So an entry of our
-folder counts only with a seal, a digest of its name and content that is written, all at once, when
-the entry is complete; others are removed at the start. A folder that the user has named is left to
-JAX.
+JAX writes entries in place and never replaces them. A truncated or damaged entry would be rejected,
+and its program compiled, at every later start; an entry under another one's name would be run. So
+an entry in our folder is valid only with a seal, a digest of its name and content, which is written
+atomically once the entry is complete. Entries without a valid seal are removed at the start. A
+folder that the user has set is left to JAX.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ import jax
 
 from mquant_jax.cpu_features import features
 
-WORTH_SECONDS = 0.5  # of compilation; quicker ones are not kept
-MOST_BYTES = 1 << 30  # on disk; the oldest entries go first
-_ENTRY, _SEAL = "-cache", "-seal"  # JAX's own ending, and ours
+WORTH_SECONDS = 0.5  # programs that compile faster are not cached
+MOST_BYTES = 1 << 30  # on disk; the oldest entries are removed first
+_ENTRY, _SEAL = "-cache", "-seal"  # file name suffixes: JAX's, and ours
 
 
 def default_folder() -> Path:
-    """Where compiled programs go unless JAX is told otherwise."""
+    """The default folder for compiled programs."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     processor = hashlib.sha256(" ".join(sorted(features())).encode()).hexdigest()[:8]
     return base / "mquant_jax" / f"xla-{platform.machine()}-{processor}"
 
 
 def keep_compiled_programs() -> None:
-    """Turn the persistent compilation cache on, unless the user has set or forbidden one.
+    """Enable the persistent compilation cache, unless the user has set or disabled one.
 
-    A folder that cannot be made leaves it off: programs compile as they would without it.
+    It stays off if the folder cannot be created.
     """
     config: Any = jax.config  # its attributes are made at run time
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
@@ -61,7 +61,7 @@ def keep_compiled_programs() -> None:
 
 
 def remove_damaged(folder: Path) -> None:
-    """Remove entries that are not as they were sealed, and the oldest beyond ``MOST_BYTES``."""
+    """Remove entries without a valid seal, and the oldest ones beyond ``MOST_BYTES``."""
     entries = sorted(_entries(folder), key=lambda p: p.stat().st_mtime, reverse=True)
     total = 0
     for entry in entries:
@@ -72,7 +72,7 @@ def remove_damaged(folder: Path) -> None:
 
 
 def seal_new() -> None:
-    """Seal the entries that have come since; nothing where the cache is not ours."""
+    """Seal new entries. Does nothing if the cache is not ours."""
     folder = default_folder()
     config: Any = jax.config  # its attributes are made at run time
     if config.jax_compilation_cache_dir != str(folder):
@@ -81,7 +81,7 @@ def seal_new() -> None:
         for entry in _entries(folder):
             if not _seal(entry).exists():
                 _write(_seal(entry), _digest(entry))
-    except OSError:  # full, or another process has cleaned up: the entry stays without a seal
+    except OSError:  # disk full, or another process has cleaned up: the entry stays unsealed
         pass
 
 
@@ -109,7 +109,7 @@ def _read(file: Path) -> bytes | None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
+    """Write a file atomically."""
     handle, temporary = tempfile.mkstemp(dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as out:

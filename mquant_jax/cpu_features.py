@@ -1,4 +1,4 @@
-"""What the processor of this machine is and can do."""
+"""The name and instruction-set extensions of this machine's processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 @functools.cache
 def _fields() -> dict[str, str]:
-    """What Linux tells of the first core; nothing elsewhere."""
+    """Linux's fields of the first core; empty elsewhere."""
     fields: dict[str, str] = {}
     if _CPU_INFO.is_file():
         for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
@@ -21,11 +21,11 @@ def _fields() -> dict[str, str]:
 
 
 def model() -> str:
-    """The processor's name, or at least its architecture."""
+    """The processor's name, or its architecture if unknown."""
     return _fields().get("model name") or platform.processor() or platform.machine()
 
 
 def features() -> frozenset[str]:
-    """Names of instruction-set extensions (``avx512_vnni``); none where Linux does not tell."""
+    """Names of instruction-set extensions (``avx512_vnni``); empty if unknown."""
     fields = _fields()
     return frozenset((fields.get("flags") or fields.get("Features") or "").split())

@@ -1,11 +1,11 @@
-"""The exceptions that command lines turn into one readable line and exit status 2."""
+"""Exceptions that command lines report as one readable line with exit status 2."""
 
 
 class UserError(Exception):
-    """Bad usage or bad input: the message names the file, tensor or option and what to do.
+    """Bad usage or input. The message names the file, tensor or option, and what to do.
 
-    The message is one printable line whatever names and texts it quotes: line breaks become
-    spaces, and other characters that a terminal would act on or cannot encode become escapes.
+    The message is one printable line: in quoted names and texts, line breaks become spaces, and
+    control characters and characters that cannot be encoded become escapes.
     """
 
     def __init__(self, message: str = ""):
@@ -19,20 +19,20 @@ def _printable(character: str) -> str:
 
 
 class ImageError(UserError):
-    """A picture that cannot be read or converted to RGB without guessing."""
+    """A picture cannot be read, or has no unambiguous conversion to RGB."""
 
 
 class PromptError(UserError, ValueError):
-    """A prompt that does not fit the model: ids, placeholders and pictures that disagree."""
+    """A prompt does not fit the model, or its ids, placeholders and pictures do not match."""
 
 
 class PromptTooLong(PromptError):
-    """A prompt with more tokens than the model's context holds."""
+    """A prompt has more tokens than the model's context."""
 
 
 class QueueFull(UserError):
-    """An engine that has as many requests waiting as it may hold; try again later."""
+    """The engine's queue is full; try again later."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint folder that is missing, damaged, edited or of another format version."""
+    """A checkpoint folder is missing, damaged, edited or of an unknown format version."""

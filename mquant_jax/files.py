@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: regular, of bounded size, UTF-8, JSON objects."""
+"""Read untrusted files safely: regular files of bounded size, UTF-8, JSON objects."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from mquant_jax.errors import UserError
 
-MOST_BYTES = 64 << 20  # of a file read whole; the largest index of a published model has 10 MB
+MOST_BYTES = 64 << 20  # limit for files read at once; the largest published index has 10 MB
 
 
 def is_file(path: Path) -> bool:
-    """Whether a regular file, or a link to one, is there; a name that no file can have is not."""
+    """Whether ``path`` is a regular file or a link to one; false for impossible names."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -22,7 +22,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder, or a link to one, is there; a name that no folder can have is not."""
+    """Whether ``path`` is a folder or a link to one; false for impossible names."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -45,10 +45,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text, its byte order mark left out.
+    """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        UserError: as :func:`read_bytes`; not UTF-8.
+        UserError: see :func:`read_bytes`; not UTF-8.
     """
     try:
         return read_bytes(path).decode("utf-8-sig")
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: as :func:`read_text`; not JSON, nested too deeply, or not an object.
+        UserError: see :func:`read_text`; not JSON, nested too deeply, or not an object.
     """
     text = read_text(path)
     try:
@@ -75,16 +75,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_if_any(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no such file.
+    """The JSON object in a file; empty if the file does not exist.
 
     Raises:
-        UserError: as :func:`read_json`.
+        UserError: see :func:`read_json`.
     """
     return read_json(path) if os.path.lexists(path) else {}
 
 
 def check_regular(path: Path, most: int | None = None) -> None:
-    """A file, or a link to one: no folder, device, pipe or socket, reading which may never end.
+    """Check that ``path`` is a regular file. Reading a device, pipe or socket might never end.
 
     Raises:
         UserError: another kind of file, or one larger than ``most`` bytes.
@@ -100,12 +100,12 @@ def check_regular(path: Path, most: int | None = None) -> None:
 
 
 def check_inside(path: Path) -> None:
-    """The file is in its folder, or in the hub cache's store of the same model.
+    """Check that a file lies in its folder, or in the hub cache of the same model.
 
-    The hub's cache has links ``snapshots/<revision>/x -> ../../blobs/<hash>``.
+    The hub cache has links ``snapshots/<revision>/x -> ../../blobs/<hash>``.
 
     Raises:
-        UserError: a link to somewhere else, or another kind of file.
+        UserError: a link to another place, or another kind of file.
         OSError: no such file.
     """
     check_regular(path)

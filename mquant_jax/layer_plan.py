@@ -1,8 +1,8 @@
-"""What a recipe makes of a model, layer by layer: known from config.json, without any weight.
+"""How a recipe quantises each layer of a model, from config.json alone.
 
-A config and a recipe give one frozen spec for every dense layer and table, and the size of every
-part before and after. Modules, calibration and this plan take a layer's section from the same
-place, :meth:`mquant_jax.recipe.Recipe.section_for`.
+A config and a recipe give a frozen spec for every dense layer and table, and the size of every part
+before and after. Modules, calibration and this plan all get a layer's section from
+:meth:`mquant_jax.recipe.Recipe.section_for`.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class LayerSpec:
     Attributes:
         path: its name in the model, ``language/layers/3/down_proj``.
         in_features, out_features: of the quantised layer; an online rotation may pad its inputs.
-        point: path of the quantisation point in front of it; ``None`` of a looked-up table.
+        point: path of the quantisation point of its input; ``None`` for a lookup table.
         w_bits: bits per weight; 16 is float.
-        group_size: input columns that share a weight scale; ``None``: all of them.
-        activations: mode of its input: ``static``, ``dynamic`` or ``none``.
-        rotation: ``online``, of its input at run time; ``folded`` into its weights; or ``none``.
-        protection: ``split``, where an input channel may be computed apart; or ``none``.
-        bytes_before, bytes_after: of its weights and their scales, in the checkpoints.
+        group_size: input columns per weight scale; ``None``: all.
+        activations: quantisation mode of its input: ``static``, ``dynamic`` or ``none``.
+        rotation: ``online`` (of its input, at run time), ``folded`` into its weights, or ``none``.
+        protection: ``split`` (an input channel may be computed separately) or ``none``.
+        bytes_before, bytes_after: size of its weights and scales, in source and checkpoint.
     """
 
     path: str
@@ -70,10 +70,10 @@ class PartPlan:
     """One part of a checkpoint: a block, a connector's module, a table.
 
     Attributes:
-        name: as in the checkpoint, ``language.layers.3``.
+        name: its name in the checkpoint, ``language.layers.3``.
         layers: its dense layers, or its table.
-        bytes_before, bytes_after: of all its tensors.
-        elements: how many numbers they are.
+        bytes_before, bytes_after: size of all its tensors.
+        elements: number of elements of all its tensors.
     """
 
     name: str
@@ -85,12 +85,12 @@ class PartPlan:
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """The whole model.
+    """The plan for a whole model.
 
     Attributes:
         family: the family's name.
-        config: its config object, as the quantised model has it (its head untied by a rotation).
-        recipe: what was asked for.
+        config: config object of the quantised model (a rotation unties the head).
+        recipe: the recipe.
         parts: in the order of the model's tensors.
     """
 
@@ -113,7 +113,7 @@ class LayerPlan:
 
 
 def stored_bytes(hf_config: Mapping[str, Any]) -> int:
-    """Bytes of a number in the source's tensors, as config.json says; two where it does not."""
+    """Bytes per element of the source's tensors according to config.json; default two."""
     text = hf_config.get("text_config") or hf_config.get("llm_config") or {}
     for table in (hf_config, text):
         for key in ("dtype", "torch_dtype"):
@@ -126,11 +126,11 @@ def layer_plan(family: Family, config: Any, recipe: Recipe, float_bytes: int = 2
     """The plan of a conversion.
 
     Args:
-        config: the family's, as config.json says.
-        float_bytes: of a number in the source's tensors, see :func:`stored_bytes`.
+        config: the family's config object of the source.
+        float_bytes: bytes per element of the source's tensors, see :func:`stored_bytes`.
 
     Raises:
-        UserError: model and recipe do not fit together: a group size, a rule.
+        UserError: the recipe does not fit the model, for example a group size or a rule.
     """
     source = {rule.dst: math.prod(rule.shape) for rule in family.weight_rules(config)}
     model = target_model(family, config, recipe)
@@ -159,10 +159,10 @@ def target_model(family: Family, config: Any, recipe: Recipe) -> VLM:
     """The abstract quantised model; a rotation unties its head.
 
     Args:
-        config: the family's, as the source is.
+        config: the family's config object of the source.
 
     Raises:
-        UserError: model and recipe do not fit together.
+        UserError: the recipe does not fit the model.
     """
     config = with_head(config, tied=False) if recipe.rotate else config
     try:
@@ -172,17 +172,17 @@ def target_model(family: Family, config: Any, recipe: Recipe) -> VLM:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    """Of a tensor, as if it were not quantised."""
+    """Shape of a tensor before quantisation."""
     quantised = isinstance(value, QWeight)
     return (value.out_features, value.in_features) if quantised else value.shape
 
 
 def _stored(name: str, value: Any, source: Mapping[str, int], float_bytes: int) -> int:
-    """Bytes of a tensor in the checkpoint: float tensors keep the source's type, new ones are
+    """Bytes of a tensor in the checkpoint. Float tensors keep the source's dtype; new ones are
     float32."""
     if isinstance(value, QWeight):
         return parameter_bytes({name: value})
-    kept = name in source or name == "language/head/kernel"  # untied, it is the embedding
+    kept = name in source or name == "language/head/kernel"  # untied: a copy of the embedding
     integer = np.issubdtype(value.dtype, np.integer)
     return math.prod(value.shape) * (float_bytes if kept and not integer else 4)
 
@@ -196,7 +196,7 @@ def _specs(
     after: Mapping[str, int],
     float_bytes: int,
 ) -> dict[str, LayerSpec]:
-    """Tensor name -> the spec of the layer whose weight it is."""
+    """Name of a weight tensor -> spec of its layer."""
     points, folded = _points(model), _folded(streams) if recipe.rotate else set()
     tied, out = "language/head/kernel" not in params, {}
     for name, value in params.items():
@@ -224,7 +224,7 @@ def _specs(
 
 
 def _points(model: VLM) -> dict[str, tuple[str, ActQuant]]:
-    """Kind of a dense layer -> the quantisation point in front of it, and that one's path."""
+    """Kind of a dense layer -> path of its input's quantisation point, and the point."""
     out = {"language/head": ("language/head_in", model.language.head_in)}
     for path, module in nnx.iter_modules(model):
         names = [f"{name}/*" if name == STACK else str(name) for name in path]
@@ -236,7 +236,7 @@ def _points(model: VLM) -> dict[str, tuple[str, ActQuant]]:
 
 
 def _folded(streams: Streams) -> set[str]:
-    """Kinds of the layers and tables whose weights take in a rotation."""
+    """Kinds of layers and tables that a rotation is folded into."""
     out: set[str] = set()
     for stream in streams.streams:
         out.update(stream.tables, stream.writers, *(read.readers for read in stream.reads))

@@ -1,8 +1,8 @@
-"""Tensors that are computed when they are asked for.
+"""Tensors that are computed on access.
 
-A model of many gigabytes is a mapping of names to :class:`Lazy` tensors: reading a file, untying a
-head, fusing a norm or folding a rotation in gives another such mapping, and nothing is held but the
-tensor in hand. A tensor that is asked for twice is computed twice.
+A model of many gigabytes is a mapping from names to :class:`Lazy` tensors. Untying a head, fusing a
+norm or folding in a rotation gives another such mapping, and only the tensor in use is in memory. A
+tensor that is accessed twice is computed twice.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-BLOCK_BYTES = 64 << 20  # of a large table, about so much is in hand at a time
+BLOCK_BYTES = 64 << 20  # approximate block size for large tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """An array that is not there yet.
+    """An array that is computed on access.
 
     Attributes:
         shape: its shape.
-        dtype: its type.
-        read: ``(start, stop)`` -> those rows (entries of the first axis); ``(None, None)`` -> all.
+        dtype: its dtype.
+        read: ``(start, stop)`` -> these rows (of the first axis); ``(None, None)`` -> all rows.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Lazy:
 
     @classmethod
     def of(cls, value: Any) -> Lazy:
-        """The array as one; a :class:`Lazy` is returned as it is."""
+        """Wrap an array; a :class:`Lazy` is returned unchanged."""
         if isinstance(value, Lazy):
             return value
         array = np.asarray(value)
@@ -54,7 +54,7 @@ class Lazy:
         return self.read(None, None) if self.ndim else np.asarray(self.read(None, None))
 
     def then(self, change: Callable[[np.ndarray], np.ndarray], like: Lazy | None = None) -> Lazy:
-        """``change`` of the whole array; ``like`` gives shape and type where they change."""
+        """Apply ``change`` to the whole array; ``like`` gives the new shape and dtype, if any."""
         like = like or self
 
         def read(start: int | None, stop: int | None) -> np.ndarray:
@@ -63,12 +63,12 @@ class Lazy:
         return Lazy(like.shape, like.dtype, read)
 
     def by_row(self, change: Callable[[np.ndarray], np.ndarray], like: Lazy | None = None) -> Lazy:
-        """The same, where each row of the result depends on that row alone."""
+        """Like :meth:`then`, for changes in which each row depends only on the same row."""
         like = like or self
         return Lazy(like.shape, like.dtype, lambda start, stop: change(self.read(start, stop)))
 
     def astype(self, dtype: Any) -> Lazy:
-        """Converted when it is read."""
+        """The array in another dtype."""
         dtype = np.dtype(dtype)
         if dtype == self.dtype:
             return self

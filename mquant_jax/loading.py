@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a model ready to run."""
+"""Load a checkpoint folder into a model that is ready to run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Hold = Callable[[QWeight], QWeight]
 
 
 class Loaded(NamedTuple):
-    """A loaded checkpoint: the Flax module, the family's config, mquant.json, the family, and the
+    """A loaded checkpoint: the Flax module, the family's config, the manifest, the family, and the
     Hugging Face config."""
 
     model: VLM
@@ -58,20 +58,20 @@ def load_model(
     keep_packed: bool | None = None,
     verify: Verify = True,
 ) -> Loaded:
-    """Load a checkpoint that ``python -m mquant_jax convert`` wrote.
+    """Load a checkpoint written by ``python -m mquant_jax convert``.
 
-    Files are read straight into the arrays that the model runs with; beside them, only blocks of a
-    few megabytes are in memory.
+    Files are read directly into the model's arrays; beyond them, only blocks of a few megabytes
+    are in memory.
 
     Args:
-        dtype: type of everything that is not integer; default float32 on CPU, else bfloat16.
-        keep_packed: hold int4 two values per byte, as in the checkpoint; ``False``: one int8 per
-            value. The default is the form that the platform's products want.
-        verify: ``True``: every file must be what was written; ``"tensors"``: JSON files beside the
-            manifest may be edited; ``False``: only sizes are compared.
+        dtype: dtype of everything that is not integer; default float32 on CPU, else bfloat16.
+        keep_packed: keep int4 as two values per byte, as in the checkpoint; ``False``: one int8 per
+            value. The default is what the platform's kernels need.
+        verify: ``True``: every file must equal what was written; ``"tensors"``: JSON files other
+            than the manifest may have been edited; ``False``: only sizes are compared.
 
     Raises:
-        CheckpointError: missing, damaged, edited or unfitting files.
+        CheckpointError: files are missing, damaged or edited, or do not fit the model.
     """
     folder = Path(folder)
     on_cpu = jax.default_backend() == "cpu"
@@ -99,7 +99,7 @@ def describe(
     """Family, config, recipe and Hugging Face config of a checkpoint folder.
 
     Raises:
-        UserError: config.json or the recipe are not what this program knows.
+        UserError: config.json or the recipe is not supported.
     """
     hf_config = load_json(folder / CONFIG)
     family = family_for(hf_config, folder / CONFIG)
@@ -109,10 +109,10 @@ def describe(
 
 
 def held_bytes(folder: Path) -> int:
-    """Bytes that :func:`load_model` will take on this platform; nothing but JSON is read.
+    """Memory of the loaded model on this platform, from JSON files only.
 
     Raises:
-        UserError: as there.
+        UserError: see :func:`describe`.
     """
     manifest = load_manifest(folder)
     family, config, recipe, _ = describe(folder, manifest)
@@ -121,11 +121,10 @@ def held_bytes(folder: Path) -> int:
 
 
 def model_bytes(model: VLM) -> int:
-    """Bytes of an abstract model's tensors in the form in which the platform that is traced for
-    holds them."""
+    """Bytes of an abstract model's tensors in the layout of the platform that is traced for."""
 
     def form(value: Any) -> Any:
-        # A function of its own: JAX would remember what `held` gave for another platform.
+        # A new function: JAX would reuse its trace of `held` for another platform.
         return jax.eval_shape(lambda w: held(w), value) if isinstance(value, QWeight) else value
 
     values = (variable.get_value() for _, variable in variables(model))
@@ -133,10 +132,11 @@ def model_bytes(model: VLM) -> int:
 
 
 def check_tensors(manifest: dict[str, Any], expected: Params, folder: Path) -> None:
-    """The manifest's tensors are those of the model.
+    """Check that the manifest's tensors are those of the model.
 
     Raises:
-        CheckpointError: they are not; names all that are missing, too many or of another shape.
+        CheckpointError: tensors are missing, unexpected or of another shape; the message lists
+            them.
     """
     tensors, misfits = manifest["tensors"], []
     for name in sorted(tensors.keys() | expected.keys()):
@@ -149,7 +149,7 @@ def check_tensors(manifest: dict[str, Any], expected: Params, folder: Path) -> N
 
 
 def _described(value: Any) -> str:
-    """Shape and bits, of a manifest entry or of an abstract tensor."""
+    """Shape and bits of a manifest entry or an abstract tensor."""
     if value is None:
         return "nothing"
     if isinstance(value, QWeight):
@@ -163,12 +163,12 @@ def _described(value: Any) -> str:
 
 
 def _converted(value: Any, like: Any, hold: Hold) -> Any:
-    """A tensor in the model's type; a quantised one in the form in which it is held."""
+    """A tensor in the model's dtype; a quantised one in its in-memory layout."""
     return hold(value) if isinstance(value, QWeight) else jnp.asarray(value).astype(like.dtype)
 
 
 class _Filler:
-    """The arrays of a model, and for each stored tensor the place where its rows go."""
+    """The arrays of a model, and for each stored tensor the array that its rows go to."""
 
     def __init__(self, model: VLM, manifest: dict[str, Any], hold: Hold):
         self.model, self.manifest, self.hold = model, manifest, hold
@@ -179,12 +179,12 @@ class _Filler:
             value = jax.tree.map(lambda x: empty_aligned(x.shape, x.dtype), self._form(like))
             self._made.append((path, value))
             for i, name in enumerate(layer_names(path, like)):
-                # With the ellipsis, so that a layer's scalar is a view as well.
+                # The ellipsis makes a layer's scalar a view, too.
                 layer = jax.tree.map(lambda x, i=i: x[i, ...], value) if STACK in path else value
                 self._add(name, layer)
 
     def fill(self, folder: Path, verify: Verify) -> None:
-        """Read the files, and give the model its arrays."""
+        """Read the files, and set the model's arrays."""
         stream(folder, self.manifest, self._sink, verify)
         while self._made:
             path, value = self._made.pop()
@@ -194,15 +194,15 @@ class _Filler:
             assign(self.model, path, value)
 
     def _form(self, like: Any) -> Any:
-        """Shapes of what is filled: what will be held, if files can be read into it."""
+        """Shapes of the arrays to fill: the in-memory layout, if files can be read into it."""
         if not isinstance(like, QWeight):
             return like
         form = self._held(like)
         return like if form.storage == "int4" else form
 
     def _held(self, value: QWeight) -> QWeight:
-        """The form in which a weight is held, as shapes; one in parts is in its form already."""
-        # A new function each time: JAX would remember what another platform wanted.
+        """The in-memory layout of a weight, as shapes; one in parts already has it."""
+        # A new function each time: JAX would reuse its trace for another platform.
         form = jax.eval_shape(lambda w: self.hold(w), value)
         return value if value.storage == "parts" else form
 
@@ -219,7 +219,7 @@ class _Filler:
 
 
 def _put_values(out: QWeight, row: int, block: np.ndarray) -> None:
-    """Rows of a quantised weight as stored, in the form in which it is held."""
+    """Write rows of a quantised weight, as stored, into its in-memory layout."""
     rows = slice(row, row + len(block))
     if out.storage == "packed" or (out.storage == "int8" and out.bits == 8):
         out.values[rows] = block

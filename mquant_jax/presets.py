@@ -1,4 +1,4 @@
-"""Recipes by name: what users ask for, and the methods to compare with."""
+"""Named recipes: presets for users, and methods for comparison."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def _uniform(name: str, section: Section, **changes) -> Recipe:
 _W4A8 = Section(4, None, "static")
 _W8A8 = Section(8, None, "static")
 _GPTQ = Weights(method="gptq")
-# The head stays at 8 bits: it is small in compute, large in bytes read per generated token, and
-# its errors go straight into the logits.
+# The head stays at 8 bits. It takes little compute but many bytes per generated token, and its
+# errors directly affect the logits.
 _MQUANT = {
     "head": _W8A8,
     "weights": _GPTQ,
@@ -33,7 +33,7 @@ _MQUANT = {
 PRESETS: dict[str, Recipe] = {
     "float": Recipe(),
     "w4a8": _uniform("w4a8", _W4A8, **_MQUANT),
-    # Needs the float and the quantised language model in memory, and time for gradients.
+    # Needs the float and the quantised language model in memory, and computes gradients.
     "w4a8-tuned": _uniform("w4a8-tuned", _W4A8, tune=Tuning(epochs=2), **_MQUANT),
     "w4a8-v8": _uniform("w4a8-v8", _W4A8, vision=_W8A8, connector=_W8A8, **_MQUANT),
     "w4a8-rtn": _uniform("w4a8-rtn", _W4A8, head=_W8A8),
@@ -47,7 +47,7 @@ PRESETS: dict[str, Recipe] = {
 }
 
 _RTN = _uniform("rtn", _W4A8, head=_W8A8, weights=Weights(clip=False), modality_scales=False)
-# What the literature calls by these names, all W4A8 and static; ``mquant`` is all that we have.
+# Methods under their names in the literature, all W4A8 and static; ``mquant`` uses everything.
 METHODS: dict[str, Recipe] = {
     "rtn": _RTN,
     "smoothquant": dataclasses.replace(_RTN, name="smoothquant", smooth=True),
@@ -58,10 +58,10 @@ RECIPES = PRESETS | METHODS
 
 
 def resolve_recipe(name_or_path: str) -> Recipe:
-    """A preset's name, or the path of a JSON file.
+    """The recipe of a preset's name, or in a JSON file.
 
     Raises:
-        UserError: neither; unreadable file; bad content.
+        UserError: neither a preset nor a file; the file is unreadable or invalid.
     """
     if name_or_path in RECIPES:
         return RECIPES[name_or_path]

@@ -1,7 +1,7 @@
-"""What is quantised and how: one frozen dataclass tree, JSON both ways.
+"""Recipes: what is quantised and how, as a tree of frozen dataclasses that maps to JSON.
 
-A recipe is stored with every checkpoint and, with the model's config, is enough to rebuild the
-shapes of all its tensors. Presets are in :mod:`mquant_jax.presets`.
+A recipe is stored with every checkpoint. Together with the model's config it determines the shapes
+of all tensors. Presets are in :mod:`mquant_jax.presets`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mquant_jax.recipe_fields import read
 from mquant_jax.sections import SECTIONS, Rule, Section, section_name
 from mquant_jax.validate import shown
 
-VERSION = 2  # of the JSON form; 1 had no rules and no embedding section
+VERSION = 2  # of the JSON format; version 1 had no rules and no embedding section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +23,16 @@ class Weights:
     """How weights are rounded.
 
     Attributes:
-        method: ``gptq``, or ``rtn``: round to nearest.
-        clip: search a per-channel clip of least error before rounding.
-        inputs: GPTQ works with what the layers before deliver once they are ``quantised``, or
-            with what they deliver in ``float``.
-        act_order: GPTQ takes the columns with the largest inputs first.
-        asymmetry: share (0 to 1) of the difference between the float model's inputs and the
-            quantised model's that GPTQ makes up for (GPTAQ).
-        refit: rounds in which the scales are fitted to the rounded integers, by the layer's output
-            error, and the integers rounded anew.
+        method: ``gptq``, or ``rtn`` (round to nearest).
+        clip: search the per-channel clip of least error before rounding.
+        inputs: whether GPTQ uses the inputs of the ``quantised`` or of the ``float`` model.
+        act_order: GPTQ rounds the columns with the largest inputs first.
+        asymmetry: fraction (0 to 1) of the difference between the float and the quantised model's
+            inputs that GPTQ compensates (GPTAQ).
+        refit: rounds of fitting the scales to the integers, by the layer's output error, and then
+            rounding again.
         visual_weight, sink_weight: weight of a visual token and of a sink in the Hessians of the
-            language model; text has 1.
+            language model; a text token has 1.
     """
 
     method: str = "rtn"
@@ -52,14 +51,14 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rotation magnitude suppression (RMS, paper section 3.3): the input channel of an MLP's last
-    layer in which a rotation has gathered the weights' mean is computed apart, so that it does not
-    set everybody's scale.
+    """Rotation magnitude suppression (RMS, paper section 3.3). A rotation gathers the mean of the
+    weights of an MLP's last layer in one input channel. That channel is computed separately, so
+    that it does not determine the scale of the others.
 
     Attributes:
-        criterion: ``none``; ``paper``: where the channel's weights exceed all others of their
-            rows; or ``measured``: where splitting lowers the layer's output error.
-        bits: of the channel's weights, which have a scale of their own: 4, 8, or 16 for float.
+        criterion: when to split: ``none``: never; ``paper``: if the channel's weights exceed all
+            others in their rows; ``measured``: if it lowers the layer's output error.
+        bits: bits of the channel's weights, which have their own scale: 4, 8, or 16 for float.
     """
 
     criterion: str = "none"
@@ -72,14 +71,14 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How static scales are found.
+    """How static scales are calibrated.
 
     Attributes:
         observer: ``minmax``; ``percentile`` (99.99 %); ``mse``, the clip with the least squared
             rounding error; or ``output``, the clip with the least error in the layers' outputs.
-        headroom: factor on the clip: what the model meets later may be larger than what a small
-            calibration set showed, and cutting it off costs more than a coarser step.
-        max_samples: calibration samples used at most.
+        headroom: factor on the clip. Later activations may exceed those of a small calibration
+            set, and clipping them costs more than a coarser step.
+        max_samples: maximum number of calibration samples.
     """
 
     observer: str = "minmax"
@@ -89,13 +88,13 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Learned scales: the integers stay, the language model's scales and gains follow a gradient.
+    """Learned scales: the language model's scales and gains are trained; its integers stay.
 
     Attributes:
-        epochs: passes over the calibration prompts; 0 learns nothing.
-        rate: Adam's first step, relative to the size of what is learned; it decays to zero.
-        act_rate: the same for activation scales. The largest value that calibration showed is only
-            where they start, and may be far from where they serve best.
+        epochs: passes over the calibration prompts; 0 disables learning.
+        rate: initial learning rate of Adam, relative to the parameters' size; decays to zero.
+        act_rate: the same for activation scales. They start from the largest calibrated value,
+            which may be far from the best one.
     """
 
     epochs: int = 0
@@ -106,35 +105,35 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The whole plan.
+    """A complete recipe.
 
     Attributes:
         name: the preset's name, or the user's.
-        vision, connector, language, head, embedding: one :class:`Section` each. A tied head is
-            the token embedding, which is then quantised as the head is.
-        rules: what is different in some layers, see :class:`~mquant_jax.sections.Rule`; the first
-            that matches a layer's path changes its section. ``(pattern, changes)`` will do.
+        vision, connector, language, head, embedding: one :class:`Section` each. A tied head shares
+            the token embedding, which is then quantised like the head.
+        rules: exceptions for some layers, see :class:`~mquant_jax.sections.Rule`; the first that
+            matches a layer's path changes its section. ``(pattern, changes)`` is accepted.
         weights: see :class:`Weights`.
-        modality_scales: visual and text tokens have static scales of their own in the language
-            model (MSQ, paper section 3.1) instead of one shared scale.
-        sink_class: so have the few tokens whose activations are massive, which calibration finds.
-        prefix_sinks: so many of those tokens, found by calibration, stand in front of every prompt:
-            their keys and values, which the float model computes once, are part of the checkpoint
-            (PrefixQuant).
-        smooth: move activation outliers into the weights first (SmoothQuant), its strength
+        modality_scales: separate static scales for visual and text tokens in the language model
+            (MSQ, paper section 3.1) instead of a shared scale.
+        sink_class: a separate scale for sinks, the few tokens with massive activations, which
+            calibration finds.
+        prefix_sinks: number of these tokens to put before every prompt. The checkpoint holds their
+            keys and values, computed once by the float model (PrefixQuant).
+        smooth: first move activation outliers into the weights (SmoothQuant), with a strength
             searched per layer.
-        balance: make channels even where their size is free, before they are rotated
+        balance: equalise channels whose size is free, before the rotation
             (:mod:`mquant_jax.ptq.balance`).
         rotate: fold norms and sign-randomised Hadamard rotations into the weights (paper section
-            3.2), with an online rotation in front of every MLP's last layer.
-        orthogonal: random orthogonal matrices instead of Hadamards where a rotation costs nothing
-            at run time.
-        online_signs: the online rotations have random signs, which spread what a plain Hadamard
-            gathers in one channel; ``False`` is the paper's form.
-        online_reads: layers that read a residual stream which takes no rotation (that of a
-            post-norm tower) rotate it online.
+            3.2), with an online rotation before every MLP's last layer.
+        orthogonal: random orthogonal matrices instead of Hadamard matrices for rotations that cost
+            nothing at run time.
+        online_signs: random signs in online rotations, which spread what a plain Hadamard matrix
+            gathers in one channel; ``False`` is the paper's method.
+        online_reads: rotate online the inputs of layers that read a residual stream which cannot be
+            rotated (in a post-norm tower).
         split: see :class:`Split`.
-        seed: of the rotations' signs.
+        seed: seed of the rotations' signs.
         calibration: see :class:`Calibration`.
         tune: see :class:`Tuning`.
     """
@@ -177,12 +176,12 @@ class Recipe:
 
     @property
     def marks_sinks(self) -> bool:
-        """Whether the model has to know its sinks."""
+        """Whether the model has to mark sinks."""
         return self.sink_class and any(s.activations == "static" for s in self._of("language"))
 
     @property
     def finds_sinks(self) -> bool:
-        """Whether calibration has to look for them."""
+        """Whether calibration has to find sinks."""
         return self.marks_sinks or self.prefix_sinks > 0
 
     @property
@@ -199,23 +198,23 @@ class Recipe:
         return getattr(self, name)
 
     def section_for(self, path: str) -> Section:
-        """How one dense layer is quantised, or a table: ``language/layers/3/down_proj``,
+        """The section of a dense layer or table: ``language/layers/3/down_proj``,
         ``language/embedding``. A tied table has the head's path."""
         section, rule = self.section(section_name(path)), self.rule_for(path)
         return section if rule is None else rule.applied(section)
 
     def rule_for(self, path: str) -> Rule | None:
-        """The rule that changes a layer's section, if one does."""
+        """The rule that applies to a layer, if any."""
         return next((rule for rule in self.rules if rule.matches(path)), None)
 
     def _of(self, *names: str) -> list[Section]:
-        """What layers of these sections may have, by one rule or by none."""
+        """All sections that layers of these parts may have, with one rule or none."""
         own = list(map(self.section, names))
         return own + [rule.applied(section) for rule in self.rules for section in own]
 
     @property
     def changes_weights(self) -> bool:
-        """Whether the checkpoint holds anything else than the source's tensors."""
+        """Whether the checkpoint's tensors differ from the source's."""
         return (
             self.rotate
             or self.smooth
@@ -230,17 +229,17 @@ class Recipe:
 
     @property
     def learns_whole(self) -> bool:
-        """Whether they are learned at the end, for the whole model."""
+        """Whether scales are learned at the end, for the whole model."""
         return self.learns and self.tune.form == "model"
 
     @property
     def learns_blocks(self) -> bool:
-        """Whether they are learned block by block."""
+        """Whether scales are learned block by block."""
         return self.learns and self.tune.form == "block"
 
     @property
     def carries_float(self) -> bool:
-        """Whether the float model's activations are needed beside the quantised model's."""
+        """Whether the float model's activations are needed as well as the quantised model's."""
         return self.weights.needs_float_inputs or self.learns_blocks
 
     @property
@@ -251,13 +250,13 @@ class Recipe:
         return weights or self.prefix_sinks > 0 or any(s.activations == "static" for s in layers)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries, lists, numbers and strings: what a JSON file would give back."""
+        """The recipe as JSON values."""
         fields = dataclasses.asdict(self) | {"rules": [rule.to_json() for rule in self.rules]}
         return {"version": VERSION, **json.loads(json.dumps(fields))}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], origin: str = "recipe") -> Recipe:
-        """Build and check a recipe. One without a version is read as the first.
+        """Build and check a recipe. Without a version it is read as version 1.
 
         Raises:
             UserError: an unknown key, value or version; the message names it and the allowed ones.
@@ -275,7 +274,7 @@ class Recipe:
         return cls(**read(cls, data, origin), rules=tuple(made))
 
     def table(self) -> str:
-        """The plan as lines of text, one per section."""
+        """The recipe as text, one line per section."""
         rows = ["section    weights  group  activations"]
         for name in SECTIONS:
             s = self.section(name)

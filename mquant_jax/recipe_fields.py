@@ -1,4 +1,4 @@
-"""Values of a recipe's JSON: types, choices and ranges, checked key by key."""
+"""Check the types, choices and ranges of a recipe's JSON values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHOICES = {
     "form": ("model", "block"),
     "observer": ("minmax", "percentile", "mse", "output"),
 }
-# Numbers beyond these bounds serve nothing, and some make NaN or zeros of the weights.
+# Values outside these bounds are useless, and some would turn weights into NaN or zeros.
 RANGES = {
     "group_size": (1, 2**20),
     "asymmetry": (0, 1),
@@ -37,7 +37,7 @@ RANGES = {
 
 
 def build(cls, data: Any, origin: str):
-    """A dataclass of a JSON object, its parts checked; missing keys take their defaults.
+    """Build a dataclass from a JSON object; missing keys take their defaults.
 
     Raises:
         UserError: an unknown key or value; the message names it and the allowed ones.
@@ -46,10 +46,10 @@ def build(cls, data: Any, origin: str):
 
 
 def read(cls, data: Any, origin: str) -> dict[str, Any]:
-    """The checked values of the keys that a JSON object has, of a dataclass's fields.
+    """Check a JSON object against a dataclass's fields; returns the values of the keys present.
 
     Raises:
-        UserError: as :func:`build`.
+        UserError: see :func:`build`.
     """
     if not isinstance(data, dict):
         raise UserError(f"{origin}: expected a JSON object, found {type(data).__name__}")

@@ -1,4 +1,4 @@
-"""One line of a JSONL file of samples as pictures, question and answer."""
+"""Parse a line of a JSONL file of samples into pictures, question and answer."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _MARK = re.compile(r"\n?<image>\n?")
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
              "system": "system"}  # fmt: skip
 _ROLES = ("system", "user", "assistant", "tool")
-# How pictures begin in base64: PNG, JPEG, GIF, WebP, BMP, TIFF.
+# First characters of pictures in base64: PNG, JPEG, GIF, WebP, BMP, TIFF.
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
-_BASE64_LEAST = 32  # characters: no picture is smaller, and short names are paths
+_BASE64_LEAST = 32  # characters; no picture is smaller, and shorter strings are paths
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 Message = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A checked line; attributes as those of :class:`mquant_jax.samples.Sample`."""
+    """A parsed line; for attributes see :class:`mquant_jax.samples.Sample`."""
 
     images: tuple[Any, ...]
     question: str
@@ -46,17 +46,17 @@ class RowReader:
     """Reads lines of one file.
 
     Attributes:
-        ignored: keys without a meaning that were met, in order.
+        ignored: unknown keys found so far, in order.
     """
 
     def __init__(self, path: Path):
         self.path, self.ignored = path, list[str]()
-        self._rows: np.ndarray | None = None  # of the .npz beside the file, once needed
+        self._rows: np.ndarray | None = None  # of the .npz, loaded on first use
 
     def row(self, line: str) -> Row:
         """
         Raises:
-            UserError: the line is no sample, or names a picture that is not there.
+            UserError: the line is not a sample, or names a missing picture.
         """
         data = json_object(line)
         present = [key for key in _FORMS if key in data]
@@ -74,13 +74,13 @@ class RowReader:
         return self._turns(turns, images, answer, task)
 
     def _turns(self, turns: list[Message], images: tuple[Any, ...], answer: str, task: str) -> Row:
-        """A conversation; what is one question with its pictures in front becomes that."""
+        """A conversation; one question that follows its pictures becomes a plain question."""
         said = turns.pop() if turns and turns[-1]["role"] == "assistant" else None
         if said is not None and answer:
-            raise UserError('both "answer" and a last turn of the assistant; give it once')
+            raise UserError('both "answer" and a last turn of the assistant; give one of them')
         answer = _spoken(said["content"]) if said else answer
         if not turns or turns[-1]["role"] != "user":
-            raise UserError("the conversation holds no question of the user before its answer")
+            raise UserError("the conversation has no question from the user before its answer")
         images = self._placed(turns, images)
         question = _spoken(turns[-1]["content"])
         kinds = [part["type"] for part in turns[-1]["content"]]
@@ -88,9 +88,9 @@ class RowReader:
         return Row(images, question, answer, task, () if plain else tuple(turns))
 
     def _placed(self, turns: list[Message], images: tuple[Any, ...]) -> tuple[Any, ...]:
-        """All pictures in the order of their parts, which lose the pictures that they hold.
+        """All pictures in the order of their parts; removes the pictures from the parts.
 
-        Pictures without a place come before the first question.
+        Pictures without a placeholder come before the first question.
         """
         places = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
         if not places and images:
@@ -99,10 +99,10 @@ class RowReader:
             return images
         inside = [part.pop("image") for part in places if "image" in part]
         if inside and images:
-            raise UserError("pictures both in the messages and beside them; give them once")
+            raise UserError('pictures both in the messages and in "image" or "images"; use one')
         found = tuple(map(self.picture, inside)) if inside else images
         if len(found) != len(places):
-            raise UserError(f"{len(places)} places for pictures (<image>), but {len(found)} "
+            raise UserError(f"{len(places)} placeholders (<image>), but {len(found)} "
                             "pictures")  # fmt: skip
         return found
 
@@ -114,27 +114,27 @@ class RowReader:
         return tuple(map(self.picture, refs if isinstance(refs, list) else [refs]))
 
     def picture(self, ref: Any) -> Any:
-        """A picture as a line names it: a path, base64, or the number of a row.
+        """Resolve a picture: a path, base64, or the index of a row.
 
         Raises:
-            UserError: none of them, or a picture that is not there.
+            UserError: none of these, or the picture does not exist.
         """
         if isinstance(ref, int) and not isinstance(ref, bool):
             return self._array(ref)
         if not isinstance(ref, str):
             raise UserError(f"image {shortened(repr(ref), 60)} is neither a path, base64, nor a "
-                            "row of the .npz beside it")  # fmt: skip
+                            "row of the .npz next to the file")  # fmt: skip
         if ref[:5].lower() == "data:":
             return decoded(ref.partition(",")[2], ref)
         if _URL.match(ref):
-            raise UserError(f"{shortened(ref)}: URLs are not fetched; download the picture and "
+            raise UserError(f"{shortened(ref)}: URLs are not downloaded; download the picture and "
                             "give its path")  # fmt: skip
         try:
-            # File names are UTF-8 like the text, whatever encoding the locale has for them.
+            # File names are UTF-8 like the text, whatever the locale's encoding.
             path = self.path.parent / os.fsdecode(ref.encode("utf-8"))
             if path.is_file():
                 return path
-        except (OSError, ValueError):  # too long, or a NUL: no path, but it may be base64
+        except (OSError, ValueError):  # too long or with a NUL: not a path, but perhaps base64
             pass
         if len(ref) >= _BASE64_LEAST and ref.startswith(_BASE64):
             return decoded(ref, ref)
@@ -144,24 +144,24 @@ class RowReader:
         if self._rows is None:
             self._rows = _npz(self.path.with_suffix(".npz"))
         if not 0 <= number < len(self._rows):
-            raise UserError(f"image {number} is neither a path nor a row of the .npz beside it, "
-                            f"which has {len(self._rows)}")  # fmt: skip
+            raise UserError(f"image {number} is neither a path nor a row of the .npz next to the "
+                            f"file, which has {len(self._rows)}")  # fmt: skip
         return self._rows[number]
 
 
 def _npz(path: Path) -> np.ndarray:
-    """Its ``images``; empty when there is no such file.
+    """The array ``images`` of an .npz file; empty if the file does not exist.
 
     Raises:
-        UserError: another file.
+        UserError: the file is not as expected.
     """
     if not is_file(path):
         return np.zeros((0, 1, 1, 3), np.uint8)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images = arrays["images"]
-    except Exception as e:  # zipfile, zlib and NumPy raise many kinds
-        why = "no array of this name" if isinstance(e, KeyError) else e
+    except Exception as e:  # zipfile, zlib and NumPy raise many types
+        why = "no array with this name" if isinstance(e, KeyError) else e
         raise UserError(f"{path}: cannot read the array images: {why}") from e
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise UserError(f"{path}: images is {images.dtype} {list(images.shape)}; expected uint8 "
@@ -172,7 +172,7 @@ def _npz(path: Path) -> np.ndarray:
 def json_object(line: str) -> dict[str, Any]:
     """
     Raises:
-        UserError: the line is no JSON object.
+        UserError: the line is not a JSON object.
     """
     try:
         data = json.loads(line, parse_float=decimal.Decimal, parse_constant=_no_number)
@@ -186,7 +186,7 @@ def json_object(line: str) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _keys(data: dict[str, Any]) -> str:
@@ -204,20 +204,20 @@ def _label(data: dict[str, Any], key: str) -> str:
 
 
 def decoded(body: str, ref: str) -> bytes:
-    """The bytes of a picture in base64.
+    """Decode a picture in base64.
 
     Args:
-        ref: what the message shows of it.
+        ref: the original string, for messages.
 
     Raises:
-        UserError: no base64, or none at all.
+        UserError: ``body`` is empty or not base64.
     """
     try:
         picture = base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as e:
         raise UserError(f"image {shortened(ref, 40)}: not base64: {e}") from e
     if not picture:
-        raise UserError(f"image {shortened(ref, 40)}: holds no bytes")
+        raise UserError(f"image {shortened(ref, 40)}: no bytes")
     return picture
 
 
@@ -232,7 +232,7 @@ def _messages(turns: Any) -> list[Message]:
 
 def _each(turns: Any) -> list[tuple[int, Any]]:
     if not isinstance(turns, list) or not turns:
-        raise UserError("a conversation must be a list of turns, one at least")
+        raise UserError("a conversation must be a list of at least one turn")
     return list(enumerate(turns))
 
 
@@ -253,7 +253,8 @@ def _turn(turn: Any, number: int, key: str, who: str, what: str) -> Message:
 
 
 def _parts(said: str, role: str) -> list[Message]:
-    """A text as parts: in the user's, ``<image>`` and the line breaks around it are a picture."""
+    """Split a text into parts. In the user's text, ``<image>`` and line breaks around it become a
+    picture."""
     if role != "user":
         return [{"type": "text", "text": said}]
     parts: list[Message] = []
@@ -264,7 +265,7 @@ def _parts(said: str, role: str) -> list[Message]:
 
 
 def _part(part: Any, where: str) -> Message:
-    """A part of a message; its picture, if it holds one, is its ``image``."""
+    """A part of a message, with its picture, if it has one, under ``image``."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return {"type": "text", "text": text(part.get("text"), where)}

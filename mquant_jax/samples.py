@@ -1,6 +1,6 @@
-"""Picture-and-question samples: the one format for calibration and evaluation data.
+"""Samples of pictures, question and answer: the format of calibration and evaluation data.
 
-A JSONL file in UTF-8, one sample per line, in any of three forms::
+A JSONL file in UTF-8, one sample per line, in any of three formats::
 
     {"image": "photos/cat.png", "question": "What animal is this?", "answer": "cat"}
     {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
@@ -8,10 +8,10 @@ A JSONL file in UTF-8, one sample per line, in any of three forms::
     {"images": ["cat.png"], "messages": [{"role": "user", "content": "<image>What is it?"},
                                          {"role": "assistant", "content": "cat"}]}
 
-``image`` (or ``images``, a list) is a path relative to the JSONL file, a picture in base64 (a
-``data:`` URL, or bare), or the number of a row of the array ``images`` (uint8 ``[N, H, W, 3]``) in
-the ``.npz`` file of the same stem beside it. A text-only sample has neither, or null. ``answer``
-(text or a number) and ``task`` are optional. A conversation's last answer is the expected one.
+``image`` (or ``images``, a list) is a path relative to the JSONL file, a picture in base64 (plain
+or as a ``data:`` URL), or the index of a row of the array ``images`` (uint8 ``[N, H, W, 3]``) in
+the ``.npz`` file of the same name next to it. A text-only sample has neither, or null. ``answer``
+(text or a number) and ``task`` are optional. The last answer of a conversation is the expected one.
 Other keys are ignored with a warning.
 """
 
@@ -35,7 +35,7 @@ from mquant_jax.validate import path as checked_path
 DEMO_ASSETS = Path(__file__).parent / "assets" / "demo"
 BUNDLED_CALIBRATION = DEMO_ASSETS / "calibration.jsonl"
 BUNDLED_HELDOUT = DEMO_ASSETS / "heldout.jsonl"
-_MOST_BYTES = 4 << 30  # of a JSONL file, pictures in base64 included
+_MOST_BYTES = 4 << 30  # limit of a JSONL file, including pictures in base64
 _LISTED, _LONGEST = (
     10,
     160,
@@ -48,11 +48,12 @@ class Sample:
     """One question about zero or more pictures.
 
     Attributes:
-        images: whatever :func:`mquant_jax.models.images.load_image` takes: arrays, paths, bytes.
-        question: the text; of a conversation, that of the last turn.
+        images: anything that :func:`mquant_jax.models.images.load_image` accepts: arrays, paths,
+            bytes.
+        question: the question; for a conversation, that of the last turn.
         answer: the expected answer, or "".
         task: a label to group results by, or "".
-        messages: the whole conversation up to the answer, where one question does not say it.
+        messages: the conversation up to the answer, if it is more than one plain question.
         where: file and line, for error messages.
     """
 
@@ -64,10 +65,10 @@ class Sample:
     where: str = ""
 
     def prompt(self, processor: Any) -> Any:
-        """The :class:`~mquant_jax.models.base.Prompt` that a processor makes of the question.
+        """Build the :class:`~mquant_jax.models.base.Prompt` with a processor.
 
         Raises:
-            UserError: as the processor's.
+            UserError: see the processor.
         """
         if self.messages:
             return processor.messages(self.messages, self.images)
@@ -75,14 +76,14 @@ class Sample:
 
 
 def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
-    """Read a JSONL file of samples, to its end.
+    """Read a JSONL file of samples.
 
     Args:
-        limit: keep the first samples only; the rest of the file is still checked.
+        limit: number of samples to return; the rest of the file is still checked.
 
     Raises:
-        UserError: no such file, no UTF-8, no samples; or lines that are no sample, or whose
-            picture is not there: the first ten are named.
+        UserError: no such file, not UTF-8, no samples; or invalid lines or missing pictures, of
+            which the message lists the first ten.
     """
     path = checked_path(path, "samples")
     limit = None if limit is None else count(limit, "limit")
@@ -101,24 +102,24 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
     _raise(bad, str(path))
     if reader.ignored:
         warn(
-            f"{path}: keys without a meaning here are ignored: {', '.join(reader.ignored)}",
+            f"{path}: unknown keys are ignored: {', '.join(reader.ignored)}",
             "calibration",
         )
     if not samples:
-        raise UserError(f"{path}: holds no samples")
+        raise UserError(f"{path}: no samples")
     return samples
 
 
 def each(
     samples: Sequence[Sample], make: Callable[[Sample], T], progress: Callable = lambda x, _: x
 ) -> list[T]:
-    """``make(sample)`` of all samples, such as prompts.
+    """Apply ``make`` to all samples, for example to build prompts.
 
     Args:
         progress: ``(items, label) -> items``.
 
     Raises:
-        UserError: some failed; file and line of the first ten are named.
+        UserError: some failed; the message lists file and line of the first ten.
     """
     made: list[Any] = []
     bad: list[str] = []
@@ -134,7 +135,7 @@ def each(
 
 
 def write_samples(path: Path, samples: list[Sample]) -> None:
-    """Write samples with one picture array each as ``path`` and its ``.npz``."""
+    """Write samples with one picture array each to ``path`` and an ``.npz`` file."""
     np.savez_compressed(path.with_suffix(".npz"), images=np.stack([s.images[0] for s in samples]))
     lines = [
         json.dumps({"image": i, "question": s.question, "answer": s.answer, "task": s.task})
@@ -144,7 +145,7 @@ def write_samples(path: Path, samples: list[Sample]) -> None:
 
 
 def _raise(bad: Sequence[str], where: str, kind: type[UserError] = UserError) -> None:
-    """All bad samples in one error: the first ten, the file's whole path once."""
+    """Raise one error that lists the first ten bad samples, with the full path only once."""
     if len(bad) == 1:
         raise kind(bad[0])
     if bad:
@@ -159,13 +160,13 @@ def _cut(text: str) -> str:
 
 
 def json_lines(path: Path) -> Iterable[tuple[int, str]]:
-    """Numbers and texts of the lines that are not blank.
+    """Line numbers and texts of the lines that are not blank.
 
-    Only line feeds end a line: JSON strings may hold other separators that ``str.splitlines``
-    would cut at.
+    Only a line feed ends a line, because JSON strings may contain other separators at which
+    ``str.splitlines`` would split.
 
     Raises:
-        UserError: no such file, no regular one, or not UTF-8.
+        UserError: no such file, not a regular one, or not UTF-8.
     """
     try:
         path.stat()
@@ -174,7 +175,7 @@ def json_lines(path: Path) -> Iterable[tuple[int, str]]:
             f"{path}: no such file; expected JSONL with image, question and answer"
         ) from e
     except (OSError, ValueError):
-        pass  # the reader says why
+        pass  # reported when the file is read
     data = read_bytes(path, _MOST_BYTES)
     try:
         text = data.decode("utf-8-sig")

@@ -1,7 +1,7 @@
-"""Typed reading of JSON objects: one table per object says what each key may hold.
+"""Typed reading of JSON objects by a schema.
 
-A :class:`Schema` names the keys that are read (type, range, default), those that change nothing
-here, and those that would change the numbers and are refused unless they hold their neutral value.
+A :class:`Schema` lists the keys that are read (type, range, default), keys without an effect here,
+and unsupported keys, which would change results and are refused unless they have a neutral value.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 from mquant_jax.errors import UserError
 from mquant_jax.validate import shown
 
-REQUIRED: Any = object()  # the default of a field that has none
+REQUIRED: Any = object()  # the default of required fields
 _MISMATCH: Any = object()
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What one key may hold.
+    """Type and range of one key's value.
 
     Attributes:
-        expected: the type and range in words, for messages.
+        expected: type and range in words, for messages.
         convert: a JSON value -> the typed value, or ``_MISMATCH``.
-        default: for a missing key; :data:`REQUIRED`: it must be there.
-        null: whether ``null`` stands for the default.
+        default: value of a missing key; :data:`REQUIRED`: the key must be present.
+        null: whether ``null`` means the default.
     """
 
     expected: str
@@ -36,7 +36,7 @@ class Field:
     def read(self, value: Any, where: str) -> Any:
         """
         Raises:
-            UserError: ``value`` is of another type or out of range; the message begins with
+            UserError: ``value`` has the wrong type or is out of range; the message starts with
                 ``where``.
         """
         if value is None and self.null:
@@ -49,15 +49,15 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A key that would change the numbers.
+    """An unsupported key.
 
     Attributes:
-        neutral: values with which it changes nothing; ``None`` always is one.
+        neutral: values without an effect; ``None`` is always one.
         reason: why it is refused, and what to do.
     """
 
     neutral: tuple[Any, ...] = ()
-    reason: str = "this would change the numbers and is not supported"
+    reason: str = "this would change results and is not supported"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Schema:
 
     Attributes:
         fields: keys that are read.
-        harmless: keys that change nothing.
-        refused: keys that would change the numbers; one that stands in another table as well is
-            what that table says.
+        harmless: keys without an effect here.
+        refused: unsupported keys; if another table lists the key as well, that table takes
+            precedence.
     """
 
     fields: Mapping[str, Field]
@@ -76,15 +76,15 @@ class Schema:
     refused: Mapping[str, Refused] = dataclasses.field(default_factory=dict)
 
     def read(self, data: Any, where: str) -> dict[str, Any]:
-        """All fields, typed, defaults filled in.
+        """All fields, typed, with defaults filled in.
 
         Args:
-            data: what the JSON file holds.
-            where: the file and the object's own key, for messages.
+            data: the JSON value.
+            where: the file and the object's key, for messages.
 
         Raises:
-            UserError: no object; a field of another type or range; a missing field without a
-                default; a refused key that is not neutral.
+            UserError: not an object; a field of the wrong type or out of range; a missing required
+                field; an unsupported key with a value that is not neutral.
         """
         data = self._object(data, where)
         for key, refused in self.refused.items():
@@ -102,7 +102,7 @@ class Schema:
         return out
 
     def __or__(self, other: Schema) -> Schema:
-        """Both tables in one; the other's fields go first."""
+        """Merge two schemas; the other's fields take precedence."""
         return Schema(
             {**self.fields, **other.fields},
             self.harmless | other.harmless,
@@ -110,7 +110,7 @@ class Schema:
         )
 
     def unknown(self, data: Mapping[str, Any]) -> list[str]:
-        """Keys of ``data`` that the table does not name."""
+        """Keys of ``data`` that the schema does not list."""
         known = self.harmless.union(self.fields, self.refused)
         return [key for key in data if key not in known]
 
@@ -121,12 +121,12 @@ class Schema:
 
 
 def inside(where: str, key: str) -> str:
-    """The place of ``key`` in the object ``where``: ``config.json: vision_config.depth``."""
+    """The path of ``key`` in the object ``where``: ``config.json: vision_config.depth``."""
     return f"{where}.{key}" if ": " in where else f"{where}: {key}"
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equal, and not merely as numbers that stand for truth values."""
+    """Equality that tells booleans from numbers."""
     return value == neutral and (isinstance(value, bool) == isinstance(neutral, bool))
 
 
@@ -192,7 +192,7 @@ def choice(default: Any, known: Iterable[str], null: bool = False) -> Field:
 
 
 def square(default: Any = REQUIRED, low: int = 1, high: int = 2**16) -> Field:
-    """A side, written as one number or as a square's two equal ones."""
+    """A square's side, given as one number or as two equal ones."""
     one = whole(low=low, high=high)
 
     def convert(value: Any, where: str) -> Any:
@@ -208,7 +208,7 @@ def square(default: Any = REQUIRED, low: int = 1, high: int = 2**16) -> Field:
 def items(
     of: Field, default: Any = REQUIRED, length: int | None = None, null: bool = False
 ) -> Field:
-    """A list of fields, as a tuple; ``length``: of exactly so many."""
+    """A list of values of one field, as a tuple; ``length``: its exact length."""
     count = "a list" if length is None else f"a list of {length}"
 
     def convert(value: Any, where: str) -> Any:
@@ -220,7 +220,7 @@ def items(
 
 
 def table(default: Any = REQUIRED, null: bool = False) -> Field:
-    """An object, whose own schema is read by whoever knows it."""
+    """An object, to be read with its own schema."""
 
     def convert(value: Any, where: str) -> Any:
         return value if isinstance(value, Mapping) else _MISMATCH
@@ -229,7 +229,7 @@ def table(default: Any = REQUIRED, null: bool = False) -> Field:
 
 
 def token_ids(default: Any = (), high: int = 2**31 - 1) -> Field:
-    """Token ids, written as one number or a list, as a tuple; ``null`` is the default."""
+    """Token ids, given as one number or a list, as a tuple; ``null`` is the default."""
     one = whole(low=0, high=high)
 
     def convert(value: Any, where: str) -> Any:

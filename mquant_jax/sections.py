@@ -1,9 +1,9 @@
-"""How dense layers are quantised: sections, which are defaults, and rules for single layers.
+"""How dense layers are quantised: sections with defaults, and rules with exceptions.
 
-A layer is named by its path, its number included: ``language/layers/3/down_proj``,
-``vision/merger/fc1``, ``language/head``. A rule's pattern is a glob on that path, or on the path
-without the number (``language/layers/down_proj``): ``*`` stands for any run of characters, slashes
-included, ``?`` for one and ``[...]`` for one of several.
+A layer is named by its path with its index: ``language/layers/3/down_proj``, ``vision/merger/fc1``,
+``language/head``. A rule's pattern is a glob on that path, or on the path without the index
+(``language/layers/down_proj``): ``*`` matches any characters, including slashes, ``?`` matches one
+and ``[...]`` one of several.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mquant_jax.recipe_fields import read
 from mquant_jax.validate import shown
 
 SECTIONS = ("vision", "connector", "language", "head", "embedding")
-_NEAR = 3  # paths that an error names
+_NEAR = 3  # paths suggested in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Section:
 
     Attributes:
         w_bits: bits per weight; 16 leaves the weights in float.
-        group_size: input columns that share a weight scale; ``None`` is per output channel.
-        activations: ``static`` (calibrated int8 scales), ``dynamic`` (int8, scale per token found
-            at run time) or ``none`` (float activations).
-        dynamic_points: names of quantisation points (``mlp_hidden``, say) that are dynamic where
-            the rest of the section is static.
+        group_size: input columns per weight scale; ``None`` is one scale per output channel.
+        activations: ``static`` (int8, calibrated scales), ``dynamic`` (int8, scale per token
+            computed at run time) or ``none`` (float).
+        dynamic_points: quantisation points (such as ``mlp_hidden``) that are dynamic in an
+            otherwise static section.
     """
 
     w_bits: int = 16
@@ -45,7 +45,7 @@ class Section:
         return self.w_bits < 16
 
     def mode(self, point: str) -> str:
-        """Activation mode of one quantisation point, whichever expert's it is."""
+        """Activation mode of a quantisation point, of any expert."""
         name = point.rpartition("/")[2]
         dynamic = self.activations == "static" and name in self.dynamic_points
         return "dynamic" if dynamic else self.activations
@@ -58,11 +58,11 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What is different in some layers.
+    """An exception for some layers.
 
     Attributes:
         pattern: a glob on layer paths.
-        changes: fields of :class:`Section` and their values; the others stay as they are.
+        changes: fields of :class:`Section` to change, and their values.
     """
 
     pattern: str
@@ -73,7 +73,7 @@ class Rule:
         """A rule from ``[pattern, changes]``, or from an object with these two keys.
 
         Raises:
-            UserError: another form, or an unknown key or value.
+            UserError: not a rule, or an unknown key or value.
         """
         if isinstance(value, Rule):
             return value
@@ -89,12 +89,12 @@ class Rule:
         return cls(value[0], tuple(read(Section, changes, f"{origin} ({value[0]})").items()))
 
     def matches(self, path: str) -> bool:
-        """Whether the rule is about a layer."""
+        """Whether the rule applies to a layer."""
         spellings = path, without_number(path)
         return any(fnmatch.fnmatchcase(name, self.pattern) for name in spellings)
 
     def applied(self, section: Section) -> Section:
-        """A section with the changes."""
+        """The section with the changes."""
         return dataclasses.replace(section, **dict(self.changes))
 
     def to_json(self) -> list[Any]:
@@ -102,23 +102,23 @@ class Rule:
 
 
 def without_number(path: str) -> str:
-    """A layer's path without its number."""
+    """A layer's path without its index."""
     return "/".join(part for part in path.split("/") if not part.isdigit())
 
 
 def kind_of(path: str) -> str:
-    """A layer's path with ``*`` in the place of its number: that of all equal layers."""
+    """A layer's path with ``*`` for its index, shared by all equal layers."""
     return "/".join("*" if part.isdigit() else part for part in path.split("/"))
 
 
 def numbered(kind: str, path: str) -> str:
-    """A kind with the number that a layer's path has."""
+    """A kind with the index of a layer's path."""
     number = next((part for part in path.split("/") if part.isdigit()), "*")
     return kind.replace("*", number)
 
 
 def section_name(path: str) -> str:
-    """The section whose values a layer has where no rule changes them."""
+    """The section of a layer without rules."""
     if path in ("language/head", "language/embedding"):
         return path.removeprefix("language/")
     if path.startswith("language/"):
@@ -127,14 +127,14 @@ def section_name(path: str) -> str:
 
 
 def check_rules(rules: Iterable[Rule], sections: Mapping[str, Section]) -> None:
-    """Every rule is about a layer, and layers that run as one stack are quantised alike.
+    """Check that every rule matches a layer, and that the layers of a stack are quantised alike.
 
     Args:
         sections: the section of every dense layer of a model, by path.
 
     Raises:
-        UserError: a rule that matches nothing, with the paths that are most like it; or a layer
-            that would differ from another one of its stack.
+        UserError: a rule matches nothing (the message suggests similar paths); or layers of a
+            stack would differ.
     """
     for rule in rules:
         if not any(map(rule.matches, sections)):
@@ -142,7 +142,7 @@ def check_rules(rules: Iterable[Rule], sections: Mapping[str, Section]) -> None:
             near = difflib.get_close_matches(kind_of(rule.pattern), kinds, _NEAR, cutoff=0.0)
             raise UserError(
                 f"recipe: rule {rule.pattern!r} matches no layer of this model; "
-                f"near it are {', '.join(near)}"
+                f"similar paths are {', '.join(near)}"
             )
     first: dict[str, str] = {}
     for path, section in sections.items():

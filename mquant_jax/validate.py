@@ -1,4 +1,4 @@
-"""Values that come from outside: text, counts, numbers, names and lists, checked in one place."""
+"""Validate user input: text, counts, numbers, names and lists."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mquant_jax.errors import ImageError, UserError
 def path(value: Any, name: str) -> Path:
     """
     Raises:
-        UserError: no text and no path, or one that no file can have.
+        UserError: neither text nor a path, or an impossible path.
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise UserError(f"{name}: expected a path, found {kind(value)}")
     if "\0" in os.fspath(value):
-        raise UserError(f"{name}: {shortened(value)}: no path holds the character NUL")
+        raise UserError(f"{name}: {shortened(value)}: a path cannot contain the character NUL")
     return Path(value)
 
 
@@ -31,7 +31,7 @@ def text(value: Any, name: str) -> str:
     """``value``, if it is a string that can be encoded as UTF-8.
 
     Raises:
-        UserError: another type, or a lone surrogate, which no tokenizer takes.
+        UserError: another type, or a lone surrogate, which tokenizers reject.
     """
     if not isinstance(value, str):
         raise UserError(f"{name}: expected text, found {kind(value)}")
@@ -49,7 +49,7 @@ def count(value: Any, name: str, least: int = 1, most: int | None = None) -> int
     """An integer of Python, NumPy or JAX as an ``int``.
 
     Raises:
-        UserError: no integer (booleans and whole floats are none), or outside ``least..most``.
+        UserError: not an integer (booleans and whole floats are not), or outside ``least..most``.
     """
     wanted = f"expected a whole number, {_range(least, most)}"
     if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
@@ -95,14 +95,14 @@ def choice(value: Any, name: str, known: Sequence[str]) -> str:
 
 
 def listed(items: Any, name: str, what: str, ndim: int) -> list[Any]:
-    """The elements of a sequence (or iterable) of pictures, frames or clips, not yet read.
+    """The elements of a sequence (or iterable) of pictures, frames or clips.
 
     Args:
-        what: the elements' name, for the message.
-        ndim: fewest axes of an array that holds several of them.
+        what: name of the elements, for messages.
+        ndim: minimum number of axes of an array with several elements.
 
     Raises:
-        ImageError: a single picture, path or text, or nothing that has elements.
+        ImageError: a single picture, path or text, or not iterable.
     """
     if isinstance(items, list | tuple):
         return list(items)
@@ -111,13 +111,13 @@ def listed(items: Any, name: str, what: str, ndim: int) -> list[Any]:
     if is_single or getattr(items, "ndim", ndim) < ndim or not isinstance(items, Iterable):
         raise ImageError(
             f"{name}: expected a sequence of {what}, found {kind(items)}; put it in a list, and "
-            "give [] where there is none"
+            "use [] for none"
         )
     return list(items)
 
 
 def kind(value: Any) -> str:
-    """The type of a value, of an array also its shape, for a message."""
+    """The type of a value, and the shape of an array, for messages."""
     shape = getattr(value, "shape", None)
     if shape is None or getattr(value, "dtype", None) is None:
         return type(value).__name__
@@ -125,7 +125,7 @@ def kind(value: Any) -> str:
 
 
 def shortened(value: Any, most: int = 120) -> str:
-    """A path or another text for a message: printable, and cut in the middle where it is long."""
+    """A path or another text for messages: printable, with the middle of long ones omitted."""
     shown = str(value)
     shown = shown if shown.isprintable() else ascii(shown)[1:-1]
     half = most // 2
@@ -133,7 +133,7 @@ def shortened(value: Any, most: int = 120) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """A value for messages, shortened if it is long."""
     try:
         return shortened(repr(value), 80)
     except Exception:  # nested too deeply, an integer of too many digits, or a foreign __repr__

@@ -24,6 +24,7 @@ _QWEN2_VL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unused|>", "<|vis
 TOKENS: dict[str, tuple[tuple[str, ...], int, dict[str, str]]] = {
     "qwen2_vl/public": (_QWEN2_VL, 384, {"eos_token": "<|im_end|>"}),
     "qwen2_5_vl/public": (_QWEN2_VL, 384, {"eos_token": "<|im_end|>"}),
+    "qwen3_vl/public": (_QWEN2_VL, 384, {"eos_token": "<|im_end|>"}),
     "internvl2/public": (
         ("<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<|im_end|>"),
         374, {"eos_token": "<|im_end|>"},

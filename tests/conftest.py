@@ -1,11 +1,15 @@
 """What holds for the whole suite."""
 
 import os
+from pathlib import Path
 
 import jax
 import pytest
 
+import mquant_jax as mq
 from mquant_jax.compile_cache import default_folder
+from mquant_jax.samples import DEMO_ASSETS
+from tests.chat_cases import folder_of
 
 # Most of the time is compiling: thousands of small programs, each run a few times. LLVM's
 # optimisations would double it, and the newer way to write down a fusion adds half as much again
@@ -14,6 +18,10 @@ from mquant_jax.compile_cache import default_folder
 FLAGS = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
+
+
+# Far below 65,530, Linux's default limit: the next file adds more before it is checked again.
+MOST_MAPS = 20_000
 
 
 def pytest_configure(config) -> None:
@@ -42,9 +50,32 @@ def pytest_configure(config) -> None:
         jax.config.update(name, value)
 
 
+@pytest.fixture(scope="session")
+def demo_float(tmp_path_factory) -> Path:
+    """The bundled model, converted to float. Read only: all test files share it."""
+    folder = tmp_path_factory.mktemp("demo_float") / "float"
+    mq.convert(DEMO_ASSETS / "model", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_float(tmp_path_factory) -> Path:
+    """A tiny Qwen2-VL with random weights, whose answers run up to their limit. Read only."""
+    place = tmp_path_factory.mktemp("random_float")
+    mq.convert(folder_of("qwen2_vl/public", place / "src"), place / "dst")
+    return place / "dst"
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """Drop compiled programs after each file: each takes memory maps, of which a process has a
-    limited number, and running out of them crashes the compiler."""
+def _bounded_programs():
+    """Drop compiled programs after a file once they take many memory maps. A process has a limited
+    number of maps, and running out of them crashes the compiler."""
     yield
-    jax.clear_caches()
+    if _memory_maps() > MOST_MAPS:
+        jax.clear_caches()
+
+
+def _memory_maps() -> float:
+    """Memory maps of this process; infinite if the system does not tell."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else float("inf")

@@ -54,7 +54,7 @@ def prefill_and_decode(
         ints(pictures, patches) if position_rows else None,
     )
     row, one = ints(1, tokens), ints(1)
-    positions = ints(len(model.language.cfg.rope_sections), 1, tokens)
+    positions = ints(model.language.cfg.position_streams, 1, tokens)
     batch = Batch(row, row, positions, row, row, vision, slots)
     cache = jax.eval_shape(lambda m: m.language.init_cache(1, tokens + 32), model)
     logits, cache = jax.eval_shape(lambda m, b, c: m.prefill(b, c), model, batch, cache)

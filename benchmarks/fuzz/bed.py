@@ -31,7 +31,7 @@ CHECKPOINTS = ("float", "w4a8", "v2")
 CONFIGS = (
     "cogvlm2/public", "glm4v/public", "internvl/public", "internvl2/public_qwen2", "llama/public",
     "minicpmv2_6/quirk_zero_token", "qwen2/public", "qwen2_5_vl/public",
-    "qwen2_vl/public_video", "qwen_vl/public",
+    "qwen2_vl/public_video", "qwen3_vl/public", "qwen_vl/public",
 )  # fmt: skip
 _DYNAMIC = Section(4, None, "dynamic")
 W4A8 = Recipe("w4a8-dynamic", vision=_DYNAMIC, connector=_DYNAMIC, language=_DYNAMIC,
@@ -55,6 +55,7 @@ _TOKENIZERS = {
         "<|vision_pad|> <|image_pad|> <|video_pad|>",
     ),
 }  # fmt: skip
+_TOKENIZERS["qwen3_vl"] = ("qwen3_vl/public", *_TOKENIZERS["qwen2_vl"][1:])
 PROCESSORS = (*_TOKENIZERS, "glm4v", "qwen_vl", "bpe", "sentencepiece")
 
 

@@ -46,8 +46,8 @@ _TOP = common(
         "pad_token_id": token(),
         "vision_config": table(),
     },
-    rope_scaling=Refused(reason="CogVLM2 scales no positions; remove it"),
-    rope_theta=Refused((_BASE, int(_BASE)), "CogVLM2 has 500000 in its code; remove it"),
+    rope_scaling=Refused(reason="CogVLM2 does not scale positions; remove it"),
+    rope_theta=Refused((_BASE, int(_BASE)), "CogVLM2's code sets it to 500000; remove it"),
 )
 
 
@@ -56,8 +56,8 @@ class CogVLM2Config:
     """Vision module and decoder with a visual expert.
 
     Attributes:
-        placeholder: token that stands for a picture's vectors, and for padding.
-        template: how a prompt is written, one of :data:`TEMPLATES`.
+        placeholder: token id for a picture's vectors, and for padding.
+        template: prompt template, one of :data:`TEMPLATES`.
     """
 
     vision: EVA2Config
@@ -70,7 +70,7 @@ class CogVLM2Config:
         """Read a config.json.
 
         Raises:
-            UserError: a key is missing, or asks for something that is not supported.
+            UserError: a key is missing or not supported.
         """
         tables = read_tables(config_tables(hf))
         top, language = tables[""], _decoder(tables[""])
@@ -92,8 +92,8 @@ def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
     )  # fmt: skip
     if hidden % (2 * count) or count % kv:
         raise UserError(
-            f"{FILE}: width {hidden}, {count} heads and {kv} key heads are impossible: key "
-            "heads share the heads evenly, and heads of even width the model's width"
+            f"{FILE}: width {hidden}, {count} heads and {kv} key heads do not fit: key heads "
+            "must divide the heads, and heads the width into even widths"
         )
     head_dim = hidden // count
     return DecoderConfig(
@@ -106,7 +106,7 @@ def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
         vocab_size=hf["vocab_size"],
         norm_eps=hf["rms_norm_eps"],
         rope_theta=_BASE,
-        rope_sections=(head_dim // 2,),
+        rope_streams=(0,) * (head_dim // 2),
         max_positions=hf["max_position_embeddings"],
         qkv_bias=False,
         tied_head=hf["tie_word_embeddings"],

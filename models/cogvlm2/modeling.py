@@ -7,7 +7,7 @@ from mquant_jax.models.eva2 import EVA2Vision
 
 
 class CogVLM2(VLM):
-    """CogVLM2 of any size, float or quantised as ``recipe`` says.
+    """CogVLM2 of any size, float or quantised by ``recipe``.
 
     The last vector of a run of pictures belongs to the language expert, the others to the visual
     expert, according to their ``token_class``.

@@ -18,7 +18,7 @@ TEXT_TYPE, VISUAL_TYPE, PADDING = 0, 1, -1
 
 
 def _shifted(values: np.ndarray, by: int) -> np.ndarray:
-    """Shift each row's values one place forward (``by`` 1) or back (-1), filling with text."""
+    """Shift each row's values one column right (``by`` 1) or left (-1), filling with text."""
     out = np.full_like(values, TEXT_TYPE)
     if by > 0:
         out[:, 1:] = values[:, :-1]
@@ -47,15 +47,15 @@ def positions(types: np.ndarray) -> np.ndarray:
 
 
 def collate(config: CogVLM2Config, prompts: Sequence[Prompt], pad_to: int | None = None) -> Batch:
-    """Left-pad prompts to one length and pack their pictures, each row as if it stood alone.
+    """Left-pad prompts to one length and pack their pictures, each row independently.
 
     Raises:
-        PromptError: ids that the model does not know, placeholders and pictures that differ, or a
+        PromptError: ids outside the vocabulary, placeholders that do not match the pictures, or a
             picture of another size.
     """
     batch = collate_eva2(config, prompts, config.placeholder, pad_to)
     types = _types(batch)
-    # Treat padding as text, so that a picture may come first; it takes no positions.
+    # Padding counts as text, so that a picture may come first, but takes no positions.
     places = positions(np.maximum(types, TEXT_TYPE))
     start = np.take_along_axis(places, np.argmax(types >= 0, axis=1)[:, None], axis=1)
     return _routed(batch, np.maximum(places - start, 0))

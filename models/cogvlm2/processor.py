@@ -1,4 +1,4 @@
-"""CogVLM2: files, chat messages and a picture in; token ids and patches out.
+"""CogVLM2: turn files, chat messages and a picture into token ids and patches.
 
 Nothing here touches the network or runs code from the folder.
 """
@@ -21,7 +21,7 @@ _ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
 
 
 class CogVLM2Processor(OnePictureChat):
-    """From a picture and text to a ``Batch``, and from tokens back to text.
+    """Turns a picture and text into a ``Batch``, and tokens into text.
 
     Args:
         folder: holds tokenizer.json, and as published tokenizer_config.json and
@@ -29,41 +29,42 @@ class CogVLM2Processor(OnePictureChat):
         config: the model's config.
 
     Raises:
-        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+        UserError: a file is missing or unreadable, or the tokenizer belongs to another model.
     """
 
     config: CogVLM2Config
 
     @functools.cached_property
     def tokenizer(self):
-        """The folder's tokenizer, which must have a token that begins a text."""
+        """The folder's tokenizer, which must have a bos_token."""
         tokenizer = super().tokenizer
         if tokenizer.bos_token_id is None:
-            raise UserError(f"{self.folder / 'tokenizer_config.json'}: names no bos_token; "
-                            "the tokenizer is of another model")  # fmt: skip
+            raise UserError(f"{self.folder / 'tokenizer_config.json'}: no bos_token; "
+                            "the tokenizer belongs to another model")  # fmt: skip
         return tokenizer
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
-        """A whole conversation, answered next by the assistant.
+        """A conversation, to be continued by the assistant.
 
         Args:
-            messages: ``{"role": ..., "content": text or parts}``, of ``user`` and ``assistant`` by
-                turns; a part is ``{"type": "text", "text": ...}`` or ``{"type": "image"}``. The
-                picture stands in front of the whole conversation, wherever its part is.
+            messages: ``{"role": ..., "content": text or parts}``, alternating between ``user`` and
+                ``assistant``; a part is ``{"type": "text", "text": ...}`` or
+                ``{"type": "image"}``. The picture comes before the whole conversation, wherever
+                its part is.
             images: the picture, if a message has one.
 
         Raises:
-            UserError: pictures and places differ in number; several pictures, or videos, which
-                the model does not take; a picture that cannot be read; a malformed message.
+            UserError: the number of pictures differs from that of placeholders; several
+                pictures, or videos; a picture cannot be read; a malformed message.
         """
         chat, images = self.checked(messages, images, videos)
         for i, message in enumerate(chat):
             wanted = ("user", "assistant")[i % 2]
             if message["role"] != wanted:
                 raise UserError(f"message {i}: role {message['role']!r}, expected {wanted!r}: "
-                                "this model knows turns of these two only")  # fmt: skip
+                                "turns must alternate, without other roles")  # fmt: skip
         if len(chat) % 2 == 0:
             raise UserError("the conversation must end with a message of role 'user'")
         ids = [self.tokenizer.bos_token_id]
@@ -73,8 +74,8 @@ class CogVLM2Processor(OnePictureChat):
         return self.made(ids, *pixels_of(self.config.vision, images))
 
     def chat(self, messages: Sequence[Message]) -> Prompt:
-        """As :class:`ChatFolder` has it. The model knows no system message: the text of one begins
-        the first question, on a line of its own."""
+        """See :class:`ChatFolder`. The model has no system role: a system message becomes the first
+        line of the first question."""
         return super().chat(_without_system(messages))
 
     def collate(self, prompts: Sequence[Prompt], *, pad_to: int | None = None) -> Batch:
@@ -83,7 +84,7 @@ class CogVLM2Processor(OnePictureChat):
 
 
 def _without_system(messages: Any) -> Any:
-    """A conversation whose first question begins with what the system message says."""
+    """The conversation with its system message moved to the start of the first question."""
     if not isinstance(messages, list | tuple) or len(messages) < 2:
         return messages
     system, question = _parts(messages[0], "system"), _parts(messages[1], "user")
@@ -94,7 +95,7 @@ def _without_system(messages: Any) -> Any:
 
 
 def _parts(message: Any, role: str) -> list[Any] | None:
-    """The content of a well-formed message of this role as a list."""
+    """The content of a message of this role as a list; ``None`` if it is malformed."""
     if not isinstance(message, Mapping) or message.get("role") != role:
         return None
     content = message.get("content")
@@ -107,8 +108,8 @@ def render(texts: Sequence[str], template: str) -> str:
     """The published prompt of a conversation.
 
     Args:
-        texts: questions and answers by turns, a question last.
-        template: ``chat``, ``vqa``, or ``base``: the last question as it is.
+        texts: alternating questions and answers, ending with a question.
+        template: ``chat``, ``vqa``, or ``base`` (only the last question, unchanged).
     """
     if template == "base":
         return texts[-1]

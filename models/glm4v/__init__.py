@@ -1,4 +1,4 @@
-"""The GLM-4V family: GLM-4V-9B, and GLM-4, its language model alone."""
+"""The GLM-4V family: GLM-4V-9B, and GLM-4, its text-only model."""
 
 from __future__ import annotations
 

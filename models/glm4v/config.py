@@ -55,7 +55,7 @@ _TOP = common(
     original_rope=Refused((True,)),
     post_layer_norm=Refused((True,)),
     pre_seq_len=Refused(reason="prefix tuning is not supported"),
-    quantization_bit=Refused((0,), "quantised weights are not supported; take the float model"),
+    quantization_bit=Refused((0,), "quantised weights are not supported; use the float model"),
     rmsnorm=Refused((True,)),
     rope_scaling=Refused(reason="GLM-4 scales by rope_ratio; remove it"),
 )
@@ -64,11 +64,11 @@ _VISION = VISION | common({"scaling_factor": real(REQUIRED, 0.0, 1e6, above=True
 
 @dataclasses.dataclass(frozen=True)
 class GLM4VConfig:
-    """Decoder, and a vision module in front of it.
+    """Decoder and vision module.
 
     Attributes:
-        vision: ``None`` in GLM-4, the language model alone.
-        boi, eoi: tokens around a picture's placeholder; ``None`` likewise.
+        vision: ``None`` for GLM-4, the text-only model.
+        boi, eoi: tokens around a picture's placeholder; ``None`` for GLM-4.
     """
 
     language: DecoderConfig
@@ -81,10 +81,10 @@ class GLM4VConfig:
         """The vision module's config.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the model is text-only.
         """
         if self.vision is None:
-            raise ValueError("this is a language model without a vision part")
+            raise ValueError("this is a text-only model")
         return self.vision
 
     @classmethod
@@ -92,8 +92,7 @@ class GLM4VConfig:
         """Read a config.json.
 
         Raises:
-            UserError: a key is missing, has an impossible value, or asks for something that is not
-                supported.
+            UserError: a key is missing, has an invalid value, or is not supported.
         """
         tables = read_tables(config_tables(hf))
         top, language = tables[""], _decoder(tables[""])
@@ -109,7 +108,7 @@ class GLM4VConfig:
 
 
 def config_tables(hf: dict[str, Any]) -> Tables:
-    """The tables of a config.json; GLM-4 alone has none for pictures."""
+    """The tables of a config.json; GLM-4 has none for pictures."""
     vision = hf.get("vision_config")
     tables = {"": (_TOP, hf)}
     return tables | ({"vision_config": (_VISION, vision)} if vision else {})
@@ -120,7 +119,7 @@ def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
     kv = hf["multi_query_group_num"] if hf["multi_query_attention"] else count
     check_groups(FILE, count, kv)
     if head_dim % 4:
-        raise UserError(f"{FILE}: kv_channels {head_dim} is no multiple of 4: "
+        raise UserError(f"{FILE}: kv_channels {head_dim} is not a multiple of 4: "
                         "a quarter of a head is rotary pairs")  # fmt: skip
     return DecoderConfig(
         hidden_size=hf["hidden_size"],
@@ -132,7 +131,7 @@ def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
         vocab_size=hf["padded_vocab_size"],
         norm_eps=hf["layernorm_epsilon"],
         rope_theta=_BASE * hf["rope_ratio"],
-        rope_sections=(head_dim // 4,),  # the first half of a head is rotated
+        rope_streams=(0,) * (head_dim // 4),  # the first half of a head is rotated
         max_positions=hf["seq_length"],
         qkv_bias=hf["add_qkv_bias"],
         tied_head=hf["tie_word_embeddings"],

@@ -7,10 +7,10 @@ from mquant_jax.models.eva2 import EVA2Vision
 
 
 class GLM4V(VLM):
-    """GLM-4V of any size, float or quantised as ``recipe`` says."""
+    """GLM-4V of any size, float or quantised by ``recipe``."""
 
     VISION = EVA2Vision
 
 
 class GLM4(VLM):
-    """GLM-4, the language model alone."""
+    """GLM-4, the text-only model."""

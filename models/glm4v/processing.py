@@ -25,7 +25,7 @@ def collate(
     A picture takes three positions: its first vector, all its patches together, its last.
 
     Raises:
-        PromptError: ids that the model does not know, placeholders and pictures that differ, or a
+        PromptError: ids outside the vocabulary, placeholders that do not match the pictures, or a
             picture of another size.
     """
     batch = collate_eva2(config, prompts, pad_id, pad_to)
@@ -50,7 +50,7 @@ def expand(config: GLM4VConfig, ids: Sequence[int]) -> list[int]:
         return ids
     begin, end = ids.index(boi), ids.index(eoi)
     if end - begin != PICTURE - 1:
-        raise ValueError(f"begin and end of the picture stand {end - begin} tokens apart, not 2")
+        raise ValueError(f"begin and end of the picture are {end - begin} tokens apart, not 2")
     return [*ids[:begin], *[VISUAL] * config.tower.tokens, *ids[end + 1 :]]
 
 
@@ -63,7 +63,7 @@ def reference_prompts(config: GLM4VConfig, inputs: dict[str, Any]) -> Iterator[P
             raise ValueError(f"pictures of {pixels.shape[2:]} pixels, not of {c.image_size}")
         pictures = patchify(pixels, c.patch_size)
         if len(pictures) != len(inputs["input_ids"]):
-            raise ValueError("pixel_values must hold one picture per row")
+            raise ValueError("pixel_values must have one picture per row")
     rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     for i, (ids, mask) in enumerate(rows):
         ids = ids[mask == 1].tolist()

@@ -1,4 +1,4 @@
-"""GLM-4V: files, chat messages and a picture in; token ids and patches out.
+"""GLM-4V: turn files, chat messages and a picture into token ids and patches.
 
 Nothing here touches the network or runs code from the folder.
 """
@@ -21,7 +21,7 @@ from mquant_jax.models.glm4v.processing import collate
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
 from mquant_jax.validate import text as checked_text
 
-# What a word is to the tokenizer; in the published code, and in no file.
+# The tokenizer's word pattern, which only the published code has.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,7 +29,7 @@ PATTERN = (
 ROLES = ("system", "user", "assistant", "observation")
 BOI, EOI, END = "<|begin_of_image|>", "<|end_of_image|>", "<|endoftext|>"
 _PREFIX = ("[gMASK]", "<sop>")
-# Special tokens in the order of their ids, behind the ordinary ones, where no file tells them.
+# Special tokens in the order of their ids, after the ordinary ones, if no file lists them.
 _SPECIAL = (
     END, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *(f"<|{role}|>" for role in ROLES),
     BOI, EOI, "<|begin_of_video|>", "<|end_of_video|>",
@@ -37,7 +37,7 @@ _SPECIAL = (
 
 
 class GLM4VProcessor(OnePictureChat):
-    """From a picture and text to a ``Batch``, and from tokens back to text.
+    """Turns a picture and text into a ``Batch``, and tokens into text.
 
     Args:
         folder: holds tokenizer.model (tiktoken) or tokenizer.json, and as published
@@ -45,16 +45,16 @@ class GLM4VProcessor(OnePictureChat):
         config: the model's config.
 
     Raises:
-        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+        UserError: a file is missing or unreadable, or the tokenizer belongs to another model.
     """
 
     config: GLM4VConfig
     ROLES = ROLES
-    SPELLED = False  # a text cannot end its turn
+    SPELLED = False  # so that a text cannot end its turn
 
     @functools.cached_property
     def tokenizer(self):
-        """The folder's tokenizer, its special tokens checked."""
+        """The folder's tokenizer, with its special tokens checked."""
         if is_file(self.folder / "tokenizer.json"):
             tokenizer = super().tokenizer
         else:
@@ -74,28 +74,28 @@ class GLM4VProcessor(OnePictureChat):
         for token in (*needed, *wanted):
             if token not in known:
                 raise UserError(f"{self.folder}: the tokenizer has no token {token}; "
-                                "it is of another model")  # fmt: skip
+                                "it belongs to another model")  # fmt: skip
         for token, i in wanted.items():
             if known[token] != i:
                 raise UserError(f"{self.folder}: {token} is token {known[token]}, "
-                                f"config.json says {i}")  # fmt: skip
+                                f"config.json has {i}")  # fmt: skip
         return tokenizer
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
-        """A whole conversation, answered next by the assistant.
+        """A conversation, to be continued by the assistant.
 
         Args:
-            messages: ``{"role": ..., "content": text or parts}``, with a ``"metadata"`` text if
-                the role has any; a part is ``{"type": "text", "text": ...}`` or
-                ``{"type": "image"}``. A message's picture stands in front of its text, wherever
-                its part is. Messages of nothing are left out.
+            messages: ``{"role": ..., "content": text or parts}``, with an optional ``"metadata"``
+                text after the role; a part is ``{"type": "text", "text": ...}`` or
+                ``{"type": "image"}``. A message's picture comes before its text, wherever its
+                part is. Empty messages are skipped.
             images: the picture, if a message has one.
 
         Raises:
-            UserError: pictures and places differ in number; several pictures, or videos, which
-                the model does not take; a picture that cannot be read; a malformed message.
+            UserError: the number of pictures differs from that of placeholders; several
+                pictures, or videos; a picture cannot be read; a malformed message.
         """
         messages = list(messages) if isinstance(messages, Iterable) else messages
         chat, images = self.checked(messages, images, videos)
@@ -103,12 +103,12 @@ class GLM4VProcessor(OnePictureChat):
         ids = token(list(_PREFIX))
         for i, (message, given) in enumerate(zip(chat, messages, strict=True)):
             if given.get("tools"):
-                raise UserError(f"message {i}: tools are not supported; say them in the text")
+                raise UserError(f"message {i}: tools are not supported; describe them in the text")
             text = text_of(message)
             picture = any(p["type"] == "image" for p in message["content"])
             if not text and not picture:
                 continue
-            # Each piece is encoded on its own: a text's first line break joins no other.
+            # Pieces are encoded separately, so that a text's first line break stays separate.
             metadata = checked_text(given.get("metadata", ""), f"message {i}: metadata")
             ids += [token(f"<|{message['role']}|>"), *self.rendered_ids(f"{metadata}\n")]
             ids += [VISUAL] * self.config.tower.tokens if picture else []

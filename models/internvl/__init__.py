@@ -1,4 +1,4 @@
-"""The InternVL family: InternVL2 to 3.5, as OpenGVLab publishes them and as transformers does."""
+"""The InternVL family: InternVL2 to 3.5, in OpenGVLab's and in transformers' format."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Refused, Schema, choice, flag, real, square, table, text, whole
 from mquant_jax.validate import shown
@@ -112,25 +113,25 @@ _NATIVE_VISION = common(
         "attention_bias": flag(False),
     },
     "layer_scale_init_value projection_dropout use_mask_token",
-    use_mean_pooling=Refused((True,), "a norm behind the tower is not supported"),
+    use_mean_pooling=Refused((True,), "a norm after the tower is not supported"),
     use_absolute_position_embeddings=Refused((True,)),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class InternVLConfig:
-    """Vision tower, decoder, and how pictures get from one to the other.
+    """Vision tower, decoder and the tiling of pictures.
 
     Attributes:
-        layout: whose tensor names the checkpoint has: ``internvl_chat`` or ``internvl``.
-        language_names: the decoder's names are those of ``internlm2``, or of ``llama`` and most.
-        tile_size: side in pixels of the squares that a picture is cut into.
+        layout: layout of config and tensor names: ``internvl_chat`` or ``internvl``.
+        language_names: naming scheme of the decoder's tensors: ``internlm2`` or ``llama``.
+        tile_size: side of a tile in pixels.
         merge: side of the square of patches that becomes one token (pixel shuffle).
-        transposed: tokens run column by column (``ps_version`` v1).
+        transposed: whether tokens are in column-major order (``ps_version`` v1).
         min_tiles, max_tiles: tiles of a picture, without the thumbnail.
-        thumbnail: the whole picture follows the tiles, if there is more than one.
+        thumbnail: whether the whole picture follows the tiles, if there are several.
         template: name of the published prompt template; "" in the native layout.
-        image_token_id: the placeholder; ``None`` where only the tokenizer knows it.
+        image_token_id: the placeholder; ``None`` if only the tokenizer has it.
     """
 
     vision: ViTConfig
@@ -157,7 +158,7 @@ class InternVLConfig:
         """Read a config.json in either layout.
 
         Raises:
-            UserError: a key has an impossible value, or asks for something that is not supported.
+            UserError: a key has an invalid value, or is not supported.
         """
         chat = hf.get("model_type") == CHAT
         return cls(**(_chat if chat else _native)(hf))
@@ -244,7 +245,7 @@ def _native(hf: dict[str, Any]) -> dict[str, Any]:
         "tile_size": vision["image_size"],
         "merge": _merge(top["downsample_ratio"], vision["image_size"], vision["patch_size"]),
         "transposed": False,
-        "min_tiles": 1,  # preprocessor_config.json says how a picture is cut
+        "min_tiles": 1,  # preprocessor_config.json has the tiling
         "max_tiles": 12,
         "thumbnail": True,
         "template": "",
@@ -263,7 +264,7 @@ def _tower(vision: Mapping[str, Any], **rest: Any) -> ViTConfig:
         patch_dim=vision["num_channels"] * patch * patch,
         activation=vision["hidden_act"],
         norm_eps=vision["layer_norm_eps"],
-        position_grid=check_grid(where, vision["image_size"], patch),
+        positions=PositionTable(check_grid(where, vision["image_size"], patch)),
         class_token=True,
         layer_scale=True,
         patch_bias=True,
@@ -293,6 +294,6 @@ def _merge(ratio: float, tile: int, patch: int) -> int:
     if merge < 1 or abs(merge * ratio - 1) > 1e-6 or tile % (patch * merge):
         raise UserError(
             f"{FILE}: tiles of {tile} pixels, patches of {patch} and downsample_ratio {ratio} "
-            "do not fit each other: tokens must be squares of whole patches"
+            "do not fit: tokens must be squares of whole patches"
         )
     return merge

@@ -21,10 +21,10 @@ NORM_EPS = 1e-5  # not in the config: the default of the reference's LayerNorm
 
 
 def pixel_shuffle(x: jax.Array, merge: int, transposed: bool = False) -> jax.Array:
-    """Squares of ``merge x merge`` patches side by side: ``[N, P, d]`` -> ``[N, P/m^2, m^2 d]``.
+    """Concatenate squares of ``merge x merge`` patches: ``[N, P, d]`` -> ``[N, P/m^2, m^2 d]``.
 
-    Patches of a square picture in row-major order; within a token the upper row of patches comes
-    first. Tokens run row by row, or column by column (``transposed``).
+    Patches are those of a square picture in row-major order, also within a token. Tokens are in
+    row-major order, or column-major if ``transposed``.
     """
     n, p, d = x.shape
     side = isqrt(p) // merge
@@ -34,7 +34,7 @@ def pixel_shuffle(x: jax.Array, merge: int, transposed: bool = False) -> jax.Arr
 
 
 class Projector(nnx.Module):
-    """Pixel shuffle, LayerNorm over the patches of a token together, then a two-layer MLP."""
+    """Pixel shuffle, LayerNorm over all patches of a token, then a two-layer MLP."""
 
     POINTS: ClassVar[Points] = {"merger_in": ("fc1",), "merger_hidden": ("fc2",)}
 
@@ -67,13 +67,13 @@ class InternVLVision(ViT):
         return patches // self.merger.merge**2
 
     def flow(self, vision: VisionInput) -> Flow[jax.Array]:
-        """Tiles -> visual tokens ``[N, P/merge^2, hidden]``; the class token is left behind."""
+        """Tiles -> visual tokens ``[N, P/merge^2, hidden]``; the class token is dropped."""
         x = (yield from self.features(vision))[:, 1:]
         classes = vision.token_class[:, :: self.merger.merge**2]  # a tile is valid as a whole
         return (yield ModuleCall("vision/merger", self.merger, x, classes))
 
 
 class InternVL(VLM):
-    """InternVL of any size, float or quantised as ``recipe`` says."""
+    """InternVL of any size, float or quantised by ``recipe``."""
 
     VISION = InternVLVision

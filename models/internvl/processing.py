@@ -25,10 +25,10 @@ def collate(
 ) -> Batch:
     """Left-pad prompts to one length and pack all their tiles.
 
-    A grid ``(t, h, w)`` of a prompt is a picture of ``t`` tiles, the thumbnail among them.
+    A grid ``(t, h, w)`` of a prompt is a picture of ``t`` tiles, including the thumbnail.
 
     Raises:
-        PromptError: ids that the model does not know, placeholders and tiles that differ, or tiles
+        PromptError: ids outside the vocabulary, placeholders that do not match the tiles, or tiles
             of several sizes.
     """
     check_prompts(prompts, config.language.vocab_size)
@@ -47,7 +47,7 @@ def collate(
     index = batch.visual_index.copy()
     index[visual] = np.arange(
         np.count_nonzero(visual)
-    )  # tiles come in the order of their placeholders
+    )  # tiles are in the order of their placeholders
     return dataclasses.replace(
         batch,
         token_class=np.where(visual, 1, batch.token_class).astype(np.int32),
@@ -68,7 +68,7 @@ def reference_prompts(inputs: dict[str, Any], config: InternVLConfig) -> tuple[l
     if "img_context_token_id" in inputs:
         token = int(inputs["img_context_token_id"][0])
     if token is None:
-        raise KeyError("img_context_token_id (config.json does not tell it either)")
+        raise KeyError("img_context_token_id (missing in config.json, too)")
     patches = patchify(inputs["pixel_values"], config.patch_size)
     side = inputs["pixel_values"].shape[-1] // config.patch_size
     prompts, first = [], 0
@@ -92,7 +92,7 @@ def reference_batch(config: InternVLConfig, inputs: dict[str, np.ndarray]) -> Ba
 def example_prompt(config: InternVLConfig, text_tokens: int, side: int) -> Prompt:
     """Return arbitrary tokens and one noise picture, for measurements.
 
-    ``side`` pixels are cut into the nearest number of tiles, without a thumbnail; 0: no picture.
+    ``side`` pixels are rounded to a number of tiles, without a thumbnail; 0: no picture.
     """
     rng = np.random.default_rng(0)
     token = placeholder(config)

@@ -1,4 +1,4 @@
-"""InternVL: files, chat messages and pictures in; token ids and patches out.
+"""InternVL: turn files, chat messages and pictures into token ids and patches.
 
 Nothing here touches the network or runs code from the folder.
 """
@@ -35,8 +35,8 @@ _V2_5 = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
     "多模态大语言模型。"
 )
-# Published prompt templates: the system's message, and what ends a turn. "" is the native layout's
-# own, for folders that carry no chat template.
+# Published prompt templates: system message, and end of a turn. "" is that of the native layout,
+# for folders without a chat template.
 _TEMPLATES = {
     "internlm2-chat": (_V2, _STOP),
     "Hermes-2": (_V2, _STOP),
@@ -58,15 +58,15 @@ _SETTINGS = Schema(
 
 
 class InternVLProcessor(ChatFolder):
-    """From pictures and text to a ``Batch``, and from tokens back to text.
+    """Turns pictures and text into a ``Batch``, and tokens into text.
 
     Args:
-        folder: holds tokenizer.json; in the native layout preprocessor_config.json, and as
-            published tokenizer_config.json, generation_config.json and the chat template.
+        folder: has tokenizer.json, in the native layout preprocessor_config.json, and optionally
+            tokenizer_config.json, generation_config.json and a chat template.
         config: the model's config.
 
     Raises:
-        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+        UserError: a file is missing or unreadable, or the tokenizer belongs to another model.
     """
 
     config: InternVLConfig
@@ -74,16 +74,16 @@ class InternVLProcessor(ChatFolder):
 
     @functools.cached_property
     def tokenizer(self):
-        """The folder's tokenizer, its special tokens checked."""
+        """The folder's tokenizer, with its special tokens checked."""
         tokenizer = super().tokenizer
         known = tokenizer.get_vocab()
         where = self.folder / "tokenizer.json"
         missing = [token for token in (START, CONTEXT, END) if token not in known]
         if missing:
-            raise UserError(f"{where}: no token {missing[0]}; it is of another model")
+            raise UserError(f"{where}: no token {missing[0]}; it belongs to another model")
         wanted, found = self.config.image_token_id, known[CONTEXT]
         if wanted not in (None, found):
-            raise UserError(f"{where}: {CONTEXT} is token {found}, config.json says {wanted}")
+            raise UserError(f"{where}: {CONTEXT} is token {found}, config.json has {wanted}")
         return tokenizer
 
     @property
@@ -93,18 +93,18 @@ class InternVLProcessor(ChatFolder):
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer; the published layout stops at its template's alone."""
+        """Tokens that end an answer; in the published layout only that of its template."""
         stop = self.tokenizer.get_vocab().get(_STOP)
         return (stop,) if self.config.layout == CHAT and stop is not None else super().stop_ids
 
     @functools.cached_property
     def tiling(self) -> Tiling:
-        """How pictures are cut: as config.json says, or preprocessor_config.json (native).
+        """The tiling, from config.json or (native layout) preprocessor_config.json.
 
-        transformers cuts pictures into tiles whatever the file says of ``crop_to_patches``.
+        transformers tiles pictures whatever the value of ``crop_to_patches``.
 
         Raises:
-            UserError: tiles that the model's patches do not fill.
+            UserError: the tile size is not a multiple of the model's patches.
         """
         c = self.config
         if c.layout == CHAT:
@@ -129,7 +129,7 @@ class InternVLProcessor(ChatFolder):
         )
 
     def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
-        """Pictures stand in front of the text, or where it says ``<image>`` or ``<video>``."""
+        """Pictures come before the text, or where it has ``<image>`` or ``<video>``."""
         text, given = _inline(text), (("image", images), ("video", videos))
         content = [{"type": kind} for kind, some in given if MARKS[kind] not in text for _ in some]
         return [*content, {"type": "text", "text": text}]
@@ -137,16 +137,16 @@ class InternVLProcessor(ChatFolder):
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
-        """A whole conversation, answered next by the assistant.
+        """A conversation, to be continued by the assistant.
 
         Args:
             messages: ``{"role": ..., "content": text or parts}``; a part is ``{"type": "text",
-                "text": ...}``, ``{"type": "image"}`` or ``{"type": "video"}``. A text may say
-                ``<image>`` or ``<video>`` itself.
+                "text": ...}``, ``{"type": "image"}`` or ``{"type": "video"}``. A text may contain
+                ``<image>`` or ``<video>``.
             images, videos: in the order of their parts and placeholders.
 
         Raises:
-            UserError: pictures and places differ in number (both are named); a picture that
+            UserError: the number of pictures differs from that of placeholders; a picture
                 cannot be read; a malformed message.
         """
         chat, images, videos = self.conversation(messages, images, videos)
@@ -171,7 +171,7 @@ class InternVLProcessor(ChatFolder):
         return render_published(chat, self.config.template)
 
     def _expand(self, text: str, pictures: Mapping[str, Iterator[Any]]) -> Prompt:
-        """Marks become a placeholder per visual token, between the tags."""
+        """Replace marks by one placeholder per visual token, between tags."""
         tiling, tiles = self.tiling, list[tuple[str, Any]]()
 
         def place(match: re.Match[str]) -> str:
@@ -210,19 +210,19 @@ class InternVLProcessor(ChatFolder):
 
 
 def _inline(text: str) -> str:
-    """A text with its ``<image>`` as the mark that a chat template writes."""
+    """Replace ``<image>`` in a text by the mark that a chat template writes."""
     return text.replace("<image>", CONTEXT)
 
 
 def render_published(chat: Sequence[Message], template: str) -> str:
-    """A chat in one of the templates that InternVL was released with.
+    """Render a chat with one of InternVL's published templates.
 
     Args:
         chat: messages whose content is a list of parts.
-        template: as config.json names it; "" for ChatML without a system message.
+        template: its name in config.json; "" for ChatML without a system message.
 
     Raises:
-        UserError: a template that is not known.
+        UserError: an unknown template.
     """
     if template not in _TEMPLATES:
         known = ", ".join(t for t in _TEMPLATES if t)

@@ -12,13 +12,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How pictures are cut.
+    """How pictures are cut into tiles.
 
     Attributes:
         size: side of a tile in pixels.
         least, most: number of tiles of a picture, not counting the thumbnail.
         thumbnail: whether the whole picture follows its tiles, if there are several.
-        mean, std: of the colours, for values between 0 and 1.
+        mean, std: colour normalisation, for values between 0 and 1.
     """
 
     size: int
@@ -31,7 +31,7 @@ class Tiling:
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Return columns and rows of tiles: the aspect ratio nearest to the picture's.
 
-        Of equally near ones, a larger one is taken if the picture has more than half of its pixels.
+        Of equally near ones, a larger one is chosen if the picture has more than half its pixels.
         """
         shapes = [
             (cols, rows)

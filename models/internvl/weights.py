@@ -32,7 +32,7 @@ def canonical_name(name: str) -> str:
 
 
 def ignored(name: str) -> bool:
-    """Tables that older checkpoints store and that are computed here."""
+    """Whether a tensor is unused: tables in older checkpoints that are computed here."""
     return name.endswith("rotary_emb.inv_freq")
 
 

@@ -1,4 +1,4 @@
-"""Language models without pictures: Llama and Qwen2 (the latter differs by its biases)."""
+"""Text-only models: Llama and Qwen2 (which differs by its biases)."""
 
 from __future__ import annotations
 

@@ -12,16 +12,16 @@ from mquant_jax.nn.decoder_block import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """A decoder and nothing else."""
+    """A decoder without a vision tower."""
 
     language: DecoderConfig
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> LlamaConfig:
-        """Read a config.json, of the hub or as transformers 5 writes it.
+        """Read a config.json, from the hub or written by transformers 5.
 
         Raises:
-            UserError: a key has an impossible value, or asks for something that is not supported.
+            UserError: a key has an invalid value, or is not supported.
         """
         return cls(decoder_config(read_tables(config_tables(hf))[""], hf["model_type"], FILE))
 

@@ -6,8 +6,8 @@ from mquant_jax.models.base import VLM
 
 
 class Llama(VLM):
-    """A Llama or Qwen2 of any size, float or quantised as ``recipe`` says.
+    """A Llama or Qwen2 of any size, float or quantised by ``recipe``.
 
-    Its scale tables have the token classes of all models, so that one pipeline serves all; only the
-    text entries are read.
+    Its scale tables have the token classes of all models, so that the same pipeline applies; only
+    the text entries are used.
     """

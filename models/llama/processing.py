@@ -18,7 +18,7 @@ def batch_of(
     """Left-pad prompts to one length.
 
     Raises:
-        PromptError: ids that the model does not know.
+        PromptError: ids outside the vocabulary.
     """
     check_prompts(prompts, config.language.vocab_size)
     return collate(prompts, pad_id, pad_to)
@@ -31,7 +31,7 @@ def reference_prompts(inputs: dict[str, np.ndarray]) -> list[Prompt]:
 
 
 def reference_batch(config: LlamaConfig, inputs: dict[str, np.ndarray]) -> Batch:
-    """A golden's inputs as one batch of the same padded length."""
+    """A golden's inputs as one batch of equal padded length."""
     return batch_of(config, reference_prompts(inputs), pad_to=inputs["input_ids"].shape[1])
 
 

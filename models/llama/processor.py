@@ -1,4 +1,4 @@
-"""Llama and Qwen2: chat messages in, token ids out."""
+"""Llama and Qwen2: turn chat messages into token ids."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mquant_jax.validate import text as checked_text
 
 
 class LlamaProcessor(ChatFolder):
-    """From text to a ``Batch``, and from tokens back to text; see :class:`ChatFolder`."""
+    """Turns text into a ``Batch``, and tokens into text; see :class:`ChatFolder`."""
 
     config: LlamaConfig
 
     def prompt(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Prompt:
-        """One user turn in the chat template; the bare text for a model that has none.
+        """One user turn in the chat template; the plain text for a model without one.
 
         Raises:
-            UserError: pictures were given, or as :meth:`messages`.
+            UserError: pictures were given; see also :meth:`messages`.
         """
         if self.chat_template is not None:
             return super().prompt(text, images, videos)
@@ -35,11 +35,11 @@ class LlamaProcessor(ChatFolder):
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
-        """A whole conversation, answered next by the assistant.
+        """A conversation, to be continued by the assistant.
 
         Args:
-            messages: ``{"role": ..., "content": text or text parts}``; the chat template sees
-                their other keys, too.
+            messages: ``{"role": ..., "content": text or text parts}``; other keys are passed to
+                the chat template.
             images, videos: none.
 
         Raises:
@@ -47,7 +47,7 @@ class LlamaProcessor(ChatFolder):
         """
         if self.chat_template is None:
             raise UserError(
-                f"{self.folder}: no chat template; give the folder a chat_template.jinja, or use "
+                f"{self.folder}: no chat template; add a chat_template.jinja to the folder, or use "
                 "a plain prompt"
             )
         given = list(messages) if isinstance(messages, Iterable) else messages
@@ -55,8 +55,8 @@ class LlamaProcessor(ChatFolder):
         self._refuse(images, videos)
         for i, message in enumerate(chat):
             if any(part["type"] != "text" for part in message["content"]):
-                raise UserError(f"message {i}: this is a language model without a vision part; "
-                                "expected text alone")  # fmt: skip
+                raise UserError(f"message {i}: this is a text-only model; "
+                                "expected text only")  # fmt: skip
         texts = [{**m, "content": text_of(c)} for m, c in zip(given, chat, strict=True)]
         return self.made(self.rendered_ids(self.render(texts, self.chat_template)))
 
@@ -67,6 +67,6 @@ class LlamaProcessor(ChatFolder):
     def _refuse(self, images: list[Any], videos: list[Any]) -> None:
         if len(images) or len(videos):
             raise UserError(
-                f"{self.folder}: this is a language model without a vision part; "
-                f"leave the pictures out (images: {len(images)}, videos: {len(videos)})"
+                f"{self.folder}: this is a text-only model; "
+                f"remove the pictures (images: {len(images)}, videos: {len(videos)})"
             )

@@ -8,6 +8,6 @@ from mquant_jax.models.streams import Streams
 
 
 def streams(config: LlamaConfig) -> Streams:
-    """Token embeddings to head."""
+    """Return the stream from the token embeddings to the head."""
     c = config.language
     return Streams((decoder_stream(c),), (decoder_attention(c),), (decoder_hidden(c),))

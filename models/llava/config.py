@@ -22,6 +22,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import (
     Field,
@@ -42,7 +43,7 @@ _LAYER = whole(-2, -1024, 1024)
 
 
 def _one_layer() -> Field:
-    """Return a layer's number, given alone or in a list of one; several would widen the projector's
+    """Return a field for a layer index, or a list of one; several would widen the projector's
     input."""
     one = items(_LAYER, length=1)
 
@@ -113,13 +114,13 @@ _PUBLISHED_TOWER = {
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """Vision tower, decoder, and which features get from one to the other.
+    """Vision tower, decoder, and the features that connect them.
 
     Attributes:
         vision: the tower up to the layer whose output the projector reads.
         tower: its model_type: ``clip_vision_model``, ``siglip_vision_model`` or ``dinov2``.
-        tower_layers: layers of the checkpoint's tower; those behind the feature layer are unused.
-        image_size: side in pixels of the one square that a picture becomes.
+        tower_layers: layers of the checkpoint's tower; those after the feature layer are unused.
+        image_size: side in pixels of the square that a picture is resized to.
         projector_act: a key of :data:`~mquant_jax.nn.vit_block.ACTIVATIONS`.
         image_token_id: the placeholder.
     """
@@ -140,7 +141,7 @@ class LlavaConfig:
         return self.tokens_of(self.vision.position_grid**2)
 
     def tokens_of(self, patches: int) -> int:
-        """Visual tokens of a row of patches."""
+        """Visual tokens of ``patches`` patches."""
         return patches + self.vision.class_token - self.vision.drops_first
 
     @classmethod
@@ -148,7 +149,7 @@ class LlavaConfig:
         """Read a config.json.
 
         Raises:
-            UserError: a key has an impossible value, or asks for something that is not supported.
+            UserError: a key has an invalid value, or is not supported.
         """
         tables_of = config_tables(hf)
         tables = read_tables(tables_of)
@@ -167,7 +168,7 @@ class LlavaConfig:
             image_token_id=_image_token(top),
         )
         if made.image_tokens < 1:
-            raise UserError(f"{FILE}: vision_feature_select_strategy 'default' leaves no token of "
+            raise UserError(f"{FILE}: vision_feature_select_strategy 'default' leaves no token for "
                             f"pictures of {made.image_size} pixels")  # fmt: skip
         return made
 
@@ -224,7 +225,7 @@ def _vision(vision: Mapping[str, Any], tower: str, top: Mapping[str, Any]) -> Vi
         patch_dim=vision["num_channels"] * patch * patch,
         activation=vision["hidden_act"],
         norm_eps=vision["layer_norm_eps"],
-        position_grid=check_grid(where, vision["image_size"], patch),
+        positions=PositionTable(check_grid(where, vision["image_size"], patch)),
         class_token=tower != SIGLIP,
         layer_scale=tower == DINOV2,
         patch_bias=tower != CLIP,
@@ -243,6 +244,6 @@ def _depth(layer: int, count: int) -> int:
     """
     depth = layer + count + 1 if layer < 0 else layer
     if not 1 <= depth <= count:
-        raise UserError(f"{FILE}: vision_feature_layer {layer} is not supported; this tower has "
-                        f"the layers 1 to {count}, or -{count} to -1")  # fmt: skip
+        raise UserError(f"{FILE}: vision_feature_layer {layer} is not supported; expected 1 to "
+                        f"{count}, or -{count} to -1")  # fmt: skip
     return depth

@@ -60,6 +60,6 @@ class LlavaVision(ViT):
 
 
 class Llava(VLM):
-    """LLaVA of any size, float or quantised as ``recipe`` says."""
+    """LLaVA of any size, float or quantised by ``recipe``."""
 
     VISION = LlavaVision

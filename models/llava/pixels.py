@@ -1,4 +1,4 @@
-"""Pictures as the squares that a tower takes, prepared as by transformers' image processors."""
+"""Preprocess pictures to the tower's square size, with transformers' image processors."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ _SETTINGS = Schema(
 
 
 class SquarePictures:
-    """Resizes, crops and normalises pictures to the one size of a tower.
+    """Resizes, crops and normalises pictures to the tower's size.
 
     Args:
-        settings: content of preprocessor_config.json, or empty.
+        settings: contents of preprocessor_config.json, or empty.
         path: that file, for messages.
         config: the model's config.
 
     Raises:
-        UserError: settings of another type or range, or of an unknown processor.
+        UserError: settings of the wrong type, out of range, or of an unknown processor.
     """
 
     def __init__(self, settings: Mapping[str, Any], path: Path, config: LlavaConfig):
@@ -87,34 +87,34 @@ class SquarePictures:
         """Return float32 ``[3, side, side]`` of an RGB picture.
 
         Raises:
-            ImageError: it is too long and narrow to be resized.
-            UserError: the settings make pictures of another size than the tower's.
+            ImageError: the picture is too long and narrow to resize.
+            UserError: the settings give pictures of another size than the tower's.
         """
         self._check_shape(image, name)
         out = self.processor(images=[image], return_tensors="np")["pixel_values"][0]
         if out.shape != (3, self.side, self.side):
-            raise UserError(f"{self.path}: makes a picture of {out.shape[2]} x {out.shape[1]} "
-                            f"pixels of {name}; config.json says {self.side} x {self.side}, and "
+            raise UserError(f"{self.path}: resizes {name} to {out.shape[2]} x {out.shape[1]} "
+                            f"pixels; config.json has {self.side} x {self.side}, and "
                             "other sizes are not supported")  # fmt: skip
         return np.asarray(out, np.float32)
 
     def _check_shape(self, image: Image.Image, name: str) -> None:
-        """No step between makes an enormous picture."""
+        """Refuse pictures for which an intermediate step would be enormous."""
         short, long = sorted(image.size)
         pixels = long * long if self.pads else 0
         if self.shortest and not self.pads:
             pixels = self.shortest * (self.shortest * long // short)
         if pixels > image_settings.MOST_PIXELS:
             raise ImageError(f"{name}: {image.size[0]} x {image.size[1]} pixels would be resized "
-                             f"to {pixels}; expected {image_settings.MOST_PIXELS} at most, cut the "
-                             "picture first")  # fmt: skip
+                             f"to {pixels}; expected at most {image_settings.MOST_PIXELS}, crop "
+                             "the picture first")  # fmt: skip
 
 
 def _kind(settings: Mapping[str, Any], path: Path, tower: str) -> str:
-    """The name of the image processor, of either speed.
+    """The name of the image processor, without its speed suffix.
 
     Raises:
-        UserError: one that is not known.
+        UserError: an unknown image processor.
     """
     found = settings.get("image_processor_type")
     if found is None:
@@ -128,7 +128,7 @@ def _kind(settings: Mapping[str, Any], path: Path, tower: str) -> str:
 def _check_size(size: Mapping[str, int], where: str, *forms: set[str]) -> None:
     """
     Raises:
-        UserError: the size has none of the forms.
+        UserError: the size has none of the accepted forms.
     """
     if set(size) not in forms:
         known = " or ".join(" and ".join(sorted(form)) for form in forms)

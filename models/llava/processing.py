@@ -1,4 +1,4 @@
-"""LLaVA: square pictures and token ids to batches."""
+"""LLaVA: turn square pictures and token ids into batches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def collate(
 ) -> Batch:
     """Left-pad prompts to one length and pack all their pictures.
 
-    A grid of a prompt is ``(1, side, side)``, a picture of the tower's own size.
+    A grid of a prompt is ``(1, side, side)``, a picture of the tower's size.
 
     Raises:
-        PromptError: ids that the model does not know, placeholders and pictures that differ, or
+        PromptError: ids outside the vocabulary, placeholders that do not match the pictures, or
             pictures of another size.
     """
     check_prompts(prompts, config.language.vocab_size)
@@ -31,8 +31,8 @@ def collate(
     for i, p in enumerate(prompts):
         other = [grid for grid in p.grids if tuple(grid) != (1, side, side)]
         if other:
-            raise PromptError(f"prompt {i}: a picture of {other[0]} patches; this tower takes "
-                              f"{config.image_size} pixels a side, {(1, side, side)}")  # fmt: skip
+            raise PromptError(f"prompt {i}: a picture of {other[0]} patches; expected "
+                              f"{(1, side, side)}, {config.image_size} pixels a side")  # fmt: skip
         wanted, found = len(p.grids) * config.image_tokens, p.input_ids.count(token)
         if wanted != found:
             raise PromptError(f"prompt {i}: {found} placeholders, but {wanted} visual tokens of "
@@ -58,11 +58,12 @@ def reference_prompts(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> lis
     """The rows of a golden's inputs as prompts.
 
     Raises:
-        PromptError: pictures of another size than the tower's, or not as many as placeholders say.
+        PromptError: pictures of another size than the tower's, or too many or few for the
+            placeholders.
     """
     pixels, size = inputs["pixel_values"], config.image_size
     if pixels.shape[-2:] != (size, size):
-        raise PromptError(f"pixel_values are {list(pixels.shape)}; this tower takes pictures of "
+        raise PromptError(f"pixel_values are {list(pixels.shape)}; expected pictures of "
                           f"{size} x {size} pixels")  # fmt: skip
     patches, side = patchify(pixels, config.patch_size), config.vision.position_grid
     prompts, first = [], 0
@@ -78,14 +79,14 @@ def reference_prompts(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> lis
 
 
 def reference_batch(config: LlavaConfig, inputs: dict[str, np.ndarray]) -> Batch:
-    """A golden's inputs as one batch of the same padded length."""
+    """A golden's inputs as one batch of equal padded length."""
     return collate(config, reference_prompts(config, inputs), pad_to=inputs["input_ids"].shape[1])
 
 
 def example_prompt(config: LlavaConfig, text_tokens: int, side: int) -> Prompt:
     """Arbitrary tokens and one noise picture, for measurements.
 
-    Every picture has the tower's size; ``side`` 0 leaves it out.
+    Every picture has the tower's size; ``side`` 0: no picture.
     """
     rng, token = np.random.default_rng(0), config.image_token_id
     text = rng.integers(0, config.language.vocab_size, text_tokens)

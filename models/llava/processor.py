@@ -1,4 +1,4 @@
-"""LLaVA: files, chat messages and pictures in; token ids and patches out.
+"""LLaVA: turn files, chat messages and pictures into token ids and patches.
 
 Nothing here touches the network or runs code from the folder.
 """
@@ -30,15 +30,15 @@ _PROBE = "What is this?"
 
 
 class LlavaProcessor(ChatFolder):
-    """From pictures and text to a ``Batch``, and from tokens back to text.
+    """Turns pictures and text into a ``Batch``, and tokens into text.
 
     Args:
-        folder: holds the tokenizer, and as published preprocessor_config.json,
-            processor_config.json, generation_config.json and the chat template.
+        folder: has the tokenizer, and optionally preprocessor_config.json, processor_config.json,
+            generation_config.json and a chat template.
         config: the model's config.
 
     Raises:
-        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+        UserError: a file is missing or unreadable, or the tokenizer belongs to another model.
     """
 
     config: LlavaConfig
@@ -46,13 +46,13 @@ class LlavaProcessor(ChatFolder):
 
     @functools.cached_property
     def tokenizer(self):
-        """The folder's tokenizer, its placeholder checked."""
+        """The folder's tokenizer, with its placeholder checked."""
         tokenizer = super().tokenizer
         found, wanted = tokenizer.get_vocab().get(self.image_token), self.config.image_token_id
         if found != wanted:
             has = "no token" if found is None else f"token {found} for"
             raise UserError(f"{self.folder}: the tokenizer has {has} {shown(self.image_token)}; "
-                            f"config.json says {wanted}")  # fmt: skip
+                            f"config.json has {wanted}")  # fmt: skip
         return tokenizer
 
     @functools.cached_property
@@ -60,7 +60,7 @@ class LlavaProcessor(ChatFolder):
         """The text of the placeholder.
 
         Raises:
-            UserError: processor_config.json gives no text.
+            UserError: its value in processor_config.json is not a text.
         """
         path = self.folder / chat_files.PROCESSOR
         found = read_json_if_any(path).get("image_token") or IMAGE
@@ -70,13 +70,13 @@ class LlavaProcessor(ChatFolder):
 
     @functools.cached_property
     def pictures(self) -> SquarePictures:
-        """How pictures are prepared, as the folder's files say."""
+        """Picture preprocessing by the folder's settings."""
         path, settings = chat_files.image_settings(self.folder)
         return SquarePictures(settings, path, self.config)
 
     @functools.cached_property
     def template_takes_parts(self) -> bool:
-        """Whether the chat template places pictures; that of a language model knows text alone."""
+        """Whether the chat template places pictures; that of a text-only model does not."""
         template = self.chat_template
         if template is None:
             return False
@@ -88,23 +88,23 @@ class LlavaProcessor(ChatFolder):
         return self.image_token in text and _PROBE in text
 
     def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
-        """Pictures stand in front of the text, or where it says ``<image>``."""
+        """Pictures come before the text, or where it has ``<image>``."""
         pictures = [] if _PLACED.search(text) else images
         return super().turn(text, pictures, videos)
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
-        """A whole conversation, answered next by the assistant.
+        """A conversation, to be continued by the assistant.
 
         Args:
             messages: ``{"role": ..., "content": text or parts}``; a part is ``{"type": "text",
-                "text": ...}`` or ``{"type": "image"}``. A text may say ``<image>`` itself.
+                "text": ...}`` or ``{"type": "image"}``. A text may contain ``<image>``.
             images: in the order of their parts and placeholders.
 
         Raises:
-            UserError: pictures and places differ in number, or videos, which the model does not
-                take; a picture that cannot be read; a malformed message.
+            UserError: the number of pictures differs from that of placeholders; videos; a picture
+                cannot be read; a malformed message.
         """
         chat, images, videos = self.conversation(messages, images, videos, _PLACED)
         kinds = [p["type"] for m in chat for p in m["content"] if p["type"] != "text"]
@@ -130,13 +130,13 @@ class LlavaProcessor(ChatFolder):
         return self.render(chat, self.chat_template)
 
     def _ids(self, text: str) -> list[int]:
-        """Token ids; what begins a text is added, unless the template has done so."""
+        """Token ids; adds the tokens that begin a text, unless the template has done so."""
         begin = self.tokenizer.bos_token
         written = bool(begin) and text.startswith(begin)
         return self.rendered_ids(text, add_special_tokens=not written)
 
     def _filled(self, ids: Sequence[int], images: Sequence[Any]) -> Prompt:
-        """Each placeholder repeated once per visual token of its picture."""
+        """Repeat each placeholder once per visual token of its picture."""
         c = self.config
         out: list[int] = []
         for token in ids:
@@ -153,11 +153,11 @@ class LlavaProcessor(ChatFolder):
 
 
 def render_published(chat: Sequence[Message], image: str = IMAGE) -> str:
-    """The template that LLaVA 1.5 was released with, for folders that carry none.
+    """The template that LLaVA 1.5 was released with, for folders without a template.
 
     Args:
         chat: messages whose content is a list of parts.
-        image: what stands for a picture.
+        image: placeholder of a picture.
     """
     turns = []
     for message in chat:
@@ -167,6 +167,6 @@ def render_published(chat: Sequence[Message], image: str = IMAGE) -> str:
 
 
 def _inline(message: Message, image: str) -> str:
-    """A message's parts as one text, each picture on a line of its own."""
+    """A message's parts as one text, with each picture on its own line."""
     parts = message["content"]
     return "".join(p["text"] if p["type"] == "text" else f"{image}\n" for p in parts)

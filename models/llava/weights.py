@@ -21,7 +21,7 @@ _BARE = re.compile(
     r"^vision_tower\.(?=embeddings\.(class_embedding|patch_embedding\b|position_)|encoder\.layers\.|"
     r"pre_layrnorm\.|post_layernorm\.|head\.)(?!embeddings\.position_embeddings)"
 )
-# Names of DINOv2's attention in transformers 5's memory, and on the Hub.
+# Names of DINOv2's attention in memory (transformers 5), and on the Hub.
 _MODEL_NAMES = {
     "q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value",
     "o_proj": "output.dense",
@@ -52,8 +52,8 @@ def canonical_name(name: str) -> str:
 
 
 def ignored(name: str) -> bool:
-    """Return whether a tensor is unused: behind the tower's last layer, for training only, or
-    computed."""
+    """Return whether a tensor is unused: after the tower's last layer, for training only, or
+    computed here."""
     ends = ("rotary_emb.inv_freq", "embeddings.position_ids")
     starts = ("vision_tower.vision_model.post_layernorm.", "vision_tower.vision_model.head.",
               "vision_tower.layernorm.", "vision_tower.embeddings.mask_token")  # fmt: skip

@@ -24,6 +24,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.positions import ChosenRows
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Field, Refused, choice, flag, square, table, whole
@@ -35,8 +36,8 @@ HEAD_DIM = 128  # width of the resampler's heads: it has ``hidden_size // 128``
 def _version(value: Any, where: str) -> Any:
     if value not in ("2.6", 2.6):
         raise UserError(
-            f"{where} {shown(value)} of MiniCPM-V is not supported; known: 2.6 (the others have "
-            "another language model, tower or resampler)"
+            f"{where} {shown(value)} of MiniCPM-V is not supported; known: 2.6 (others have "
+            "a different language model, tower or resampler)"
         )
     return value
 
@@ -52,7 +53,7 @@ _TOP = SCHEMAS["qwen2"] | common(
         "slice_config": table(None, null=True),
     },
     "batch_3d_resampler batch_vision_input patch_size vision_batch_size vision_encoder",
-    slice_mode=Refused((True,), "pictures would keep their size, whatever it is; set it to true"),
+    slice_mode=Refused((True,), "pictures of any size would not be sliced; set it to true"),
 )
 _VISION = common(
     {
@@ -90,12 +91,12 @@ class MiniCPMVConfig:
 
     Attributes:
         patch_size: side of a patch in pixels.
-        queries: visual tokens of a slice.
-        heads: of the resampler's attention.
-        scale_size: slices have about the area of a square of this side, in pixels; the
-            preprocessor's own setting goes first.
-        max_slices: of a picture, beside the whole; likewise.
-        use_image_id: pictures are numbered in the prompt; likewise.
+        queries: visual tokens per slice.
+        heads: heads of the resampler's attention.
+        scale_size: side in pixels of a square with about the area of a slice. The preprocessor's
+            setting takes precedence over this and the following.
+        max_slices: maximum number of slices of a picture, besides the overview.
+        use_image_id: whether pictures are numbered in the prompt.
     """
 
     vision: ViTConfig
@@ -123,8 +124,7 @@ class MiniCPMVConfig:
         """Read a config.json.
 
         Raises:
-            UserError: another version, a key with an impossible value, or something that 2.6 does
-                not do.
+            UserError: another version, or a key with an invalid or unsupported value.
         """
         tables = read_tables(config_tables(hf))
         top, vision, slices = tables[""], tables["vision_config"], tables["slice_config"]
@@ -154,7 +154,7 @@ def _tower(vision: Mapping[str, Any], drop_last: bool) -> ViTConfig:
     where, size, patch = f"{FILE}: vision_config", vision["hidden_size"], vision["patch_size"]
     check_heads(where, size, vision["num_attention_heads"])
     if vision["num_hidden_layers"] <= drop_last:
-        raise UserError(f"{where}: drop_vision_last_layer leaves no layer")
+        raise UserError(f"{where}: drop_vision_last_layer leaves no layers")
     return ViTConfig(
         hidden_size=size,
         num_layers=vision["num_hidden_layers"] - drop_last,
@@ -163,7 +163,7 @@ def _tower(vision: Mapping[str, Any], drop_last: bool) -> ViTConfig:
         patch_dim=vision["num_channels"] * patch * patch,
         activation=vision["hidden_act"],
         norm_eps=vision["layer_norm_eps"],
-        position_grid=check_grid(where, vision["image_size"], patch),
+        positions=ChosenRows(check_grid(where, vision["image_size"], patch)),
         patch_bias=True,
         final_norm=True,
     )
@@ -173,7 +173,7 @@ def _heads(width: int) -> int:
     heads = width // HEAD_DIM
     if heads == 0 or width % heads or width % 4:
         raise UserError(
-            f"config.json: hidden_size {width} does not fit the resampler: it has hidden_size // "
-            f"{HEAD_DIM} equal heads, and positions of four parts"
+            f"config.json: hidden_size {width} does not fit the resampler, which has "
+            f"hidden_size // {HEAD_DIM} equal heads and positions of four parts"
         )
     return heads

@@ -11,15 +11,13 @@ from mquant_jax.recipe import Recipe
 
 
 class MiniCPMVVision(ResampledViT):
-    """Vision tower and resampler; each patch carries its index in the table of positions."""
-
-    takes_any_size = True
+    """Vision tower and resampler; each patch has an index into the position table."""
 
     def __init__(self, config: MiniCPMVConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs):
         super().__init__(config.vision, config.resampler, recipe, dtype, rngs=rngs)
 
 
 class MiniCPMV(VLM):
-    """MiniCPM-V of any size, float or quantised as ``recipe`` says."""
+    """MiniCPM-V of any size, float or quantised by ``recipe``."""
 
     VISION = MiniCPMVVision

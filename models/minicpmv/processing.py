@@ -1,4 +1,4 @@
-"""MiniCPM-V: slices to rows of patches with their positions, token ids to batches."""
+"""MiniCPM-V: turn slices into rows of patches with positions, and token ids into batches."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime.buckets import fine
 
 VISUAL = -1  # placeholder of a visual token; texts may contain any id of the vocabulary
-MASKED = 0  # the published code treats this id as padding everywhere: "!" is never seen
-_LANES, _UNROLLED = 8, 2  # lanes of the vectorised loop behind the published positions
+MASKED = 0  # the published code treats this id as padding everywhere, so "!" is never attended to
+_LANES, _UNROLLED = 8, 2  # vector width and unrolling of the loop behind the published positions
 
 
 def _ramp(start: float, step: float, n: int) -> np.ndarray:
@@ -73,11 +73,11 @@ def collate(config: MiniCPMVConfig, prompts: Sequence[Prompt], pad_to: int | Non
     """Left-pad prompts to one length and pack all their slices.
 
     A grid ``(1, h, w)`` of a prompt is a slice. Tokens of id 0 are masked everywhere, as in the
-    published code: no other token sees them and they take no position, but if one is last, the
-    next token is predicted from it.
+    published code: no other token attends to them and they take no position. But if one is last,
+    the next token is predicted from it.
 
     Raises:
-        PromptError: ids that the model does not know, or placeholders and slices that differ.
+        PromptError: ids outside the vocabulary, or placeholders that do not match the slices.
     """
     check_prompts(prompts, config.language.vocab_size, VISUAL)
     for i, p in enumerate(prompts):
@@ -115,12 +115,12 @@ def unpack(pixels: np.ndarray) -> np.ndarray:
 
 
 def reference_prompts(inputs: dict[str, Any], config: MiniCPMVConfig) -> Iterator[Prompt]:
-    """The rows of a golden's inputs as prompts, the padding in front left out."""
+    """The rows of a golden's inputs as prompts, without the leading padding."""
     ids, at = inputs["input_ids"], 0
     bounds = inputs.get("image_bound", np.zeros((0, 2), int))
     counts = inputs.get("slices_per_row", np.zeros(len(ids), int))
     if sum(counts) != len(bounds):
-        raise ValueError(f"image_bound has {len(bounds)} slices, slices_per_row {sum(counts)}")
+        raise ValueError(f"image_bound has {len(bounds)} slices, slices_per_row has {sum(counts)}")
     for row, count in zip(ids, counts, strict=True):
         row, grids, patches = row.copy(), [], []
         for i in range(at, at + count):
@@ -136,7 +136,7 @@ def reference_prompts(inputs: dict[str, Any], config: MiniCPMVConfig) -> Iterato
 
 
 def reference_batch(config: MiniCPMVConfig, inputs: dict[str, np.ndarray]) -> Batch:
-    """A golden's inputs as one batch of the same padded length."""
+    """A golden's inputs as one batch of equal padded length."""
     prompts = list(reference_prompts(inputs, config))
     return collate(config, prompts, pad_to=inputs["input_ids"].shape[1])
 

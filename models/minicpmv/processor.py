@@ -1,4 +1,4 @@
-"""MiniCPM-V: files, chat messages and pictures in; token ids and patches out.
+"""MiniCPM-V: turn files, chat messages and pictures into token ids and patches.
 
 Nothing here touches the network or runs code from the folder.
 """
@@ -22,8 +22,8 @@ from mquant_jax.models.minicpmv.processing import MASKED, VISUAL, collate
 from mquant_jax.models.minicpmv.slices import MEAN, STD, Slicing
 from mquant_jax.schema import Refused, Schema, flag, text, whole
 
-MARK = "(<image>./</image>)"  # where a picture stands in a chat's text, as the published code says
-_FRAME_SLICES = 2  # of a video's frame, as the model card has it
+MARK = "(<image>./</image>)"  # a picture's mark in a chat's text, as in the published code
+_FRAME_SLICES = 2  # per video frame, as in the model card
 _STOP = ("<|im_end|>", "<|endoftext|>")
 _SYSTEM = "You are a helpful assistant."
 # Special tokens by their keys in preprocessor_config.json.
@@ -43,19 +43,19 @@ _SETTINGS = Schema(
         **{key: text(token) for key, token in _TOKENS.items()},
     },
     refused={
-        "slice_mode": Refused((True,), "not supported (pictures would keep their size, whatever "
-                              "it is); set it to true"),
+        "slice_mode": Refused((True,), "not supported (pictures of any size would not be "
+                              "sliced); set it to true"),
     },
 )  # fmt: skip
-Picture = tuple[Image.Image, bool]  # and whether it is a video's frame
+Picture = tuple[Image.Image, bool]  # and whether it is a video frame
 
 
 class MiniCPMVProcessor(ChatFolder):
-    """From pictures and text to a ``Batch``, and from tokens back to text.
+    """Turns pictures and text into a ``Batch``, and tokens into text.
 
     Args:
-        folder: holds tokenizer.json, and as published preprocessor_config.json,
-            tokenizer_config.json and the chat template.
+        folder: has tokenizer.json, and optionally preprocessor_config.json, tokenizer_config.json
+            and a chat template.
         config: the model's config.
 
     Raises:
@@ -71,7 +71,7 @@ class MiniCPMVProcessor(ChatFolder):
         """preprocessor_config.json, checked against the model.
 
         Raises:
-            UserError: its patches or visual tokens are not the model's, or pictures are not cut.
+            UserError: its patches or visual tokens differ from the model's, or slicing is off.
         """
         path, settings = chat_files.image_settings(self.folder)
         settings = _SETTINGS.read(settings, str(path))
@@ -81,7 +81,7 @@ class MiniCPMVProcessor(ChatFolder):
 
     @functools.cached_property
     def tokens(self) -> dict[str, str]:
-        """The special tokens around pictures, by their published keys."""
+        """The special tokens around pictures, by their keys in the file."""
         return {key: self.settings[key] for key in _TOKENS}
 
     @property
@@ -92,7 +92,7 @@ class MiniCPMVProcessor(ChatFolder):
 
     @functools.cached_property
     def slicing(self) -> Slicing:
-        """How pictures are cut."""
+        """How pictures are cut into slices."""
         s, c = self.settings, self.config
         return Slicing(
             s["scale_resolution"] or c.scale_size,
@@ -104,47 +104,47 @@ class MiniCPMVProcessor(ChatFolder):
 
     @functools.cached_property
     def tokenizer(self):
-        """The folder's tokenizer, its special tokens checked."""
+        """The folder's tokenizer, with its special tokens checked."""
         tokenizer = super().tokenizer
         known = tokenizer.get_vocab()
         for token in self.tokens.values():
             if token not in known:
                 path = self.folder / "tokenizer.json"
-                raise UserError(f"{path}: no token {token}; it is of another model")
+                raise UserError(f"{path}: no token {token}; it belongs to another model")
         return tokenizer
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: those that the published code stops at."""
+        """Tokens that end an answer, as in the published code."""
         known = self.tokenizer.get_vocab()
         return tuple(known[t] for t in _STOP if t in known) or super().stop_ids
 
     @property
     def pad_id(self) -> int:
-        """The padding token is fixed: whatever has its id is masked."""
+        """The padding token is fixed: every token with its id is masked."""
         return MASKED
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens. Those of id 0, "!", are dropped, as the published code does."""
+        """Text of generated tokens; drops id 0 ("!"), like the published code."""
         return super().decode([i for i in ids if int(i) != MASKED])
 
     def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
-        """Pictures stand in front of the text, or images where it says ``(<image>./</image>)``."""
+        """Pictures come before the text, or images where it has ``(<image>./</image>)``."""
         return super().turn(text, [] if MARK in text else images, videos)
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
-        """A whole conversation, answered next by the assistant.
+        """A conversation, to be continued by the assistant.
 
         Args:
             messages: ``{"role": ..., "content": text or parts}``; a part is ``{"type": "text",
-                "text": ...}``, ``{"type": "image"}`` or ``{"type": "video"}``. Parts stand on lines
-                of their own. A text may say ``(<image>./</image>)`` itself.
+                "text": ...}``, ``{"type": "image"}`` or ``{"type": "video"}``. Each part is on its
+                own line. A text may contain ``(<image>./</image>)``.
             images, videos: in the order of their parts and placeholders.
 
         Raises:
-            UserError: pictures and places differ in number (both are named); a picture that
+            UserError: the number of pictures differs from that of placeholders; a picture
                 cannot be read; a malformed message.
         """
         chat, images, videos = self.conversation(messages, images, videos)
@@ -179,13 +179,13 @@ class MiniCPMVProcessor(ChatFolder):
         return self.render(chat, self.chat_template)
 
     def _expand(self, text: str, pictures: Sequence[Picture]) -> Prompt:
-        """Marks become slices. Pictures are numbered from 0 through the conversation."""
+        """Replace marks by slices. Pictures are numbered from 0 across the conversation."""
         chunks = text.split(MARK)
         check_count(f"{self.folder}: the chat template made {len(chunks) - 1}", "image",
                     len(chunks) - 1, pictures)  # fmt: skip
         ids = self.rendered_ids(chunks[0])
         grids, patches = [], [np.zeros((0, self.config.vision.patch_dim), np.float32)]
-        # A picture's text begins and ends with special tokens, at which tokenizers cut anyway.
+        # A picture's text begins and ends with special tokens, at which tokenizers split anyway.
         for number, (picture, chunk) in enumerate(zip(pictures, chunks[1:], strict=True)):
             image, is_frame = picture
             most = min(self.slicing.most, _FRAME_SLICES) if is_frame else self.slicing.most
@@ -200,7 +200,7 @@ class MiniCPMVProcessor(ChatFolder):
         return self.made(ids, grids, np.concatenate(patches))
 
     def _picture_ids(self, number: int | None, grid: tuple[int, int] | None) -> list[int]:
-        """Ids of one picture's text: its number, the whole, then slices row by row."""
+        """Ids of one picture's text: its number, the overview, then slices row by row."""
         t = self.tokens
         one = t["slice_start"] + t["slice_end"]
         text = "" if number is None else f"{t['im_id_start']}{number}{t['im_id_end']}"
@@ -224,7 +224,7 @@ def _line(part: dict[str, Any], clip: list[Image.Image] | None) -> str:
 
 
 def render_published(chat: Sequence[Message]) -> str:
-    """The template that MiniCPM-V 2.6 was released with, for folders that carry none.
+    """The template that MiniCPM-V 2.6 was released with, for folders without a template.
 
     Args:
         chat: messages whose content is a text.

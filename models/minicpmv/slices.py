@@ -14,13 +14,13 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Slicing:
-    """How pictures are cut. Sizes are ``(width, height)``.
+    """How pictures are cut into slices. Sizes are ``(width, height)``.
 
     Attributes:
-        size: a slice has about the area of a square of this side, in pixels.
-        patch: side of a patch, of which every side is a multiple.
-        most: slices of a picture, the whole not counted.
-        mean, std: of the colours, for values between 0 and 1.
+        size: side in pixels of a square with about the area of a slice.
+        patch: side of a patch; all sides are multiples of it.
+        most: maximum number of slices, besides the overview.
+        mean, std: colour normalisation, for values between 0 and 1.
     """
 
     size: int
@@ -30,10 +30,10 @@ class Slicing:
     std: tuple[float, ...] = STD
 
     def grid(self, width: int, height: int) -> tuple[int, int] | None:
-        """Columns and rows of slices; ``None``: the whole alone is enough.
+        """Columns and rows of slices; ``None`` if the overview is enough.
 
-        Of about as many slices as the area asks for, the arrangement nearest to the picture's
-        shape (in the logarithm), the one with fewer slices and then fewer columns on a tie.
+        Among arrangements of about as many slices as the area needs, this is the one nearest to the
+        picture's aspect ratio (in the logarithm). Ties go to fewer slices, then fewer columns.
         """
         wanted = min(math.ceil(width * height / self.size**2), self.most)
         if wanted <= 1:
@@ -45,7 +45,7 @@ class Slicing:
         return grids[errors.index(min(errors))]
 
     def fit(self, width: float, height: float, enlarge: bool) -> Size:
-        """The size near this shape with the area of a slice, or less where not enlarging."""
+        """The size of this aspect ratio with about a slice's area, or less without ``enlarge``."""
         if width * height > self.size**2 or enlarge:
             ratio = width / height
             height = int(self.size / math.sqrt(ratio))
@@ -56,7 +56,7 @@ class Slicing:
         return max(round(side / self.patch) * self.patch, self.patch)
 
     def plan(self, width: int, height: int) -> tuple[Size, Size | None, Size | None]:
-        """Size of the whole; grid and size of the slices, if there are any."""
+        """Size of the overview; grid and size of the slices, if any."""
         grid = self.grid(width, height)
         if grid is None:
             return self.fit(width, height, enlarge=True), None, None
@@ -66,7 +66,7 @@ class Slicing:
         return self.fit(width, height, enlarge=False), grid, self.fit(wide, high, enlarge=True)
 
     def cut(self, image: Image.Image) -> tuple[list[Image.Image], Size | None]:
-        """RGB slices, the whole first and then row by row; and the grid."""
+        """RGB pictures, the overview and then slices row by row; and the grid."""
         whole, grid, size = self.plan(*image.size)
         out = [image.resize(whole, Image.Resampling.BICUBIC)]
         if grid is None or size is None:

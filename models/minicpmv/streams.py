@@ -12,11 +12,11 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def streams(config: MiniCPMVConfig) -> Streams:
-    """The tower's, which ends in the resampler's first projection, those inside the resampler and
-    the decoder's.
+    """Return the tower's stream, which ends in the resampler's first projection, those inside the
+    resampler, and the decoder's.
 
     Raises:
-        UserError: a resampler that does not project the tower's features.
+        UserError: the resampler does not project the tower's features.
     """
     vision, language = config.vision, config.language
     return Streams(

@@ -20,7 +20,7 @@ def weight_rules(config: MiniCPMVConfig) -> list[WeightRule]:
 
 
 def ignored(name: str) -> bool:
-    """Tables that some copies store and that are computed here."""
+    """Whether a tensor is unused: tables in some copies that are computed here."""
     known = ("rotary_emb.inv_freq", "resampler.pos_embed", "vpm.embeddings.position_ids")
     return name.endswith(known)
 

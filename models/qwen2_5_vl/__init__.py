@@ -1,7 +1,7 @@
-"""The Qwen2.5-VL family: Qwen2-VL with another tower, and temporal positions that follow time.
+"""The Qwen2.5-VL family: Qwen2-VL with another tower and time-based temporal positions.
 
 Modeling, weight rules, streams, processing and processor are Qwen2-VL's
-(:mod:`mquant_jax.models.qwen2_vl`), which read the kind of tower from the config.
+(:mod:`mquant_jax.models.qwen2_vl`), which select the tower by the config.
 """
 
 from __future__ import annotations

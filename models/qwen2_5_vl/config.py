@@ -7,7 +7,12 @@ from typing import Any
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import FILE, Tables, common, heads, layers, read_tables, width
-from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig, shared_fields, tower_shape
+from mquant_jax.models.qwen2_vl.config import (
+    Qwen2VLConfig,
+    language_of,
+    shared_fields,
+    tower_shape,
+)
 from mquant_jax.models.qwen2_vl.config import config_tables as tables_with
 from mquant_jax.schema import Refused, choice, items, real, table, whole
 
@@ -41,10 +46,10 @@ def config_tables(hf: dict[str, Any]) -> Tables:
 
 
 def config_from_hf(hf: dict[str, Any]) -> Qwen2VLConfig:
-    """Read a config.json, in the flat form of the hub or the nested one of transformers 5.
+    """Read a config.json, in the hub's flat format or transformers 5's nested one.
 
     Raises:
-        UserError: a key has an impossible value, or asks for something that is not supported.
+        UserError: a key has an invalid value, or is not supported.
     """
     given = config_tables(hf)
     tables = read_tables(given)
@@ -61,18 +66,18 @@ def config_from_hf(hf: dict[str, Any]) -> Qwen2VLConfig:
         window=0 if every else _window(vision),
         full_layers=() if every else tuple(i for i in sorted(set(full)) if i < depth),
     )
-    shared = shared_fields(hf, tables, given, "out_hidden_size")
+    shared = shared_fields(tables, language_of(hf, tables), given, "out_hidden_size")
     return Qwen2VLConfig(vision=tower, tokens_per_second=vision["tokens_per_second"], **shared)
 
 
 def _window(vision: Mapping[str, Any]) -> int:
-    """The side of a window in patches, whole merged tokens.
+    """Side of a window in patches, a multiple of the merge size.
 
     Raises:
-        UserError: it holds no merged token.
+        UserError: the window is smaller than a merged token.
     """
     size, merge, patch = (vision[k] for k in ("window_size", "spatial_merge_size", "patch_size"))
     if size < merge * patch:
-        raise UserError(f"{FILE}: vision_config.window_size {size} holds no merged token of "
-                        f"{merge * patch} pixels; expected {merge * patch} at least")  # fmt: skip
+        raise UserError(f"{FILE}: vision_config.window_size {size} is smaller than a merged token; "
+                        f"expected at least {merge * patch} pixels")  # fmt: skip
     return size // merge // patch * merge

@@ -25,7 +25,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config, decoder_fields
 from mquant_jax.models.rope_config import FIELDS as ROPE_FIELDS
-from mquant_jax.models.rope_config import read_rope
+from mquant_jax.models.rope_config import MRope, read_rope
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
 from mquant_jax.schema import Refused, Schema, choice, real, table, whole
@@ -68,7 +68,7 @@ AXIAL = Schema(
     {"rope_theta": theta(10000.0), "rope_type": choice("axial", ("axial", "default"))},
     frozenset({"type"}),
 )
-_MROPE, _THETA = (16, 24, 24), 1e6
+_MROPE, _THETA = MRope((16, 24, 24)), 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Qwen2VLConfig:
     """Vision tower, decoder and the special token ids, of Qwen2-VL and Qwen2.5-VL.
 
     Attributes:
-        tokens_per_second: steps of the temporal position that a second of a clip takes; ``None``:
-            each temporal patch takes one.
+        tokens_per_second: temporal positions per second of a clip; ``None``: one per temporal
+            patch.
     """
 
     vision: ViTConfig
@@ -92,44 +92,53 @@ class Qwen2VLConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Qwen2VLConfig:
-        """Read a config.json, in the flat form of the hub or the nested one of transformers 5.
+        """Read a config.json, in the hub's flat format or transformers 5's nested one.
 
         Raises:
-            UserError: a key has an impossible value, or asks for something that is not supported.
+            UserError: a key has an invalid value, or is not supported.
         """
         tables_of = config_tables(hf)
         tables = read_tables(tables_of)
         vision, rope = tables["vision_config"], tables["vision_config.rope_parameters"]
-        shared = shared_fields(hf, tables, tables_of, "hidden_size")
+        shared = shared_fields(tables, language_of(hf, tables), tables_of, "hidden_size")
         size = vision["embed_dim"]
         tower = tower_shape(vision, rope, size, int(size * vision["mlp_ratio"]))
         return cls(vision=tower, **shared)
 
 
-def shared_fields(
-    hf: dict[str, Any], tables: Mapping[str, Any], given: Tables, width: str
-) -> dict[str, Any]:
-    """All fields of the config but the vision tower's, from typed tables.
-
-    Args:
-        given: the tables with what the file holds.
-        width: key of ``vision_config`` for the width of the merger's output.
+def language_of(hf: dict[str, Any], tables: Mapping[str, Any]) -> DecoderConfig:
+    """The language model, from typed tables.
 
     Raises:
         UserError: see :meth:`Qwen2VLConfig.from_hf`.
     """
-    top, vision = tables[""], tables["vision_config"]
+    top = tables[""]
     text = tables.get("text_config", top)
     if text is not top:
         _check_agreement(hf, top, text)
     text["tie_word_embeddings"] |= top.get("tie_word_embeddings", False)
     where = FILE if text is top else f"{FILE}: text_config"
-    language = decoder_config(text, "qwen2", where, _THETA, _MROPE)
+    return decoder_config(text, "qwen2", where, _THETA, _MROPE)
+
+
+def shared_fields(
+    tables: Mapping[str, Any], language: DecoderConfig, given: Tables, width: str
+) -> dict[str, Any]:
+    """All fields of the config but the vision tower, from typed tables.
+
+    Args:
+        given: the tables with the file's contents.
+        width: key of ``vision_config`` for the width of the merger's output.
+
+    Raises:
+        UserError: the merger does not end in the decoder's width.
+    """
+    top, vision = tables[""], tables["vision_config"]
     if vision[width] != language.hidden_size:
         how = "" if width in given["vision_config"][1] else "is missing, and its default "
         raise UserError(
             f"{FILE}: vision_config.{width} {how}{vision[width]} differs from "
-            f"hidden_size {language.hidden_size}; the merger must end in the decoder's width"
+            f"hidden_size {language.hidden_size}; the merger's output must have the decoder's width"
         )
     return {
         "language": language,
@@ -169,8 +178,8 @@ def _check_agreement(
     """
     where, head_dim = f"{FILE}: text_config", text["hidden_size"] // text["num_attention_heads"]
     rope = {key: top[key] for key in ROPE_FIELDS if key in hf}
-    scaled = read_rope({**text, **rope}, FILE, _THETA, head_dim, mrope=True)
-    if scaled != read_rope(text, where, _THETA, head_dim, mrope=True):
+    scaled = read_rope({**text, **rope}, FILE, _THETA, head_dim, _MROPE)
+    if scaled != read_rope(text, where, _THETA, head_dim, _MROPE):
         raise UserError(f"{FILE}: {' and '.join(rope)} at the top differ from those in "
                         "text_config, which transformers reads; make them agree")  # fmt: skip
     for key in TEXT.fields:
@@ -188,8 +197,8 @@ def tower_shape(
     """A tower with rotary positions.
 
     Args:
-        size, inner: widths of the stream and of the MLPs.
-        more: fields of :class:`ViTConfig`.
+        size, inner: widths of the stream and the MLPs.
+        more: further fields of :class:`ViTConfig`.
 
     Raises:
         UserError: the heads do not fit the width.

@@ -12,21 +12,24 @@ from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.vit import VisionInput, ViT
+from mquant_jax.nn.vit import Features, VisionInput, ViT
 from mquant_jax.nn.vit_block import gelu, tower_norm
 from mquant_jax.recipe import Recipe
 
 
 class PatchMerger(nnx.Module):
-    """A norm per patch, then a two-layer MLP over each 2x2 block of patches."""
+    """A norm, then a two-layer MLP over each 2x2 block of patches."""
 
     POINTS: ClassVar[Points] = {"merger_in": ("fc1",), "merger_hidden": ("fc2",)}
 
-    def __init__(self, config: Qwen2VLConfig, place: Placement, *, rngs: nnx.Rngs):
-        width, out = config.vision.hidden_size, config.language.hidden_size
-        self.block = config.merge_size**2
-        merged = width * self.block
-        self.norm = tower_norm(width, config.vision.norm_eps, place, config.vision.rms_norm)
+    def __init__(self, config: Qwen2VLConfig, place: Placement, normed: int = 1, *, rngs: nnx.Rngs):
+        """``normed``: how many patches are normed as one vector."""
+        vision, out = config.vision, config.language.hidden_size
+        self.block, self.normed = config.merge_size**2, normed
+        merged = vision.hidden_size * self.block
+        self.norm = tower_norm(
+            vision.hidden_size * normed, vision.norm_eps, place, vision.rms_norm, vision.keeps_mean
+        )
         self.merger_in = place.point("merger_in", self.POINTS)
         self.fc1 = place.dense("fc1", merged, merged, rngs=rngs)
         rotation = place.online_rotation(merged)
@@ -37,7 +40,8 @@ class PatchMerger(nnx.Module):
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """Features ``[N, P, width]`` in merge-block order -> tokens ``[N, P/4, hidden]``."""
         n, p, width = x.shape
-        x = self.norm(x).reshape(n, p // self.block, width * self.block)
+        x = self.norm(x.reshape(n, p // self.normed, width * self.normed))
+        x = x.reshape(n, p // self.block, width * self.block)
         x = gelu(self.fc1(self.merger_in(x, None, tap)))
         return self.fc2(self.merger_hidden(x, None, tap))
 
@@ -56,7 +60,7 @@ class Qwen2VLVision(ViT):
     def tokens(self, patches: int) -> int:
         return patches // self.merger.block
 
-    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
+    def flow(self, vision: VisionInput) -> Flow[Features]:
         """Patches -> visual tokens ``[N, P/4, hidden]`` of the decoder."""
         x = yield from self.features(vision)
         classes = vision.token_class[:, :: self.merger.block]
@@ -64,6 +68,6 @@ class Qwen2VLVision(ViT):
 
 
 class Qwen2VL(VLM):
-    """Qwen2-VL or Qwen2.5-VL of any size, float or quantised as ``recipe`` says."""
+    """Qwen2-VL or Qwen2.5-VL of any size, float or quantised by ``recipe``."""
 
     VISION = Qwen2VLVision

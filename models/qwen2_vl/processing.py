@@ -1,4 +1,4 @@
-"""Qwen2-VL: pictures to patches, chat messages to token ids, tokens to M-RoPE positions."""
+"""Qwen2-VL: batches of patches and token ids, with M-RoPE positions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pack_vision(patches: np.ndarray, grids: Sequence[Grid], merge: int) -> Visio
 
 
 def visual_rows(grids: Sequence[Grid], merge: int, row_tokens: int) -> list[np.ndarray]:
-    """For each grid, the rows of the flattened visual features that hold its tokens."""
+    """For each grid, the rows of the flattened visual features with its tokens."""
     out, row = [], 0
     for t, h, w in grids:
         n = h * w // merge**2
@@ -71,7 +71,7 @@ def _checked_seconds(seconds: Sequence[float], grids: Sequence[Grid]) -> Sequenc
     """The time between temporal patches of each grid, checked.
 
     Raises:
-        PromptError: there is not one number for each grid, or one out of range.
+        PromptError: not one number per grid, or a number out of range.
     """
     if not seconds:
         return [1.0] * len(grids)
@@ -87,7 +87,7 @@ def mrope_positions(
     config: Qwen2VLConfig,
     seconds: Sequence[float] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rotary positions of one unpadded row, and which visual grid each token belongs to.
+    """Rotary positions of one unpadded row, and the visual grid of each token.
 
     After a clip, text continues at one past the largest position used (as the models were trained).
 
@@ -115,7 +115,7 @@ def mrope_positions(
         mh, mw = h // config.merge_size, w // config.merge_size
         n = t * mh * mw
         if not visual[i : i + n].all() or i + n > len(ids):
-            raise PromptError(f"picture {used} needs {n} placeholders in a row from token {i}")
+            raise PromptError(f"picture {used} needs {n} consecutive placeholders from token {i}")
         own = np.indices((t, mh, mw)).reshape(3, n)
         own[0] = _temporal(t, seconds[used], config)[own[0]]
         positions[:, i : i + n] = at + own
@@ -132,7 +132,7 @@ def collate(
     """Left-pad prompts to one length and pack all their pictures.
 
     Raises:
-        PromptError: ids that the model does not know, or placeholders and pictures that differ.
+        PromptError: ids outside the vocabulary, or placeholders that do not match the pictures.
     """
     check_prompts(prompts, config.language.vocab_size)
     check_patches(prompts)
@@ -195,7 +195,7 @@ def reference_prompts(inputs: dict[str, Any], config: Qwen2VLConfig) -> Iterator
 
 
 def reference_batch(config: Qwen2VLConfig, inputs: dict[str, np.ndarray]) -> Batch:
-    """A golden's inputs as one batch of the same padded length."""
+    """A golden's inputs as one batch of equal padded length."""
     prompts = list(reference_prompts(inputs, config))
     return collate(prompts, config, pad_id=0, pad_to=inputs["input_ids"].shape[1])
 

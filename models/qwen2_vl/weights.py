@@ -1,4 +1,4 @@
-"""The published tensor names of Qwen2-VL and Qwen2.5-VL -> ours, every tensor of them."""
+"""The published tensor names of Qwen2-VL and Qwen2.5-VL -> ours."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def canonical_name(name: str) -> str:
 
 
 def ignored(name: str) -> bool:
-    """Tables that older checkpoints store and that are computed here."""
+    """Whether a tensor is unused: tables in older checkpoints that are computed here."""
     return name.endswith("rotary_emb.inv_freq") or name.endswith("rotary_pos_emb.inv_freq")
 
 
-def _norm(dst: str, src: str, width: int, bias: bool) -> Iterator[WeightRule]:
+def norm_rules(dst: str, src: str, width: int, bias: bool = True) -> Iterator[WeightRule]:
+    """Weight and bias of a norm."""
     yield direct(f"{dst}/weight", f"{src}.weight", width)
     if bias:
         yield direct(f"{dst}/bias", f"{src}.bias", width)
@@ -48,33 +49,41 @@ def _mlp(dst: str, src: str, v: ViTConfig) -> Iterator[WeightRule]:
     yield from dense_rules(f"{dst}/down_proj", f"{src}.down_proj", d, inner)
 
 
+def patch_rule(config: Qwen2VLConfig, src: str) -> WeightRule:
+    """The patch embedding's kernel, a convolution over time, rows and columns."""
+    v, size = config.vision, config.patch_size
+    kernel = (v.hidden_size, 3, config.temporal_patch_size, size, size)
+    shape = (v.hidden_size, v.patch_dim)
+    return WeightRule("vision/patch_embed/proj/kernel", f"{src}.weight", shape, kernel)
+
+
+def block_rules(dst: str, src: str, v: ViTConfig) -> Iterator[WeightRule]:
+    """Attention and norms of a vision block; queries, keys and values are fused."""
+    d, biased = v.hidden_size, not v.rms_norm
+    for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        for leaf, hf, tail in (("kernel", "weight", (d,)), ("bias", "bias", ())):
+            yield WeightRule(
+                f"{dst}/{name}/{leaf}",
+                f"{src}.attn.qkv.{hf}",
+                (d, *tail),
+                (3 * d, *tail),
+                rows=Rows(part, part + 1, 3),
+            )
+    yield from dense_rules(f"{dst}/o_proj", f"{src}.attn.proj", d, d)
+    yield from norm_rules(f"{dst}/attn_norm", f"{src}.norm1", d, biased)
+    yield from norm_rules(f"{dst}/mlp_norm", f"{src}.norm2", d, biased)
+
+
 def _vision(config: Qwen2VLConfig) -> Iterator[WeightRule]:
     v = config.vision
-    d, biased = v.hidden_size, not v.rms_norm
-    kernel = (d, 3, config.temporal_patch_size, config.patch_size, config.patch_size)
-    yield WeightRule(
-        "vision/patch_embed/proj/kernel",
-        "visual.patch_embed.proj.weight",
-        (d, v.patch_dim),
-        kernel,
-    )
+    d = v.hidden_size
+    yield patch_rule(config, "visual.patch_embed.proj")
     for i in range(v.num_layers):
         dst, src = f"vision/layers/{i}", f"visual.blocks.{i}"
-        for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            for leaf, hf, tail in (("kernel", "weight", (d,)), ("bias", "bias", ())):
-                yield WeightRule(
-                    f"{dst}/{name}/{leaf}",
-                    f"{src}.attn.qkv.{hf}",
-                    (d, *tail),
-                    (3 * d, *tail),
-                    rows=Rows(part, part + 1, 3),
-                )
-        yield from dense_rules(f"{dst}/o_proj", f"{src}.attn.proj", d, d)
+        yield from block_rules(dst, src, v)
         yield from _mlp(dst, f"{src}.mlp", v)
-        yield from _norm(f"{dst}/attn_norm", f"{src}.norm1", d, biased)
-        yield from _norm(f"{dst}/mlp_norm", f"{src}.norm2", d, biased)
     merged = d * config.merge_size**2
-    yield from _norm("vision/merger/norm", "visual.merger.ln_q", d, biased)
+    yield from norm_rules("vision/merger/norm", "visual.merger.ln_q", d, not v.rms_norm)
     yield from dense_rules("vision/merger/fc1", "visual.merger.mlp.0", merged, merged)
     yield from dense_rules(
         "vision/merger/fc2", "visual.merger.mlp.2", config.language.hidden_size, merged
@@ -82,7 +91,7 @@ def _vision(config: Qwen2VLConfig) -> Iterator[WeightRule]:
 
 
 def export_hf(config: Qwen2VLConfig, params: Params) -> dict[str, np.ndarray]:
-    """The published names and shapes from our float tensors: the inverse of the rules."""
+    """Our float tensors under their published names and shapes: the inverse of the rules."""
     out: dict[str, np.ndarray] = {}
     for rule in weight_rules(config):
         ours = np.asarray(params[rule.dst])

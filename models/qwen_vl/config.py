@@ -27,6 +27,7 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.resampler import ResamplerConfig
 from mquant_jax.nn.rope import SteppedScaling
 from mquant_jax.nn.vit_block import ViTConfig
@@ -76,13 +77,13 @@ _VISUAL = common(
 
 @dataclasses.dataclass(frozen=True)
 class QwenVLConfig:
-    """Vision tower, resampler, decoder, and how pictures get into a prompt.
+    """Vision tower, resampler, decoder and the tokens around pictures.
 
     Attributes:
         patch_size: side of a patch in pixels.
-        image_size: side in pixels of the square that every picture becomes.
-        image_start_id: the token in front of a picture; the next two ids are the token behind it
-            and the placeholder of a visual token.
+        image_size: side in pixels of the square that every picture is resized to.
+        image_start_id: the token before a picture; the next two ids are the token after it and the
+            placeholder of a visual token.
     """
 
     vision: ViTConfig
@@ -110,8 +111,8 @@ class QwenVLConfig:
         """Read a config.json.
 
         Raises:
-            UserError: a key is missing, has an impossible value, or asks for something that is not
-                supported; a language model without pictures.
+            UserError: a key is missing, has an invalid value, or is not supported; a text-only
+                model.
         """
         tables = read_tables(config_tables(hf))
         top, visual = tables[""], tables["visual"]
@@ -135,11 +136,11 @@ def config_tables(hf: dict[str, Any]) -> Tables:
     """The tables of a config.json.
 
     Raises:
-        UserError: a language model without pictures.
+        UserError: a text-only model.
     """
     if not hf.get("visual"):
         raise UserError(
-            f"{FILE}: a Qwen language model without the key 'visual' is not supported; "
+            f"{FILE}: a text-only Qwen model (no key 'visual') is not supported; "
             "known: Qwen-VL and Qwen-VL-Chat"
         )
     return {"": (_TOP, hf), "visual": (_VISUAL, hf["visual"])}
@@ -149,8 +150,8 @@ def _language(hf: Mapping[str, Any]) -> DecoderConfig:
     hidden, count = hf["hidden_size"], hf["num_attention_heads"]
     head_dim, inner = hf["kv_channels"], hf["intermediate_size"]
     if head_dim * count != hidden or head_dim % 2:
-        raise UserError(f"{FILE}: {count} heads of kv_channels {head_dim} do not make up "
-                        f"hidden_size {hidden}, or do not split in halves")  # fmt: skip
+        raise UserError(f"{FILE}: {count} heads of kv_channels {head_dim} do not give "
+                        f"hidden_size {hidden}, or are odd")  # fmt: skip
     if inner % 2:
         raise UserError(f"{FILE}: intermediate_size {inner} is odd; it counts both halves of "
                         "the MLP")  # fmt: skip
@@ -169,7 +170,7 @@ def _language(hf: Mapping[str, Any]) -> DecoderConfig:
         vocab_size=hf["vocab_size"],
         norm_eps=hf["layer_norm_epsilon"],
         rope_theta=hf["rotary_emb_base"],
-        rope_sections=(head_dim // 2,),
+        rope_streams=(0,) * (head_dim // 2),
         max_positions=hf["max_position_embeddings"],
         qkv_bias=True,
         tied_head=hf["tie_word_embeddings"],
@@ -191,7 +192,7 @@ def _tower(visual: Mapping[str, Any]) -> ViTConfig:
         patch_dim=3 * visual["patch_size"] ** 2,
         activation="gelu",
         norm_eps=NORM_EPS,
-        position_grid=GRID,
+        positions=PositionTable(GRID),
         input_norm=True,
         keeps_mean=True,
     )
@@ -203,8 +204,8 @@ def _resampler(visual: Mapping[str, Any], hidden: int) -> ResamplerConfig:
     if out != hidden:
         raise UserError(f"{FILE}: visual.output_dim {out} is not hidden_size {hidden}")
     if count == 0 or out % count:
-        raise UserError(f"{FILE}: visual.output_dim {out} does not fit the resampler: it has "
-                        f"output_dim // {HEAD_DIM} equal heads")  # fmt: skip
+        raise UserError(f"{FILE}: visual.output_dim {out} does not fit the resampler, which "
+                        f"has output_dim // {HEAD_DIM} equal heads")  # fmt: skip
     if isqrt(queries) ** 2 != queries:
-        raise UserError(f"{FILE}: visual.n_queries {queries} is no square")
+        raise UserError(f"{FILE}: visual.n_queries {queries} is not a square")
     return ResamplerConfig(visual["width"], out, count, queries, NORM_EPS, stored_positions=True)

@@ -18,6 +18,6 @@ class QwenVLVision(ResampledViT):
 
 
 class QwenVL(VLM):
-    """Qwen-VL of any size, float or quantised as ``recipe`` says."""
+    """Qwen-VL of any size, float or quantised by ``recipe``."""
 
     VISION = QwenVLVision

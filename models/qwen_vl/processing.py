@@ -21,12 +21,12 @@ VISUAL = -1  # placeholder of a visual token; texts may contain any id of the vo
 def collate(config: QwenVLConfig, prompts: Sequence[Prompt], pad_to: int | None = None) -> Batch:
     """Left-pad prompts to one length and pack all their pictures.
 
-    Positions, and the lengths by which rope and attention are scaled, are those of the prompt
-    alone: a row's results do not depend on the rest of the batch. (The published code counts the
-    padding of a batch; see :func:`reference_batch`.)
+    Positions, and the lengths that scale rope and attention, are those of the prompt only, so a
+    row's results do not depend on the rest of the batch. (The published code counts a batch's
+    padding; see :func:`reference_batch`.)
 
     Raises:
-        PromptError: ids that the model does not know, or placeholders and pictures that differ.
+        PromptError: ids outside the vocabulary, or placeholders that do not match the pictures.
     """
     check_prompts(prompts, config.language.vocab_size, VISUAL)
     for i, p in enumerate(prompts):
@@ -74,9 +74,9 @@ def mark_pictures(ids: Sequence[int], config: QwenVLConfig) -> tuple[list[int], 
 
 
 def reference_batch(config: QwenVLConfig, inputs: dict[str, Any]) -> Batch:
-    """A golden's inputs as one batch of the same padded length.
+    """A golden's inputs as one batch of equal padded length.
 
-    As in the published code, positions are columns, padding counted.
+    As in the published code, positions are columns, including padding.
     """
     pixels = inputs.get("pixel_values", np.zeros((0, 3, config.image_size, config.image_size)))
     patches = patchify(np.asarray(pixels, np.float32), config.patch_size)
@@ -87,7 +87,7 @@ def reference_batch(config: QwenVLConfig, inputs: dict[str, Any]) -> Batch:
         prompts.append(Prompt(ids, [(1, config.side, config.side)] * count, part))
         first += count
     if first != len(patches):
-        raise ValueError(f"{len(patches)} pictures given, places for {first}")
+        raise ValueError(f"{len(patches)} pictures given, placeholders for {first}")
     batch, real = collate(config, prompts), inputs["attention_mask"] == 1
     return dataclasses.replace(
         batch,

@@ -1,4 +1,4 @@
-"""Qwen-VL: files, chat messages and pictures in; token ids and patches out.
+"""Qwen-VL: turn files, chat messages and pictures into token ids and patches.
 
 Nothing here touches the network or runs code from the folder.
 """
@@ -30,38 +30,38 @@ from mquant_jax.models.squares import patchify, squeeze
 from mquant_jax.models.tiktoken import build_tokenizer, read_ranks
 from mquant_jax.schema import Schema, choice, whole
 
-# What a word is to the tokenizer; in the published code, and in no file.
+# The tokenizer's word pattern, which only the published code has.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-MARK = "<img></img>"  # where a picture stands in a text; a file's name between the two is skipped
+MARK = "<img></img>"  # a picture's mark in a text; a file name inside is ignored
 _PLACED = re.compile(r"<img>.*?</img>", re.DOTALL)
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _CHAT = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
 IMG, IMG_END, IMG_PAD = "<img>", "</img>", "<imgpad>"
-# These are special in a text, too; those of a chat are not: no text can end its own turn.
+# These are also special in a text. Those of a chat are not, so that no text can end its turn.
 _TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", IMG, IMG_END, IMG_PAD)
 _TAG = re.compile(f"({'|'.join(map(re.escape, _TAGS))})")
 _SYSTEM = "You are a helpful assistant."
 _SETTINGS = Schema(
     {
         "chat_format": choice("chatml", ("chatml", "raw")),
-        # Tokens of context, beyond which the oldest turns are dropped.
+        # Context length beyond which the oldest turns are dropped.
         "max_window_size": whole(6144, 1),
     }
 )
 
 
 class QwenVLProcessor(ChatFolder):
-    """From pictures and text to a ``Batch``, and from tokens back to text.
+    """Turns pictures and text into a ``Batch``, and tokens into text.
 
     Args:
-        folder: holds qwen.tiktoken (or tokenizer.json), and as published generation_config.json.
+        folder: has qwen.tiktoken (or tokenizer.json), and optionally generation_config.json.
         config: the model's config.
 
     Raises:
-        UserError: a file is missing or unreadable, or the tokenizer is of another model.
+        UserError: a file is missing or unreadable, or the tokenizer belongs to another model.
     """
 
     config: QwenVLConfig
@@ -73,7 +73,7 @@ class QwenVLProcessor(ChatFolder):
 
     @functools.cached_property
     def tokenizer(self):
-        """The folder's tokenizer, its special tokens checked."""
+        """The folder's tokenizer, with its special tokens checked."""
         path = self.folder / self.NEEDED[0]
         if is_file(path):
             ranks = read_ranks(path)
@@ -88,41 +88,41 @@ class QwenVLProcessor(ChatFolder):
         ids = {IMG: c.image_start_id, IMG_END: c.image_end_id, IMG_PAD: c.image_pad_id}
         for token in (END_OF_TEXT, IM_START, IM_END, *ids):
             if token not in known:
-                raise UserError(f"{path}: no token {token}; it is of another model")
+                raise UserError(f"{path}: no token {token}; it belongs to another model")
             if known[token] != ids.get(token, known[token]):
                 raise UserError(f"{path}: {token} is token {known[token]}, "
-                                f"config.json says {ids[token]}")  # fmt: skip
+                                f"config.json has {ids[token]}")  # fmt: skip
         return tokenizer
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """generation_config.json.
+        """Settings in generation_config.json.
 
         Raises:
-            UserError: a format of prompts that is not known.
+            UserError: an unknown prompt format.
         """
         path = self.folder / "generation_config.json"
         return _SETTINGS.read(read_json_if_any(path), str(path))
 
     @property
     def is_chat(self) -> bool:
-        """Whether prompts are turns of a chat, and not texts to be gone on with (Qwen-VL)."""
+        """Whether prompts are chat turns, rather than texts to be continued (Qwen-VL)."""
         return self.settings["chat_format"] == "chatml"
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: those that the published code stops at."""
+        """Tokens that end an answer, as in the published code."""
         stops = (IM_END, IM_START, END_OF_TEXT) if self.is_chat else (END_OF_TEXT,)
         return tuple(self.tokenizer.convert_tokens_to_ids(list(stops)))
 
     @functools.cached_property
     def _chat_ids(self) -> set[int]:
-        """Special tokens that no answer shows."""
+        """Special tokens that are removed from answers."""
         known = self.tokenizer.get_vocab()
         return {known[token] for token in _CHAT if token in known}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, in which tags (``<ref>``, ``<box>``, ...) are special, alone."""
+        """Token ids of a text, in which only tags (``<ref>``, ``<box>``, ...) are special."""
         ids: list[int] = []
         for i, part in enumerate(_TAG.split(unicodedata.normalize("NFC", text))):
             if i % 2:
@@ -132,47 +132,47 @@ class QwenVLProcessor(ChatFolder):
         return ids
 
     def rendered_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """As :class:`ChatFolder` has it; composed first, as in :meth:`encode`."""
+        """See :class:`ChatFolder`; the text is NFC-composed first, as in :meth:`encode`."""
         return super().rendered_ids(unicodedata.normalize("NFC", text), add_special_tokens)
 
     @property
     def shown_tokens(self) -> list[str]:
-        """An answer holds the tags of its boxes."""
+        """Answers contain the tags of boxes."""
         return [tag for tag in _TAGS if tag not in (IMG, IMG_END, IMG_PAD)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens, stripped: tags stay, a chat's special tokens go."""
+        """Text of generated tokens, stripped, with tags but without a chat's special tokens."""
         kept = [int(i) for i in ids if int(i) not in self._chat_ids]
         return self.tokenizer.decode(kept, skip_special_tokens=False).strip()
 
     def turn(self, text: str, images: list[Any], videos: list[Any]) -> list[dict[str, Any]]:
-        """Pictures stand in front of the text, or where it says ``<img></img>`` (a file's name
-        between the two is skipped: it may be a published prompt)."""
+        """Pictures come before the text, or where it has ``<img></img>`` (a file name inside, as in
+        published prompts, is ignored)."""
         return super().turn(text, [] if _PLACED.search(text) else images, videos)
 
     def messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Prompt:
-        """A whole conversation, answered next by the assistant.
+        """A conversation, to be continued by the assistant.
 
-        The oldest turns, and their pictures, are left out where all would exceed the window of
+        The oldest turns, with their pictures, are dropped if the conversation exceeds the window in
         generation_config.json (6144 tokens).
 
         Args:
             messages: ``{"role": ..., "content": text or parts}``; a part is ``{"type": "text",
-                "text": ...}`` or ``{"type": "image"}``, numbered through its message and on a line
-                of its own. A text may say ``<img></img>`` itself, and is then not changed.
-            images: in the order of their parts and places.
+                "text": ...}`` or ``{"type": "image"}``, which is numbered within its message and
+                put on its own line. A text that contains ``<img></img>`` is not changed.
+            images: in the order of their parts and placeholders.
 
         Raises:
-            UserError: pictures and places differ in number (both are named); a picture that
-                cannot be read; a malformed message, or tags that do not pair up; videos; more
-                than one message, where the model is none for chats.
+            UserError: the number of pictures differs from that of placeholders; a picture cannot
+                be read; a malformed message, or unpaired tags; videos; several messages for a
+                model that is not a chat model.
         """
         chat, images, videos = self.conversation(messages, images, videos)
         parts = [part for message in chat for part in message["content"]]
         if len(videos) or any(part["type"] == "video" for part in parts):
-            raise UserError(f"{self.folder}: Qwen-VL takes no videos; give frames as images")
+            raise UserError(f"{self.folder}: Qwen-VL has no videos; give frames as images")
         texts = [_text(message["content"]) for message in chat]
         counts = [len(_PLACED.findall(text)) for text in texts]
         check_count(f"the prompt has {sum(counts)}", "image", sum(counts), images)
@@ -181,8 +181,8 @@ class QwenVLProcessor(ChatFolder):
             ids, kept = self._chat(list(zip(roles, texts, strict=True)))
         else:
             if [message["role"] for message in chat] != ["user"]:
-                raise UserError(f"{self.folder}: this model is not made for chats; "
-                                "expected one message of the user")  # fmt: skip
+                raise UserError(f"{self.folder}: this is not a chat model; "
+                                "expected one user message")  # fmt: skip
             ids, kept = self._with_pictures(0, texts[0]), [0]
         owners = np.repeat(np.arange(len(chat)), counts)
         seen = [i for i, owner in enumerate(owners) if owner in kept]
@@ -193,11 +193,11 @@ class QwenVLProcessor(ChatFolder):
         return collate(self.config, prompts, pad_to)
 
     def _chat(self, chat: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Token ids of roles and texts, and the numbers of the messages that had room."""
+        """Token ids of roles and texts, and the indices of the messages that fit."""
         first = 1 if chat and chat[0][0] == "system" else 0
         newline = self.encode("\n")
         head = self._message(0, "system", chat[0][1] if first else _SYSTEM)
-        turns: list[list[int]] = []  # a message of the user, and what follows it
+        turns: list[list[int]] = []  # a user message and what follows it
         for i in range(first, len(chat)):
             if chat[i][0] == "user" or not turns:
                 turns.append([])
@@ -219,13 +219,13 @@ class QwenVLProcessor(ChatFolder):
         return head + context + written(last) + answer, kept
 
     def _message(self, number: int, role: str, text: str) -> list[int]:
-        """Token ids of one message; its role, the newline and the text are split on their own."""
+        """Token ids of one message; role, newline and text are tokenized separately."""
         start, end = self.tokenizer.convert_tokens_to_ids([IM_START, IM_END])
         text_ids = self._with_pictures(number, text)
         return [start, *self.encode(role), *self.encode("\n"), *text_ids, end]
 
     def _with_pictures(self, number: int, text: str) -> list[int]:
-        """Token ids of a message's text, a placeholder for every visual token."""
+        """Token ids of a message's text, with a placeholder per visual token."""
         c, out, is_open = self.config, [], False
         for token in self.rendered_ids(_PLACED.sub(MARK, text)):
             if is_open != (token == c.image_end_id):
@@ -240,7 +240,7 @@ class QwenVLProcessor(ChatFolder):
         return out
 
     def _pictures(self, images: Mapping[int, Any]) -> tuple[list[tuple[int, int, int]], np.ndarray]:
-        """Grids, and patches float32 ``[pictures * side^2, patch_dim]``; images by their number."""
+        """Grids, and patches float32 ``[pictures * side^2, patch_dim]``; images by their index."""
         c = self.config
         squares = [squeeze(load_image(x, f"image {i}"), c.image_size) for i, x in images.items()]
         if not squares:
@@ -250,7 +250,7 @@ class QwenVLProcessor(ChatFolder):
 
 
 def _text(parts: Sequence[Mapping[str, Any]]) -> str:
-    """A message's parts as published: pictures are numbered, each on a line of its own."""
+    """A message's parts in the published format, with numbered pictures on their own lines."""
     out, count = "", 0
     for part in parts:
         if part["type"] == "image":

@@ -15,9 +15,9 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 def streams(config: QwenVLConfig) -> Streams:
     """Return the tower's streams, those inside the resampler and the decoder's.
 
-    The tower's stream begins behind a norm with a weight and a bias, rotated online, and ends in
-    the resampler's first projection without a norm between. That projection sees the stream's mean,
-    so the stream keeps it. (The paper's code removes it after the first norm.)
+    The tower's stream begins after a norm with a weight and a bias, rotated online, and ends in the
+    resampler's first projection without a norm before it. That projection depends on the stream's
+    mean, so the stream keeps it. (The paper's code removes it after the first norm.)
 
     Raises:
         UserError: the resampler does not project the tower's features.

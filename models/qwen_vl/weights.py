@@ -25,12 +25,12 @@ def weight_rules(config: QwenVLConfig) -> list[WeightRule]:
 
 
 def ignored(name: str) -> bool:
-    """Tables that some copies store and that are computed here."""
+    """Whether a tensor is unused: tables in some copies that are computed here."""
     return name.endswith(("rotary_emb.inv_freq", "attn.masked_bias", "transformer.logn_tensor"))
 
 
 def _fused(dst: str, src: str, width: int, groups: int = 1) -> Iterator[WeightRule]:
-    """Queries, keys and values out of one layer: one after another, in each of ``groups`` parts."""
+    """Queries, keys and values from one layer: consecutive in each of ``groups`` parts."""
     for leaf, hf, tail in (("kernel", "weight", (width,)), ("bias", "bias", ())):
         for i, name in enumerate(_QKV):
             yield WeightRule(f"{dst}/{name}/{leaf}", f"{src}.{hf}", (width, *tail),
@@ -55,7 +55,7 @@ def _tower(config: QwenVLConfig) -> Iterator[WeightRule]:
 
 
 def _decoder(c: DecoderConfig) -> Iterator[WeightRule]:
-    """Queries, keys and values follow each other whole; the gate is the second of the MLP's two."""
+    """Queries, keys and values are consecutive; the gate is the second of the MLP's two layers."""
     d, inner = c.hidden_size, c.intermediate_size
     yield direct("language/embedding", "transformer.wte.weight", c.vocab_size, d)
     for i in range(c.num_layers):

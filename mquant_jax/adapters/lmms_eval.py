@@ -21,29 +21,30 @@ from mquant_jax.runtime.sampling import Sampling
 from mquant_jax.validate import kind
 
 MODEL = "mquant_jax"
-_DEFAULT_TOKENS = 1024  # as lmms-eval's own models
+_DEFAULT_TOKENS = 1024  # as in lmms-eval's own models
 _ONLY_GENERATES = f"{MODEL} runs tasks with output_type generate_until; found a task with "
 
 
 def manifest() -> Any:
-    """What the entry point gives to lmms-eval, a ``ModelManifest``."""
-    # Not above: that module's package imports this one to call this function.
+    """The ``ModelManifest`` that the entry point returns to lmms-eval."""
+    # Not at module level: that package imports this module to call this function.
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(MODEL, chat_class_path=f"{__name__}.{MQuantJax.__name__}")
 
 
 class MQuantJax(lmms):
-    """A checkpoint that answers lmms-eval's chat requests, in batches cut over all local devices.
+    """A checkpoint that answers lmms-eval's chat requests, in batches sharded over local devices.
 
     Args:
-        pretrained: the folder that ``python -m mquant_jax convert`` wrote.
-        batch_size: prompts that run together; lmms-eval's default is 1.
+        pretrained: folder written by ``python -m mquant_jax convert``.
+        batch_size: prompts per batch; lmms-eval's default is 1.
         kv_cache, layout: see :func:`mquant_jax.api.load`.
-        max_batch_size, device: of other models; JAX chooses the device (``JAX_PLATFORMS``).
+        max_batch_size, device: ignored, other models use them; JAX chooses the device
+            (``JAX_PLATFORMS``).
 
     Raises:
-        UserError: a bad option, no checkpoint.
+        UserError: a bad option, or not a checkpoint.
     """
 
     is_simple = False
@@ -67,7 +68,7 @@ class MQuantJax(lmms):
         """The answers in the order of the requests.
 
         Raises:
-            UserError: a request for what this package does not do, named by task and document.
+            UserError: an unsupported request; the message names task and document.
         """
         out: list[GenerationResult | None] = [None] * len(requests)
         alike: dict[str, list[int]] = {}
@@ -84,7 +85,7 @@ class MQuantJax(lmms):
         return [answer for answer in out if answer is not None]
 
     def _answers(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Of requests with the same options."""
+        """Answers to requests with the same options."""
         how = requests[0].args[2]
         sampling, tokens = _sampling(how), int(how.get("max_new_tokens", _DEFAULT_TOKENS))
         made = self.model.generate_prompts([self._prompt(r) for r in requests], tokens, sampling)
@@ -120,10 +121,10 @@ class MQuantJax(lmms):
 
 
 def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """lmms-eval's messages, with pictures as ``url``, as ours.
+    """Convert lmms-eval's messages, whose pictures are ``url`` fields, to this package's.
 
     Raises:
-        UserError: sound, or a video that is a file: frames are taken.
+        UserError: audio, or a video file instead of frames.
     """
     chat = []
     for message in messages:
@@ -142,20 +143,20 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
         case "video" if not isinstance(part["url"], str):
             return {"type": "video", "video": part["url"]}
         case "video":
-            raise UserError(f"video {part['url']}: files of videos are not read here; the task has "
-                            "to give frames, a list of pictures")  # fmt: skip
+            raise UserError(f"video {part['url']}: video files are not supported; the task must "
+                            "pass frames, a list of pictures")  # fmt: skip
     raise UserError(f"a message has a part of type {part['type']!r}; expected text, image, video")
 
 
 def _sampling(how: Mapping[str, Any]) -> Sampling:
-    """Greedy unless the task samples; what other libraries call the same decides, too.
+    """Greedy unless the task samples, under any of the names that libraries use for it.
 
     Raises:
-        UserError: beams.
+        UserError: beam search.
     """
     if (how.get("num_beams") or 1) != 1:
         raise UserError(
-            f"num_beams is {how['num_beams']}; expected 1: there is no beam search here"
+            f"num_beams is {how['num_beams']}; expected 1: beam search is not supported"
         )
     temperature = how.get("temperature") or 0
     if not how.get("do_sample", temperature > 0):
@@ -165,10 +166,10 @@ def _sampling(how: Mapping[str, Any]) -> Sampling:
 
 
 def _until(text: str, stops: Any) -> str:
-    """The text up to the first of some strings.
+    """The text before the first stop string.
 
     Raises:
-        UserError: no string, and no list of strings.
+        UserError: ``stops`` is neither a string nor a list of strings.
     """
     stops = [stops] if isinstance(stops, str) else stops or []
     if not isinstance(stops, list | tuple) or not all(isinstance(s, str) for s in stops):

@@ -1,4 +1,4 @@
-"""Talk with a converted model about pictures."""
+"""Chat with a converted model about pictures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mquant_jax.runtime.options import Options
 
 EPILOG = """\
 Every line is a message. Commands:
-  /image PATH   show the next message's picture (repeatable)
-  /reset        forget the conversation
-  /exit         leave, as does the end of the input
+  /image PATH   add a picture to the next message (repeatable)
+  /reset        start a new conversation
+  /exit         quit, as at the end of the input
 
 examples:
   python -m mquant_jax chat DST --image cat.png
@@ -28,22 +28,22 @@ _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "max
 
 
 def main(argv: list[str]) -> int:
-    """Print each answer as it comes; 1 where a message failed that was not typed at a terminal."""
+    """Stream each answer. Exit status 1 if a message failed that was not typed at a terminal."""
     parser = Parser("python -m mquant_jax chat", __doc__, EPILOG)
     add = parser.add_argument
-    add("checkpoint", help="folder that convert has written")
-    add("--image", action="append", default=[], metavar="FILE", help="a picture for the first "
+    add("checkpoint", help="folder written by convert")
+    add("--image", action="append", default=[], metavar="FILE", help="picture for the first "
         "message (repeatable)")  # fmt: skip
-    add("--system", type=utf8, help="the system message")
+    add("--system", type=utf8, help="system message")
     add("--max-new-tokens", type=int, metavar="N", help=f"default {MAX_NEW_TOKENS}")
-    add("--temperature", type=float, help="0 is greedy; default of this and the following: as the "
-        "model's generation_config.json says")  # fmt: skip
-    add("--top-k", type=int, help="keep the k likeliest tokens; 0 keeps all")
-    add("--top-p", type=float, help="keep this much probability; 1 keeps all")
-    add("--repetition-penalty", type=float, help="1 is none")
-    add("--seed", type=int, help="of the draws; default: another one for each answer")
+    add("--temperature", type=float, help="0 is greedy; this and the following options default "
+        "to the model's generation_config.json")  # fmt: skip
+    add("--top-k", type=int, help="keep the k most likely tokens; 0 keeps all")
+    add("--top-p", type=float, help="keep top tokens of this probability; 1 keeps all")
+    add("--repetition-penalty", type=float, help="1 for none")
+    add("--seed", type=int, help="sampling seed; default: a new one for each answer")
     add("--kv-cache", choices=KV_CACHES, default="float",
-        help="int8 keeps keys and values in a half to a quarter of the memory")  # fmt: skip
+        help="int8 stores keys and values in a half to a quarter of the memory")  # fmt: skip
     add_no_verify(parser)
     args = parser.parse_args(argv)
     options = Options(kv_cache=args.kv_cache)
@@ -59,11 +59,11 @@ def main(argv: list[str]) -> int:
 
 @dataclasses.dataclass
 class Conversation:
-    """What was said, and pictures for the next message.
+    """The messages so far, and the pictures for the next one.
 
     Attributes:
         system: the system message, if any.
-        options: of :meth:`Model.chat`.
+        options: options of :meth:`Model.chat`.
     """
 
     model: Model
@@ -73,7 +73,7 @@ class Conversation:
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def ask(self, text: str) -> None:
-        """Print the answer as it comes; a question that fails is forgotten, its pictures too."""
+        """Stream the answer; if it fails, the question and its pictures are dropped."""
         parts = [{"type": "image", "image": image} for image in self.images]
         self.images = []
         question = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
@@ -87,12 +87,12 @@ class Conversation:
         self.messages += [question, {"role": "assistant", "content": answer}]
 
     def reset(self) -> None:
-        """Forget what was said and shown."""
+        """Start a new conversation."""
         self.messages, self.images = [], []
 
 
 def _lines() -> Any:
-    """Lines of the input up to its end or ``/exit``, with a prompt at a terminal."""
+    """Lines of the input until its end or ``/exit``; shows a prompt on a terminal."""
     typed = sys.stdin.isatty()
     while True:
         if typed:
@@ -105,7 +105,7 @@ def _lines() -> Any:
 
 
 def _turn(talk: Conversation, line: str) -> bool:
-    """One line of the input; whether it went well."""
+    """Handle one line of the input; returns whether it succeeded."""
     command, _, rest = line.partition(" ")
     try:
         if command == "/image":

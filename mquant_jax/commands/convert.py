@@ -1,4 +1,4 @@
-"""Convert a Hugging Face model folder into a checkpoint folder, quantised as a recipe says."""
+"""Convert a Hugging Face model folder to a checkpoint folder, quantised by a recipe."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def presets_table() -> str:
 
 
 def _parser() -> Parser:
-    epilog = f"""recipes (weights and activations of each part; a JSON file may say more):
+    epilog = f"""recipes (weights and activations of each part; a JSON file has more settings):
 {presets_table()}
-  methods to compare with, all W4A8 static: {", ".join(METHODS)}
+  methods for comparison, all W4A8 static: {", ".join(METHODS)}
 
 examples:
   python -m mquant_jax convert Qwen2-VL-2B-Instruct out/float
@@ -43,36 +43,36 @@ examples:
   python -m mquant_jax convert Qwen/Qwen2-VL-2B-Instruct --recipe w4a8 --dry-run --device v5e
   python -m convert.verify out/float --reference goldens/qwen2_vl/public
 
-DST appears only when it is complete. Until then finished parts, a journal and hidden states are in
-DST.work: after a kill, a full disk or Ctrl-C the same command with --resume goes on from there.
-Memory depends on the widest layer, not on the number of layers.
+DST appears only when it is complete. Until then DST.work holds the finished parts, a journal and
+hidden states. After a kill, a full disk or Ctrl-C, the same command with --resume continues from
+there. Memory depends on the widest layer, not on the number of layers.
 
 exit status: 0 success, 2 bad usage or input
 """
     parser = Parser("python -m mquant_jax convert", __doc__ or "", epilog)
     parser.add_argument("src", metavar="SRC", help="folder with config.json and model.safetensors "
-                        "(or its index and shards), or the name of a model in the Hugging Face "
+                        "(or an index and shards), or the name of a model in the Hugging Face "
                         "cache")  # fmt: skip
     parser.add_argument("dst", metavar="DST", type=Path, nargs="?",
                         help="checkpoint folder to write")  # fmt: skip
     parser.add_argument("--recipe", default="float", metavar="PRESET|FILE.json",
                         help="what is quantised and how (default: float)")  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE.jsonl",
-                        help="samples that set the static activation scales "
+                        help="calibration samples for static activation scales "
                         "(default: the bundled set)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true",
-                        help="replace DST, if it is a checkpoint")  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="go on with what a stopped "
-                        "conversion of the same inputs left in DST.work")  # fmt: skip
+                        help="replace DST if it is a checkpoint")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted "
+                        "conversion of the same inputs from DST.work")  # fmt: skip
     parser.add_argument("--restart", action="store_true",
-                        help="remove what a stopped conversion left, and begin anew")  # fmt: skip
+                        help="remove DST.work of an earlier conversion and start over")  # fmt: skip
     parser.add_argument("--strict", nargs="?", const=",".join(WARNINGS), default="",
-                        metavar="KIND,...", help="warnings of these kinds are errors: "
-                        f"{', '.join(WARNINGS)}; all of them where none is named")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, with sizes, memory "
-                        "and time, and convert nothing; config.json is enough")  # fmt: skip
+                        metavar="KIND,...", help="treat warnings of these kinds as errors: "
+                        f"{', '.join(WARNINGS)}; without KIND all of them")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, sizes, memory and "
+                        "time without converting; needs only config.json")  # fmt: skip
     parser.add_argument("--device", action="append", default=[], choices=ACCELERATORS, help="with "
-                        "--dry-run, may be repeated: whether the result fits")  # fmt: skip
+                        "--dry-run: say whether the result fits (repeatable)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -94,22 +94,22 @@ def _summary(dst: Path, manifest: dict[str, Any]) -> str:
 
 
 def _cost(stages: dict[str, float]) -> str:
-    """Time by stage and peak memory as a line of text."""
+    """Time by stage and peak memory, as one line."""
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
     return f"{sum(stages.values()):.1f} s ({parts}), peak memory {peak_bytes() / 2**30:.2f} GiB"
 
 
 def main(argv: list[str]) -> int:
-    """Convert; print a summary, or with ``--json`` one object."""
+    """Convert, and print a summary or with ``--json`` one object."""
     args: argparse.Namespace = _parser().parse_args(argv)
     recipe = resolve_recipe(args.recipe)
     if args.dry_run:
         show(dry_run(args.src, recipe, args.calibration, args.device), args.json)
         return OK
     if args.dst is None:
-        raise UserError("DST is missing; only --dry-run goes without")
+        raise UserError("DST is missing; only --dry-run works without it")
     if args.device:
-        raise UserError("--device goes with --dry-run; `inspect DST --memory` has it as well")
+        raise UserError("--device needs --dry-run; see also `inspect DST --memory`")
     keep_compiled_programs()
     stages: dict[str, float] = {}
 

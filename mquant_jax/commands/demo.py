@@ -1,4 +1,4 @@
-"""The bundled model, float and W4A8 side by side."""
+"""Compare the bundled model in float and W4A8."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, Sample, read_sample
 
 EPILOG = """\
 The bundled model is a small Qwen2-VL, trained from scratch (examples/train_demo.py) to read words
-and to name, count and place shapes. The first run converts it and takes a minute or two; later
+and to name, count and locate shapes. The first run converts it, which takes a minute or two. Later
 runs reuse OUT/float and OUT/w4a8.
 """
 SHOWN = 12
 
 
 def converted(out: Path, recipe: str) -> Path:
-    """The bundled model converted with ``recipe``, from an earlier run where possible."""
+    """The bundled model converted with ``recipe``, reused from an earlier run if possible."""
     source, folder = DEMO_ASSETS / "model", out / recipe
     stamp = {"size": (source / "model.safetensors").stat().st_size}
     marker = folder / "demo_source.json"
@@ -41,7 +41,7 @@ def converted(out: Path, recipe: str) -> Path:
 
 
 def cards(samples: list[Sample], results: dict[str, ExactMatch], count: int) -> list[Card]:
-    """A handful of samples, evenly over the tasks."""
+    """``count`` samples, spread evenly over the tasks."""
     by_task: dict[str, list[int]] = {}
     for i, s in enumerate(samples):
         by_task.setdefault(s.task, []).append(i)
@@ -58,7 +58,7 @@ def cards(samples: list[Sample], results: dict[str, ExactMatch], count: int) -> 
 
 
 def speeds(models: dict[str, Model], sample: Sample, rows: int) -> tuple[list[dict], dict]:
-    """Prefill and decode of ``rows`` copies of one prompt, variants taking turns."""
+    """Time prefill and decode of ``rows`` copies of one prompt, alternating between variants."""
     first = next(iter(models.values()))
     prompt = sample.prompt(first.processor)
     batch = first.collate([prompt] * rows)
@@ -67,7 +67,7 @@ def speeds(models: dict[str, Model], sample: Sample, rows: int) -> tuple[list[di
 
 
 def report_text(out: dict, table: list[dict], results: dict[str, ExactMatch]) -> str:
-    """The comparison that a person reads."""
+    """The comparison as text."""
     mb = 1e6
     quantised = results["w4a8"].by_task()
     lines = [
@@ -89,7 +89,7 @@ def report_text(out: dict, table: list[dict], results: dict[str, ExactMatch]) ->
 
 
 def main(argv: list[str]) -> int:
-    """Convert, answer, compare, draw."""
+    """Convert, answer the questions, and print and draw the comparison."""
     parser = Parser("python -m mquant_jax demo", __doc__, EPILOG)
     add = parser.add_argument
     add("--out", type=Path, default=Path("mquant-demo"), help="folder (default ./mquant-demo)")

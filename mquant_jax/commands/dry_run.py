@@ -1,4 +1,4 @@
-"""``convert --dry-run``: what a conversion would do and take, from config.json alone."""
+"""``convert --dry-run``: plan and cost of a conversion, from config.json only."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ _GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """A plan and what it is expected to take.
+    """A plan and its expected cost.
 
     Attributes:
-        read_back_bytes: memory that running the result once takes, at the end of a conversion and
-            beside what the conversion has not given back; it is left out where there is not so
-            much.
-        free_bytes: memory that is free now; ``None``: the system does not say.
-        fits: for each device asked for, what the result takes there.
+        read_back_bytes: memory to run the result once at the end of the conversion, on top of what
+            the conversion still holds; that run is skipped if there is not enough.
+        free_bytes: memory that is free now; ``None`` if unknown.
+        fits: memory of the result on each requested device.
     """
 
     plan: LayerPlan
@@ -50,7 +49,7 @@ class DryRun:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory that the conversion is expected to take on this machine."""
+        """Expected peak memory of the conversion on this machine."""
         runs = self.free_bytes is None or self.read_back_bytes <= self.free_bytes
         base = base_bytes(self.plan.recipe)
         return max(self.cost.peak_bytes, base + self.read_back_bytes if runs else 0)
@@ -72,8 +71,8 @@ class DryRun:
         lines = [f"{plan.family}, recipe {plan.recipe.name}", "", table(plan), ""]
         lines.append(
             f"memory: {self.peak_bytes / _GIB:.1f} GiB; {c.peak_bytes / _GIB:.1f} GiB of them for "
-            f"the conversion, reached at {c.peak_part}; the rest is for running the result at the "
-            "end, which is left out if it is not free"
+            f"the conversion, reached at {c.peak_part}; the rest for a test run of the result, "
+            "which is skipped if memory is short"
         )
         hours = c.seconds / 3600
         span = f"{hours:.1f} hours" if hours >= 2 else f"{c.seconds / 60:.0f} minutes"
@@ -98,11 +97,11 @@ def dry_run(
     calibration: Path | None = None,
     devices: Sequence[str] = (),
 ) -> DryRun:
-    """Plan a conversion without reading a weight.
+    """Plan a conversion without reading weights.
 
     Args:
-        source: a folder with config.json, or a hub name that the local cache knows.
-        calibration: its lines are counted; its samples are not looked at.
+        source: a folder with config.json, or a hub name in the local cache.
+        calibration: its lines are counted; its samples are not read.
         devices: names of :data:`mquant_jax.runtime.memory.ACCELERATORS`.
 
     Raises:
@@ -124,10 +123,10 @@ def dry_run(
 
 
 def _data(family: Family, recipe: Recipe, calibration: Path | None) -> Data:
-    """How much calibration there will be; samples of a usual size.
+    """The amount of calibration data, for samples of typical size.
 
     Raises:
-        UserError: no such file.
+        UserError: the file does not exist.
     """
     data = Data() if family.pictures else Data(patches=0)
     if calibration is None:
@@ -140,5 +139,5 @@ def _data(family: Family, recipe: Recipe, calibration: Path | None) -> Data:
 
 
 def show(run: DryRun, as_json: bool) -> None:
-    """Print it."""
+    """Print the plan, as text or JSON."""
     print(json.dumps(run.to_json()) if as_json else run.text())

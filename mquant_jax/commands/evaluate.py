@@ -1,4 +1,4 @@
-"""A checkpoint's score on a benchmark; several checkpoints against the first."""
+"""Score a checkpoint on a benchmark, or compare several checkpoints with the first."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ tasks:
 {tasks}
 
 DATA is the benchmark's file as published: VLMEvalKit's TSV, parquet (pip install
-'mquant-jax[eval]'), JSONL; a text for perplexity. Nothing is fetched. Task jsonl takes samples, one
-{{"image": "cat.png", "question": "...", "answer": "..."}} per line; --samples FILE is short for
---task jsonl --data FILE. Without --task and --data the demo model's held-out set is used.
+'mquant-jax[eval]') or JSONL; a text for perplexity. Nothing is downloaded. Task jsonl takes
+samples, one {{"image": "cat.png", "question": "...", "answer": "..."}} per line; --samples FILE is
+short for --task jsonl --data FILE. Without --task and --data the demo model's held-out set is used.
 
-With --out, answers are kept as they are made, and a run that was stopped goes on from them.
+With --out, answers are saved as they are generated, and an interrupted run resumes from them.
 
-Batches are cut among all devices of this machine. For several machines, start the same command on
-each, with --distributed where JAX finds the others by itself (TPU pods, Slurm, MPI), else with the
-three options that tell them; the first prints and keeps the results.
+Batches are sharded over all devices of this machine. To use several machines, start the same
+command on each: with --distributed if JAX can detect the others (TPU pods, Slurm, MPI), otherwise
+with --coordinator-address, --num-processes and --process-id. The first prints and saves results.
 """
 
 
 def main(argv: list[str]) -> int:
-    """Print scores, and what changed against the first checkpoint."""
+    """Print scores, and differences from the first checkpoint."""
     args = _parser().parse_args(argv)
     cluster = (args.coordinator_address, args.num_processes, args.process_id)
     if args.distributed or any(x is not None for x in cluster):
@@ -76,39 +76,39 @@ def _parser() -> Parser:
     tasks = "\n".join(f"  {name:<12} {task.title} ({task.unit})" for name, task in TASKS.items())
     parser = Parser("python -m mquant_jax eval", __doc__ or "", EPILOG.format(tasks=tasks))
     add = parser.add_argument
-    add("checkpoint", nargs="+", help="folders written by python -m mquant_jax convert")
-    add("--task", metavar="NAME", help="a benchmark, see below (default demo)")
+    add("checkpoint", nargs="+", help="folders written by convert")
+    add("--task", metavar="NAME", help="benchmark, see below (default demo)")
     add("--data", type=Path, metavar="FILE", help="its file, a folder of shards, or a pattern")
-    add("--split", metavar="NAME", help="of data with several, such as validation")
+    add("--split", metavar="NAME", help="split of the data, such as validation")
     add("--samples", type=Path, metavar="FILE.jsonl", help="short for --task jsonl --data FILE")
-    add("--limit", type=int, metavar="N", help="use the first N questions only")
-    add("--out", type=Path, metavar="DIR", help="keep answers and results; go on from those there")
+    add("--limit", type=int, metavar="N", help="use only the first N questions")
+    add("--out", type=Path, metavar="DIR", help="save answers and results; resume from saved ones")
     add("--batch-size", type=int, default=50, metavar="N", help="prompts per batch (default 50)")
-    add("--max-new-tokens", type=int, metavar="N", help="default: the task's")
+    add("--max-new-tokens", type=int, metavar="N", help="default: set by the task")
     add("--kv-cache", choices=KV_CACHES, default="float", help="default float")
     add(
         "--agreement",
         action="store_true",
-        help="also: how often models, fed with the first one's answers, find its next token",
+        help="also report how often a model predicts the first model's answer tokens",
     )
     add(
         "--kl",
         type=int,
         default=0,
         metavar="N",
-        help="also: divergence from the first, so fed, on the first N questions; takes 4 bytes x "
-        "vocabulary x tokens of their answers on the disk of --out",
+        help="also report the KL divergence from the first model on the first N questions; takes 4 "
+        "bytes x vocabulary x answer tokens on the disk of --out",
     )
     add(
         "--swap-images",
         action="store_true",
-        help="also: the score with pictures of other questions: are they looked at?",
+        help="also report the score with the pictures of other questions",
     )
-    add("--devices", type=int, metavar="N", help="cut batches among N devices (default all)")
-    add("--distributed", action="store_true", help="one of several machines that JAX knows")
-    add("--coordinator-address", metavar="HOST:PORT", help="of the first machine")
-    add("--num-processes", type=int, metavar="N", help="how many machines")
-    add("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    add("--devices", type=int, metavar="N", help="shard batches over N devices (default all)")
+    add("--distributed", action="store_true", help="run on several machines that JAX detects")
+    add("--coordinator-address", metavar="HOST:PORT", help="address of the first machine")
+    add("--num-processes", type=int, metavar="N", help="number of machines")
+    add("--process-id", type=int, metavar="I", help="index of this machine, from 0")
     add_no_verify(parser)
     add("--json", action="store_true", help="one JSON object on stdout")
     return parser
@@ -117,7 +117,7 @@ def _parser() -> Parser:
 def _devices(wanted: int | None) -> list[Any]:
     """
     Raises:
-        UserError: more devices than there are.
+        UserError: more devices than available.
     """
     found = jax.local_devices()
     number = len(found) if wanted is None else count(wanted, "devices")
@@ -129,9 +129,9 @@ def _devices(wanted: int | None) -> list[Any]:
 def _warn_of_overlap(model: ModelResult, n: int) -> None:
     found = model.overlap
     if found and (found["pictures"] or found["both"]):
-        warn(f"{model.path}: {found['pictures']} of {n} questions have a picture like one that the "
-             f"model was calibrated on, {found['both']} of them the same question, too; its score "
-             "may flatter it", "calibration")  # fmt: skip
+        warn(f"{model.path}: {found['pictures']} of {n} questions have a picture from the "
+             f"calibration data, {found['both']} of them with the same question; the score may be "
+             "too high", "calibration")  # fmt: skip
 
 
 def _task(args: argparse.Namespace) -> tuple[Task, Path | None]:

@@ -1,4 +1,4 @@
-"""Ask a converted model about pictures."""
+"""Ask a converted model a question about pictures."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    """Print the answer, token by token; with ``--json`` one object with timings."""
+    """Stream the answer, or with ``--json`` print one object with timings."""
     parser = Parser("python -m mquant_jax generate", __doc__, EPILOG)
     add = parser.add_argument
-    add("checkpoint", help="folder written by convert.hf_to_flax")
-    add("--image", action="append", default=[], metavar="FILE", help="a picture (repeatable)")
+    add("checkpoint", help="folder written by convert")
+    add("--image", action="append", default=[], metavar="FILE", help="picture (repeatable)")
     add("--prompt", required=True, type=utf8, help="the question")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
-    add("--top-p", type=float, default=1.0, help="keep this much probability; 1 keeps all")
-    add("--seed", type=int, default=0, help="seed of the sampling key")
+    add("--top-k", type=int, default=0, help="keep the k most likely tokens; 0 keeps all")
+    add("--top-p", type=float, default=1.0, help="keep top tokens of this probability; 1 keeps all")
+    add("--seed", type=int, default=0, help="sampling seed")
     add("--kv-cache", choices=KV_CACHES, default="float",
-        help="int8 keeps keys and values in a half to a quarter of the memory")  # fmt: skip
+        help="int8 stores keys and values in a half to a quarter of the memory")  # fmt: skip
     add_no_verify(parser)
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What quantisation did to a checkpoint, as a page with pictures."""
+"""Write a report with plots on the quantisation of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mquant_jax.report.page import write_report
 from mquant_jax.report.summary import summary
 
 EPILOG = """\
-DIR/report.html is one file that works offline; each of its pictures is also a PNG in DIR. Needs
-matplotlib: pip install 'mquant-jax[report]'. python -m mquant_jax inspect prints the short form.
+DIR/report.html is self-contained and works offline; its plots are also PNG files in DIR. Needs
+matplotlib: pip install 'mquant-jax[report]'. python -m mquant_jax inspect prints a summary.
 """
 
 
@@ -20,8 +20,8 @@ def main(argv: list[str]) -> int:
     """Write the report."""
     parser = Parser("python -m mquant_jax report", __doc__ or "", EPILOG)
     add = parser.add_argument
-    add("checkpoint", help="folder written by python -m mquant_jax convert")
-    add("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    add("checkpoint", help="folder written by convert")
+    add("-o", "--out", type=Path, required=True, metavar="DIR", help="folder for the report")
     add_no_verify(parser)
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Answer chat requests in the form of OpenAI's interface, and show a page to try it."""
+"""Serve chat requests in OpenAI's API format, and a web page to try it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mquant_jax.validate import count
 
 KEY_VARIABLE = "MQUANT_API_KEY"
 EPILOG = f"""\
-  POST /v1/chat/completions   text and pictures (data: URLs), whole or streamed
+  POST /v1/chat/completions   text and pictures (data: URLs), streamed or not
   GET  /v1/models             the served model
-  GET  /health, /metrics      for supervisors and Prometheus
-  GET  /                      a page: drop pictures, ask, watch the answer
+  GET  /health, /metrics      for health checks and Prometheus
+  GET  /                      web page: drop pictures, ask, watch the answer
 
-One line with the URL says that requests are taken. SIGTERM and Ctrl-C end the server: it refuses
-new requests and finishes the open ones. docs/serving.md has examples for clients.
+A line with the URL shows that the server is ready. On SIGTERM or Ctrl-C it refuses new requests,
+finishes the open ones and exits. docs/serving.md has examples for clients.
 
 examples:
   python -m mquant_jax serve DST --port 8000
@@ -34,7 +34,7 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    """Serve until a signal ends it."""
+    """Serve until a signal."""
     args = _parser().parse_args(argv)
     try:
         from mquant_jax.serve.server import Server, open_socket, url_of
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     grace = count(args.grace, "--grace", least=0)
     key = args.api_key or os.environ.get(KEY_VARIABLE)
     if not (key or _is_local(args.host)):
-        warn(f"--host {args.host} is reached from other machines, and there is no --api-key")
+        warn(f"--host {args.host} is reachable from other machines, without an --api-key")
     with open_socket(args.host, args.port) as listening:
         model = load(args.checkpoint, kv_cache=options.kv_cache, verify=args.verify)
         name = args.name or Path(args.checkpoint).resolve().name
@@ -65,30 +65,30 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser("python -m mquant_jax serve", __doc__, EPILOG)
     add = parser.add_argument
-    add("checkpoint", help="folder that convert has written")
+    add("checkpoint", help="folder written by convert")
     add("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine "
-        "alone; 0.0.0.0 is all of its addresses")  # fmt: skip
-    add("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
-    add("--api-key", metavar="KEY", help=f"clients must send it; default: ${KEY_VARIABLE}")
-    add("--name", help="the model's name for clients; default: the folder's")
-    add("--slots", type=int, default=8, metavar="N", help="requests that decode together")
+        "only; 0.0.0.0: all addresses")  # fmt: skip
+    add("--port", type=int, default=8000, help="default 8000; 0: any free port")
+    add("--api-key", metavar="KEY", help=f"key that clients must send; default: ${KEY_VARIABLE}")
+    add("--name", help="model name for clients; default: the folder's name")
+    add("--slots", type=int, default=8, metavar="N", help="requests decoded together")
     add("--context", type=int, metavar="TOKENS",
-        help="of a prompt and its answer; default: the model's, 4096 at most")  # fmt: skip
+        help="length of a prompt and its answer; default: the model's, at most 4096")  # fmt: skip
     add("--queue", type=int, default=256, metavar="N",
-        help="requests that may wait; more are refused (429)")  # fmt: skip
+        help="requests that may wait; further ones are refused (429)")  # fmt: skip
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N",
-        help=f"of an answer whose request does not say; default {MAX_NEW_TOKENS}")  # fmt: skip
+        help=f"default length limit of an answer; default {MAX_NEW_TOKENS}")  # fmt: skip
     add("--max-prompt-tokens", type=int, metavar="N",
-        help="of a prompt, pictures included; default: what the context holds")  # fmt: skip
+        help="per prompt, including its pictures; default: the context")  # fmt: skip
     add("--max-pixels", type=int, default=64 << 20, metavar="N",
-        help="of a request's pictures together; default 67108864")  # fmt: skip
-    add("--max-body-mb", type=int, default=64, metavar="MB", help="of a request; default 64")
+        help="total over the pictures of a request; default 67108864")  # fmt: skip
+    add("--max-body-mb", type=int, default=64, metavar="MB", help="size of a request; default 64")
     add("--grace", type=int, default=30, metavar="SECONDS",
-        help="that open requests may take at the end; default 30")  # fmt: skip
+        help="time for open requests on shutdown; default 30")  # fmt: skip
     add("--warm-up", action="store_true",
         help="compile for prompts of up to 512 tokens before the first request")  # fmt: skip
     add("--kv-cache", choices=KV_CACHES, default="float",
-        help="int8 keeps keys and values in a half to a quarter of the memory")  # fmt: skip
+        help="int8 stores keys and values in a half to a quarter of the memory")  # fmt: skip
     add_no_verify(parser)
     return parser
 

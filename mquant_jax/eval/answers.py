@@ -1,4 +1,4 @@
-"""Answers on disk as they are made: an append-only JSONL file, from which a run goes on."""
+"""Answers saved as they are generated: an append-only JSONL file from which a run can resume."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mquant_jax.eval import hosts
 from mquant_jax.validate import shown
 
 HEADER = "run"
-_CURE = "choose another --out, or remove the file to begin anew"
+_CURE = "choose another --out, or remove the file to start over"
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model made of one question.
+    """A model's answer to one question.
 
     Attributes:
-        text: the answer; "" for a text that is scored.
-        tokens: generated, or scored.
-        nats: the summed loss of a scored text, else ``None``.
+        text: the answer; "" if a text is scored.
+        tokens: number of generated or scored tokens.
+        nats: the summed loss of a scored text, otherwise ``None``.
         ids: the generated tokens.
     """
 
@@ -38,7 +38,7 @@ _KEYS = {"id", *(field.name for field in dataclasses.fields(Answer))}
 
 
 class Answers:
-    """The answers of one run, in memory alone.
+    """The answers of one run, in memory only.
 
     Attributes:
         found: question id -> answer.
@@ -48,11 +48,11 @@ class Answers:
         self.found: dict[str, Answer] = {}
 
     def add(self, answers: Sequence[tuple[str, Answer]]) -> None:
-        """Keep the answers of a batch."""
+        """Add the answers of a batch."""
         self.found.update(answers)
 
     def merge(self) -> None:
-        """Add what other hosts have; each of them calls this."""
+        """Add the answers of the other hosts. Every host must call this."""
         found = hosts.merged({k: dataclasses.asdict(a) for k, a in self.found.items()})
         self.add([(key, _answer(row)) for key, row in found.items()])
 
@@ -62,19 +62,19 @@ def _answer(row: Mapping[str, Any]) -> Answer:
 
 
 class AnswerFile(Answers):
-    """The same, kept in a file; what it holds already is not asked again.
+    """Answers saved to a file; questions that it already answers are not asked again.
 
-    Its first line is the run's header, each other one an answer. A last line that is not whole, as
-    a killed run leaves it, is cut off. Hosts other than the first put their number behind the
-    file's name, and each knows the answers of all such files that it finds.
+    The first line is the run's header, every other line an answer. An incomplete last line, left
+    by a killed run, is removed. Hosts other than the first append their number to the file name,
+    and each host reads the answers of all such files that it finds.
 
     Args:
-        path: the first host's.
-        header: all that answers depend on.
-        host: of this process.
+        path: file of the first host.
+        header: everything that answers depend on.
+        host: index of this host.
 
     Raises:
-        UserError: the file is of a run with another header, or damaged.
+        UserError: the file belongs to a run with another header, or is damaged.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], host: int = 0):
@@ -90,7 +90,7 @@ class AnswerFile(Answers):
             self._append([{HEADER: self.header}])
 
     def add(self, answers: Sequence[tuple[str, Answer]]) -> None:
-        """Keep the answers of a batch, those that are new in the file, too."""
+        """Add the answers of a batch and append the new ones to the file."""
         new = [(key, answer) for key, answer in answers if key not in self.found]
         super().add(new)
         self._append([{"id": key, **dataclasses.asdict(answer)} for key, answer in new])
@@ -103,7 +103,7 @@ class AnswerFile(Answers):
             os.fsync(file.fileno())
 
     def _cut(self) -> None:
-        """Cut off a last line that is not whole; the files of other hosts may be growing."""
+        """Remove an incomplete last line, but not of other hosts' files, which may be growing."""
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data.rfind(b"\n") + 1
         if not whole:
@@ -123,7 +123,7 @@ class AnswerFile(Answers):
                 continue
             kinds = [type(row.get(name)) for name in ("id", "text", "tokens", "ids")]
             if kinds != [str, str, int, list] or not row.keys() <= _KEYS:
-                raise UserError(f"{where}: no answer; {_CURE}")
+                raise UserError(f"{where}: not an answer; {_CURE}")
             key = row.pop("id")
             self.found[key] = _answer(row)
 
@@ -132,10 +132,10 @@ class AnswerFile(Answers):
         if found == self.header:
             return
         if not isinstance(found, dict):
-            raise UserError(f"{path}: holds no answers of a run; {_CURE}")
+            raise UserError(f"{path}: not an answer file; {_CURE}")
         other = next(k for k in (*self.header, *found) if self.header.get(k) != found.get(k))
         raise UserError(
-            f"{path}: its answers were made with another {other}: "
+            f"{path}: its answers were made with a different {other}: "
             f"{shown(found.get(other))}, now {shown(self.header.get(other))}; {_CURE}"
         )
 
@@ -146,5 +146,5 @@ def _row(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: damaged: {e}; {_CURE}") from e
     if not isinstance(row, dict):
-        raise UserError(f"{where}: damaged: no JSON object; {_CURE}")
+        raise UserError(f"{where}: damaged: not a JSON object; {_CURE}")
     return row

@@ -1,7 +1,7 @@
-"""The option that an answer to a multiple-choice question names, by published rules alone.
+"""Parse the option chosen in an answer to a multiple-choice question, by published rules only.
 
-Where a benchmark's own evaluation asks another model to read the answer, :func:`infer_option` takes
-its place: VLMEvalKit's exact matching. MMMU has rules of its own.
+Some benchmarks ask a judge model to parse the answer. :func:`infer_option` replaces the judge with
+VLMEvalKit's exact matching. MMMU has its own rules.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _REFUSALS = (
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _LAST_WORDS = 5
 _SENTENCE = 3  # in longer answers a capital A may be the article
-_LONG_ANSWER = 5  # words; MMMU looks for an option's text in longer answers only
+_LONG_ANSWER = 5  # words; MMMU searches only longer answers for an option's text
 
 
 def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The letter that the answer names, or the option whose text it holds.
+    """The option that the answer gives by letter, or by its text.
 
     Args:
         choices: letter -> text.
 
     Returns:
-        A letter; ``None`` for a refusal, none or several.
+        A letter; ``None`` for a refusal and for none or several options.
     """
     if any(refusal in answer for refusal in _REFUSALS):
         return None
@@ -56,10 +56,10 @@ def _by_text(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def mmmu_option(answer: str, choices: Mapping[str, str]) -> str | None:
-    """MMMU: the last option named as ``(A)``, else as a word, else as ``A.``; in answers of more
-    than five words else the last whose text occurs.
+    """MMMU: the last option given as ``(A)``, else as a word, else as ``A.``; in answers of more
+    than five words else the last option whose text occurs.
 
-    MMMU draws an option at random where none is found; here it is ``None``, which is wrong.
+    If there is none, MMMU draws an option at random; this returns ``None``, which counts as wrong.
     """
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
@@ -74,13 +74,13 @@ def mmmu_option(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def _last(positions: Mapping[str, int]) -> str | None:
-    """The letter that comes last; ``None`` where no position is 0 or more."""
+    """The letter with the largest position; ``None`` if every position is negative."""
     found = {letter: at for letter, at in positions.items() if at >= 0}
     return max(found, key=lambda letter: found[letter]) if found else None
 
 
 def choice_or_text(answer: str, truth: str, choices: Mapping[str, str]) -> tuple[float, str]:
-    """Score and reading of an answer to a question that may or may not have options."""
+    """Score and parsed value of an answer to a question with or without options."""
     if choices:
         letter = infer_option(answer, choices) or ""
         return float(letter == truth), letter
@@ -97,7 +97,7 @@ _NUMBERS = (
 
 
 def mmmu_open_match(answer: str, truths: list[str]) -> float:
-    """MMMU: 1 if a truth is one of the numbers of an open answer, or part of its key sentences."""
+    """MMMU: 1 if a truth is a number in an open answer or part of its key sentences."""
     wanted = [value for truth in truths for value in _values(truth)]
     texts = [value for value in wanted if isinstance(value, str)]
     said = _open_values(answer)
@@ -114,7 +114,7 @@ def _open_values(answer: str) -> list[str | float]:
 
 
 def _key(line: str, last: bool) -> str:
-    """The shortest text behind an indicator of the answer; "" where there is none."""
+    """The shortest text that follows an indicator of the answer; "" without one."""
     marks = (*_INDICATORS, "=") if last else _INDICATORS
     behind = [line.split(mark)[-1].strip() for mark in marks if mark in line]
     key = min((text for text in behind if text), key=len, default="")
@@ -122,7 +122,7 @@ def _key(line: str, last: bool) -> str:
 
 
 def _values(text: str) -> list[str | float]:
-    """A number rounded to two places, or the text; a single letter with a blank beside it."""
+    """A number rounded to two decimals, or the text; a single letter gets a space beside it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

@@ -1,4 +1,4 @@
-"""Several models on the same questions: what changed, and how sure that is."""
+"""Compare models on the same questions, with confidence intervals and tests."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ INTERVAL = (0.025, 0.975)
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A model against the first.
+    """A model compared with the first.
 
     Attributes:
-        delta: score less the first's, in the task's unit.
+        delta: its score minus the first's, in the task's unit.
         ci95: paired bootstrap interval of ``delta``.
-        mcnemar_p: of the exact two-sided test that as many answers turn right as turn wrong;
-            ``None`` where answers are neither.
-        right_to_wrong, wrong_to_right: places of the flipped answers.
+        mcnemar_p: p value of the exact two-sided test that as many answers turn right as wrong;
+            ``None`` for tasks without right and wrong answers.
+        right_to_wrong, wrong_to_right: indices of the flipped answers.
     """
 
     delta: float
@@ -48,8 +48,8 @@ def compare(task: Task, first: Table, other: Table, seed: int = 0) -> Difference
 def interval(
     task: Task, first: Table, other: Table, seed: int = 0, draws: int = DRAWS
 ) -> tuple[float, float]:
-    """95 % paired bootstrap interval of the difference in score: both models answer the same
-    resample of groups of questions."""
+    """95 % paired bootstrap interval of the difference in score. Groups of questions are resampled,
+    the same ones for both models."""
     rng = np.random.default_rng(seed)
     strata = _strata(first, task.stratified)
     differences = np.empty(draws)
@@ -61,13 +61,13 @@ def interval(
 
 
 def _strata(table: Table, by_category: bool) -> list[np.ndarray]:
-    """The groups that are drawn from together; those of a category, or all."""
+    """The strata of the resampling: the groups of each category, or all groups."""
     parts = [rows for _, rows in table.by_category.values()] if by_category else [table]
     return [np.unique(rows.groups) for rows in parts]
 
 
 def _resample(rng: np.random.Generator, strata: list[np.ndarray], groups: np.ndarray) -> np.ndarray:
-    """How often each question counts, float64 ``[n]``."""
+    """The number of times each question is drawn, float64 ``[n]``."""
     counts = np.zeros(int(groups.max()) + 1)
     for stratum in strata:
         drawn = rng.integers(0, len(stratum), len(stratum))
@@ -76,7 +76,7 @@ def _resample(rng: np.random.Generator, strata: list[np.ndarray], groups: np.nda
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided p value: flips are heads and tails of a fair coin."""
+    """Exact two-sided p value of the flips under a fair coin."""
     from scipy.stats import binomtest
 
     return float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0

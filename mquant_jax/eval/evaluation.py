@@ -1,4 +1,4 @@
-"""Checkpoints on a task: answers, scores, what a result depends on, and the comparison."""
+"""Evaluate checkpoints on a task: answers, scores, provenance and comparison."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ ANSWERS, SWAPPED, RESULT = "answers.jsonl", "swapped.jsonl", "result.json"
 
 @dataclasses.dataclass(frozen=True)
 class ModelResult:
-    """One checkpoint's part of an evaluation.
+    """The results of one checkpoint.
 
     Attributes:
-        path: the checkpoint, as it was named.
-        run: all that the answers depend on.
+        path: the checkpoint, as the caller named it.
+        run: everything that the answers depend on.
         answers: in the order of the questions.
         table: the judged answers.
-        score, metrics: as published.
-        overlap: questions that the calibration data have, too; ``None`` where that is not known.
-        agreement: with the first checkpoint, fed with its answers, where that was asked for.
-        swapped: the score with pictures of other questions, where that was asked for.
-        difference: to the first checkpoint; ``None`` for the first itself.
+        score, metrics: as the benchmark defines them.
+        overlap: questions that also occur in the calibration data; ``None`` if unknown.
+        agreement: agreement with the first checkpoint on its answers, if requested.
+        swapped: score with the pictures of other questions, if requested.
+        difference: compared with the first checkpoint; ``None`` for the first itself.
     """
 
     path: str
@@ -61,16 +61,16 @@ class ModelResult:
 
     @property
     def empty(self) -> int:
-        """Answers without a character that shows."""
+        """Number of answers without a visible character."""
         return sum(a.nats is None and not a.text.strip() for a in self.answers)
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of an answer, or of a scored window."""
+        """Mean number of tokens of an answer or a scored window."""
         return sum(a.tokens for a in self.answers) / len(self.answers)
 
     def own(self) -> dict[str, Any]:
-        """What does not depend on the other checkpoints' answers, but for the agreement."""
+        """The results that need no other checkpoint's answers, and the agreement."""
         return {
             "score": self.score,
             "metrics": self.metrics,
@@ -101,15 +101,16 @@ class ModelResult:
 
 @dataclasses.dataclass(frozen=True)
 class Checks:
-    """What is measured beside the score, each at the cost of another pass.
+    """Optional measurements besides the score. Each costs another pass.
 
     Attributes:
-        agreement: how often models find the same token the likeliest as the first.
-        kl: divergence from the first on so many questions (:class:`TeacherForcing`); 0: none.
-        swap_images: the score with pictures of other questions.
+        agreement: how often a model's most likely token is that of the first model.
+        kl: number of questions to compute the divergence from the first model on
+            (:class:`TeacherForcing`); 0: none.
+        swap_images: the score with the pictures of other questions.
 
     Raises:
-        UserError: ``kl`` is no number of questions.
+        UserError: ``kl`` is not a valid number of questions.
     """
 
     agreement: bool = False
@@ -121,19 +122,19 @@ class Checks:
 
     @property
     def forced(self) -> bool:
-        """Whether models are fed the first one's answers."""
+        """Whether models are run on the first one's answers."""
         return self.agreement or self.kl > 0
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
-    """All checkpoints of one call.
+    """The results of all checkpoints.
 
     Attributes:
         task: the benchmark.
-        questions: what was asked, or the windows of a text.
+        questions: the questions, or the windows of a text.
         models: one entry per checkpoint.
-        checks: what was measured beside the score.
+        checks: the measurements made besides the score.
     """
 
     task: Task
@@ -147,7 +148,7 @@ class Evaluation:
         return f"Evaluation({self.task.name}, {n} questions, score in {unit!r}, {scores})"
 
     def to_json(self) -> dict[str, Any]:
-        """What ``eval --json`` prints."""
+        """The output of ``eval --json``."""
         return {
             "task": self.task.name,
             "unit": self.task.unit,
@@ -171,20 +172,20 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate checkpoints, one in memory at a time, and compare them with the first.
 
-    Where JAX runs on several hosts, each calls this and answers its share; all return the whole.
+    With several JAX hosts, each calls this and answers its share; all return the full result.
 
     Args:
-        data: the task's file, a folder of shards, or a pattern; ``None``: the task's own.
-        options: ``max_new_tokens``, ``batch_size``, ``limit`` (questions, or windows of a text) and
-            ``kv_cache`` are used; by default answers are as long as the task allows.
-        out: folder for answers and results; a run that was stopped goes on from the answers there.
-        split: of a data set that has several.
-        devices: among which batches are cut; by default all that this process has.
+        data: the task's file, a folder of shards, or a pattern; ``None``: the task's default.
+        options: uses ``max_new_tokens``, ``batch_size``, ``limit`` (questions, or windows of a
+            text) and ``kv_cache``; by default answers are as long as the task allows.
+        out: folder for answers and results; an interrupted run resumes from the answers there.
+        split: the split to use, if the data set has several.
+        devices: devices to shard batches over; by default all of this process.
         verify: see :func:`mquant_jax.api.load`.
 
     Raises:
-        UserError: bad data or checkpoints; answers in ``out`` that another run made; checks that
-            the task or the number of checkpoints does not allow.
+        UserError: bad data or checkpoints; answers of a different run in ``out``; checks that the
+            task or the number of checkpoints does not allow.
     """
     if not checkpoints:
         raise UserError("no checkpoint to evaluate")
@@ -217,24 +218,24 @@ def _allowed(checks: Checks, task: Task, checkpoints: int) -> None:
         raise UserError(f"task {task.name} scores a text: it has no answers to compare token by "
                         "token, and no pictures to swap")  # fmt: skip
     if checks.forced and checkpoints == 1:
-        raise UserError("--agreement and --kl compare checkpoints with the first; name two at "
-                        "least")  # fmt: skip
+        raise UserError("--agreement and --kl compare checkpoints with the first; give at least "
+                        "two")  # fmt: skip
 
 
 def _compared(task: Task, first: ModelResult, result: ModelResult) -> ModelResult:
     if len(result.answers) != len(first.answers):
-        raise UserError(f"{result.path}: cuts the text into {len(result.answers)} windows, the "
-                        f"first checkpoint into {len(first.answers)}; models are compared on one "
+        raise UserError(f"{result.path}: splits the text into {len(result.answers)} windows, the "
+                        f"first checkpoint into {len(first.answers)}; compare models with the same "
                         "tokenizer")  # fmt: skip
     return dataclasses.replace(result, difference=compare(task, first.table, result.table))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One checkpoint's evaluation; attributes as the arguments of :func:`evaluate`.
+    """The evaluation of one checkpoint; attributes are those of :func:`evaluate`, and:
 
     Attributes:
-        others: the questions with swapped pictures, and what those answers depend on.
+        others: the questions with swapped pictures, and what their answers depend on.
     """
 
     path: str
@@ -251,7 +252,7 @@ class _Job:
     def run(
         self, prints: Fingerprints | None, progress: Progress
     ) -> tuple[list[Question], ModelResult]:
-        """What was asked, and the result."""
+        """The questions and the result."""
         task, started = self.task, time.time()
         model = load(self.path, kv_cache=self.options.kv_cache, verify=self.verify)
         model.devices = self.devices
@@ -293,7 +294,7 @@ class _Job:
     def _swapped(
         self, model: Model, folder: Path | None, of_it: dict[str, Any], progress: Progress
     ) -> float | None:
-        """The score with pictures of other questions, where that is asked for."""
+        """The score with the pictures of other questions, if requested."""
         if self.others is None:
             return None
         questions, about = self.others
@@ -304,7 +305,7 @@ class _Job:
 
 
 def _kept(folder: Path | None, name: str, run: dict[str, Any]) -> Answers:
-    """Where answers are kept: a file, or memory."""
+    """The store for answers: a file, or memory."""
     return AnswerFile(folder / name, run, jax.process_index()) if folder else Answers()
 
 
@@ -314,14 +315,14 @@ def _judged(task: Task, said: Sequence[Answer], questions: Sequence[Question]) -
 
 
 def verdict(task: Task, answer: Answer, question: Question) -> Verdict:
-    """What the answer is worth; a scored text is its loss and its tokens."""
+    """Judge an answer; the verdict of a scored text is its loss and number of tokens."""
     if task.judge is None:
         return Verdict(answer.nats or 0.0, size=answer.tokens)
     return task.judge(answer.text, question)
 
 
 def _write(path: Path, result: ModelResult, asked: int, seconds: float) -> None:
-    """Everything about one checkpoint; where a run went on, ``times`` and ``devices`` differ."""
+    """Write all results of one checkpoint; only ``times`` and ``devices`` depend on resuming."""
     body = {
         "run": result.run,
         "n": len(result.answers),

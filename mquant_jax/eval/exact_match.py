@@ -15,12 +15,12 @@ from mquant_jax.samples import Sample
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """Outcome of one run.
+    """The result of one run.
 
     Attributes:
-        answers: what the model said, one per sample.
-        correct: whether it equals the expected answer (surrounding blanks aside).
-        tasks: each sample's task label.
+        answers: the model's answer to each sample.
+        correct: whether it equals the expected answer, ignoring surrounding whitespace.
+        tasks: the task label of each sample.
     """
 
     answers: list[str]
@@ -29,11 +29,11 @@ class ExactMatch:
 
     @property
     def score(self) -> float:
-        """Share of correct answers, 0..1."""
+        """Fraction of correct answers, 0..1."""
         return sum(self.correct) / len(self.correct)
 
     def by_task(self) -> dict[str, float]:
-        """Share of correct answers per task."""
+        """Fraction of correct answers per task."""
         out = {}
         for task in sorted(set(self.tasks)):
             hits = [c for c, t in zip(self.correct, self.tasks, strict=True) if t == task]
@@ -51,10 +51,10 @@ def evaluate(
 ) -> ExactMatch:
     """Answer every sample greedily.
 
-    The results come in the order of ``samples``.
+    Results are in the order of ``samples``.
 
     Raises:
-        UserError: a bad option; no samples, or samples that cannot be made prompts, each named.
+        UserError: a bad option; no samples, or invalid samples (the message lists each).
     """
     options = Options(max_new_tokens, batch_size=batch_size)
     questions = questions_from(samples)

@@ -1,7 +1,7 @@
-"""How far models agree token by token: each is fed the first one's answers.
+"""Token-level agreement of models under teacher forcing with the first model's answers.
 
-Fed with the same tokens, models can be compared at every position, also behind the first one at
-which they would have parted.
+On the same tokens, models can be compared at every position, including those after the first
+token on which their own answers would differ.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from mquant_jax.eval.runner import Progress, batches, silent, windows
 from mquant_jax.models.base import Prompt, longest
 from mquant_jax.runtime.options import Options
 
-_Position = tuple[int, int]  # of a question among all, and of a token in its answer
+_Position = tuple[int, int]  # index of a question, and of a token in its answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """A model against the first.
+    """A model compared with the first.
 
     Attributes:
-        agreement: share of positions at which both find the same token the likeliest.
-        kl: mean over positions of KL(first || this), in nats; ``None`` where it was not asked for.
+        agreement: fraction of positions at which both have the same most likely token.
+        kl: mean over positions of KL(first || this), in nats; ``None`` if not requested.
     """
 
     agreement: float
@@ -39,15 +39,15 @@ class Agreement:
 
 
 class TeacherForcing:
-    """What the first model expects at each position of its answers, and what others make of it.
+    """The first model's predictions at each position of its answers, and those of other models.
 
-    A position is a token of an answer, or its end. The first model's likeliest tokens are kept in
-    memory, its log-probabilities in a file without a name: 4 bytes x vocabulary x positions of the
-    questions that ``kl`` counts. One model is in memory at a time, and one position of a batch.
+    A position is a token of an answer, or its end. The first model's most likely tokens are kept
+    in memory, its log-probabilities in an anonymous file of 4 bytes x vocabulary x positions of
+    the first ``kl`` questions. Memory holds one model, and one position of a batch, at a time.
 
     Args:
-        kl: compute the divergence on the first so many questions; 0: none.
-        folder: on the disk that takes the file; default: the system's place for such files.
+        kl: compute the divergence on the first ``kl`` questions; 0: none.
+        folder: where to create the file; default: the system's temporary folder.
     """
 
     def __init__(self, kl: int = 0, folder: Path | None = None):
@@ -74,16 +74,16 @@ class TeacherForcing:
         options: Options,
         progress: Progress = silent,
     ) -> Agreement | None:
-        """Feed a model the first one's answers, in the batches in which they were made.
+        """Run a model on the first one's answers, in the batches in which they were generated.
 
         Args:
-            answers: this model's; they count where it is the first.
+            answers: this model's answers; used if it is the first.
 
         Returns:
-            How far the model agrees with the first; ``None`` for the first itself.
+            The agreement with the first model; ``None`` for the first itself.
 
         Raises:
-            UserError: a vocabulary of another size.
+            UserError: the vocabulary has another size.
         """
         if not self._answers:
             self._answers = list(answers)
@@ -94,8 +94,8 @@ class TeacherForcing:
         for at, row in self._walk(model, questions, options, progress):
             if len(row) != self._vocabulary:
                 raise UserError(f"the first model's vocabulary has {self._vocabulary} tokens, this "
-                                f"one's {len(row)}; token by token, models are compared on one "
-                                "tokenizer")  # fmt: skip
+                                f"one's {len(row)}; token by token, only models with the same "
+                                "tokenizer can be compared")  # fmt: skip
             positions, same, nats = sums.get(str(at[0]), (0, 0, 0.0))
             same += int(row.argmax()) == self._likeliest[at]
             nats += divergence(self._kept(at), row) if at in self._rows else 0.0
@@ -103,7 +103,7 @@ class TeacherForcing:
         return self._total(hosts.merged(sums), len(questions))
 
     def _total(self, sums: Mapping[str, Sequence[float]], questions: int) -> Agreement:
-        rows = [sums[str(i)] for i in range(questions)]  # one order, whichever host had which
+        rows = [sums[str(i)] for i in range(questions)]  # an order independent of hosts
         measured = rows[: self.kl]
         share = sum(r[1] for r in rows) / sum(r[0] for r in rows)
         nats = sum(r[2] for r in measured) / sum(r[0] for r in measured) if measured else None
@@ -112,7 +112,7 @@ class TeacherForcing:
     def _walk(
         self, model: Model, questions: Sequence[Question], options: Options, progress: Progress
     ) -> Iterator[tuple[_Position, np.ndarray]]:
-        """The log-probabilities ``[vocab]`` of every position of this host's share."""
+        """Log-probabilities ``[vocab]`` at every position of this host's share."""
         number = {q.id: i for i, q in enumerate(questions)}
         for window in windows(questions, options, progress, "feed answers"):
             for ids, prompts in batches(model, window, options):
@@ -140,7 +140,7 @@ def _expected(
 ) -> Iterator[np.ndarray]:
     """
     Raises:
-        PromptTooLong: prompts and answers do not fit this model's context.
+        PromptTooLong: a prompt and its answer exceed this model's context.
     """
     tokens = longest(prompts) + max(map(len, answers))
     if tokens > model.max_positions:
@@ -150,7 +150,7 @@ def _expected(
 
 
 def divergence(first: np.ndarray, other: np.ndarray) -> float:
-    """KL(first || other) in nats of log-probabilities ``[vocab]``."""
+    """KL(first || other) of log-probabilities ``[vocab]``, in nats."""
     p, q = first.astype(np.float64), other.astype(np.float64)
     likely = np.exp(p)
     held = likely > 0

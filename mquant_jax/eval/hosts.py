@@ -1,6 +1,6 @@
-"""Several hosts, each with its share of the questions; what they found is merged at the end.
+"""Evaluation on several hosts: each answers its share of the questions; answers are merged last.
 
-A host needs nothing of another until then, not even a common disk.
+Until then hosts do not communicate, and they need no shared disk.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def join(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Join the other hosts, before anything is computed; see ``jax.distributed.initialize``.
+    """Connect to the other hosts, before any computation; see ``jax.distributed.initialize``.
 
     Args:
-        coordinator_address: ``host:port`` of the first host; ``None``: JAX asks the cluster.
-        num_processes, process_id: how many hosts there are, and which this is, from 0.
+        coordinator_address: ``host:port`` of the first host; ``None``: JAX detects the cluster.
+        num_processes, process_id: number of hosts, and index of this host from 0.
 
     Raises:
-        UserError: the others cannot be found, or not all three are given.
+        UserError: the connection fails, or only some of the three are given.
     """
     given = (coordinator_address, num_processes, process_id)
     if any(x is None for x in given) and any(x is not None for x in given):
@@ -38,7 +38,7 @@ def join(
     try:
         jax.distributed.initialize(*given)
     except (RuntimeError, ValueError) as e:
-        raise UserError(f"the other hosts cannot be joined: {e}; give --coordinator-address, "
+        raise UserError(f"cannot connect to the other hosts: {e}; give --coordinator-address, "
                         "--num-processes and --process-id") from e  # fmt: skip
 
 
@@ -48,15 +48,15 @@ def is_first() -> bool:
 
 
 def has(number: int) -> bool:
-    """Whether part ``number`` of the work is this host's."""
+    """Whether this host does part ``number`` of the work."""
     return number % jax.process_count() == jax.process_index()
 
 
 def merged(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What all hosts found; each calls this, and waits for the others.
+    """The results of all hosts. Every host must call this; it waits for the others.
 
     Args:
-        found: values that JSON has.
+        found: this host's results, JSON values.
     """
     if jax.process_count() == 1:
         return dict(found)

@@ -1,4 +1,4 @@
-"""Official metrics of one answer: 0..1 each, with the published treatment of the text."""
+"""Official metrics of one answer, 0..1, with the published text normalisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ YES, NO, OTHER = "yes", "no", "other"
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> float:
-    """1 for an answer that is one of the truths, blanks around both aside."""
+    """1 if the answer is one of the truths, ignoring surrounding whitespace."""
     return float(answer.strip() in [t.strip() for t in truths])
 
 
@@ -26,10 +26,10 @@ def _plain(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """VQA accuracy: the mean, over leaving out one annotator each, of min(1, agreeing others / 3).
+    """VQA accuracy: min(1, matches / 3) over all annotators but one, averaged over the omitted one.
 
     Args:
-        truths: what each annotator said; ten in the published sets.
+        truths: the answer of each annotator; ten in the published data sets.
     """
     said, truths = normalised(answer), [normalised(t) for t in truths]
     agreeing = truths.count(said)
@@ -40,7 +40,7 @@ def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
 def anls(answer: str, truths: Sequence[str], threshold: float = ANLS_THRESHOLD) -> float:
     """Normalised Levenshtein similarity to the closest truth; 0 below the threshold.
 
-    Case and runs of blanks do not count; the longer text, as it was given, is the norm.
+    Ignores case and repeated spaces. Normalised by the length of the longer text as given.
     """
     best = max(_similarity(answer, truth) for truth in truths)
     return best if best >= threshold else 0.0
@@ -53,7 +53,7 @@ def _similarity(answer: str, truth: str) -> float:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """The fewest insertions, deletions and exchanges of characters that make ``b`` of ``a``."""
+    """The fewest insertions, deletions and substitutions that turn ``a`` into ``b``."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -67,7 +67,7 @@ def contains(answer: str, truths: Sequence[str], formula: bool = False) -> float
     """OCRBench: 1 if a truth is part of the answer.
 
     Args:
-        formula: blanks do not count, case does; else the other way round.
+        formula: ignore spaces instead of case.
     """
     said = _ocr_text(answer, formula)
     return float(any(_ocr_text(t, formula) in said for t in truths))
@@ -79,9 +79,9 @@ def _ocr_text(text: str, formula: bool) -> str:
 
 
 def relaxed_match(answer: str, truth: str) -> float:
-    """ChartQA: numbers may differ by 5 % of the true one; other answers must agree but for case.
+    """ChartQA: numbers may be off by 5 % of the truth; other answers must match, ignoring case.
 
-    A percentage is a hundredth of its number. A true zero is compared as text.
+    A percentage counts as a fraction. A truth of zero is compared as text.
     """
     said, true = answer.strip(), truth.strip()
     x, y = _number(said), _number(true)
@@ -98,13 +98,13 @@ def _number(text: str) -> float | None:
 
 
 def mme_word(answer: str) -> str:
-    """MME: ``yes`` or ``no``, whichever is in the first four characters; else ``other``."""
+    """MME: ``yes`` or ``no`` if it is in the first four characters, else ``other``."""
     start = answer.strip().lower()[:4]
     return YES if YES in start else NO if NO in start else OTHER
 
 
 def pope_word(answer: str) -> str:
-    """POPE: ``no`` if the first sentence has the word "no" or "not", else ``yes``."""
+    """POPE: ``no`` if the first sentence contains the word "no" or "not", else ``yes``."""
     sentence = answer.strip().partition(".")[0].replace(",", "")
     words = sentence.split()
     return NO if {"No", "no", "not"} & set(words) else YES

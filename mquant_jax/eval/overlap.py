@@ -1,4 +1,4 @@
-"""Whether a checkpoint was calibrated on what it is evaluated on."""
+"""Overlap between a checkpoint's calibration data and its evaluation data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mquant_jax.files import read_json_if_any
 from mquant_jax.ptq.fingerprints import REPORTED, near, picture_hash, question_hash
 
 Overlap = dict[str, int]
-_KINDS = (("pictures", 64), ("questions", 16))  # and hexadecimal digits of a hash
+_KINDS = (("pictures", 64), ("questions", 16))  # and the hexadecimal digits of their hashes
 
 
 class Fingerprints:
-    """Hashes of a task's questions and pictures, made when they are first needed.
+    """Hashes of a task's questions and pictures, computed on first use.
 
     Args:
-        questions: what is asked; pictures that several share are hashed once.
+        questions: pictures that they share are hashed once.
     """
 
     def __init__(self, questions: Sequence[Question]):
@@ -28,14 +28,14 @@ class Fingerprints:
         self._pictures: dict[int, str] | None = None
 
     def overlap(self, known: Mapping[str, Sequence[str]]) -> Overlap:
-        """How many questions, and how many with a picture like one of the calibration's.
+        """Count the questions whose text or pictures are in calibration data.
 
         Args:
-            known: fingerprints of calibration data.
+            known: fingerprints of the calibration data.
 
         Returns:
-            ``{"pictures", "questions", "both"}``: counts of questions whose picture, whose text,
-            or both, are in the calibration data.
+            ``{"pictures", "questions", "both"}``: the number of questions whose picture, text, or
+            both, are in the calibration data.
 
         Raises:
             ImageError: a picture cannot be read.
@@ -49,7 +49,7 @@ class Fingerprints:
         return {"pictures": sum(seen), "questions": sum(asked), "both": sum(both)}
 
     def _hashes(self) -> dict[int, str]:
-        """Identity of a picture -> its hash."""
+        """``id`` of a picture -> its hash."""
         if self._pictures is None:
             images = {id(i): (i, q.sample.where) for q in self.questions for i in q.sample.images}
             self._pictures = {key: picture_hash(i, where) for key, (i, where) in images.items()}
@@ -57,13 +57,13 @@ class Fingerprints:
 
 
 def calibration_of(folder: Path) -> Mapping[str, Any] | None:
-    """The fingerprints that a checkpoint keeps in report.json; ``None`` where there are none."""
+    """The fingerprints in a checkpoint's report.json; ``None`` if there are none."""
     known = read_json_if_any(folder / REPORT).get(REPORTED)
     return known if isinstance(known, dict) and all(_hashes(known, *k) for k in _KINDS) else None
 
 
 def _hashes(known: Mapping[str, Any], name: str, digits: int) -> bool:
-    """Whether that is a list of hashes: a file that was edited may hold anything."""
+    """Whether ``known[name]`` is a list of hashes; an edited file may hold anything."""
     found = known.get(name)
     return isinstance(found, list) and all(
         isinstance(h, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", h) for h in found

@@ -21,32 +21,32 @@ from mquant_jax.models.base import VLM, Batch, Prompt
 from mquant_jax.runtime.data_parallel import AXIS
 from mquant_jax.samples import Sample
 
-LENGTH = 512  # tokens of a window
+LENGTH = 512  # tokens per window
 
 
 def windows_of(
     model: Model, text: str, limit: int | None = None
 ) -> list[tuple[Question, list[int]]]:
-    """The text as windows of 512 tokens, or of the model's context where that is less.
+    """Split the text into windows of 512 tokens, or of the model's context if that is shorter.
 
-    Windows do not overlap; a rest of one token, which predicts nothing, is left out. No special
-    tokens are added.
+    Windows do not overlap. A last window of one token is dropped, because it predicts nothing. No
+    special tokens are added.
 
     Args:
-        limit: the first so many windows.
+        limit: maximum number of windows.
 
     Returns:
         Each window as a question without an answer, and its token ids.
 
     Raises:
-        UserError: fewer than two tokens.
+        UserError: the text has fewer than two tokens.
     """
     ids = model.processor.encode(text)
     length = min(LENGTH, model.max_positions - 1)
     cuts = [ids[s : s + length] for s in range(0, len(ids), length)]
     cuts = [cut for cut in cuts if len(cut) > 1][:limit]
     if not cuts:
-        raise UserError(f"the text has {len(ids)} tokens; perplexity needs two at least")
+        raise UserError(f"the text has {len(ids)} tokens; perplexity needs at least two")
     return [
         (Question(str(i), Sample((), model.processor.decode(cut)), group=str(i)), cut)
         for i, cut in enumerate(cuts)
@@ -60,7 +60,7 @@ def score_text(
     answers: Answers | None = None,
     progress: Progress = silent,
 ) -> tuple[list[Question], list[Answer]]:
-    """The loss of every window's tokens after its first, in nats.
+    """The loss of each window, in nats, over all tokens but its first.
 
     Raises:
         UserError: see :func:`windows_of`.
@@ -81,7 +81,7 @@ def score_text(
 def rounds(
     windows: Sequence[tuple[str, list[int]]], most: int
 ) -> list[list[tuple[str, list[int]]]]:
-    """``(key, ids)`` of windows of one length that follow each other, ``most`` at a time."""
+    """Batches of up to ``most`` consecutive windows ``(key, ids)`` of equal length."""
     out: list[list[tuple[str, list[int]]]] = []
     for window in windows:
         if not out or len(out[-1]) == most or len(out[-1][0][1]) != len(window[1]):
@@ -91,12 +91,12 @@ def rounds(
 
 
 class Scorer:
-    """The losses of windows of one length, one window on each of the model's devices.
+    """Losses of windows of equal length, one window per device.
 
-    A window's loss is the same on any number of devices.
+    A window's loss does not depend on the number of devices.
 
     Attributes:
-        devices: how many windows run at a time.
+        devices: number of windows that run at once.
     """
 
     def __init__(self, model: Model):
@@ -116,7 +116,7 @@ class Scorer:
         )  # fmt: skip
 
     def __call__(self, windows: Sequence[list[int]]) -> list[float]:
-        """Nats of each window's tokens after its first."""
+        """The loss of each window, in nats, over all tokens but its first."""
         filled = [*windows, *[windows[-1]] * (self.devices - len(windows))]
         empty = np.zeros((0, 0), np.float32)
         batch = self.model.collate([Prompt(ids, [], empty) for ids in filled])
@@ -125,7 +125,7 @@ class Scorer:
 
 
 def _losses(module: VLM, batch: Batch) -> jax.Array:
-    """float32 ``[T - 1]``: the loss of each token of one row given those before it; 0 for
+    """The loss of each token of one row given the tokens before it, float32 ``[T - 1]``; 0 at
     padding."""
     log_probs = jax.nn.log_softmax(module(batch)[0].astype(jnp.float32))
     nats = -jnp.take_along_axis(log_probs[:-1], batch.input_ids[0, 1:, None], axis=1)[:, 0]

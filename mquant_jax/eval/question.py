@@ -1,4 +1,4 @@
-"""A question of a benchmark, and what a task declares about its questions."""
+"""Benchmark questions, and tasks, which declare how questions are asked and judged."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """A row of a published file, its fields under one set of names.
+    """A row of a published file with uniform field names.
 
     Attributes:
-        id: what the file calls the row, or its number.
-        question: the bare text.
-        answers: accepted ones.
-        images: whatever :func:`mquant_jax.models.images.load_image` takes.
-        choices: letter -> text of the options, in order; empty where there are none.
-        category: what results are grouped by, or "".
+        id: the row's id in the file, or its number.
+        question: the question's text only.
+        answers: accepted answers.
+        images: anything that :func:`mquant_jax.models.images.load_image` accepts.
+        choices: letter -> text of the options, in order; empty without options.
+        category: the category that results are grouped by, or "".
         hint: text before the question, or "".
-        raw: the row as it was.
+        raw: the original row.
         where: file and line, for messages.
     """
 
@@ -47,13 +47,13 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked and how the answer is judged.
+    """A question, and what judging its answer needs.
 
     Attributes:
         id: unique among the task's questions.
         sample: the prompt's text and pictures.
         answers, choices, category: see :class:`Fields`.
-        group: questions of one group belong together: they are resampled as one.
+        group: questions of one group are resampled together.
     """
 
     id: str
@@ -77,23 +77,23 @@ class Task:
     """A benchmark.
 
     Attributes:
-        name: as ``--task`` takes it.
-        title: the benchmark's own name.
-        unit: what the score is in.
-        judge: the answer's text and its question to a verdict; none where a text is scored.
-        ask: the prompt's text.
-        suffix: what ``ask`` puts behind every question; recorded with the results.
-        score, details: of a judged table; the published score, and what is published beside it.
-        group: questions that belong together have the same; default: each its own.
-        arrange: parts of the user's message (text and pictures in turn) and the pictures in their
-            order, for questions that place them; default: pictures, then text.
-        category: names of the columns that may hold the category, or a function of the row.
-        rules: how options are read out of answers, for the record; "" where none are.
-        read: ``(file, task, limit) -> questions``, for files that are no tables of questions.
-        data: the file that is read where none is given.
-        max_new_tokens: of an answer; 0: nothing is generated, the text is scored.
-        stratified: resamples keep the number of questions of each category.
-        lower_is_better: as of perplexity.
+        name: value of ``--task``.
+        title: the benchmark's name.
+        unit: unit of the score.
+        judge: ``(answer, question) -> verdict``; ``None`` if a text is scored.
+        ask: builds the prompt's text.
+        suffix: text that ``ask`` appends to every question; recorded with the results.
+        score, details: computed from a judged table: the published score, and further metrics.
+        group: key shared by questions that belong together; default: every question by itself.
+        arrange: for questions that place their pictures, the parts of the user's message (text and
+            pictures) and the pictures in that order; default: pictures, then text.
+        category: columns that may hold the category, or a function of the row.
+        rules: how options are parsed from answers, for the record; "" if they are not.
+        read: ``(file, task, limit) -> questions``, for files that are not tables of questions.
+        data: default file.
+        max_new_tokens: maximum length of an answer; 0: nothing is generated, the text is scored.
+        stratified: resampling keeps the number of questions per category.
+        lower_is_better: true for perplexity, for example.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Task:
     lower_is_better: bool = False
 
     def question(self, fields: Fields) -> Question:
-        """The question that a row asks."""
+        """The question in a row."""
         text = self.ask(fields) + self.suffix
         images = fields.images
         messages: tuple[dict[str, Any], ...] = ()
@@ -129,14 +129,14 @@ class Task:
 
 
 def with_options(fields: Fields) -> str:
-    """Hint, question, and the options with their letters, a line each."""
+    """Hint, question and lettered options, one per line."""
     lines = [fields.hint] if fields.hint else []
     lines += [fields.question, *(f"{letter}. {text}" for letter, text in fields.choices.items())]
     return "\n".join(lines)
 
 
 def picture_key(image: Any) -> str:
-    """What tells a picture from others: a hash of its bytes, or a file's name."""
+    """An identifier of a picture: a hash of its bytes, or its file name."""
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     if isinstance(image, np.ndarray):

@@ -1,4 +1,4 @@
-"""What a result depends on, for the record: data, prompts, decoding, versions, checkpoint."""
+"""Provenance of a result: data, prompts, decoding, versions, checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def describe(
     options: Options,
     split: str | None = None,
 ) -> dict[str, Any]:
-    """What answers depend on besides the checkpoint."""
+    """Everything that answers depend on besides the checkpoint."""
     digest = hashlib.sha256()
     for q in questions:
         pictures = [picture_key(image) for image in q.sample.images]
@@ -60,7 +60,7 @@ def describe(
 
 
 def hashes(data: Path, split: str | None) -> dict[str, Any]:
-    """File -> its size and SHA-256, files of a folder under their path in it."""
+    """File -> size and SHA-256. Files of a folder are named by their relative path."""
     found = {}
     for file in files_of(data, split):
         name = str(file.relative_to(data)) if is_folder(data) else file.name
@@ -69,7 +69,7 @@ def hashes(data: Path, split: str | None) -> dict[str, Any]:
 
 
 def of_checkpoint(model: Model) -> dict[str, Any]:
-    """The checkpoint's hash, recipe, and how it prepares pictures, with its pixel limits."""
+    """The checkpoint's hash, recipe, and image preprocessing with its pixel limits."""
     manifest = model.manifest
     folder = getattr(model.processor, "folder", None)
     pictures = read_json_if_any(Path(folder) / "preprocessor_config.json") if folder else {}

@@ -1,9 +1,9 @@
 """Compare a checkpoint, run in float32, with the recorded outputs of a reference implementation.
 
-DIR holds inputs.safetensors and outputs.safetensors. Compared are the arrays found there: vision
-(vision_pre, vision_conv), embeds, hidden_i, logits and the greedy tokens, and the same of a second
-batch under text_*. Only real tokens count. A rotated checkpoint works in a basis of its own: of it,
-only logits and greedy tokens can be compared."""
+DIR holds inputs.safetensors and outputs.safetensors. The arrays found there are compared: vision
+(vision_pre, vision_conv), deepstack_i, embeds, hidden_i, logits and the greedy tokens, and the same
+for a second batch under text_*. Padding is ignored. A rotated checkpoint uses another basis, so
+only its logits and greedy tokens can be compared."""
 
 from __future__ import annotations
 
@@ -22,43 +22,39 @@ from mquant_jax.errors import UserError
 from mquant_jax.files import is_folder
 from mquant_jax.loading import Loaded, load_model
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.nn.stack import Runner, context_at, num_layers
+from mquant_jax.nn.stack import Runner, num_layers, scan_tapped
 from mquant_jax.numerics import AnyArray
 from mquant_jax.validate import number
 
 FLOAT_RTOL = 1e-3
-_BY_PICTURE = ("vision", "vision_pre", "vision_conv")
+_BY_PICTURE = "vision", "deepstack_"  # how the names of arrays begin
+_DEEP = "vision/deepstack_"
 # Arrays that a reference may record with padding -> the output that is 1 where there is none.
 _PADDED = {"vision_pre": "vision_patch_mask"}
-# A reference may hold a second batch, of text alone, under the same names with this in front.
+# A reference may hold a second batch, text only, under the same names with this prefix.
 _TEXT = "text_"
 Arrays = dict[str, np.ndarray]
 
 
 class CaptureRunner(Runner):
-    """Keeps what modules return, and the residual stream before, between and after blocks.
+    """Records module outputs, and the residual stream before, between and after blocks.
 
     Attributes:
-        seen: name -> output, or for a stack ``[layers + 1, ...]``: entry i enters block i.
-        real: name -> bool, which rows of the output are no padding.
+        seen: name -> output; for a stack ``[layers + 1, ...]``, where entry i is block i's input.
+        real: name -> bool, which rows of the output are not padding.
     """
 
     def __init__(self) -> None:
         self.seen: dict[str, jax.Array] = {}
         self.real: dict[str, AnyArray] = {}
 
-    def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
-        graphdef, state = nnx.split(stack)
-
-        def body(carry, layer):
-            parts, number = layer
-            out = nnx.merge(graphdef, parts)(carry, context_at(context, number))
-            return out, out
-
-        last, outs = jax.lax.scan(body, x, (state, jnp.arange(num_layers(stack))))
-        self.seen[name] = jnp.concatenate([x[None], outs])
+    def tapped(
+        self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        last, outs = scan_tapped(stack, x, context, range(num_layers(stack)))
+        self.seen[name] = jnp.stack([x, *outs])
         self.real[name] = context.token_class >= 0
-        return last
+        return last, tuple(outs[i] for i in taps)
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
         self.seen[name] = out = module(x)
@@ -74,12 +70,12 @@ def _forward(model: VLM, batch: Batch) -> tuple[jax.Array, dict, dict]:
 
 
 def capture(model: VLM, batch: Batch) -> Arrays:
-    """One forward pass without a cache, under the names of the reference's arrays.
+    """Arrays of one forward pass without a cache, named as in the reference.
 
     Returns:
-        logits, embeds, hidden_i ``[B, T, ...]``; vision ``[tokens, hidden]`` and vision_pre
-        ``[patches, width]`` (with class tokens, unless the tower drops them) of all pictures in
-        prompt order, padding removed.
+        logits, embeds, hidden_i ``[B, T, ...]``; vision and deepstack_i ``[tokens, hidden]`` and
+        vision_pre ``[patches, width]`` (with class tokens, unless the tower drops them) of all
+        pictures in prompt order, padding removed.
     """
     logits, seen, real = jax.tree.map(np.asarray, _forward(model, batch))
     stream = seen["language/layers"]
@@ -93,11 +89,14 @@ def capture(model: VLM, batch: Batch) -> Arrays:
         out["vision"] = seen[merger][real[merger]]
         if "vision/conv" in seen:
             out["vision_conv"] = seen["vision/conv"][real["vision/conv"]]
+        for name in seen:  # of a tower with taps
+            if name.startswith(_DEEP):
+                out[name.removeprefix("vision/")] = seen[name][real[name]]
     return out
 
 
 def greedy_tokens(model: VLM, batch: Batch, steps: int) -> np.ndarray:
-    """int32 ``[B, steps]``: the most probable tokens, by prefill and cached decoding, no stop."""
+    """Greedy tokens by prefill and cached decoding, int32 ``[B, steps]``; never stops early."""
     rows, width = batch.input_ids.shape
     cache = model.language.init_cache(rows, width + steps)
     logits, cache = nnx.jit(lambda m, b, c: m.prefill(b, c))(model, batch, cache)
@@ -116,11 +115,11 @@ def compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> di
     """Errors of every array that both sides have.
 
     Returns:
-        ``{"arrays": {name: {"max_abs", "rel", "shape"}}, "greedy_match": share or None,
-        "other_basis": names}``; the last are the arrays that a rotation leaves incomparable.
+        ``{"arrays": {name: {"max_abs", "rel", "shape"}}, "greedy_match": fraction or None,
+        "other_basis": names}``; the last lists arrays that a rotation makes incomparable.
 
     Raises:
-        UserError: the reference does not belong to this model.
+        UserError: the reference belongs to another model.
     """
     result = _compare(loaded, inputs, outputs, origin)
     if f"{_TEXT}input_ids" in inputs:
@@ -137,7 +136,7 @@ def _text_part(arrays: Arrays) -> Arrays:
 
 def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> dict[str, Any]:
     batch = _batch(loaded, inputs, origin)
-    # A reference whose inputs hold one placeholder per picture records the mask that it had inside.
+    # A reference whose inputs have one placeholder per picture records its internal mask.
     mask = outputs.get("attention_mask_expanded", inputs["attention_mask"]) == 1
     ours = capture(loaded.model, batch)
     arrays, shared = {}, [n for n in outputs if n in ours]
@@ -145,7 +144,7 @@ def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> d
     turned = [n for n in shared if rotated and n != "logits"]
     for name in [n for n in shared if n not in turned]:
         got, ref = ours[name], outputs[name]
-        if name in _BY_PICTURE:  # recorded flat, or picture by picture
+        if name.startswith(_BY_PICTURE):  # recorded flat, or picture by picture
             padding = outputs.get(_PADDED.get(name, ""))
             ref = ref.reshape(-1, ref.shape[-1])
             if padding is not None:
@@ -165,7 +164,7 @@ def _compare(loaded: Loaded, inputs: Arrays, outputs: Arrays, origin: Path) -> d
         tokens = greedy_tokens(loaded.model, batch, outputs["greedy"].shape[1])
         match = float(np.mean(tokens == outputs["greedy"]))
     if not arrays and match is None:
-        raise UserError(f"{origin}: outputs.safetensors holds nothing that can be compared")
+        raise UserError(f"{origin}: outputs.safetensors has no array that can be compared")
     return {"arrays": arrays, "greedy_match": match, "other_basis": turned}
 
 
@@ -178,7 +177,7 @@ def errors(got: np.ndarray, ref: np.ndarray) -> dict[str, float]:
 
 
 def read_reference(folder: Path) -> tuple[Arrays, Arrays]:
-    """Inputs and outputs.
+    """The recorded inputs and outputs.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -195,7 +194,7 @@ def read_reference(folder: Path) -> tuple[Arrays, Arrays]:
             raise UserError(f"{folder / name}: damaged safetensors file: {e}") from e
     for name in ("input_ids", "attention_mask"):
         if name not in found[0]:
-            raise UserError(f"{folder / 'inputs.safetensors'}: holds no {name}")
+            raise UserError(f"{folder / 'inputs.safetensors'}: lacks {name}")
     return found[0], found[1]
 
 
@@ -212,8 +211,8 @@ def _batch(loaded: Loaded, inputs: Arrays, origin: Path) -> Batch:
 def judge(result: dict[str, Any], rtol: float | None, is_float: bool) -> bool:
     """Whether the checkpoint passes.
 
-    A float one must be within ``rtol`` (default 1e-3) with every greedy token equal; a quantised
-    one must be within ``rtol`` if it is given.
+    A float checkpoint must be within ``rtol`` (default 1e-3) and match every greedy token. A
+    quantised one must be within ``rtol`` if it is given.
     """
     if rtol is None and not is_float:
         return True
@@ -225,10 +224,10 @@ def judge(result: dict[str, Any], rtol: float | None, is_float: bool) -> bool:
 def verify_reference(
     checkpoint: Path, reference: Path, rtol: float | None = None, verify: Verify = True
 ) -> dict[str, Any]:
-    """Run the comparison; see :func:`compare`, with ``ok`` added.
+    """The result of :func:`compare`, with ``ok`` added.
 
     Raises:
-        UserError: bad tolerance, checkpoint or reference.
+        UserError: a bad tolerance, checkpoint or reference.
     """
     rtol = None if rtol is None else number(rtol, "--rtol", least=0)
     inputs, outputs = read_reference(reference)

@@ -1,8 +1,8 @@
-"""Ask a model every question, in batches that do not depend on where a run was stopped.
+"""Ask a model every question, in batches that do not depend on where a run was interrupted.
 
-The questions are cut into windows; those of a window are sorted by the length of their prompts, so
-that little is padding, and cut into batches. A run that goes on makes the same batches of the full
-list, and so the same answers. Several hosts take the windows in turn.
+Questions are split into windows. To reduce padding, each window is sorted by prompt length before
+it is split into batches. A resumed run forms the same batches of the full list, so it gives the
+same answers. Hosts take turns at the windows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mquant_jax.models.base import Prompt
 from mquant_jax.runtime.options import Options
 from mquant_jax.samples import each
 
-WINDOW = 4  # batches whose prompts, pictures included, are in memory at a time
+WINDOW = 4  # batches whose prompts and pictures are in memory at once
 Progress = Callable[[Iterable, str], Iterable]
 
 
@@ -37,15 +37,15 @@ def ask(
     """Answer every question greedily.
 
     Args:
-        options: ``max_new_tokens`` and ``batch_size`` are used.
-        answers: where they are kept; those that are there already are not asked again.
+        options: uses ``max_new_tokens`` and ``batch_size``.
+        answers: where answers are stored; questions answered there are not asked again.
         progress: ``(items, label) -> items``.
 
     Returns:
         The answers in the order of the questions.
 
     Raises:
-        UserError: no questions, or some that cannot be made prompts, each named.
+        UserError: no questions, or invalid ones (the message lists each).
     """
     if not questions:
         raise UserError("no samples to evaluate")
@@ -80,7 +80,7 @@ def _ask_window(
 def batches(
     model: Model, window: Sequence[Question], options: Options
 ) -> Iterator[tuple[list[str], list[Prompt]]]:
-    """Ids and prompts of the questions that run together: neighbours in length."""
+    """Ids and prompts of each batch: questions of similar length."""
     prompts = each([q.sample for q in window], lambda sample: sample.prompt(model.processor))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     for start in range(0, len(order), options.batch_size):

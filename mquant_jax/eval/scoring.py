@@ -1,4 +1,4 @@
-"""From judged answers to a benchmark's published score, also of a resample of its questions."""
+"""A benchmark's published score from judged answers, or from a resample of its questions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mquant_jax.eval.metrics import YES
 
-RIGHT = 0.5  # an answer that scores this, or more, is right
+RIGHT = 0.5  # an answer with at least this score is right
 MME_PARTS = {
     "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
                    "landmark", "artwork", "OCR"),
@@ -26,12 +26,12 @@ TEXT_RECOGNITION = (  # of OCRBench, 50 questions each
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What an answer is worth.
+    """The judgement of an answer.
 
     Attributes:
-        score: 0..1, or, of a text's window, its loss in nats.
-        reading: what was understood: an option's letter, yes or no, ...
-        size: its weight beside others: tokens of a window.
+        score: 0..1; for a window of text, its loss in nats.
+        reading: the parsed answer: an option's letter, yes or no, ...
+        size: its weight; for a window of text, its number of tokens.
     """
 
     score: float
@@ -44,11 +44,12 @@ class Table:
     """The judged answers of one model to ``n`` questions.
 
     Attributes:
-        scores, sizes: float64 ``[n]``, of :class:`Verdict`.
-        readings: of :class:`Verdict`.
-        truths: the first accepted answer of each question.
-        categories: of each question, or "".
-        groups: int64 ``[n]``: questions of a number belong together, such as those of a picture.
+        scores, sizes: float64 ``[n]``, see :class:`Verdict`.
+        readings: see :class:`Verdict`.
+        truths: the first accepted answer to each question.
+        categories: category of each question, or "".
+        groups: int64 ``[n]``; questions with the same number belong together, for example those
+            about one picture.
     """
 
     scores: np.ndarray
@@ -70,12 +71,12 @@ class Table:
 
     @functools.cached_property
     def is_yes(self) -> np.ndarray:
-        """bool ``[n]``, of the truth."""
+        """bool ``[n]``: whether the truth is yes."""
         return np.asarray([t.strip().lower() == YES for t in self.truths])
 
     @functools.cached_property
     def whole_groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each group: 1 if all its answers are right, else 0; and its first question."""
+        """For each group: 1 if all its answers are right, else 0; and its first question."""
         _, first, code = np.unique(self.groups, return_index=True, return_inverse=True)
         worst = np.ones(len(first))
         np.minimum.at(worst, code, self.right.astype(float))
@@ -96,19 +97,19 @@ class Table:
 
     @functools.cached_property
     def by_category(self) -> dict[str, tuple[np.ndarray, Table]]:
-        """Category -> which questions, bool ``[n]``, and their table; by name."""
+        """Category -> mask of its questions, bool ``[n]``, and their table; sorted by name."""
         names = np.asarray(self.categories, object)
         masks = {c: names == c for c in sorted(set(self.categories))}
         return {c: (mask, self._rows(mask)) for c, mask in masks.items()}
 
 
-# The score of a table whose questions count float64 [n] times each.
+# The score of a table with the weight of each question, float64 [n].
 Score = Callable[[Table, np.ndarray], float]
 Metrics = dict[str, float]
 
 
 def table_of(verdicts: Sequence[Verdict], questions: Iterable) -> Table:
-    """Verdicts beside the questions' truths, categories and groups."""
+    """The table of verdicts, with the questions' truths, categories and groups."""
     questions = list(questions)
     numbers: dict[str, int] = {}
     return Table(
@@ -122,54 +123,54 @@ def table_of(verdicts: Sequence[Verdict], questions: Iterable) -> Table:
 
 
 def once(table: Table) -> np.ndarray:
-    """Every question counts once."""
+    """Weights of 1."""
     return np.ones(len(table.scores))
 
 
 def percent(table: Table, weights: np.ndarray) -> float:
-    """The mean score, of 100."""
+    """The mean score, out of 100."""
     return 100 * mean(table.scores, weights)
 
 
 def thousand(table: Table, weights: np.ndarray) -> float:
-    """The mean score, of 1000."""
+    """The mean score, out of 1000."""
     return 1000 * mean(table.scores, weights)
 
 
 def mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """0 where nothing counts."""
+    """The weighted mean; 0 if all weights are 0."""
     total = weights.sum()
     return float(values @ weights / total) if total else 0.0
 
 
 def circular(table: Table, weights: np.ndarray) -> float:
-    """Per cent of groups all of whose answers are right: MMBench's rotated options."""
+    """Percentage of groups with all answers right: MMBench's rotated options."""
     right, first = table.whole_groups
     return 100 * mean(right, weights[first])
 
 
 def mme_category(table: Table, weights: np.ndarray) -> tuple[float, float]:
-    """Accuracy, and accuracy+: pictures both of whose answers are right; of 100 each."""
+    """Accuracy, and accuracy+ (pictures with both answers right), each out of 100."""
     return percent(table, weights), circular(table, weights)
 
 
 def mme(table: Table, weights: np.ndarray) -> float:
-    """Accuracy and accuracy+ of all categories together; at most 2800."""
+    """The sum of accuracy and accuracy+ over all categories, at most 2800."""
     return sum(sum(mme_category(rows, weights[mask])) for mask, rows in table.by_category.values())
 
 
 def pope(table: Table, weights: np.ndarray) -> float:
-    """F1 of "yes", of 100."""
+    """F1 of "yes", out of 100."""
     return pope_metrics(table, weights)["f1"]
 
 
 def perplexity(table: Table, weights: np.ndarray) -> float:
-    """exp of the mean loss of a token."""
+    """exp of the mean loss per token."""
     return float(np.exp((table.scores * weights).sum() / (table.sizes * weights).sum()))
 
 
 def category_means(table: Table, score: Score = percent) -> Metrics:
-    """The score of each category, as ``category/NAME``; nothing where there is one only."""
+    """The score of each category, as ``category/NAME``; empty for a single category."""
     parts = table.by_category
     if len(parts) == 1:
         return {}
@@ -177,7 +178,7 @@ def category_means(table: Table, score: Score = percent) -> Metrics:
 
 
 def circular_metrics(table: Table) -> Metrics:
-    """By category, and the accuracy of the questions one by one."""
+    """Scores by category, and the accuracy over single questions."""
     return {"accuracy": percent(table, once(table)), **category_means(table, circular)}
 
 
@@ -194,7 +195,7 @@ def mme_metrics(table: Table) -> Metrics:
 
 
 def pope_metrics(table: Table, weights: np.ndarray) -> Metrics:
-    """Accuracy, precision, recall, F1 and the share of "yes"; of 100 each."""
+    """Accuracy, precision, recall, F1 and the rate of "yes", each out of 100."""
     yes, true = table.said_yes, table.is_yes
     hits = weights[yes & true].sum()
     said, there, total = weights[yes].sum(), weights[true].sum(), weights.sum()
@@ -209,7 +210,7 @@ def pope_metrics(table: Table, weights: np.ndarray) -> Metrics:
 
 
 def pope_details(table: Table) -> Metrics:
-    """The metrics of all questions, and of each split, where named, as ``SPLIT/NAME``."""
+    """The metrics of all questions, and of each named split as ``SPLIT/NAME``."""
     out = pope_metrics(table, once(table))
     for split, (_, rows) in table.by_category.items():
         out |= {f"{split}/{k}": x for k, x in pope_metrics(rows, once(rows)).items() if split}
@@ -221,13 +222,13 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def perplexity_metrics(table: Table) -> Metrics:
-    """The loss of a token in nats, and how many there are."""
+    """The loss per token in nats, and the number of tokens."""
     tokens = table.sizes.sum()
     return {"nats_per_token": float(table.scores.sum() / tokens), "tokens": float(tokens)}
 
 
 def ocrbench_metrics(table: Table) -> Metrics:
-    """Right answers by category, and of the six that are published as text recognition."""
+    """Right answers by category, and their sum over the six published as text recognition."""
     parts = table.by_category.items()
     out = {f"category/{name}": float(rows.scores.sum()) for name, (_, rows) in parts}
     recognised = [rows.scores.sum() for name, (_, rows) in parts if name in TEXT_RECOGNITION]

@@ -1,7 +1,7 @@
 """Prefill and decode speed of variants of one model, interleaved in one run.
 
-Machines are noisy: read the ratios, not the times. Each repeat runs every variant once, so that a
-slow spell hits all of them.
+Times on a shared machine are noisy: compare the ratios. Each repeat runs every variant once, so a
+slow phase of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ NEVER_STOP = (-1,)
 
 
 def float_twin(family: Family, config: Config, module: VLM, dtype) -> VLM:
-    """A float model of the same layer shapes: the baseline that ``module`` is timed against.
+    """A float model with the same layer shapes, as a baseline for the speed of ``module``.
 
-    It has the original structure, without online rotations, so a rotated checkpoint is compared
-    with what it replaces. Weights are the module's own put back into float (norm biases that a
-    rotation has folded away are zero); only its speed means anything.
+    It has the original structure without online rotations, so a rotated checkpoint is compared
+    with the model that it replaces. Weights are dequantised from the module (norm biases folded
+    away by a rotation are zero); only its speed is meaningful.
     """
     held = get_params(module)
     model = abstract_model(family, config, Recipe(), dtype)
@@ -47,8 +47,8 @@ def float_twin(family: Family, config: Config, module: VLM, dtype) -> VLM:
 
 @dataclasses.dataclass
 class Timings:
-    """Seconds of every repeat: the vision module alone (none: no pictures), one prefill with it,
-    one decode of ``new_tokens`` steps. ``prefill_bytes`` is what a prefill holds (0: not known)."""
+    """Seconds of every repeat: the vision module alone (empty: no pictures), one prefill including
+    it, one decode of ``new_tokens`` steps. ``prefill_bytes`` is a prefill's memory (0: unknown)."""
 
     vision: list[float] = dataclasses.field(default_factory=list)
     prefill: list[float] = dataclasses.field(default_factory=list)
@@ -57,12 +57,12 @@ class Timings:
 
 
 class Greedy:
-    """A model that runs prompts and then tokens, greedily, each as one compiled program.
+    """A model's prefill and greedy decode loop, each as one compiled program.
 
-    The programs have exactly the sizes of what is asked; nothing is padded.
+    The programs are compiled for the exact sizes, without padding.
 
     Args:
-        most_tokens: decode steps at most, after the first token.
+        most_tokens: maximum number of decode steps after the first token.
     """
 
     def __init__(self, module: VLM, most_tokens: int):
@@ -83,23 +83,23 @@ class Greedy:
         return run(nnx.merge(self.graphdef, params), answers, until, how, NEVER_STOP)
 
     def slots(self, batch: Batch) -> int:
-        """Cache slots that the prompts and all tokens need, a multiple of 32."""
+        """Cache slots for the prompts and all tokens, a multiple of 32."""
         return -(-(batch.input_ids.shape[1] + self.limit) // 32) * 32
 
     def prefill(self, batch: Batch) -> None:
-        """Run the prompts and draw the first token."""
+        """Prefill the prompts and choose the first token."""
         answers = self.start(self.params, batch, slots=self.slots(batch))
         self.answers = jax.block_until_ready(answers)
 
     def prefill_bytes(self, batch: Batch) -> int:
-        """Memory that :meth:`prefill` holds: weights, prompts, cache, and what is in between, by
-        XLA's analysis of the compiled program."""
+        """Memory of :meth:`prefill` by XLA's analysis of the compiled program: weights, prompts,
+        cache and activations."""
         lowered = self.start.lower(self.params, batch, slots=self.slots(batch))
         m: Any = lowered.compile().memory_analysis()
         return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
 
     def decode(self, until: jax.Array) -> jax.Array:
-        """Go on to token ``until``, int32 ``[]``; the tokens so far, int32 ``[B, slots]``."""
+        """Decode up to token ``until``, int32 ``[]``; returns all tokens, int32 ``[B, slots]``."""
         self.answers = self.go_on(self.params, self.answers, until)
         return jax.block_until_ready(self.answers).tokens
 
@@ -130,7 +130,7 @@ class _Variant:
 
 
 class Runnable(Protocol):
-    """What can be timed: ``run`` adds to ``timings`` when it is to ``record``."""
+    """Can be timed: ``run`` appends to ``timings`` if ``record`` is true."""
 
     timings: Timings
 
@@ -143,12 +143,12 @@ def measure(
     repeats: int,
     progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
 ) -> dict[str, Timings]:
-    """Time every variant, and see what memory its prefill holds.
+    """Time every variant and measure the memory of its prefill.
 
     Args:
-        variants: name -> model and its prompts (the same, laid out as the variant wants them).
+        variants: name -> model and prompts (the same ones, in the variant's layout).
         new_tokens: decode steps after the first token.
-        repeats: rounds after one warm-up (which compiles).
+        repeats: rounds after a warm-up round, which compiles.
     """
     prepared = {name: _Variant(m, batch, new_tokens) for name, (m, batch) in variants.items()}
     timings = take_turns(prepared, repeats, progress)
@@ -162,8 +162,7 @@ def take_turns(
     repeats: int,
     progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
 ) -> dict[str, Timings]:
-    """Run every variant once to warm up (which compiles), then all of them ``repeats`` times in
-    turn."""
+    """Run every variant once to compile and warm up, then all of them in turn ``repeats`` times."""
     for variant in progress(list(variants.values()), "compile"):
         variant.run(record=False)
     for _ in progress(range(repeats), "measure"):
@@ -173,11 +172,11 @@ def take_turns(
 
 
 def summary(timings: dict[str, Timings], rows: int, tokens: int, new_tokens: int, ours: str):
-    """Medians, spread (quartile range over median) and ratios against ``ours``.
+    """Medians, spread (interquartile range over median) and ratios to ``ours``.
 
     Returns:
         ``(rows, ratios)``: one dictionary per variant, and ``vision_vs_X``, ``prefill_vs_X``,
-        ``decode_vs_X`` = time of X / time of ours (more than 1: ours is faster).
+        ``decode_vs_X`` = time of X / time of ours (above 1: ours is faster).
     """
     listed, ratios = [], {}
     for name, t in timings.items():
@@ -205,7 +204,7 @@ def summary(timings: dict[str, Timings], rows: int, tokens: int, new_tokens: int
 
 
 def table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float]) -> str:
-    """What :func:`summary` found, as text."""
+    """The result of :func:`summary` as text."""
     titles = ("vision ms", "prefill ms", "tok/s", "spread", "decode tok/s", "spread", "memory MB")
     lines = [f"{'variant':<14}" + "".join(f"{t:>13}" for t in titles)]
     for r in rows:

@@ -1,4 +1,4 @@
-"""Whether a model looks at the pictures: the same questions with pictures of other ones."""
+"""Test whether a model uses the pictures: ask the same questions with other pictures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mquant_jax.eval.question import Question, picture_key
 
 
 def with_swapped_pictures(questions: Sequence[Question]) -> list[Question]:
-    """Every question with the pictures of one that has as many, but others.
+    """Give every question the pictures of another one that has as many.
 
-    Questions of the same pictures get the same other ones, from half-way through the list, since
-    neighbours may be pages of one document. A question without a picture, or whose number of
-    pictures no other has, stays as it is.
+    Questions with the same pictures get the same new ones, taken from half-way through the list,
+    because neighbours may be pages of one document. A question stays unchanged if it has no
+    picture, or if no other question has as many.
 
     Raises:
-        UserError: not a single question gets other pictures.
+        UserError: no question gets other pictures.
     """
     keys = [tuple(map(picture_key, q.sample.images)) for q in questions]
     known = {key: q.sample.images for key, q in zip(keys, questions, strict=True) if key}
@@ -27,8 +27,8 @@ def with_swapped_pictures(questions: Sequence[Question]) -> list[Question]:
         half = len(alike) // 2
         of |= dict(zip(alike, alike[half:] + alike[:half], strict=True))
     if all(key == of.get(key, key) for key in keys):
-        raise UserError("--swap-images: no question can be given other pictures: that takes two "
-                        "questions with as many, but different pictures")  # fmt: skip
+        raise UserError("--swap-images: no pictures can be swapped; the data need two questions "
+                        "with different pictures, the same number of each")  # fmt: skip
     return [
         dataclasses.replace(q, sample=dataclasses.replace(q.sample, images=known[of[key]]))
         if key else q

@@ -1,4 +1,4 @@
-"""An evaluation as text and as a page of flips."""
+"""An evaluation as a text table and as an HTML page of flipped answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mquant_jax.report.flips import Flip, flips_page
 
 _HEADER = ("model", "score", "difference", "95 % interval", "McNemar p", "right > wrong",
           "wrong > right", "empty", "tokens")  # fmt: skip
-_MOST_FLIPS = 200  # of one kind and model that the page shows
+_MOST_FLIPS = 200  # shown on the page per kind and model
 
 
 def header(evaluation: Evaluation) -> list[str]:
@@ -22,12 +22,12 @@ def header(evaluation: Evaluation) -> list[str]:
 
 
 def rows(evaluation: Evaluation) -> list[list[str]]:
-    """One row of cells per model, under :func:`header`."""
+    """One row of cells per model, for the columns of :func:`header`."""
     return [[*_cells(m), *_checked(m, evaluation.checks)] for m in evaluation.models]
 
 
 def _checked(m: ModelResult, checks: Checks) -> list[str]:
-    """What was measured beside the score."""
+    """Cells of the optional measurements."""
     cells, a = [], m.agreement
     if checks.forced:
         cells.append(f"{100 * a.agreement:.2f} %" if a else "-")
@@ -50,7 +50,7 @@ def _cells(m: ModelResult) -> list[str]:
 
 
 def text(evaluation: Evaluation) -> str:
-    """The table that a person reads, and the first model's metrics beside the others'."""
+    """The table of scores, and all metrics with a column per model."""
     task = evaluation.task
     table = [header(evaluation), *rows(evaluation)]
     lines = [f"{task.title}: {len(evaluation.questions)} "
@@ -67,7 +67,7 @@ def text(evaluation: Evaluation) -> str:
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns: the first to the left, the others to the right."""
+    """Rows as aligned text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for first, *others in table:
@@ -78,10 +78,10 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_flips(evaluation: Evaluation, path: Path) -> None:
-    """The HTML page of the answers that differ from the first model's.
+    """Write the HTML page of answers that flipped between right and wrong against the first model.
 
     Raises:
-        ImageError: a picture that cannot be read.
+        ImageError: a picture cannot be read.
     """
     sections = {}
     for m in evaluation.models[1:]:

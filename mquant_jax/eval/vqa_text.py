@@ -1,8 +1,9 @@
-"""Answers as the VQA challenge compares them: its normalisation of text (EvalAI's processor).
+"""Text normalisation of the VQA challenge (EvalAI's processor).
 
-Lower case; commas and question marks go; a possessive stands alone; punctuation goes where it
-touches a space and is a space elsewhere; full stops go unless a digit follows; number words up to
-ten become digits; articles go; contractions get their apostrophe back.
+Convert to lower case; remove commas and question marks; split off the possessive; remove
+punctuation next to a space and replace it by a space elsewhere; remove full stops unless a digit
+follows; turn number words up to ten into digits; remove articles; restore the apostrophes of
+contractions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _ARTICLES = ("a", "an", "the")
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
             "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
             "ten": "10"}  # fmt: skip
-# Found, too, where one of their apostrophes is missing.
+# Also recognised with one of their apostrophes missing.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
@@ -29,7 +30,7 @@ would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll yo
 
 
 def _misspelt(word: str) -> list[str]:
-    """The word with each of its apostrophes left out in turn."""
+    """The word without one of its apostrophes, for each of them."""
     return [word[:i] + word[i + 1 :] for i, c in enumerate(word) if c == "'"]
 
 
@@ -38,7 +39,7 @@ _SPELLING["somebody'd"] = "somebodyd"  # as published
 
 
 def normalised(answer: str) -> str:
-    """The answer in the form in which it is compared."""
+    """The answer, normalised for comparison."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = _without_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]

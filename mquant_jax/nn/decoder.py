@@ -13,13 +13,23 @@ from flax import nnx
 from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order, write_order
 from mquant_jax.nn.decoder_block import DecoderBlock, DecoderConfig, DecoderContext, ExpertBlock
+from mquant_jax.nn.deepstack import DeepFeatures
 from mquant_jax.nn.dense import empty_qweight, linear
 from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import multi_axis_angles, slot_positions
-from mquant_jax.nn.stack import SCAN, Runner, num_layers, scan_layers, stack_layers
+from mquant_jax.nn.stack import (
+    SCAN,
+    Runner,
+    context_at,
+    num_layers,
+    scan_layers,
+    scanned,
+    stack_layers,
+)
 from mquant_jax.numerics import AnyArray, QWeight
+from mquant_jax.ops.epilogue import Epilogue
 
 
 class SinkRule(nnx.Module):
@@ -89,7 +99,7 @@ class Decoder(nnx.Module):
         h = yield ModuleCall("language/head_in", self.head_in, self.norm(x), classes)
         kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()
         dtype = jnp.float32 if isinstance(kernel, QWeight) else self.dtype
-        return linear(h, kernel, dtype).astype(jnp.float32)
+        return linear(h, kernel, Epilogue(dtype=dtype)).astype(jnp.float32)
 
     def context(
         self,
@@ -100,64 +110,61 @@ class Decoder(nnx.Module):
         visual_slots: int | None = None,
         visual: jax.Array | None = None,
         span: jax.Array | None = None,
+        added: DeepFeatures | jax.Array | None = None,
     ) -> DecoderContext:
         """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
 
         Args:
             keys: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
-            visual_slots, visual: see :class:`DecoderContext`.
+            visual_slots, visual, added: see :class:`DecoderContext`.
             span: as in the cache; by default, of the same tokens.
         """
-        cfg, gain = self.cfg, None
+        cfg = self.cfg
         if cfg.stored_rope:
-            angles = slot_positions(positions, cfg.rope_sections)
+            angles = slot_positions(positions, cfg.rope_streams)
         else:
             angles = multi_axis_angles(
-                positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_sections, cfg.rope_scaling, span
+                positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_streams, cfg.rope_scaling, span
             )
+        # Only visual tokens are ever moved.
+        in_order = keys is None and not visual_slots
+        keys = key_order(order, token_class) if keys is None else keys
+        mask = keys[:, None, :] <= order[:, :, None]
+        visual = visual if cfg.visual_expert else None
+        gain = self._query_gain(positions, order)
+        return DecoderContext(
+            angles, order, keys, mask, token_class, gain, visual, visual_slots, in_order,
+            added=added,
+        )  # fmt: skip
+
+    def _query_gain(self, positions, order) -> jax.Array | None:
+        """Factor on the queries, see :class:`DecoderContext`."""
+        cfg, gain = self.cfg, None
         if cfg.logn_length is not None:
             length = jnp.maximum(jnp.max(positions, axis=0), 0).astype(jnp.float32) + 1
             gain = jnp.maximum(jnp.log(length) / math.log(cfg.logn_length), 1.0)
         if cfg.score_gain != 1:
             gain = jnp.ones(order.shape, jnp.float32) if gain is None else gain
             gain = gain * cfg.score_gain
-        # Only visual tokens are ever moved.
-        in_order = keys is None and not visual_slots
-        keys = key_order(order, token_class) if keys is None else keys
-        mask = keys[:, None, :] <= order[:, :, None]
-        visual = visual if cfg.visual_expert else None
-        return DecoderContext(
-            angles, order, keys, mask, token_class, gain, visual, visual_slots, in_order
-        )
+        return gain
 
     def __call__(
-        self,
-        x,
-        positions,
-        order,
-        token_class,
-        runner: Runner = SCAN,
-        *,
-        visual_slots: int | None = None,
-        visual: jax.Array | None = None,
+        self, x, positions, order, token_class, runner: Runner = SCAN, **layout: Any
     ) -> jax.Array:
-        """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache."""
-        flow = self.flow(x, positions, order, token_class, visual_slots=visual_slots, visual=visual)
-        return run(flow, runner)
+        """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache.
 
-    def flow(
-        self,
-        x,
-        positions,
-        order,
-        token_class,
-        *,
-        visual_slots: int | None = None,
-        visual: jax.Array | None = None,
-    ) -> Flow[jax.Array]:
-        """The same as a flow."""
-        ctx = self.context(positions, order, token_class, None, visual_slots, visual)
-        return (yield StackCall("language/layers", self.layers, x, ctx))
+        ``layout``: as in :meth:`flow`.
+        """
+        return run(self.flow(x, positions, order, token_class, **layout), runner)
+
+    def flow(self, x, positions, order, token_class, **layout: Any) -> Flow[jax.Array]:
+        """The same as a flow.
+
+        ``layout``: ``visual_slots``, ``visual`` and ``added`` of :class:`DecoderContext`.
+        """
+        ctx = self.context(positions, order, token_class, **layout)
+        x, _ = yield StackCall("language/layers", self.layers, x, ctx)
+        return x
 
     def init_cache(self, batch: int, slots: int, int8: bool = False) -> KVCache:
         """An empty cache, in the model's float type or quantised."""
@@ -175,15 +182,14 @@ class Decoder(nnx.Module):
         cache: KVCache,
         *,
         fresh: bool = False,
-        visual_slots: int | None = None,
-        visual: jax.Array | None = None,
+        **layout: Any,
     ):
         """Run ``T`` new tokens against the cache.
 
         Args:
             x: ``[B, T, hidden]``.
             fresh: the cache holds nothing yet (a first prefill).
-            visual_slots, visual: see :class:`DecoderContext`.
+            layout: as in :meth:`flow`.
 
         Returns:
             Residual stream before the final norm, and the cache with the tokens in it.
@@ -193,16 +199,17 @@ class Decoder(nnx.Module):
         keys = None if fresh else slots if rows is None else slots[rows]
         span = jnp.max(positions, axis=(0, 2)) + 1
         span = jnp.maximum(cache.span, jnp.where(cache.cursor == 0, span, 0))
-        ctx = self.context(positions, order, token_class, keys, visual_slots, visual, span)
+        ctx = self.context(positions, order, token_class, keys, span=span, **layout)
         if cache.cursor.ndim:
             used = jnp.where(order[:, 0] < 0, 0, cache.cursor + 1)
             ctx = dataclasses.replace(ctx, used=used, rows=rows)
+        ctx = scanned(ctx)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
         # place; as a scanned input and output it would be copied whole at every step.
         def body(block, carry):
             x, store, i = carry
-            x, store = block.cached(x, ctx, store, i, cache.cursor, fresh)
+            x, store = block.cached(x, context_at(ctx, i), store, i, cache.cursor, fresh)
             return x, store, i + 1
 
         start = x, (cache.k, cache.v), jnp.int32(0)

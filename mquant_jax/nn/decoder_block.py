@@ -13,15 +13,18 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.cache import Store, write
+from mquant_jax.nn.deepstack import DeepFeatures
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, YarnScaling, apply_rope
+from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import (
+    Rows,
     attend,
     attend_cache,
     attend_rows,
-    select_path,
+    fused,
     split_heads,
 )
 
@@ -34,8 +37,8 @@ Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
 class DecoderConfig:
     """Shape of a language model.
 
-    ``rope_sections`` are the rotary slots that follow each position stream; a single entry is
-    ordinary rope. They add up to ``head_dim / 2`` or less; the other channels are not rotated.
+    ``rope_streams`` is the position stream that each rotary slot follows: of ordinary rope, 0
+    everywhere. There are ``head_dim / 2`` slots or fewer; the other channels are not rotated.
     ``stored_rope``: the checkpoint holds each layer's frequencies. ``qk_norm``: queries and keys
     pass an RMSNorm per head before rope. ``logn_length``: from this position on, queries are scaled
     by the logarithm of their position; ``None``: they are not. ``visual_expert``: visual tokens
@@ -51,7 +54,7 @@ class DecoderConfig:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    rope_sections: tuple[int, ...]
+    rope_streams: tuple[int, ...]
     max_positions: int
     qkv_bias: bool
     tied_head: bool
@@ -66,7 +69,12 @@ class DecoderConfig:
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that rope rotates."""
-        return 2 * sum(self.rope_sections)
+        return 2 * len(self.rope_streams)
+
+    @property
+    def position_streams(self) -> int:
+        """Positions that a token has."""
+        return max(self.rope_streams) + 1
 
     @property
     def score_gain(self) -> float:
@@ -80,20 +88,13 @@ class DecoderConfig:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "angles",
-        "order",
-        "keys",
-        "mask",
-        "token_class",
-        "query_gain",
-        "visual",
-        "used",
-        "rows",
+        "angles", "order", "keys", "mask", "token_class", "query_gain", "visual", "used", "rows",
+        "added",
     ],
     meta_fields=["visual_slots", "in_order"],
-)
+)  # fmt: skip
 @dataclasses.dataclass(frozen=True)
-class DecoderContext:
+class DecoderContext(LayeredContext):
     """What every block needs beside the residual stream.
 
     Attributes:
@@ -111,6 +112,8 @@ class DecoderContext:
         in_order: keys belong to the same tokens, and columns are in sequence order.
         used: int32 ``[B]``, how many keys may be seen, where rows differ in it.
         rows: as in :class:`~mquant_jax.nn.cache.KVCache`.
+        added: what the layers add to the stream behind them, or as :meth:`DeepFeatures.stacked`
+            gives it; for a single layer ``[B, T, hidden]``. ``None``: nothing.
     """
 
     angles: jax.Array
@@ -124,6 +127,24 @@ class DecoderContext:
     in_order: bool = False
     used: jax.Array | None = None
     rows: jax.Array | None = None
+    added: DeepFeatures | jax.Array | None = None
+
+    @property
+    def layered(self) -> bool:
+        return self.added is not None
+
+    def scanned(self) -> DecoderContext:
+        if not isinstance(self.added, DeepFeatures):
+            return self
+        return dataclasses.replace(self, added=self.added.stacked())
+
+    def at_layer(self, layer: Any) -> DecoderContext:
+        if self.added is None:
+            return self
+        if isinstance(self.added, DeepFeatures):
+            return dataclasses.replace(self, added=self.added.at_layer(layer))
+        own = self.added[jnp.minimum(layer, len(self.added) - 1)]
+        return dataclasses.replace(self, added=own)
 
 
 class Projections(nnx.Module):
@@ -244,8 +265,8 @@ class DecoderBlock(Projections):
         """Whether :meth:`attend_rows` runs for queries ``[B, T, heads * d]``."""
         heads = self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
         gradient = self.attn_out.simulated
-        path = select_path(q.shape[1], *heads, q.dtype, ctx.in_order, gradient)
-        return path != "xla" and not self.prefixed  # of which none of them knows
+        rows = Rows(q.shape[1], *heads, q.dtype, ctx.in_order, gradient)
+        return not self.prefixed and fused(rows)  # none of the forms knows of a prefix
 
     def attend_rows(self, q, k, v, ctx: DecoderContext, tap: Tap | None) -> jax.Array | QTensor:
         """Attention of one call's tokens among each other, of what :meth:`qkv` gives; quantised if
@@ -274,10 +295,15 @@ class DecoderBlock(Projections):
     def rest(
         self, x: jax.Array, attended: jax.Array | QTensor, ctx: DecoderContext, tap: Tap | None
     ):
-        """Output projection and MLP, each added to the residual stream ``x``."""
+        """Output projection and MLP, each added to the residual stream ``x``, and what the context
+        adds."""
         x = self.run(Projections.output, (attended, x), ctx, tap)
         h = self.into(self.mlp_norm, self.mlp_in, x, ctx, tap)
-        return self.run(Projections.mlp, (h, x), ctx, tap)
+        x = self.run(Projections.mlp, (h, x), ctx, tap)
+        if ctx.added is None:
+            return x
+        assert not isinstance(ctx.added, DeepFeatures), "a block is given the context of its layer"
+        return x + ctx.added.astype(x.dtype)
 
     def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
         """Without a cache: queries see the keys of the same call only."""

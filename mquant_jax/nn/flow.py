@@ -31,25 +31,34 @@ class ModuleCall:
         x: an array, or a tuple of arrays with the same leading axis.
         classes: int32, the token class of each row that its first quantisation point sees; -1 marks
             padding.
+        passed_on: the flow does nothing with the answer but pass it on, to another call or as part
+            of a context. It may then be a handle that ``np.asarray`` loads.
     """
 
     name: str
     module: nnx.Module
     x: Any
     classes: AnyArray | None
+    passed_on: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class StackCall:
     """``x = block(x, context)`` for every block of a stack; ``x`` is used up.
 
-    ``context.token_class`` tells the class of each token of ``x``; -1 marks padding.
+    The answer is what the last block gives, and a tuple of what the blocks ``taps`` give. These may
+    be handles, as in a call whose answer is ``passed_on``.
+
+    Attributes:
+        context: its ``token_class`` tells the class of each token of ``x``; -1 marks padding.
+        taps: numbers of blocks, in rising order.
     """
 
     name: str
     module: nnx.Module
     x: jax.Array
     context: Any
+    taps: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +79,7 @@ def carry_out(call: Call, runner: Runner = SCAN) -> Any:
     if isinstance(call, EmbeddingCall):
         return call.module.embed(call.ids)
     if isinstance(call, StackCall):
-        return runner.layers(call.name, call.module, call.x, call.context)
+        return runner.tapped(call.name, call.module, call.x, call.context, call.taps)
     return runner.module(call.name, call.module, call.x, call.classes)
 
 

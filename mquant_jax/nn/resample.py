@@ -1,10 +1,12 @@
-"""Learned positions for a grid of another size: bicubic resampling as a matrix."""
+"""Learned positions for a grid of another size: bicubic for squares, bilinear for any grid."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mquant_jax.numerics import AnyArray
 
 A = -0.75  # the kernel's free parameter, as in PyTorch's bicubic interpolation
 
@@ -31,3 +33,29 @@ def resample_grid(table: jax.Array, old: int, new: int) -> jax.Array:
     weights = jnp.asarray(cubic_weights(old, new), table.dtype)
     grid = table.reshape(old, old, -1)
     return jnp.einsum("ai,bj,ijd->abd", weights, weights, grid).reshape(new * new, -1)
+
+
+def bilinear_cells(coords: AnyArray, side: int) -> tuple[jax.Array, jax.Array]:
+    """The cells of a square grid between which the patches of pictures lie.
+
+    The first row and column of a picture are those of the grid, and so are the last.
+
+    Args:
+        coords: int32 ``[N, P, 2]``, row and column of each patch; 0 for padding.
+        side: of the grid.
+
+    Returns:
+        int32 ``[N, P, 4]``, numbers of cells in row-major order, and their float32 weights.
+    """
+    coords = jnp.asarray(coords)
+    span = jnp.maximum(jnp.max(coords, axis=1, keepdims=True), 1)
+    # In integers: a quotient that is a little too small would be another cell.
+    place = coords * (side - 1)
+    first = place // span
+    second = jnp.minimum(first + 1, side - 1)
+    far = (place - first * span).astype(jnp.float32) / span.astype(jnp.float32)
+    rows, columns = (jnp.stack([first[..., i], second[..., i]], -1) for i in (0, 1))
+    down, right = (jnp.stack([1 - far[..., i], far[..., i]], -1) for i in (0, 1))
+    cells = rows[..., :, None] * side + columns[..., None, :]
+    weights = down[..., :, None] * right[..., None, :]
+    return cells.reshape(*cells.shape[:-2], 4), weights.reshape(*weights.shape[:-2], 4)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mquant_jax.numerics import AnyArray, along_last
 from mquant_jax.ops.attention_xla import turned
-from mquant_jax.ops.dense import platform
+from mquant_jax.target import target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,17 +147,17 @@ def multi_axis_angles(
     positions: jax.Array,
     dim: int,
     theta: float,
-    sections: tuple[int, ...],
+    streams: tuple[int, ...],
     scaling: Scaling | None = None,
     length: jax.Array | None = None,
 ) -> jax.Array:
-    """Angles of M-RoPE: contiguous chunks of the frequency slots follow different position streams.
+    """Angles of M-RoPE: each frequency slot follows one of several position streams.
 
     Args:
-        positions: int32 ``[len(sections), B, T]``.
-        dim: head width.
+        positions: int32 ``[streams, B, T]``.
+        dim: channels that turn.
         theta: base.
-        sections: slots per stream; they add up to ``dim / 2``. One section is ordinary rope.
+        streams: the stream of each slot, ``dim / 2`` numbers.
         scaling: of the frequencies.
         length: int32 ``[B]``, positions of the rows' prompts, for scaling that depends on them; by
             default those of ``positions``.
@@ -165,7 +165,7 @@ def multi_axis_angles(
     Returns:
         float32 ``[B, T, dim/2]``.
     """
-    per_slot = slot_positions(positions, sections)
+    per_slot = slot_positions(positions, streams)
     freq: AnyArray
     if isinstance(scaling, DynamicScaling | SteppedScaling):
         used = jnp.max(positions, axis=(0, 2)) + 1
@@ -178,10 +178,29 @@ def multi_axis_angles(
     return per_slot * along_last(freq, per_slot)
 
 
-def slot_positions(positions: jax.Array, sections: tuple[int, ...]) -> jax.Array:
-    """The position that each frequency slot follows: float32 ``[B, T, sum(sections)]``."""
-    stream = np.repeat(np.arange(len(sections)), sections)
-    return jnp.moveaxis(positions.astype(jnp.float32)[stream], 0, -1)
+def slot_positions(positions: jax.Array, streams: tuple[int, ...]) -> jax.Array:
+    """The position that each frequency slot follows: float32 ``[B, T, len(streams)]``."""
+    return jnp.moveaxis(positions.astype(jnp.float32)[np.asarray(streams)], 0, -1)
+
+
+def chunked(sections: tuple[int, ...]) -> tuple[int, ...]:
+    """The stream of each slot where runs of slots, so many each, follow one stream after another.
+
+    A single section is ordinary rope.
+    """
+    return tuple(i for i, slots in enumerate(sections) for _ in range(slots))
+
+
+def interleaved(sections: tuple[int, ...]) -> tuple[int, ...]:
+    """The stream of each slot where the streams take turns: 0, 1, 2, 0, 1, 2, ...
+
+    Stream ``i > 0`` has a slot in each of the first ``sections[i]`` turns; stream 0 has the rest.
+    """
+    count, out = len(sections), [0] * sum(sections)
+    for i, turns in enumerate(sections[1:], 1):
+        for slot in range(i, min(count * turns, len(out)), count):
+            out[slot] = i
+    return tuple(out)
 
 
 def grid_angles(coords: AnyArray, dim: int, theta: float) -> jax.Array:
@@ -207,7 +226,7 @@ def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
     """
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     half, whole = angles.shape[-1], x.shape[-1] == 2 * angles.shape[-1]
-    if platform() == "tpu" and x.dtype == jnp.bfloat16 and x.shape[2] > 1 and whole:
+    if target().platform == "tpu" and x.dtype == jnp.bfloat16 and x.shape[2] > 1 and whole:
         # Halves of a vector register are costly to cut and join; a product with a signed
         # permutation exchanges them exactly, next to free.
         one = np.eye(half)

@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mquant_jax.nn.side_by_side import joined
 from mquant_jax.numerics import AnyArray, QWeight
-from mquant_jax.ops.dense import platform, reads_stacks
+from mquant_jax.ops.dense import reads_stacks
+from mquant_jax.target import target
 
 _UNROLLED: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled", default=False)
 
@@ -52,7 +54,7 @@ def num_layers(stack: nnx.Module) -> int:
 class LayeredContext:
     """A context (what blocks get beside the residual stream) that may differ from layer to layer.
 
-    Its parts that differ have a leading layer axis until :meth:`at_layer` takes one layer's.
+    Its parts that differ hold those of all layers until :meth:`at_layer` takes one layer's.
     """
 
     @property
@@ -60,8 +62,13 @@ class LayeredContext:
         """Whether it differs."""
         raise NotImplementedError
 
+    def scanned(self) -> Any:
+        """The context with all layers' parts as arrays, for a scan."""
+        return self
+
     def at_layer(self, layer: Any) -> Any:
-        """The context of one layer: a number, which a scan traces (int32 ``[]``)."""
+        """The context of one layer: a number, of what :meth:`scanned` gives also a traced one
+        (int32 ``[]``)."""
         raise NotImplementedError
 
 
@@ -70,31 +77,75 @@ def context_at(context: Any, layer: Any) -> Any:
     return context.at_layer(layer) if isinstance(context, LayeredContext) else context
 
 
-def scan_blocks(stack: nnx.Module, x: Any, context: Any) -> Any:
+def scanned(context: Any) -> Any:
+    """The context that :func:`context_at` takes a traced number for."""
+    return context.scanned() if isinstance(context, LayeredContext) else context
+
+
+Step = Callable[[Any, Any], tuple[Any, None]]
+
+
+def scan_blocks(stack: nnx.Module, x: jax.Array, context: Any) -> jax.Array:
     """``x = block(x, context)`` for each block of a stack, by ``lax.scan``."""
-    if not (isinstance(context, LayeredContext) and context.layered):
-        return scan_layers(lambda block, carry: block(carry, context), stack, x)
-
-    def body(block: nnx.Module, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-        x, layer = carry
-        return block(x, context.at_layer(layer)), layer + 1
-
-    return scan_layers(body, stack, (x, jnp.int32(0)))[0]
+    return scan_tapped(stack, x, context)[0]
 
 
-def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start: Any) -> Any:
+def scan_tapped(
+    stack: nnx.Module,
+    x: jax.Array,
+    context: Any,
+    taps: Sequence[int] = (),
+    wrap: Callable[[Step], Step] = lambda step: step,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """:func:`scan_blocks`, and outputs of single blocks.
+
+    Args:
+        taps: numbers of blocks, no two alike, whose outputs are wanted as well.
+        wrap: see :func:`scan_layers`.
+
+    Returns:
+        The last block's output, and those of the blocks ``taps``.
+    """
+    if not taps and not (isinstance(context, LayeredContext) and context.layered):
+        return scan_layers(lambda block, carry: block(carry, context), stack, x, wrap), ()
+    context = scanned(context)
+    slots = np.full(num_layers(stack), len(taps), np.int32)  # the last slot: nobody wants it
+    slots[list(taps)] = np.arange(len(taps))
+    kept = jnp.zeros((len(taps) + 1, *x.shape), x.dtype) if taps else None
+
+    def body(block: nnx.Module, carry: Any) -> Any:
+        x, kept, layer = carry
+        x = block(x, context_at(context, layer))
+        if kept is not None:
+            slot = jnp.asarray(slots)[layer]
+            kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
+        return x, kept, layer + 1
+
+    x, kept, _ = scan_layers(body, stack, (x, kept, jnp.int32(0)), wrap)
+    return x, tuple(kept[i] for i in range(len(taps)))
+
+
+def scan_layers(
+    body: Callable[[nnx.Module, Any], Any],
+    stack: nnx.Module,
+    start: Any,
+    wrap: Callable[[Step], Step] = lambda step: step,
+) -> Any:
     """``carry = body(block, carry)`` for each block of a stack, by ``lax.scan``.
 
     A scan slices each layer's arrays out of their stacks, and kernel operands must be separate
     arrays, so the slices would be copied. Weights whose kernels index the stack themselves are left
     whole, and each layer receives its index. On TPU, small arrays are sliced together.
+
+    Args:
+        wrap: what to do with a scan's step, such as ``jax.checkpoint``.
     """
     graphdef, state = nnx.split(stack)
     leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QWeight))
     whole = [isinstance(leaf, QWeight) and reads_stacks(leaf) for leaf in leaves]
     cut = [None if stays else leaf for leaf, stays in zip(leaves, whole, strict=True)]
     numbers = jnp.arange(num_layers(stack), dtype=jnp.int32) if any(whole) else None
-    cut, restored = joined(cut) if platform() == "tpu" else (cut, lambda parts: parts)
+    cut, restored = joined(cut) if target().platform == "tpu" else (cut, lambda parts: parts)
 
     def step(carry, layer):
         parts, number = layer
@@ -104,19 +155,25 @@ def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start
         ]
         return body(nnx.merge(graphdef, jax.tree.unflatten(tree, parts)), carry), None
 
-    return jax.lax.scan(step, start, (cut, numbers), unroll=_UNROLLED.get())[0]
+    return jax.lax.scan(wrap(step), start, (cut, numbers), unroll=_UNROLLED.get())[0]
 
 
 class Runner:
     """Runs blocks by scan and single modules directly."""
 
-    def layers(self, name: str, stack: nnx.Module, x: Any, context: Any) -> Any:
+    def layers(self, name: str, stack: nnx.Module, x: jax.Array, context: Any) -> jax.Array:
         """Feed ``x`` through every block: ``x = block(x, context)``.
 
         ``context.token_class`` holds the class of each token of ``x``; -1 marks padding. A
         :class:`LayeredContext` gives each block its own.
         """
-        return scan_blocks(stack, x, context)
+        return self.tapped(name, stack, x, context)[0]
+
+    def tapped(
+        self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """:meth:`layers`, and the outputs of the blocks ``taps``."""
+        return scan_tapped(stack, x, context, taps)
 
     def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
         """Call one module outside the stacks (patch embedding, merger).

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from math import isqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.rope import grid_angles
 from mquant_jax.nn.stack import SCAN, Runner, stack_layers
 from mquant_jax.nn.vit_block import (
@@ -28,6 +26,12 @@ from mquant_jax.nn.vit_block import (
 from mquant_jax.numerics import AnyArray, along_last
 
 STREAM = "vision"  # the name under which families declare a tower's residual stream
+Features = jax.Array | tuple[Any, ...]
+
+
+def parts_of(features: Features) -> tuple[Any, ...]:
+    """What a tower's flow gives, as a tuple."""
+    return features if isinstance(features, tuple) else (features,)
 
 
 @partial(
@@ -117,8 +121,8 @@ class ViT(nnx.Module):
         self.patch_embed = PatchEmbed(cfg, place.within("patch_embed"), rngs=rngs)
         if cfg.class_token:
             self.class_token = nnx.Param(jnp.zeros((1, cfg.hidden_size), place.dtype))
-        if cfg.position_grid:
-            rows = cfg.position_grid**2 + cfg.class_token
+        if cfg.positions is not None:
+            rows = cfg.positions.side**2 + cfg.class_token
             self.positions = nnx.Param(jnp.zeros((rows, cfg.hidden_size), place.dtype))
         layer = place.layer("layers")
         self.layers = stack_layers(lambda r: vit_block(cfg, layer, rngs=r), cfg.num_layers, rngs)
@@ -135,19 +139,29 @@ class ViT(nnx.Module):
     @property
     def takes_any_size(self) -> bool:
         """Whether a row may be padded with patches; else its number of patches is its size."""
-        return self.cfg.position_grid == 0
+        return self.cfg.positions is None or self.cfg.positions.any_size
 
     def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
-        """What the vision module hands to the decoder: its whole :meth:`flow`."""
-        return run(self.flow(vision), runner)
+        """What the vision module hands to the decoder: all parts of its :meth:`flow`, next to each
+        other, ``[N, M, parts * hidden]``."""
+        return jnp.concatenate(parts_of(run(self.flow(vision), runner)), axis=-1)
 
-    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
-        """Patches -> visual tokens ``[N, M, hidden]``. Families add their connector here."""
+    def flow(self, vision: VisionInput) -> Flow[Features]:
+        """Patches -> visual tokens ``[N, M, hidden]``. Families add their connector here.
+
+        A tower with taps gives a tuple: what takes the place of embeddings, and of each tap what
+        the decoder adds behind its layers 0, 1, ... (which may be handles, see ``passed_on`` of
+        :class:`ModuleCall`).
+        """
         return self.features(vision)
 
     def features(self, vision: VisionInput) -> Flow[jax.Array]:
+        """:meth:`tapped` without the taps."""
+        return (yield from self.tapped(vision))[0]
+
+    def tapped(self, vision: VisionInput) -> Flow[tuple[jax.Array, tuple[Any, ...]]]:
         """Patches -> features ``[N, P, hidden]``; the class token, if there is one, is the first
-        (:attr:`ViTConfig.drops_first`).
+        (:attr:`ViTConfig.drops_first`). And a tuple of what the layers ``taps`` give.
 
         Raises:
             ValueError: pictures that are not square, in a tower with learned positions.
@@ -160,36 +174,20 @@ class ViT(nnx.Module):
             token = self.class_token.get_value()
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape)), x], axis=1)
             classes = jnp.concatenate([jnp.max(classes, axis=1, keepdims=True), classes], axis=1)
-        if cfg.position_grid:
-            x = x + along_last(self._positions(vision), x)
+        if cfg.positions is not None:
+            shape = vision.patches.shape[1], vision.coords, vision.position_rows
+            x = x + along_last(cfg.positions.at(self.positions.get_value(), *shape), x)
         if cfg.input_norm:
             x = yield ModuleCall("vision/input", self.input, x, classes)
         context = VisionContext(angles, classes)
         if cfg.window:
             full = jnp.asarray([i in cfg.full_layers for i in range(cfg.num_layers)])
             context = VisionContext(angles, classes, window_ids(vision.coords, cfg.window), full)
-        x = yield StackCall("vision/layers", self.layers, x, context)
+        x, tapped = yield StackCall("vision/layers", self.layers, x, context, cfg.taps)
         if cfg.final_norm:
             x = yield ModuleCall("vision/final", self.final, x, classes)
-        return self.selected(x)
+        return self.selected(x), tapped
 
     def selected(self, x: jax.Array) -> jax.Array:
         """Of each row's tokens ``[N, P, ...]`` those that are features."""
         return x[:, int(self.cfg.drops_first) :]
-
-    def _positions(self, vision: VisionInput) -> jax.Array:
-        """Positions ``[N, P, hidden]`` as the pictures choose them, or the table for squares: the
-        class token's row, then ``[P, hidden]``."""
-        table, grid, patches = (
-            self.positions.get_value(), self.cfg.position_grid, vision.patches.shape[1]
-        )  # fmt: skip
-        if vision.position_rows is not None:
-            return table[vision.position_rows]
-        side = isqrt(patches)
-        if side * side != patches:
-            raise ValueError(f"a picture of {patches} patches is not square")
-        if side == grid:
-            return table
-        front = table.shape[0] - grid * grid
-        squares = resample_grid(table[front:].astype(jnp.float32), grid, side)
-        return jnp.concatenate([table[:front], squares.astype(table.dtype)])

@@ -16,10 +16,11 @@ from mquant_jax.nn.cache import key_order
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm, RMSNorm
 from mquant_jax.nn.placement import Placement
+from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import AnyArray, QTensor, along_last
-from mquant_jax.ops.attention import attend, attend_rows, select_path, split_heads
+from mquant_jax.ops.attention import Rows, attend, attend_rows, fused, split_heads
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -52,9 +53,7 @@ class ViTConfig:
         patch_dim: values per patch.
         activation: a key of :data:`ACTIVATIONS`, or of a gated MLP ``silu``.
         rope_theta: base of the 2-D rotary positions; ``None``: the tower has none.
-        position_grid: side of the square table of learned positions, in patches; 0: no table.
-            Pictures name the rows of their patches; otherwise a picture is a square of patches in
-            row-major order, and one of another side uses the resampled table.
+        positions: table of learned positions; ``None``: there is none.
         class_token: a learned token, with its own position, precedes the patches.
         post_norm: norms follow the sub-layers: each normalises what its sub-layer adds to the
             stream. No rotation commutes with their weights, so they stay unfused in a rotated
@@ -74,6 +73,7 @@ class ViTConfig:
         window: side, in patches, of the square windows that a picture is cut into from its first
             patch; attention stays inside a window. 0: patches see their whole picture.
         full_layers: layers whose patches see their whole picture all the same.
+        taps: layers, in rising order, whose whole outputs the connector gets as well.
     """
 
     hidden_size: int
@@ -84,7 +84,7 @@ class ViTConfig:
     activation: str
     norm_eps: float
     rope_theta: float | None = None
-    position_grid: int = 0
+    positions: PositionTable | None = None
     class_token: bool = False
     post_norm: bool = False
     layer_scale: bool = False
@@ -99,10 +99,16 @@ class ViTConfig:
     gated_mlp: bool = False
     window: int = 0
     full_layers: tuple[int, ...] = ()
+    taps: tuple[int, ...] = ()
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def position_grid(self) -> int:
+        """Side of the table of learned positions, in patches; 0: there is none."""
+        return 0 if self.positions is None else self.positions.side
 
 
 @partial(
@@ -232,11 +238,11 @@ class AttentionPart(nnx.Module):
     def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
         """Attention inside each picture or window: ``[N, P, hidden]`` each -> the same."""
         heads, d = self.cfg.num_heads, self.cfg.head_dim
-        path = select_path(
+        rows = Rows(
             q.shape[1], heads, heads, d, q.dtype, gradient=self.attn_out.simulated,
             windows=ctx.windows is not None,
         )  # fmt: skip
-        if path != "xla":
+        if fused(rows):
             scale = self.attn_out.known_scale(None, tap)
             return attend_rows(q, k, v, d, ctx.order, ctx.angles, scale=scale)
         q, k, v = (split_heads(y, d) for y in (q, k, v))

@@ -70,7 +70,7 @@ def prefix_params(
 
 def _prompt(model: VLM, ids: Sequence[int]) -> Batch:
     order = np.arange(len(ids), dtype=np.int32)[None]
-    streams = len(model.language.cfg.rope_sections)
+    streams = model.language.cfg.position_streams
     return Batch(
         input_ids=np.asarray([ids], np.int32),
         order=order,

@@ -201,7 +201,8 @@ def _rotate_stream(p: Params, stream: Stream, rotation: Rotation | Orthogonal) -
                 _rotate_inputs(p, reader, rotation)
         for norm in norms_of(read, p) if read.centres else ():
             # The direction of the mean in the rotated stream.
-            even = np.full(stream.width * read.blocks, (stream.width * read.blocks) ** -0.5)
+            width = p[f"{norm}/weight"].shape[0]  # that of all blocks, if it spans them
+            even = np.full(width, width**-0.5)
             p[f"{norm}/weight"] = Lazy.of(times(even, rotation).astype(np.float32))
 
 

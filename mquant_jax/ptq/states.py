@@ -32,6 +32,9 @@ class Stored:
         """Return the array."""
         return self.spool[self.index]
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.load(), dtype, copy=copy)
+
 
 def loaded(value: Any) -> Any:
     """Return an array, or a tuple of them, with stored arrays loaded."""
@@ -71,6 +74,11 @@ class Spool(Sequence):
             with self._path(index).open("wb") as file:
                 np.save(file, array, allow_pickle=False)
         self._held.append(array if fits else None)
+        return Stored(self, index, array.shape, array.dtype)
+
+    def handle(self, index: int) -> Stored:
+        """Return the handle of an array."""
+        array = self[index]
         return Stored(self, index, array.shape, array.dtype)
 
     def sync(self) -> None:

@@ -23,7 +23,7 @@ from flax import nnx
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import TEXT, VISUAL
 from mquant_jax.nn.params import Params
-from mquant_jax.nn.stack import Runner, context_at, num_layers
+from mquant_jax.nn.stack import Runner, scan_tapped
 from mquant_jax.ptq.factors import STEP_TOKENS, learned_values, rates, scaled, simulated, start
 from mquant_jax.ptq.walk import Progress, loaded_batch, on_device
 from mquant_jax.recipe import Tuning
@@ -33,22 +33,28 @@ class Recomputing(Runner):
     """Keeps the outputs of dense layers and recomputes the rest for the gradient: attention and the
     simulated rounding take most of the memory and little of the time."""
 
-    def layers(self, name, stack, x, context):
-        graphdef, state = nnx.split(stack)
+    def tapped(self, name, stack, x, context, taps=()):
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return scan_tapped(stack, x, context, taps, partial(jax.checkpoint, policy=policy))
 
-        @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        def body(carry, layer):
-            parts, number = layer
-            return nnx.merge(graphdef, parts)(carry, context_at(context, number)), None
 
-        return jax.lax.scan(body, x, (state, jnp.arange(num_layers(stack))))[0]
+@nnx.jit
+def _inputs(model: VLM, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+    """A decoder's inputs ``[B, T, hidden]``, and what a tower with taps adds behind its layers,
+    ``[taps + 1, B, T, hidden]``."""
+    visual = model.visual(batch)
+    x, added = model.embed(batch, visual=visual), model.added(batch, model.parts(visual))
+    parts = model.feature_width // x.shape[-1]
+    if added is None:
+        return x, jnp.zeros((parts, *x.shape), x.dtype) if parts > 1 else None
+    return x, added.stacked()
 
 
 def _shown(
     student: VLM, teacher: VLM, batches: Sequence[Batch]
-) -> tuple[jax.Array, jax.Array, Batch]:
-    """Return the student decoder's inputs and the teacher decoder's outputs, float ``[B, T,
-    hidden]``, and the tokens of all prompts, left-padded to one length."""
+) -> tuple[jax.Array, jax.Array | None, jax.Array, Batch]:
+    """Return the student decoder's :func:`_inputs` and the teacher decoder's outputs, float ``[B,
+    T, hidden]``, and the tokens of all prompts, left-padded to one length."""
     length = max(b.input_ids.shape[1] for b in batches)
 
     def joined(parts: Sequence[Any], axis: int, fill: Any) -> jax.Array:
@@ -59,7 +65,6 @@ def _shown(
             wide.append(jnp.pad(jnp.asarray(x), widths, constant_values=fill))
         return jnp.concatenate(wide, axis - 1)
 
-    embed = nnx.jit(lambda model, batch: model.embed(batch))
     stream = nnx.jit(lambda model, batch: model.stream(batch))
     shown = [on_device(loaded_batch(b)) for b in batches]
     tokens = Batch(
@@ -70,8 +75,13 @@ def _shown(
         visual_index=joined([b.visual_index for b in shown], 1, -1),
         vision=None,
     )
-    embedded = joined([embed(student, b) for b in shown], 1, 0)
-    return embedded, joined([stream(teacher, b) for b in shown], 1, 0), tokens
+    embedded, added = zip(*(_inputs(student, b) for b in shown), strict=True)
+    return (
+        joined(embedded, 1, 0),
+        None if added[0] is None else joined(added, 2, 0),
+        joined([stream(teacher, b) for b in shown], 1, 0),
+        tokens,
+    )
 
 
 def tune(
@@ -88,7 +98,7 @@ def tune(
         The learned arrays by tensor name (of a quantised weight: its scale), and the divergence in
         nats per token on the calibration prompts in the ``first`` and the ``last`` epoch.
     """
-    embedded, target, batch = _shown(student, teacher, batches)
+    embedded, added, target, batch = _shown(student, teacher, batches)
     classes = batch.token_class
     marked = student.language.classes(batch.input_ids, batch.order, classes)
     graphdef, state = simulated(student.language)
@@ -107,7 +117,8 @@ def tune(
         language = nnx.merge(graphdef, scaled(state, factors))
         place = batch.positions[:, rows], batch.order[rows], marked[rows]
         own = classes[rows] == VISUAL
-        x = language(embedded[rows], *place, Recomputing(), visual=own)
+        deep = None if added is None else added[:, rows]
+        x = language(embedded[rows], *place, Recomputing(), visual=own, added=deep)
         ours = jax.nn.log_softmax(language.logits(x))
         kl = (jnp.exp(theirs) * (theirs - ours)).sum(-1)
         asked = classes[rows] == TEXT

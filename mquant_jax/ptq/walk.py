@@ -20,7 +20,7 @@ from flax import nnx
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import Tensors
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.nn.flow import Call, EmbeddingCall, StackCall
+from mquant_jax.nn.flow import Call, EmbeddingCall, ModuleCall, StackCall
 from mquant_jax.nn.params import assign, variables
 from mquant_jax.nn.stack import context_at, num_layers
 from mquant_jax.ptq.ledger import Ledger
@@ -60,10 +60,17 @@ def block_of(stack: nnx.Module) -> nnx.Module:
 
 @dataclasses.dataclass
 class Inputs(Sequence):
-    """The arguments of a module, chunk by chunk."""
+    """The arguments of a module, chunk by chunk.
+
+    Attributes:
+        x: the first, or handles of it.
+        contexts: the second, of all layers of a stack; ``None``: there is none.
+        layer: number of the module in the stack.
+    """
 
     x: Sequence[Any]
     contexts: Sequence[Any] | None = None
+    layer: int = 0
 
     def __len__(self) -> int:
         return len(self.x)
@@ -73,7 +80,7 @@ class Inputs(Sequence):
             raise IndexError(n)
         x = loaded(self.x[n])
         x = tuple(map(jnp.asarray, x)) if isinstance(x, tuple) else jnp.asarray(x)
-        return (x,) if self.contexts is None else (x, self.contexts[n])
+        return (x,) if self.contexts is None else (x, context_at(self.contexts[n], self.layer))
 
 
 @dataclasses.dataclass
@@ -93,6 +100,28 @@ class Part:
     inputs: Inputs
     classes: Sequence[jax.Array]
     twin: Inputs | None = None
+
+
+@dataclasses.dataclass
+class Made:
+    """What one call gives, chunk by chunk.
+
+    Attributes:
+        outs: outputs; ``None``: nothing follows.
+        taps: of a stack, the outputs of the blocks that its call taps.
+    """
+
+    outs: Spool | None
+    taps: list[Spool] = dataclasses.field(default_factory=list)
+
+    def answer(self, call: Call | None, n: int) -> Any:
+        """What the flow of a chunk is sent."""
+        if self.outs is None:
+            return None
+        if isinstance(call, StackCall):
+            return jnp.asarray(self.outs[n]), tuple(tap.handle(n) for tap in self.taps)
+        passed_on = isinstance(call, ModuleCall) and call.passed_on
+        return self.outs.handle(n) if passed_on else jnp.asarray(self.outs[n])
 
 
 Outputs = Iterable[Any]
@@ -142,6 +171,7 @@ class Walk:
         self.name, self.model, self.params, self.rounded = name, model, params, rounded
         self.batches, self.states, self.ledger = batches, states, ledger
         self.twin, self.advance = twin, advance
+        self._handed: list[Spool] = []  # to flows, as handles
         for path, variable in variables(model):
             key = "/".join(path)
             if key in params and np.prod(variable.get_value().shape) <= SMALL:
@@ -155,6 +185,8 @@ class Walk:
                 self.advance()
         else:
             self._run(visitor)
+        for spool in self._handed:
+            spool.clear()
         self.states.forget(self.name)
 
     def _run(self, visitor: Visitor) -> None:
@@ -174,11 +206,19 @@ class Walk:
                     c.send(self._embedded(c.call, self.rounded if c in here else None))
                 continue
             made = self._carry_out(name, here, there, visitor)
-            for outs, waiting in zip(made, (here, there or []), strict=True):
-                for n, c in enumerate(waiting):
-                    c.send(None if outs is None else jnp.asarray(outs[n]))
-                if outs is not None:
-                    outs.release()
+            for one, waiting in zip(made, (here, there or []), strict=True):
+                self._answer(one, waiting)
+
+    def _answer(self, made: Made, waiting: Sequence[_Calls]) -> None:
+        """Send flows what they wait for."""
+        calls = [c.call for c in waiting]
+        for n, c in enumerate(waiting):
+            c.send(made.answer(calls[n], n))
+        passed_on = any(isinstance(call, ModuleCall) and call.passed_on for call in calls)
+        handed = [made.outs] if passed_on and made.outs is not None else made.taps
+        self._handed += handed
+        if made.outs is not None and made.outs not in handed:
+            made.outs.release()
 
     def _embedded(self, call: EmbeddingCall, rounded: RowChange | None = None) -> jax.Array:
         """Return rows of the token embedding; only those that calibration needs are read."""
@@ -190,7 +230,7 @@ class Walk:
 
     def _carry_out(
         self, name: str, here: list[_Calls], there: list[_Calls] | None, visitor: Visitor
-    ) -> tuple[Spool | None, Spool | None]:
+    ) -> tuple[Made, Made]:
         calls: list[Any] = [c.call for c in here]
         twins: list[Any] | None = None if there is None else [c.call for c in there]
         if isinstance(calls[0], StackCall):
@@ -205,20 +245,23 @@ class Walk:
                 None if twins is None else Inputs([c.x for c in twins]),
             )
 
-        made = self._visit(visitor, name, part, None)
-        return made if name != LAST else (None, None)
+        outs, twin_outs = self._visit(visitor, name, part, None)
+        return (Made(outs), Made(twin_outs)) if name != LAST else (Made(None), Made(None))
 
-    def _stack(self, name: str, calls, twins, visitor: Visitor):
+    def _stack(self, name: str, calls, twins, visitor: Visitor) -> tuple[Made, Made]:
         stack, contexts = calls[0].module, [c.context for c in calls]
         classes = [c.context.token_class for c in calls]
+        own = [c.context for c in twins] if twins is not None else None
         block, depth = block_of(stack), num_layers(stack)
         records = [self.ledger.done(self._key(f"{name}/{i}")) for i in range(depth)]
         first = next((i for i, record in enumerate(records) if record is None), depth)
         for i, record in enumerate(records[:first]):
             visitor.restore(f"{name}/{i}", record or {})
             self.advance()
+        taps = calls[0].taps
+        tapped = {i: self._found(f"{name}/{i}", len(calls)) for i in taps if i < first}
         if first:
-            states = self._found(f"{name}/{first - 1}", len(calls))
+            states = tapped.get(first - 1) or self._found(f"{name}/{first - 1}", len(calls))
         else:
             states = self.states.kept([c.x for c in calls]), None
             if twins is not None:
@@ -227,17 +270,23 @@ class Walk:
             here, there = states
 
             def part(i=i, here=here, there=there) -> Part:
-                own = [context_at(context, i) for context in contexts]
                 return Part(
                     f"{name}/{i}",
                     filled(block, f"{name}/{i}", self.params),
-                    Inputs(here, own),
+                    Inputs(here, contexts, i),
                     classes,
-                    None if there is None else Inputs(there, own),
+                    None if there is None else Inputs(there, own, i),
                 )
 
-            states = self._visit(visitor, f"{name}/{i}", part, states)
-        return states
+            before = None if i - 1 in taps else states
+            states = self._visit(visitor, f"{name}/{i}", part, before)
+            if i in taps:
+                tapped[i] = states
+        mine, theirs = (
+            Made(states[side], [spool for i in taps if (spool := tapped[i][side]) is not None])
+            for side in (0, 1)
+        )
+        return mine, theirs
 
     def _visit(self, visitor: Visitor, name: str, part: Callable[[], Part], before: Any):
         """Visit one part, or load what an earlier process computed.

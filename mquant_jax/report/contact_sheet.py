@@ -1,4 +1,4 @@
-"""A PNG of pictures with their questions and answers."""
+"""Draw a PNG of pictures with their questions and answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CELL, _PICTURE, _LINE, _MARGIN = 236, 168, 17, 12
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One cell: a picture, its question, the expected answer and what each model said."""
+    """One cell: a picture, its question, the expected answer and each model's answer."""
 
     image: np.ndarray
     question: str

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of its own quantisation: its record, its scales, its sizes."""
+"""What a checkpoint folder tells about its quantisation: record, scales and sizes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ V = TypeVar("V")
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What is known of a checkpoint.
+    """The data of a checkpoint's report.
 
     Attributes:
-        folder: where it is.
-        manifest: mquant.json.
-        recipe: how it was made.
-        plan: how each layer is quantised, and the source's sizes.
-        record: report.json, empty where there is none. docs/checkpoints.md lists its tables.
+        folder: the checkpoint folder.
+        manifest: contents of mquant.json.
+        recipe: the recipe of the conversion.
+        plan: how each layer is quantised, and sizes in the source.
+        record: contents of report.json, or empty. docs/checkpoints.md lists its tables.
         act_scales: path of a static point -> float32 ``[classes]`` or ``[1]``, units per step.
-        weight_scales: path of a quantised layer -> least, median and largest scale.
+        weight_scales: path of a quantised layer -> smallest, median and largest scale.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class Findings:
 
     @property
     def part_bytes(self) -> dict[str, tuple[int, int]]:
-        """Kind of part (``language.layers.*``) -> bytes in the source and here, tensors alone."""
+        """Kind of part (``language.layers.*``) -> bytes of its tensors in the source and here."""
         before: dict[str, int] = defaultdict(int)
         after: dict[str, int] = defaultdict(int)
         for part in self.plan.parts:
@@ -74,8 +74,8 @@ class Findings:
         return {kind: (before[kind], after[kind]) for kind in dict.fromkeys([*before, *after])}
 
     def in_order(self, values: Mapping[str, V]) -> dict[str, V]:
-        """Values by path, in the order in which a block runs its points and layers, where the
-        record knows it."""
+        """Values by path, in the order in which a block runs its points and layers if the record
+        has it."""
         tables = (self.record.get(name, {}) for name in ("points", "ranges", "weights"))
         kinds = dict.fromkeys(kind_of(path) for table in tables for path in table)
         rank = {kind.removesuffix("/kernel"): i for i, kind in enumerate(kinds)}
@@ -84,19 +84,19 @@ class Findings:
 
     @property
     def missing(self) -> list[str]:
-        """What the record does not say, and why."""
+        """What the record lacks, and why."""
         return list(_missing(self.record, self.recipe))
 
 
 def collect(folder: str | Path, verify: Verify = True) -> Findings:
-    """Everything that a report is made of; of weights, only the scales are read.
+    """Collect the data of a report. Of weights, only the scales are read.
 
     Raises:
-        UserError: no checkpoint, or one that is damaged.
+        UserError: not a checkpoint, or a damaged one.
     """
     with Checkpoint(folder, verify) as checkpoint:
         family, config, recipe, hf_config = describe(checkpoint.folder, checkpoint.manifest)
-        if recipe.rotate:  # it unties the head, and the plan is made from what there was before
+        if recipe.rotate:  # it unties the head, but the plan starts from the source
             config = family.config_from_hf(hf_config)
         return Findings(
             checkpoint.folder,
@@ -110,10 +110,10 @@ def collect(folder: str | Path, verify: Verify = True) -> Findings:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """report.json, or ``None`` where the checkpoint has none.
+    """Contents of report.json, or ``None`` if the checkpoint has none.
 
     Raises:
-        UserError: it is no quantisation report.
+        UserError: it is not a quantisation report.
     """
     path = folder / REPORT
     if not is_file(path):
@@ -122,7 +122,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     wrong = [name for name, fits in _FORMS.items() if name in record and not fits(record[name])]
     if wrong:
         raise UserError(
-            f"{path}: damaged: {', '.join(wrong)}: not as in a quantisation report; "
+            f"{path}: damaged: {', '.join(wrong)}: not valid in a quantisation report; "
             "convert the model again"
         )
     return record
@@ -133,14 +133,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers(table: Any, *fields: str) -> bool:
-    """A table of numbers that has these fields at least."""
+    """Whether ``table`` is a table of numbers with at least these fields."""
     return isinstance(table, dict) and set(fields) <= set(table) and all(
         map(_is_number, table.values())
     )  # fmt: skip
 
 
 def _points(table: Any, *fields: str) -> bool:
-    """Point -> token class -> figures."""
+    """Whether ``table`` maps point -> token class -> figures."""
     return isinstance(table, dict) and all(
         isinstance(classes, dict)
         and all(_numbers(figures, *fields) for figures in classes.values())
@@ -179,16 +179,16 @@ def _missing(record: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
         yield "report.json: errors, ranges and decisions are unknown"
         return
     if not recipe.needs_calibration:
-        yield "activation ranges: the recipe needs no calibration, so none were seen"
+        yield "activation ranges: the recipe needs no calibration, so none were recorded"
     elif "coverage" not in record:
         yield ("calibration coverage, output errors and ranges before rotation: converted by a "
-               "version that did not record them; convert again to have them")  # fmt: skip
+               "version that did not record them; convert the model again")  # fmt: skip
         return
     elif "before" not in record:
-        yield ("activation ranges before rotation: recorded where a recipe balances channels, or "
-               "smooths them without a rotation; others never run the unrotated model")  # fmt: skip
+        yield ("activation ranges before rotation: only recorded by recipes that balance channels "
+               "or smooth without rotating; others do not run the unrotated model")  # fmt: skip
     if not record.get("outputs"):
-        yield "output errors: known where GPTQ rounds the weights; this recipe rounds to nearest"
+        yield "output errors: only recorded with GPTQ; this recipe rounds to nearest"
 
 
 def _act_scales(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
@@ -210,8 +210,8 @@ def _part_kind(part: str) -> str:
 
 
 def by_stack(values: Mapping[str, V]) -> dict[str, dict[str, dict[int, V]]]:
-    """Values by path -> stack (``language/layers``) -> name in a block -> layer's number -> value,
-    numbers ascending; those without a number are left out."""
+    """Regroup values by path as stack (``language/layers``) -> name in a block -> layer index ->
+    value, indices ascending; paths without an index are left out."""
     out: dict[str, dict[str, dict[int, V]]] = {}
     for path, value in values.items():
         stack, star, name = kind_of(path).partition("/*/")

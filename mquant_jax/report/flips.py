@@ -1,4 +1,4 @@
-"""An HTML page of the answers that changed between models, pictures inside, no other file."""
+"""A self-contained HTML page of the answers that changed between models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from mquant_jax.models.images import load_image
 from mquant_jax.report.html import data_url, page, table
 
-_SIDE = 320  # pixels, the longer side of a picture
+_SIDE = 320  # pixels of a picture's longer side
 _STYLE = """
 .card{display:flex;gap:1rem;border:1px solid #ccc;border-radius:6px;padding:1rem;margin:1rem 0;
 background:#fff}.card img{max-width:20rem;height:auto;display:block;image-rendering:auto}
@@ -26,12 +26,12 @@ dd{margin:0 0 .4rem;white-space:pre-wrap;overflow-wrap:anywhere}
 
 @dataclasses.dataclass(frozen=True)
 class Flip:
-    """A question that two models answered differently well.
+    """A question that one model answered right and another wrong.
 
     Attributes:
-        id, question: of the question; ``expected``: its accepted answers.
-        images: whatever :func:`mquant_jax.models.images.load_image` takes.
-        answers: ``(model, answer, right)`` of each model that is shown.
+        id, question, expected: the question's id, text and accepted answers.
+        images: anything that :func:`mquant_jax.models.images.load_image` accepts.
+        answers: ``(model, answer, right)`` for each model shown.
     """
 
     id: str
@@ -47,14 +47,14 @@ def flips_page(
     rows: Sequence[Sequence[str]],
     sections: dict[str, list[Flip]],
 ) -> str:
-    """The page.
+    """The page's HTML.
 
     Args:
-        header, rows: of the table of scores.
+        header, rows: the table of scores.
         sections: title -> flips.
 
     Raises:
-        ImageError: a picture that cannot be read.
+        ImageError: a picture cannot be read.
     """
     parts = [table(header, rows)]
     for name, flips in sections.items():
@@ -82,7 +82,7 @@ def _card(flip: Flip) -> str:
 
 
 def _url(image: Any, name: str) -> str:
-    """The picture as a ``data:`` URL: small ones as they are, others shrunk."""
+    """The picture as a ``data:`` URL; large ones are downscaled."""
     picture = load_image(image, f"question {name}")
     small = max(picture.size) <= _SIDE
     if not small:

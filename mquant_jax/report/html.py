@@ -1,4 +1,4 @@
-"""Pieces of HTML pages that are one file: a frame, tables, pictures inside."""
+"""Building blocks of self-contained HTML pages: frame, tables, embedded pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
 
     Args:
         body: HTML.
-        style: CSS beside that of all pages.
+        style: CSS in addition to that of all pages.
     """
     return "\n".join([
         "<!doctype html>",
@@ -34,7 +34,7 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts."""
+    """A table of text cells."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

@@ -1,4 +1,4 @@
-"""The quantisation report: one HTML file, pictures inside, and the pictures as PNGs."""
+"""The quantisation report: a self-contained HTML file, and its plots as PNG files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ td:last-child{white-space:normal;overflow-wrap:anywhere}.left td{text-align:left
 
 
 def write_report(findings: Findings, out: Path) -> list[Path]:
-    """Write ``report.html`` and its pictures into a folder; returns the files.
+    """Write ``report.html`` and its plots to a folder; returns the files.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -46,17 +46,17 @@ def write_report(findings: Findings, out: Path) -> list[Path]:
 
 
 def report_page(findings: Findings, drawn: Sequence[Picture]) -> str:
-    """The page with the pictures inside."""
+    """The page with embedded plots."""
     title = f"Quantisation report: {findings.folder.name}"
     sections = {
         "Summary": _summary(findings),
         "Sizes": _shown(drawn, "sizes"),
-        "What decided what": _decided(findings),
+        "What determines each layer": _decided(findings),
         "Weights": [*_shown(drawn, "weights"), *_single_layers(findings)],
         "Activations": [*_shown(drawn, "activations"), *_single_points(findings)],
-        "What to keep at 8 bits": [*_shown(drawn, "sensitivity"), *_candidates(findings)],
+        "Candidates for 8 bits": [*_shown(drawn, "sensitivity"), *_candidates(findings)],
         "Calibration data": _coverage(findings),
-        "Not known": [f"<p>{html.escape(text)}</p>" for text in findings.missing],
+        "Missing data": [f"<p>{html.escape(text)}</p>" for text in findings.missing],
     }
     body = []
     for name, parts in sections.items():
@@ -89,7 +89,7 @@ def _summary(findings: Findings) -> Iterator[str]:
 
 
 def _decided(findings: Findings) -> Iterator[str]:
-    """How the layers of each kind are quantised, and which line of the recipe says so."""
+    """How the layers of each kind are quantised, and which part of the recipe determines it."""
     kinds: dict[tuple[str, ...], int] = {}
     for layer in findings.plan.layers:
         cells = _layer_cells(layer, findings)
@@ -165,7 +165,7 @@ def _candidates(findings: Findings) -> Iterator[str]:
 
 
 def _coverage(findings: Findings) -> Iterator[str]:
-    """How much data there was, and how far it goes for the layers' widths."""
+    """The amount of calibration data, and its ratio to the layers' widths."""
     seen: dict[str, Any] | None = findings.record.get("coverage")
     known: dict[str, Any] = findings.record.get("calibration", {})
     if seen is None:
@@ -198,7 +198,7 @@ def _coverage(findings: Findings) -> Iterator[str]:
     yield _left(("", ""), rows)
     unseen = [name for name, n in seen["tokens"].items() if not n and name != "sink"]
     if unseen:
-        yield (f"<p>No {' or '.join(unseen)} token was seen: their static scales are those of "
+        yield (f"<p>No {' or '.join(unseen)} tokens in the data: their static scales are those of "
                "another class.</p>")  # fmt: skip
 
 

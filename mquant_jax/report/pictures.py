@@ -1,4 +1,4 @@
-"""The pictures of a report, each with what it shows."""
+"""The plots of a report, with titles and captions."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _INK = dict(zip(TOKEN_CLASSES, (plots.BLUE, plots.VERMILION, plots.GREEN), stric
 _MARK = dict(zip(TOKEN_CLASSES, ("o", "s", "^"), strict=True))
 _TOWER = {"vision": plots.VERMILION, "connector": plots.ORANGE, "language": plots.BLUE,
           "head": plots.GREEN, "embedding": plots.SKY}  # fmt: skip
-_SMALL = 0.005  # of the source, parts below it are one bar
-_MOST = 24  # kinds of layers in the picture of the most sensitive
+_SMALL = 0.005  # smaller parts of the source share one bar
+_MOST = 24  # kinds of layers in the plot of the most sensitive ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of the report.
+    """A plot of the report.
 
     Attributes:
-        name: of its file, without ``.png``.
-        group: the section of the page that it belongs to.
-        title, caption: what it shows, and how it is read.
-        data: a PNG.
+        name: its file name without ``.png``.
+        group: its section of the page.
+        title, caption: what it shows and how to read it.
+        data: the PNG file's bytes.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Picture:
 
 
 def pictures(findings: Findings) -> Iterator[Picture]:
-    """All that can be drawn of what is known."""
+    """All plots that the findings have data for."""
     plots.need_matplotlib()
     yield _sizes(findings)
     yield from _weights(findings)
@@ -62,11 +62,9 @@ def _sizes(findings: Findings) -> Picture:
     if pairs:
         rows[f"{len(pairs)} more"] = (sum(b for b, _ in pairs), sum(a for _, a in pairs))
     title = "Size of each part"
-    caption = "Tensors as stored, equal blocks together. "
+    caption = "Tensors as stored, summed over equal blocks. "
     if findings.recipe.rotate:
-        caption += (
-            "A head that was tied to the embedding has a table of its own once it is rotated."
-        )
+        caption += "Rotation unties a head that was tied to the embedding."
     return _drawn("sizes", "sizes", title, caption,
                   plots.paired_bars(title, "MB", rows, ("source", "checkpoint")))  # fmt: skip
 
@@ -74,10 +72,10 @@ def _sizes(findings: Findings) -> Picture:
 def _weights(findings: Findings) -> Iterator[Picture]:
     for name, what, errors, caption in (
         ("weight-sqnr", "Weight SQNR by layer", findings.weight_errors,
-         "Signal to rounding noise of each weight, as it was when it was rounded (rotated where "
-         "the recipe rotates). Higher is better: 6 dB are one bit."),
+         "Signal-to-quantisation-noise ratio of each weight as rounded (after rotation, if the "
+         "recipe rotates). Higher is better: 6 dB are one bit."),
         ("output-sqnr", "Output SQNR by layer", findings.output_errors,
-         "Signal to noise of each layer's output that the rounded weights cause on the calibration "
+         "Signal-to-noise ratio of each layer's output with rounded weights, on the calibration "
          "data. GPTQ lowers this noise at the expense of the weight's own."),
     ):  # fmt: skip
         if stacks := by_stack({path: decibels(e) for path, e in errors.items()}):
@@ -112,12 +110,12 @@ def _activations(findings: Findings) -> Iterator[Picture]:
 
 _RANGES: tuple[tuple[str, str, str, str, Callable[[Mapping[str, float]], float | None]], ...] = (
     ("Largest activation", "ranges", "largest magnitude",
-     "Largest magnitude at each point on the calibration data. A rotation also moves the norms' "
-     "weights into the layers behind them, so levels before and after differ for that reason, too.",
+     "Largest magnitude at each point on the calibration data. Rotation also folds the norms' "
+     "weights into the following layers, which is another reason why levels change.",
      lambda seen: seen["amax"]),
     ("Outliers", "outliers", "largest magnitude / RMS",
-     "The largest magnitude in relation to the root mean square: what a static scale gives away "
-     "to hold the largest value. A rotation is to lower it.",
+     "Largest magnitude over root mean square: the resolution that a static scale loses to cover "
+     "the largest value. Rotation should lower it.",
      lambda seen: seen["amax"] / seen["rms"] if seen.get("rms") else None),
 )  # fmt: skip
 
@@ -132,7 +130,7 @@ def _ranges(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> Iterator[Picture]:
-    """A picture per stack: one figure of the ranges, by point, class and stage."""
+    """A plot per stack: one figure of the ranges, by point, class and stage."""
     before, after = findings.in_order(before), findings.in_order(after)
     turned = "rotated" if findings.recipe.rotate else "calibrated"
     stacks = dict.fromkeys([*by_stack(before), *by_stack(after)])
@@ -179,14 +177,13 @@ def _losses(points: Mapping[str, Any]) -> Iterator[Picture]:
     if stacks := by_stack({k: decibels(s["error"]) for k, s in rows.items()}):
         title = "Activation SQNR at static points"
         yield _drawn("activation-sqnr", "activations", title,
-                     "Signal to noise of rounding and clipping on the calibration data.",
+                     "Signal-to-noise ratio of rounding and clipping on the calibration data.",
                      plots.heat(title, "SQNR (dB)", stacks, ".1f"))  # fmt: skip
     if any(s["clipped"] > 0 for s in rows.values()):
         title = "Clipped activations at static points"
         stacks = by_stack({k: 100 * s["clipped"] for k, s in rows.items()})
         yield _drawn("clipping", "activations", title,
-                     "Share of the values on the calibration data that are larger than the clip, "
-                     "and saturate.",
+                     "Share of values on the calibration data that exceed the clip and saturate.",
                      plots.heat(title, "values clipped (%)", stacks, ".2g"))  # fmt: skip
 
 
@@ -198,8 +195,8 @@ def _sensitivity(rows: list[Any]) -> Picture:
         for row in rows[:_MOST]
     ]  # fmt: skip
     caption = (
-        "Root mean square over the layers of a kind, the largest first; a colour per part of the "
-        "model. The error of a layer does not say how much the answers suffer: check with "
+        "Root mean square over the layers of a kind, largest first; a colour per part of the "
+        "model. The error of a layer does not tell how much answers degrade: check with "
         "python -m mquant_jax eval."
     )
     return _drawn("sensitivity", "sensitivity", title, caption,
@@ -207,7 +204,7 @@ def _sensitivity(rows: list[Any]) -> Picture:
 
 
 def _class_name(cls: str, stack: str) -> str:
-    """Towers have one class, which is called text in records."""
+    """Towers have a single class, which records call text."""
     return cls if stack.startswith("language") else "all tokens"
 
 

@@ -1,4 +1,4 @@
-"""The plan of a conversion, for people and for programs."""
+"""The plan of a conversion, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _MIB, _GIB = 1 << 20, 1 << 30
 
 
 def summary(plan: LayerPlan) -> dict[str, Any]:
-    """The plan as JSON: parts, those of a stack's equal blocks once with their ``count``, each with
-    its layers; sizes in bytes."""
+    """The plan as JSON: parts with their layers; equal blocks of a stack appear once with their
+    ``count``. Sizes are in bytes."""
     parts: dict[str, dict[str, Any]] = {}
     for part in plan.parts:
         kind = _kind(part.name)
@@ -37,7 +37,7 @@ def _kind(name: str) -> str:
 
 
 def _layers(part: PartPlan) -> list[dict[str, Any]]:
-    """The specs of one part, paths without a number."""
+    """The specs of one part, with paths without the layer index."""
     rows = []
     for layer in part.layers:
         row = dataclasses.asdict(layer) | {"path": kind_of(layer.path)}
@@ -46,7 +46,7 @@ def _layers(part: PartPlan) -> list[dict[str, Any]]:
 
 
 def table(plan: LayerPlan) -> str:
-    """The plan as text: a row per part, and per way in which its layers are quantised."""
+    """The plan as text: a row per part and kind of quantisation."""
     head = ("part", "layers", "weights", "group", "activations", "rotation", "MiB before", "after")
     rows = []
     for part, count in _kinds(plan.parts):
@@ -68,7 +68,7 @@ def table(plan: LayerPlan) -> str:
 
 
 def _kinds(parts: Iterable[PartPlan]) -> list[tuple[PartPlan, int]]:
-    """One part of each kind, and how many there are."""
+    """One part of each kind, and their number."""
     first: dict[str, PartPlan] = {}
     counts: dict[str, int] = {}
     for part in parts:
@@ -79,7 +79,7 @@ def _kinds(parts: Iterable[PartPlan]) -> list[tuple[PartPlan, int]]:
 
 
 def _alike(layers: Iterable[LayerSpec]) -> list[tuple[list[str], LayerSpec]]:
-    """Layers that are quantised in the same way, with their names inside the part."""
+    """Layers grouped by equal quantisation, with their names within the part."""
     groups: dict[tuple[str, ...], tuple[list[str], LayerSpec]] = {}
     for layer in layers:
         names, _ = groups.setdefault(_cells((), layer)[1:], ([], layer))

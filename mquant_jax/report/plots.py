@@ -1,7 +1,7 @@
-"""Forms of picture: panels of lines over layers, heat maps, horizontal bars.
+"""Plot types: panels of lines over layers, heat maps, horizontal bars.
 
-Colours are those of Okabe and Ito, and cividis: both stay apart for colour-blind readers. Series
-differ in marker and line style as well.
+Colours are Okabe and Ito's, and cividis, which colour-blind readers can tell apart. Series also
+differ in marker and line style.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 )  # fmt: skip
 _GREY = "#9a9a9a"
-_DPI, _COLUMNS, _PANEL = 100, 4, (2.9, 2.3)  # columns of panels, inches of one
-_ANNOTATED = 16  # layers up to which a heat map has numbers in its cells
+_DPI, _COLUMNS, _PANEL = 100, 4, (2.9, 2.3)  # columns of panels, size of one in inches
+_ANNOTATED = 16  # heat maps of up to so many layers have numbers in their cells
 
 
 def need_matplotlib() -> None:
@@ -43,10 +43,10 @@ class Series:
     """One line in each panel.
 
     Attributes:
-        label, colour, marker: of the line.
-        panels: name of a panel -> layer's number -> value.
-        dashed: a dashed line with hollow markers.
-        band: name of a panel -> layer's number -> least and largest value, drawn as an area.
+        label, colour, marker: style of the line.
+        panels: name of a panel -> layer index -> value.
+        dashed: draw a dashed line with hollow markers.
+        band: name of a panel -> layer index -> smallest and largest value, drawn as an area.
     """
 
     label: str
@@ -58,7 +58,7 @@ class Series:
 
 
 def empty(width: float, height: float, title: str) -> Figure:
-    """A figure without axes; sizes in inches."""
+    """A figure without axes; its size is in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=_DPI)
@@ -129,11 +129,11 @@ def _line(ax: Any, s: Series, name: str) -> None:
 def heat(
     title: str, unit: str, stacks: Mapping[str, Mapping[str, Mapping[int, float]]], form: str
 ) -> Figure:
-    """A heat map per stack: a row per name, layers from left to right, one scale of colours.
+    """A heat map per stack: a row per name, layers from left to right, one shared colour scale.
 
     Args:
-        unit: label of the colours.
-        form: format of the numbers in the cells, which maps of few layers have.
+        unit: label of the colour bar.
+        form: format of the numbers in the cells, if any.
     """
     heights = [len(rows) for rows in stacks.values()]
     deepest = max(len(_layers(rows)) for rows in stacks.values())
@@ -141,7 +141,7 @@ def heat(
     figure = empty(size, 0.3 * sum(heights) + 1.0 * len(heights) + 0.7, title)
     grids = {stack: _grid(rows) for stack, rows in stacks.items()}
     values = np.concatenate([g[np.isfinite(g)] for g in grids.values()])
-    # A few extreme layers would leave one colour for all others.
+    # A few extreme layers would leave a single colour for all others.
     low, high = map(float, np.percentile(values, (2, 98)))
     high = high if high > low else low + 1.0
     axes = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights).ravel()
@@ -223,7 +223,7 @@ def _bar_axis(ax: Any, unit: str) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The picture as a PNG of up to 128 colours, a third of the size of one with all."""
+    """The figure as a PNG of up to 128 colours, a third of the size of a full-colour one."""
     whole, out = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png")
     Image.open(whole).convert("RGB").quantize(128).save(out, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""The short form of a report: errors by part, saturation, decisions, what to keep at 8 bits."""
+"""The summary of a report: errors by part, saturation, decisions, candidates for 8 bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def decibels(error: float) -> float:
 
 
 def mean_error(errors: Mapping[str, float] | list[float]) -> float:
-    """Root mean square of relative errors: that of the mean noise-to-signal ratio."""
+    """Root mean square of relative errors, from the mean noise-to-signal ratio."""
     values = list(errors.values()) if isinstance(errors, Mapping) else errors
     return math.sqrt(sum(e**2 for e in values) / len(values))
 
@@ -35,16 +35,16 @@ def by_section(errors: Mapping[str, float]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Sensitive:
-    """Equal layers, as candidates for 8 bits.
+    """Layers of one kind, as a candidate for 8 bits.
 
     Attributes:
         kind: their path, ``language/layers/*/down_proj``.
-        count: how many there are.
-        bits: of their weights.
-        measure: what ``error`` is of, ``output`` or ``weight``.
+        count: number of layers.
+        bits: bits of their weights.
+        measure: what ``error`` measures, ``output`` or ``weight``.
         error: root mean square of their relative errors.
-        worst: path and relative error of the worst of them.
-        added_bytes: what 8 bits would add to the checkpoint.
+        worst: path and relative error of the worst layer.
+        added_bytes: bytes that 8 bits would add to the checkpoint.
     """
 
     kind: str
@@ -57,15 +57,15 @@ class Sensitive:
 
     @property
     def rule(self) -> list[Any]:
-        """The recipe's rule that keeps them at 8 bits."""
+        """The recipe rule that keeps them at 8 bits."""
         return [self.kind, {"w_bits": 8}]
 
 
 def sensitive(findings: Findings) -> list[Sensitive]:
-    """Layers of fewer than 8 bits by kind, the largest error first.
+    """Layers of fewer than 8 bits by kind, largest error first.
 
-    The error is that of the layer's output on the calibration data where it was recorded for all of
-    them, else that of its weight. Layers of a stack are quantised alike, so a kind is the unit.
+    The error is that of the layer's output on the calibration data if it was recorded for all of
+    them, otherwise that of its weight. Layers of a kind are quantised alike, so they are one row.
     """
     specs = {s.path: s for s in findings.plan.layers if s.w_bits < 8}
     outputs, weights = findings.output_errors, findings.weight_errors
@@ -90,7 +90,7 @@ def _row(
 
 
 def saturation(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where static scales clip most and lose most on the calibration data; shares of values."""
+    """Where static scales clip most and have the largest error on the calibration data."""
     rows = [
         (point, cls, seen)
         for point, classes in record.get("points", {}).items()
@@ -129,7 +129,7 @@ def _named(row: tuple[str, str, Mapping[str, float]], key: str) -> dict[str, Any
 
 
 def decisions(findings: Findings) -> dict[str, Any]:
-    """What the conversion decided from data; ``None`` where the recipe did not ask."""
+    """Decisions that the conversion made from data; ``None`` if the recipe makes none."""
     record, recipe = findings.record, findings.recipe
     split = record.get("split")
     smoothing = record.get("smoothing")
@@ -145,7 +145,7 @@ def decisions(findings: Findings) -> dict[str, Any]:
 
 
 def summary(findings: Findings) -> dict[str, Any]:
-    """The short form as JSON; errors in dB, sizes in bytes."""
+    """The summary as JSON; errors in dB, sizes in bytes."""
     before, after = map(sum, zip(*findings.part_bytes.values(), strict=True))
     return {
         "checkpoint": str(findings.folder),
@@ -166,7 +166,7 @@ def summary(findings: Findings) -> dict[str, Any]:
 
 
 def text(findings: Findings) -> str:
-    """The short form for a terminal."""
+    """The summary as text."""
     lines = []
     for label, errors in (("weight SQNR (dB)", findings.weight_errors),
                           ("output SQNR (dB)", findings.output_errors)):  # fmt: skip
@@ -176,13 +176,13 @@ def text(findings: Findings) -> str:
     lines += [f"{name}: {said}" for name, said in decision_rows(findings)]
     if rows := sensitive(findings):
         first = ", ".join(f"{row.kind} ({row.error:.2%})" for row in rows[:3])
-        lines.append(f"first to keep at 8 bits, by {rows[0].measure} error: {first}")
-    lines += [f"not known: {what}" for what in findings.missing]
+        lines.append(f"first candidates for 8 bits, by {rows[0].measure} error: {first}")
+    lines += [f"missing: {what}" for what in findings.missing]
     return "\n".join(lines)
 
 
 def decision_rows(findings: Findings) -> list[tuple[str, str]]:
-    """What was decided, a line each."""
+    """The decisions, one line each."""
     made, rows = decisions(findings), []
     if made["rotated"]:
         rows.append(("rotation", f"seed {findings.recipe.seed}"))

@@ -1,4 +1,4 @@
-"""Chats with one model: sampling as its files say, on an engine that is made when it is needed."""
+"""Chats with one model: its own sampling defaults, and an engine made on first use."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mquant_jax.runtime.engine import Engine, Served
 from mquant_jax.runtime.generate import Generator
 from mquant_jax.runtime.requests import Request, RequestOptions
 
-MAX_NEW_TOKENS = 512  # of an answer, where the caller does not say
+MAX_NEW_TOKENS = 512  # default length limit of an answer
 _LEAST_CONTEXT = 2048
 _OPTIONS = tuple(field.name for field in dataclasses.fields(RequestOptions))
 
 
 def chat_options(processor: Processor, given: Mapping[str, Any]) -> RequestOptions:
-    """The options of a chat: what is given and not ``None``, else what the model's files say.
+    """The options of a chat. Options missing or ``None`` take the defaults in the model's files.
 
     Raises:
-        UserError: an option that is not known, or a value of another type or range.
+        UserError: an unknown option, or a value of the wrong type or out of range.
     """
     unknown = [name for name in given if name not in _OPTIONS]
     if unknown:
@@ -34,7 +34,7 @@ def chat_options(processor: Processor, given: Mapping[str, Any]) -> RequestOptio
 
 @dataclasses.dataclass
 class _Parts:
-    """What an engine needs of a model, without a reference to it."""
+    """The parts of a model that an engine needs, without a reference to the model."""
 
     processor: Processor
     generator: Generator
@@ -42,13 +42,13 @@ class _Parts:
 
 
 class Chats:
-    """One engine with one slot, whose context grows with the conversations.
+    """One engine with one slot, whose context grows with the conversation.
 
-    It keeps the features of pictures and the beginnings of prompts, so a later turn of a
-    conversation reads only what is new.
+    It caches picture features and prompt prefixes, so a later turn of a conversation prefills only
+    its new tokens.
 
     Args:
-        model: not referred to afterwards, so that it may be freed while this lives.
+        model: no reference is kept, so it may be freed while this object lives.
     """
 
     def __init__(self, model: Served):
@@ -59,15 +59,15 @@ class Chats:
     def submit(self, prompt: Prompt, options: RequestOptions) -> Request:
         """
         Raises:
-            PromptTooLong: the prompt leaves no room for an answer in the model's context.
-            UserError: as :meth:`Engine.submit`.
+            PromptTooLong: the prompt fills the model's context and leaves no token for an answer.
+            UserError: see :meth:`Engine.submit`.
         """
         needed = len(prompt.input_ids) + options.max_new_tokens
         with self._lock:
             return self._for(needed).submit(prompt, options)
 
     def close(self) -> None:
-        """Cancel what runs, and free the memory."""
+        """Cancel running requests and free the memory."""
         with self._lock:
             if self._engine is not None:
                 self._engine.close(drain=False)

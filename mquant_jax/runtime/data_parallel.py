@@ -1,4 +1,4 @@
-"""Batches cut over devices: each runs its rows, with its own copy of the weights."""
+"""Data parallelism: each device runs its share of a batch with its own copy of the weights."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _FILL = {"order": -1, "token_class": -1, "visual_index": -1}
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """A batch cut into equal parts, one per device.
+    """A batch split into equal parts, one per device.
 
     Attributes:
-        batch: rows of all parts, the last ones padding; ``visual_index`` counts the features of
+        batch: the rows of all parts, padding rows last; ``visual_index`` indexes the features of
             the part's own pictures.
-        vision: pictures in runs of equal length; a run holds the same number for every part.
+        vision: pictures in runs of equal length; a run has as many pictures for each part.
     """
 
     batch: Batch
@@ -40,7 +40,7 @@ class Shares:
 
 
 def cut(model: VLM, batch: Batch, parts: int, platform: str) -> Shares:
-    """Cut a batch into parts of a power of two of rows each, with the pictures that they need."""
+    """Split a batch, with its pictures, into parts whose number of rows is a power of two."""
     batch = padded(model, batch)
     rows = parts * buckets.rows(-(-batch.order.shape[0] // parts))
     vision, batch = batch.vision, _with_rows(dataclasses.replace(batch, vision=None), rows)
@@ -59,7 +59,7 @@ def cut(model: VLM, batch: Batch, parts: int, platform: str) -> Shares:
 
 
 def _runs(vision: VisionInput, used: list[np.ndarray], length: int) -> Iterator[VisionInput]:
-    """The pictures of each part, ``length`` of every part at a time; zeros where it has no more."""
+    """The pictures of each part, ``length`` per part at a time, filled up with zeros."""
     for start in range(0, max(map(len, used)), length):
         rows = np.full((len(used), length), -1)
         for part, numbers in zip(rows, used, strict=True):
@@ -75,7 +75,7 @@ def _taken(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _with_rows(batch: Batch, rows: int) -> Batch:
-    """The batch with rows of padding at its end."""
+    """The batch with padding rows appended."""
     missing = rows - batch.order.shape[0]
 
     def fit(name: str, axis: int = 0) -> np.ndarray:
@@ -95,17 +95,17 @@ def _with_rows(batch: Batch, rows: int) -> Batch:
 
 
 class DataParallel(Generator):
-    """A :class:`Generator` that cuts batches over devices.
+    """A :class:`Generator` that shards batches over devices.
 
-    The weights are copied to each device, the rows of a batch are cut among them under
-    ``shard_map``, and no device waits for another before all are done: the programs hold no
-    collective. Pictures and prompts of a batch are padded to one size each. A row's answer is that
-    of :class:`Generator`, but for rounding.
+    The weights are replicated, and ``shard_map`` shards the rows of a batch. The programs contain
+    no collectives, so no device waits for another before the end. All pictures of a batch are
+    padded to one size, and so are all prompts. Answers equal those of :class:`Generator` up to
+    rounding.
 
-    Sizes follow from the batches, so :meth:`warm_up` compiles nothing.
+    Sizes depend on the batches, so :meth:`warm_up` compiles nothing.
 
     Args:
-        devices: of this process.
+        devices: devices of this process.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class DataParallel(Generator):
         return jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
 
     def start(self, batch: Batch, max_new_tokens: int) -> Answers:
-        """Run pictures and prompts; rows beyond the batch's are done."""
+        """Run the vision tower and the prefill; padding rows are done from the start."""
         shares = cut(self.model, batch, self.mesh.size, self.platform)
         prompts = shares.batch
         if self.aifs and prompts.visual_slots is None:
@@ -136,7 +136,7 @@ class DataParallel(Generator):
         features = [
             self.program("see", *v.patches.shape[:2])(self.params, v) for v in shares.vision
         ]
-        # A bounded number of sizes: what nobody looks at may be anything.
+        # Repeated features, which no token reads, bound the number of sizes.
         features += features[:1] * (buckets.rows(len(features)) - len(features) if features else 0)
         rows, width = prompts.order.shape
         slots = buckets.slots(width + max_new_tokens)
@@ -156,8 +156,8 @@ class DataParallel(Generator):
     ) -> Any:
         """``step`` on the rows of each device.
 
-        An array is cut along the axis in which it grows with the number of rows. A number is one
-        per device, for example how far its cache is filled.
+        Arrays are sharded along the axis that grows with the number of rows. A scalar has one value
+        per device, for example the fill level of its cache.
         """
         bound = self.bound(step)
         part, whole = arguments(rows // self.mesh.size), arguments(rows)
@@ -205,7 +205,7 @@ class DataParallel(Generator):
 
 
 def _cut(part: Any, whole: Any) -> PartitionSpec:
-    """Along which axis an array is cut over devices."""
+    """The spec that shards an array along the axis in which ``part`` and ``whole`` differ."""
     grown = [small != large for small, large in zip(part.shape, whole.shape, strict=True)]
     return PartitionSpec(*(AXIS if g else None for g in grown)) if part.shape else _PER_DEVICE
 
@@ -214,7 +214,7 @@ _PER_DEVICE = PartitionSpec(AXIS)
 
 
 def _arranged(batch: Batch) -> Batch:
-    """Visual tokens in front, both slices padded to sizes of programs."""
+    """The batch in AIFS layout, both slices padded to compiled sizes."""
     real = batch.order >= 0
     visual = (real & (batch.token_class == VISUAL)).sum(axis=1)
     most, text = int(visual.max()), int((real.sum(axis=1) - visual).max())

@@ -1,8 +1,8 @@
 """Prefill and decode as compiled programs over pytrees.
 
-The low-level interface for JAX programs is :func:`prefill` and :func:`decode`, pure functions of
-``(model, ...)``; :class:`Generator` compiles pictures, prompts and the decode loop as programs of
-their own, for a bounded number of sizes.
+:func:`prefill` and :func:`decode` are the low-level interface, pure functions of ``(model, ...)``.
+:class:`Generator` compiles the vision tower, the prefill and the decode loop as separate programs
+for a bounded number of sizes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from flax import nnx
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import VLM, Batch
+from mquant_jax.nn.positions import ChosenRows
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime import buckets, steps
 from mquant_jax.runtime.buckets import PIECE
@@ -37,14 +38,14 @@ _OWNERS = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What came out, and how long it took.
+    """Generated tokens and times.
 
     Attributes:
-        tokens: per row, the generated ids without the stop token.
-        stopped: per row, whether a stop token ended it (else the limit did).
-        prefill_seconds: vision, prompt and first token.
-        decode_seconds: the other tokens.
-        steps: decode steps run.
+        tokens: the generated ids of each row, without the stop token.
+        stopped: for each row, whether a stop token ended it (otherwise the limit did).
+        prefill_seconds: vision tower, prefill and first token.
+        decode_seconds: all later tokens.
+        steps: number of decode steps.
     """
 
     tokens: list[list[int]] = dataclasses.field(repr=False)
@@ -57,18 +58,19 @@ class Generation:
 class Generator:
     """A model with its compiled programs.
 
-    Pictures and prompts of a batch run in groups of one padded size, then all rows decode together
-    (:mod:`mquant_jax.runtime.buckets` has the sizes). Neither the padding nor the company changes
-    a row's answer, but for rounding.
+    Pictures and prompts of a batch run in groups of equal padded size, then all rows decode
+    together (:mod:`mquant_jax.runtime.buckets` defines the sizes). Padding and the other rows
+    change a row's answer by no more than rounding.
 
     Args:
-        layout: ``masked`` leaves tokens where they stand, ``aifs`` puts the visual ones in front,
-            ``auto`` takes what is faster (:func:`mquant_jax.runtime.tokens.uses_aifs`).
-        kv_cache: ``float`` (the model's type), or ``int8``: half or a quarter of the memory.
-        programs: where compiled programs are kept; by default one place for the process.
+        layout: ``masked`` keeps the order of tokens, ``aifs`` moves visual tokens to the front,
+            ``auto`` takes the faster one (:func:`mquant_jax.runtime.tokens.uses_aifs`).
+        kv_cache: ``float`` (the model's dtype), or ``int8``: half or a quarter of the memory.
+        programs: cache of compiled programs; by default the one of the process.
 
     Attributes:
-        programs: ``len(programs)`` are alive in all, ``programs.keys(owner)`` are this model's.
+        programs: ``len(programs)`` counts all programs that are alive, ``programs.keys(owner)``
+            lists those of this model.
     """
 
     def __init__(
@@ -98,15 +100,15 @@ class Generator:
         key: jax.Array | None = None,
         on_tokens: Callable[[np.ndarray], None] | None = None,
     ) -> Generation:
-        """Generate until every row has stopped or has ``max_new_tokens``.
+        """Generate until every row has stopped or reached ``max_new_tokens``.
 
         Args:
-            batch: prompts, padded on the left.
-            key: sampling key; default ``jax.random.key(0)``. A row's draws depend on the key and
-                on its place in the batch.
-            on_tokens: called after every step with the new ids, int32 ``[B]`` (this brings one
-                host round trip per token; without it the whole loop is one program). Rows that
-                have stopped repeat their stop token.
+            batch: left-padded prompts.
+            key: sampling key; default ``jax.random.key(0)``. A row's samples depend on the key and
+                the row's index in the batch.
+            on_tokens: called after every step with the new ids, int32 ``[B]``. It costs one host
+                round trip per token; without it the whole loop is one program. Rows that have
+                stopped repeat their stop token.
         """
         t0 = time.perf_counter()
         count = batch.order.shape[0]
@@ -129,7 +131,7 @@ class Generator:
         return Generation(tokens, stopped, t1 - t0, t2 - t1, int(lengths.max()) - 1)
 
     def start(self, batch: Batch, max_new_tokens: int) -> Answers:
-        """Run pictures and prompts; rows beyond the batch's are done."""
+        """Run the vision tower and the prefill; padding rows are done from the start."""
         batch = on_host(batch)
         features = self._see(batch)
         entries: list[tuple[int, list[int], Entry]] = []
@@ -148,7 +150,7 @@ class Generator:
         return answers
 
     def run(self, answers: Answers, until: int, how: RowSampling) -> Answers:
-        """Go on to token ``until`` of every row; ``answers`` is donated."""
+        """Decode every row up to token ``until``; ``answers`` is donated."""
         rows, slots = answers.tokens.shape
         limit = np.full(rows, until, np.int32)
         return self.program("decode", rows, slots)(self.params, answers, limit, how)
@@ -162,16 +164,16 @@ class Generator:
         new_tokens: int = 128,
         progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
     ) -> int:
-        """Compile what requests up to these sizes need, as far as the limit of programs goes.
+        """Compile the programs for requests up to these sizes, within the limit on live programs.
 
         Args:
-            rows: prompts at once.
-            prompt: tokens of the longest prompt, its pictures' included.
+            rows: prompts per batch.
+            prompt: tokens of the longest prompt, including those of its pictures.
             picture: patches of the largest picture.
             new_tokens: tokens of the longest answer.
 
         Returns:
-            How many programs are alive then.
+            The number of programs alive afterwards.
         """
         wanted = list(itertools.islice(
             self._sizes(rows, prompt, picture, new_tokens), self.programs.limit
@@ -181,7 +183,7 @@ class Generator:
         return len(self.programs)
 
     def _sizes(self, rows: int, prompt: int, picture: int, new_tokens: int):
-        """``(kind, sizes)`` of the programs of such requests, single rows and pictures first."""
+        """``(kind, sizes)`` of the programs for such requests, single rows and pictures first."""
         slots = list(buckets.up_to(prompt + PIECE + new_tokens, buckets.slots))
         for b in buckets.up_to(rows, buckets.rows):
             for s in slots:
@@ -202,7 +204,7 @@ class Generator:
                 yield 1, p
 
     def _see(self, batch: Batch) -> dict[tuple[int, int], jax.Array]:
-        """Visual features by picture and piece."""
+        """Visual features by ``(picture, piece)``."""
         out: dict[tuple[int, int], jax.Array] = {}
         if batch.vision is None:
             return out
@@ -212,7 +214,7 @@ class Generator:
         return out
 
     def see(self, group: Pictures) -> Sequence[tuple[jax.Array, ...]]:
-        """For each picture of a group, its features in pieces ``[PIECE, hidden]``."""
+        """For each picture of a group, its features in pieces ``[PIECE, feature_width]``."""
         program = self.program("see", *group.vision.valid.shape)
         return program(self.params, group.vision)
 
@@ -223,33 +225,32 @@ class Generator:
         return program(self.params, group.batch, parts)
 
     def filled_up(self, parts: Sequence[jax.Array], rows: int, width: int) -> tuple[jax.Array, ...]:
-        """Pieces of features, as many as a prefill of these sizes takes; nobody looks at the added
-        ones."""
+        """Feature pieces, filled up to the number that a prefill of these sizes takes. No token
+        reads the added ones."""
         missing = self.feature_pieces(len(parts), rows, width) - len(parts)
         return (*parts, *[self._zeros()] * missing)
 
     def feature_pieces(self, needed: int, rows: int, width: int) -> int:
-        """Pieces of features that a prefill takes; none in a model without pictures."""
+        """Number of feature pieces that a prefill takes; 0 for a model without a vision tower."""
         if self.model.vision is None:
             return 0
         return buckets.feature_pieces(needed, rows, width)
 
     def _zeros(self) -> jax.Array:
         if self._nothing is None:
-            language = self.model.language
-            zeros = np.zeros((PIECE, language.cfg.hidden_size), language.dtype)
+            zeros = np.zeros((PIECE, self.model.feature_width), self.model.language.dtype)
             self._nothing = jax.device_put(zeros)
         return self._nothing
 
     def force(self, batch: Batch, answers: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """What the model expects next while it is given answers, token by token.
+        """Score given answers token by token (teacher forcing).
 
         Args:
             answers: ids for every row of the batch.
 
         Yields:
-            float32 ``[B, vocab]``: log-probabilities of token 0, 1, ... of every answer, as many
-            as the longest answer has tokens and one more. Past its own end a row's are of nothing.
+            float32 ``[B, vocab]``: log-probabilities of token 0, 1, ... of every answer, one more
+            than the longest answer has tokens. Rows past the end of their answer are meaningless.
         """
         longest = max(map(len, answers))
         fed = self.start(batch, longest + 1)
@@ -295,7 +296,7 @@ class Generator:
         rows: int,
         donate: int | None = None,
     ) -> Any:
-        """``step(model, *arguments(rows))`` as a program; the shapes are those of so many rows."""
+        """``step(model, *arguments(rows))`` as a program for the shapes of ``rows`` rows."""
         return self.compiled(step, *arguments(rows), donate=donate)
 
     def _compile_see(self, rows: int, patches: int) -> Any:
@@ -305,7 +306,7 @@ class Generator:
         tower, i32 = self.model.vision, np.int32
         shape = (rows, patches)
         positions = None
-        if tower.cfg.position_grid and tower.takes_any_size:
+        if isinstance(tower.cfg.positions, ChosenRows):
             positions = shape_of(shape, i32)
         return VisionInput(
             shape_of((*shape, tower.cfg.patch_dim), np.float32),
@@ -324,14 +325,14 @@ class Generator:
     def prompt_shapes(self, rows: int, width: int, visual_slots: int | None) -> Batch:
         """Shapes of prompts without pictures."""
         ids = shape_of((rows, width), np.int32)
-        streams = len(self.model.language.cfg.rope_sections)
+        streams = self.model.language.cfg.position_streams
         positions = shape_of((streams, rows, width), np.int32)
         return Batch(ids, ids, positions, ids, ids, None, visual_slots)
 
     def piece_shapes(self, count: int) -> tuple[Any, ...]:
         """Shapes of so many pieces of features."""
-        language = self.model.language
-        return (shape_of((PIECE, language.cfg.hidden_size), language.dtype),) * count
+        model = self.model
+        return (shape_of((PIECE, model.feature_width), model.language.dtype),) * count
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
         return lambda model: steps.empty(model, rows, slots, self.int8_cache, self.cursors)
@@ -343,7 +344,7 @@ class Generator:
         return self.compiled(self._empty(rows, slots))
 
     def _compile_insert(self, rows: int, slots: int) -> Any:
-        # One row of one piece has the shapes of an entry.
+        # A batch of one row with one piece has the shapes of an entry.
         one, i32 = self._answers(1, PIECE), shape_of((), np.int32)
         cache = one.state.cache
         hidden = shape_of(one.hidden.shape[1:], one.hidden.dtype)
@@ -371,7 +372,7 @@ class Generator:
 
 
 def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Stands for an array while a program is compiled."""
+    """The shape and dtype that a program is compiled for."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits on an accelerator: weights, cache and working memory, by shapes."""
+"""Whether a checkpoint fits on an accelerator: weights, KV cache and activations, from shapes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from mquant_jax.checkpoint.manifest import load_manifest
 from mquant_jax.errors import UserError
 from mquant_jax.loading import describe, model_bytes
 from mquant_jax.models.base import VLM, Family, abstract_model
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.params import parameter_bytes
-from mquant_jax.ops.dense import target_platform
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.recipe import Recipe
+from mquant_jax.runtime.buckets import MOST_TOGETHER_ELSEWHERE
+from mquant_jax.target import tracing_for
 
-RESERVED = 1.0e9  # bytes for the runtime, compiled programs and what lies fragmented
+RESERVED = 1.0e9  # bytes for the runtime, compiled programs and fragmentation
 _DTYPE = jnp.bfloat16
 
 
@@ -27,7 +30,7 @@ class Accelerator:
 
     Attributes:
         platform, kind: as JAX names them.
-        memory: bytes, by the maker's data sheet.
+        memory: bytes, from the vendor's data sheet.
     """
 
     platform: str
@@ -53,17 +56,18 @@ class MemoryPlan:
     """Bytes on one chip, and what is left for longer contexts.
 
     Attributes:
-        weights: as they are held there.
+        weights: in their on-device layout.
         cache: keys and values of ``batch`` rows of ``context`` tokens.
-        working: estimate of what prefilling the whole context at once takes beside that; the
-            vision tower, which runs before, is not in it.
-        capacity: of the chip, without :data:`RESERVED`.
-        longest_context: tokens per row that fit; at most the model's own limit.
+        working: estimated activations of the larger of two steps: the vision tower on ``patches``
+            patches, or a prefill of the whole context at once.
+        capacity: memory of the chip less :data:`RESERVED`.
+        longest_context: tokens per row that fit, at most the model's own limit.
     """
 
     device: str
     context: int
     batch: int
+    patches: int
     weights: int
     cache: int
     working: int
@@ -83,10 +87,10 @@ class MemoryPlan:
 
 
 def checkpoint_plan(folder: Path, device: str, **options: Any) -> MemoryPlan:
-    """:func:`memory_plan` of a checkpoint folder, of which only JSON files are read.
+    """:func:`memory_plan` of a checkpoint folder. Reads JSON files only.
 
     Raises:
-        UserError: not a checkpoint, or as there.
+        UserError: not a checkpoint; see also :func:`memory_plan`.
     """
     family, config, recipe, _ = describe(folder, load_manifest(folder))
     return memory_plan(family, config, recipe, device, **options)
@@ -100,36 +104,45 @@ def memory_plan(
     *,
     context: int | None = None,
     batch: int = 1,
+    patches: int = MOST_TOGETHER_ELSEWHERE,
     int8_cache: bool = False,
 ) -> MemoryPlan:
-    """What a model takes on a device.
+    """The memory that a model needs on a device.
 
     Args:
         device: one of :data:`ACCELERATORS`.
         context: tokens per row, prompt and answer; default 4096, or the model's limit.
-        int8_cache: keys and values are kept as int8.
+        patches: patches of the largest picture. Smaller pictures run together up to the default, so
+            that smaller values count as the default.
+        int8_cache: store keys and values as int8.
 
     Raises:
-        UserError: a context that the model does not have.
+        UserError: the context is out of the model's range.
     """
     limit = config.language.max_positions
     context = min(4096, limit) if context is None else context
     if not 0 < context <= limit:
-        raise UserError(f"--context {context}: the model has contexts of 1 to {limit} tokens")
+        raise UserError(f"--context {context}: expected 1 to {limit}, the model's context length")
     chip = ACCELERATORS[device]
-    with target_platform(chip.platform, chip.kind):
+    with tracing_for(chip.platform, chip.kind):
         model = abstract_model(family, config, recipe, _DTYPE)
         weights = model_bytes(model)
+    patches = max(patches, MOST_TOGETHER_ELSEWHERE)
     one, two = (_cache_bytes(model, batch, n, int8_cache) for n in (1, 2))
-    per_token = two - one + _working_bytes(config, batch)
-    fixed = weights + (one - (two - one)) + _logit_bytes(config, batch)
+    token, fixed = two - one, weights + one - (two - one)
     capacity = int(chip.memory - RESERVED)
-    longest = min(limit, max(0, (capacity - fixed) // per_token))
+    per_token, logits = batch * _decoder_bytes(config.language), _logit_bytes(config, batch)
+    tower = patches * _tower_bytes(config)
+    longest = min(
+        limit,
+        (capacity - fixed - tower) // token,
+        (capacity - fixed - logits) // (token + per_token),
+    )
     return MemoryPlan(
-        device, context, batch, weights,
+        device, context, batch, patches, weights,
         cache=_cache_bytes(model, batch, context, int8_cache),
-        working=context * _working_bytes(config, batch) + _logit_bytes(config, batch),
-        capacity=capacity, longest_context=longest,
+        working=max(tower, context * per_token + logits),
+        capacity=capacity, longest_context=max(0, longest),
     )  # fmt: skip
 
 
@@ -138,16 +151,27 @@ def _cache_bytes(model: VLM, batch: int, slots: int, int8: bool) -> int:
     return parameter_bytes({"": cache})
 
 
-def _working_bytes(config: Any, batch: int) -> int:
-    """Per token of the context: the residual stream twice, queries, keys and values, and the MLP's
-    two sums and their product in 32 bits. XLA needs two thirds of it for W4A8 of Qwen2-VL-7B's
-    shapes (benchmarks/results/aot-*.json)."""
-    cfg = config.language
+def _decoder_bytes(cfg: DecoderConfig) -> int:
+    """Per token of the context: the residual stream twice, queries, keys and values, and in 32 bits
+    the MLP's two accumulators and their product. For W4A8 on Qwen2-VL-7B's shapes XLA uses two
+    thirds of it (benchmarks/results/aot-*.json)."""
     heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-    narrow = 2 * cfg.hidden_size + heads
-    return batch * (narrow * jnp.dtype(_DTYPE).itemsize + 3 * 4 * cfg.intermediate_size)
+    return _block_bytes(cfg.hidden_size, heads, cfg.intermediate_size)
+
+
+def _tower_bytes(config: Any) -> int:
+    """The same per patch, 0 without a vision tower."""
+    vision = getattr(config, "vision", None)
+    if vision is None:
+        return 0
+    cfg: ViTConfig = getattr(vision, "tower", vision)
+    return _block_bytes(cfg.hidden_size, 3 * cfg.hidden_size, cfg.intermediate_size)
+
+
+def _block_bytes(hidden: int, heads: int, inner: int) -> int:
+    return (2 * hidden + heads) * jnp.dtype(_DTYPE).itemsize + 3 * 4 * inner
 
 
 def _logit_bytes(config: Any, batch: int) -> int:
-    """Logits and probabilities of the last tokens, float32."""
+    """Logits and probabilities of each row's last token, float32."""
     return 2 * 4 * batch * config.language.vocab_size

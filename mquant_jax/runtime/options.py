@@ -1,4 +1,4 @@
-"""What a caller may choose about loading, generating and evaluating, for API and command lines."""
+"""Options of loading, generation and evaluation, shared by the API and the command lines."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from mquant_jax.runtime.tokens import LAYOUTS
 from mquant_jax.validate import choice, count, shortened
 
 DTYPES = ("float32", "bfloat16", "float16")
-SEEDS = 1 << 32  # without 64-bit integers JAX drops the higher bits of a seed
+SEEDS = 1 << 32  # without 64-bit integers JAX drops the high bits of a seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Checked when it is made: numbers become Python's, names are known ones.
+    """Validated on construction; numbers are converted to Python's.
 
     Attributes:
-        max_new_tokens: the longest answer, in tokens.
+        max_new_tokens: maximum length of an answer, in tokens.
         sampling: how tokens are drawn.
         batch_size: prompts that run together in an evaluation.
-        limit: samples to use; ``None``: all.
-        seed: of the sampling key.
-        dtype: float type of a loaded model, one of :data:`DTYPES` as name or type; ``None``: the
-            platform's.
+        limit: number of samples to use; ``None``: all.
+        seed: seed of the sampling key.
+        dtype: float dtype of a loaded model, one of :data:`DTYPES`, as a name or type; ``None``:
+            the platform's default.
         layout: one of :data:`mquant_jax.runtime.tokens.LAYOUTS`.
         kv_cache: one of :data:`mquant_jax.runtime.generate.KV_CACHES`.
 
     Raises:
-        UserError: a value of another type or range; the message names the option.
+        UserError: a value of the wrong type or out of range; the message names the option.
     """
 
     max_new_tokens: int = 128
@@ -64,10 +64,10 @@ class Options:
 
 
 def sampling_key(key: Any) -> jax.Array:
-    """A key of ``jax.random``, new-style or raw; ``None``: that of seed 0.
+    """A ``jax.random`` key, typed or raw; ``None`` gives that of seed 0.
 
     Raises:
-        UserError: anything else, such as a seed.
+        UserError: anything else, for example an integer seed.
     """
     if key is None:
         return jax.random.key(0)

@@ -1,4 +1,4 @@
-"""Compiled programs by size, a bounded number of them."""
+"""A bounded cache of compiled programs, keyed by size."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mquant_jax.compile_cache import seal_new
 
 log = logging.getLogger(__name__)
 
-# On CPU a program of a model takes some 270 memory maps, and a process has 65,530. Other JAX code
-# in the process needs its share.
+# On CPU a model's program takes about 270 memory maps. A process has 65,530, and other JAX code in
+# it needs some too.
 LIMIT = 56
 
 
 class Programs:
-    """Compiled programs, the least recently used dropped beyond ``limit``.
+    """Compiled programs. Beyond ``limit`` the least recently used one is dropped.
 
     Attributes:
-        limit: programs kept alive at most.
-        compiled: programs compiled so far, those dropped since included.
+        limit: maximum number of live programs.
+        compiled: programs compiled so far, including those dropped since.
     """
 
     def __init__(self, limit: int = LIMIT):
@@ -34,11 +34,11 @@ class Programs:
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        """Programs alive."""
+        """Number of live programs."""
         return len(self._alive)
 
     def get(self, owner: Hashable, key: tuple, make: Callable[[], Any]) -> Any:
-        """The program ``key`` of ``owner``, compiled by ``make()`` if it is not there."""
+        """The program ``key`` of ``owner``, compiled by ``make()`` if it is missing."""
         with self._lock:
             if (owner, key) in self._alive:
                 self._alive.move_to_end((owner, key))
@@ -57,7 +57,7 @@ class Programs:
             return program
 
     def keys(self, owner: Hashable) -> list[tuple]:
-        """What is alive of ``owner``, least recently used first."""
+        """Keys of the live programs of ``owner``, least recently used first."""
         with self._lock:
             return [key for o, key in self._alive if o == owner]
 
@@ -68,4 +68,4 @@ class Programs:
                 del self._alive[key]
 
 
-PROGRAMS = Programs()  # of the whole process: memory maps are a process's
+PROGRAMS = Programs()  # one for the process, because the limit on memory maps is per process

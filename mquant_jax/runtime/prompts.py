@@ -1,6 +1,6 @@
-"""A batch cut into groups of pictures and of prompts, each padded to a size that has a program.
+"""Split a batch into groups of pictures and of prompts, each padded to a compiled size.
 
-All of it happens on the host, with numpy.
+Runs on the host, in numpy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Piece = tuple[int, int]  # row of the vision input, piece of its features
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Some rows of a batch's vision input, as one call of the vision tower takes them."""
+    """The rows of a batch's vision input that go through the vision tower in one call."""
 
     rows: list[int]
     vision: VisionInput
@@ -33,12 +33,12 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Some rows of a batch, as one prefill takes them.
+    """The rows of a batch that are prefilled in one call.
 
     Attributes:
-        rows: which rows.
-        batch: their tokens, without pictures; ``visual_index`` counts the rows of ``features``.
-        features: the pieces of visual features that they need.
+        rows: their indices in the batch.
+        batch: their tokens, without pictures; ``visual_index`` indexes the rows of ``features``.
+        features: the pieces of visual features that they use.
     """
 
     rows: list[int]
@@ -58,7 +58,7 @@ def on_host(batch: Batch) -> Batch:
 
 
 def split_pictures(tower: Any, vision: VisionInput, platform: str) -> Iterator[Pictures]:
-    """Groups of pictures of one padded size; rows without a patch are left out.
+    """Groups of pictures of equal padded size; rows without patches are skipped.
 
     Args:
         tower: the model's vision module.
@@ -77,12 +77,12 @@ def split_pictures(tower: Any, vision: VisionInput, platform: str) -> Iterator[P
 
 
 def split_prompts(model: VLM, batch: Batch, aifs: bool, platform: str) -> Iterator[Prompts]:
-    """Groups of prompts of one padded size.
+    """Groups of prompts of equal padded size.
 
-    A batch that is arranged already stays as it is: one group.
+    A batch that is already in AIFS layout becomes one group, unchanged.
 
     Args:
-        aifs: put the visual tokens of each group first.
+        aifs: put each group into AIFS layout, visual tokens first.
     """
     tokens = 0
     if batch.vision is not None:
@@ -109,10 +109,10 @@ def split_prompts(model: VLM, batch: Batch, aifs: bool, platform: str) -> Iterat
 
 
 def regrouped(batch: Batch, rows: list[int], tokens: int) -> Prompts:
-    """A batch whose ``visual_index`` counts the pieces of features that it needs, and them alone.
+    """A batch with ``visual_index`` renumbered to the feature pieces that it uses.
 
     Args:
-        tokens: visual tokens of each row of the vision input that ``visual_index`` counts now.
+        tokens: visual tokens per row of the vision input, which ``visual_index`` indexes so far.
     """
     index = batch.visual_index
     if not tokens or not (index >= 0).any():
@@ -127,7 +127,7 @@ def regrouped(batch: Batch, rows: list[int], tokens: int) -> Prompts:
 
 
 def _alike(rows: Sequence[int], size: Callable[[int], Hashable]) -> list[tuple[Any, list[int]]]:
-    """Rows by their size, sizes in the order in which they appear."""
+    """Rows grouped by size, in order of first appearance."""
     out: dict[Any, list[int]] = {}
     for row in rows:
         out.setdefault(size(row), []).append(row)
@@ -142,13 +142,13 @@ def _groups(rows: list[int], size: int, platform: str) -> Iterator[list[int]]:
 
 
 def _resized(x: np.ndarray, width: int) -> np.ndarray:
-    """``[N, P, ...]`` with the second axis cut or padded with zeros at its end."""
+    """``[N, P, ...]`` with the second axis truncated or zero-padded at its end."""
     missing = max(0, width - x.shape[1])
     return np.pad(x[:, :width], [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
 
 
 def _rows(batch: Batch, rows: list[int]) -> Batch:
-    """Some rows of a batch, with all of its pictures."""
+    """The given rows of a batch, with all of its pictures."""
     return dataclasses.replace(
         batch,
         input_ids=batch.input_ids[rows],
@@ -167,18 +167,18 @@ def _from_first(batch: Batch, first: np.ndarray, width: int) -> Batch:
 
 
 def _left_padded(batch: Batch, width: int) -> Batch:
-    """The last ``width`` columns of a batch, with padding on their left where it has fewer."""
+    """The last ``width`` columns of a batch, left-padded if it has fewer."""
     missing = max(0, width - batch.order.shape[1])
     return _padded(batch, lambda x: x[..., -width:], (missing, 0))
 
 
 def right_padded(batch: Batch, width: int) -> Batch:
-    """A batch of at most ``width`` columns with padding on its right."""
+    """A batch of at most ``width`` columns, right-padded to ``width``."""
     return _padded(batch, lambda x: x, (0, width - batch.order.shape[1]))
 
 
 def without_padding(batch: Batch) -> Batch:
-    """A batch without the columns on its left that no row has a token in."""
+    """A batch without the leading columns that are padding in every row."""
     first = int((np.asarray(batch.order) >= 0).any(axis=0).argmax())
     return _left_padded(batch, batch.order.shape[1] - first)
 
@@ -186,7 +186,7 @@ def without_padding(batch: Batch) -> Batch:
 def _padded(
     batch: Batch, part: Callable[[np.ndarray], np.ndarray], missing: tuple[int, int]
 ) -> Batch:
-    """``part`` of a batch's columns, with so many columns of padding before and after them."""
+    """``part`` of a batch's columns, with ``missing`` columns of padding before and after."""
 
     def fit(x: AnyArray, fill: int) -> np.ndarray:
         widths = [(0, 0)] * (x.ndim - 1) + [missing]
@@ -203,7 +203,7 @@ def _padded(
 
 
 def padded(model: VLM, batch: Batch) -> Batch:
-    """A whole batch with prompts and pictures padded to the sizes of programs, for users' own."""
+    """A whole batch with prompts and pictures padded to compiled sizes, for users' own programs."""
     batch = _left_padded(on_host(batch), buckets.prompt(batch.order.shape[1]))
     if batch.vision is None:
         return batch

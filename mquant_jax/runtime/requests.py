@@ -1,4 +1,4 @@
-"""A request to the engine as its caller sees it: options, text as it comes, the answer."""
+"""The caller's side of an engine request: options, streamed text, answer."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ MOST_PENALTY = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class RequestOptions:
-    """How one request is answered; checked when it is made.
+    """Options of one request, validated on construction.
 
     Attributes:
-        max_new_tokens: the longest answer, in tokens.
-        temperature, top_k, top_p: as in :class:`Sampling`; ``None`` is a ``top_k`` of 0.
-        repetition_penalty: above zero; positive logits of tokens that prompt or answer hold are
-            divided by it, others multiplied. 1 changes nothing.
-        presence_penalty, frequency_penalty: -2 to 2; taken off the logits of tokens that the answer
-            holds, once, and once for each time.
-        seed: of the draws, 0 to 2^32 - 1; ``None``: a new one for each request.
-        stop: texts that end the answer and are no part of it; one text may stand alone.
+        max_new_tokens: maximum length of the answer, in tokens.
+        temperature, top_k, top_p: as in :class:`Sampling`; ``top_k=None`` means 0.
+        repetition_penalty: above zero. Of tokens that occur in the prompt or answer, positive
+            logits are divided by it and others multiplied. 1 changes nothing.
+        presence_penalty, frequency_penalty: -2 to 2. Subtracted from the logits of tokens that
+            occur in the answer: once, and once per occurrence.
+        seed: of the sampler, 0 to 2^32 - 1; ``None``: a new one for each request.
+        stop: texts that end the answer and are not part of it; a single text is accepted.
 
     Raises:
-        UserError: a value of another type or range; the message names the option.
+        UserError: a value of the wrong type or out of range; the message names the option.
     """
 
     max_new_tokens: int = 128
@@ -100,7 +100,7 @@ class Answer:
         tokens: the generated ids, without the stop token.
         finish_reason: ``stop`` (a stop token or text), ``length`` (``max_new_tokens`` or the
             engine's context) or ``cancelled``.
-        prompt_tokens, completion_tokens: how many tokens were read and generated.
+        prompt_tokens, completion_tokens: number of prompt and generated tokens.
         prefill_seconds: from the start of the prefill to the first token.
         decode_seconds: from the first token to the last.
         queue_seconds: from the submission to the start of the prefill.
@@ -117,7 +117,7 @@ class Answer:
 
 
 class Request:
-    """A submitted request; :meth:`Engine.submit` makes it. Safe to use from several threads."""
+    """A submitted request, returned by :meth:`Engine.submit`. Thread-safe."""
 
     def __init__(self, prompt_tokens: int, options: RequestOptions, wake: Callable[[], None]):
         self.prompt_tokens, self.options = prompt_tokens, options
@@ -129,8 +129,8 @@ class Request:
         self._error: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces of the answer's text as they come, from its beginning; together they are
-        ``result().text``. No piece ends inside a character, or with what may become a stop text.
+        """Stream the answer's text from its beginning; the pieces concatenate to ``result().text``.
+        No piece ends inside a character or with the possible beginning of a stop text.
 
         Raises:
             RuntimeError: the engine failed.
@@ -150,10 +150,10 @@ class Request:
         """The answer, once it is complete.
 
         Args:
-            timeout: seconds to wait; ``None``: as long as it takes.
+            timeout: seconds to wait; ``None``: no limit.
 
         Raises:
-            TimeoutError: the time is over; the request goes on.
+            TimeoutError: no answer within ``timeout``; the request continues.
             RuntimeError: the engine failed.
         """
         with self._changed:
@@ -164,30 +164,30 @@ class Request:
         return self._answer
 
     def cancel(self) -> None:
-        """End the answer with what there is of it; nothing where it is complete."""
+        """End the answer where it is. Does nothing if it is complete."""
         self.cancelled = True
         self._wake()
 
     @property
     def done(self) -> bool:
-        """Whether the request is answered, cancelled or failed."""
+        """Whether the request was answered or cancelled or has failed."""
         return self._answer is not None or self._error is not None
 
     def emit(self, delta: str) -> None:
-        """For the engine: more text."""
+        """Add text. Called by the engine."""
         if delta:
             with self._changed:
                 self._deltas.append(delta)
                 self._changed.notify_all()
 
     def finish(self, answer: Answer) -> None:
-        """For the engine: the end."""
+        """Complete the request. Called by the engine."""
         with self._changed:
             self._answer = answer
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """For the engine: an end without an answer."""
+        """End the request without an answer. Called by the engine."""
         with self._changed:
             self._error = error
             self._changed.notify_all()
@@ -202,7 +202,7 @@ class Request:
 
 
 class Clock:
-    """The times of one request, in seconds of ``time.perf_counter``."""
+    """Timestamps of one request, in seconds of ``time.perf_counter``."""
 
     def __init__(self) -> None:
         self.submitted = time.perf_counter()
@@ -212,7 +212,7 @@ class Clock:
     def answer(
         self, text: str, tokens: Sequence[int], reason: FinishReason, prompt_tokens: int
     ) -> Answer:
-        """An answer that ends now."""
+        """The answer, ending now."""
         now = time.perf_counter()
         started = now if self.started is None else self.started
         first = now if self.first is None else self.first

@@ -13,7 +13,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.numerics import AnyArray
 from mquant_jax.validate import count, number
 
-LEAST = 1e-6  # of what is divided by or compared with in float32: smaller values underflow
+LEAST = 1e-6  # smallest divisor or threshold in float32; smaller values underflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Sampling:
     """How the next token is drawn.
 
     Attributes:
-        temperature: 0 is greedy; otherwise (from 1e-6) logits are divided by it.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches it, from 1e-6; 1 keeps
-            all.
+        temperature: 0 is greedy; otherwise logits are divided by it, at least 1e-6.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose total probability reaches it, at least 1e-6;
+            1 keeps all.
 
     Raises:
-        UserError: a value of another type or range.
+        UserError: a value of the wrong type or out of range.
     """
 
     temperature: float = 0.0
@@ -59,8 +59,8 @@ class RowSampling:
         temperature, top_p: float32 ``[B]``.
         top_k: int32 ``[B]``.
         key: uint32 ``[B, 2]``, the words of a threefry key.
-        stream: int32 ``[B]``; rows of one key differ in it. Draw ``i`` of a row depends on its key,
-            its stream and ``i`` alone, not on the batch around it.
+        stream: int32 ``[B]``, distinguishes rows that share a key. Draw ``i`` of a row depends only
+            on its key, its stream and ``i``, not on the rest of the batch.
     """
 
     temperature: AnyArray
@@ -71,13 +71,13 @@ class RowSampling:
 
 
 def per_row(how: Sampling, key: jax.Array | None, rows: int) -> RowSampling:
-    """The same options and key for every row, row ``i`` with stream ``i``; arrays on the host.
+    """Host arrays with the same options and key for every row; row ``i`` has stream ``i``.
 
     Args:
-        key: any JAX key, new style or old; default key 0.
+        key: any JAX key, typed or raw; default key 0.
     """
     ones = np.ones(rows, np.float32)
-    # Above any vocabulary, "the k likeliest" are all.
+    # A k beyond any vocabulary keeps every token.
     top_k = np.full(rows, min(how.top_k, np.iinfo(np.int32).max), np.int32)
     return RowSampling(
         ones * np.float32(how.temperature), top_k, ones * np.float32(how.top_p),
@@ -86,7 +86,7 @@ def per_row(how: Sampling, key: jax.Array | None, rows: int) -> RowSampling:
 
 
 def key_words(key: jax.Array | None) -> np.ndarray:
-    """uint32 ``[2]``: the words of a key, folded where its kind has more."""
+    """uint32 ``[2]``: the words of a key; longer keys are folded."""
     if key is None:
         return np.zeros(2, np.uint32)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -101,13 +101,13 @@ def key_words(key: jax.Array | None) -> np.ndarray:
 )
 @dataclasses.dataclass(frozen=True)
 class RowPenalties:
-    """Penalties on tokens that each row holds already, float32 ``[B]``, as vLLM defines them.
+    """Penalties on tokens that already occur in a row, float32 ``[B]``, as vLLM defines them.
 
     Attributes:
-        repetition: divides positive logits and multiplies others, of tokens of prompt and answer;
-            1 changes nothing.
-        presence: taken off the logits of tokens of the answer.
-        frequency: taken off once for each time that the answer holds the token.
+        repetition: of tokens in the prompt or answer, divides positive logits and multiplies
+            others; 1 changes nothing.
+        presence: subtracted from the logits of tokens in the answer.
+        frequency: subtracted once per occurrence in the answer.
     """
 
     repetition: AnyArray
@@ -118,11 +118,11 @@ class RowPenalties:
 def penalised(
     logits: jax.Array, penalties: RowPenalties, prompt: jax.Array, counts: jax.Array, rows=None
 ) -> jax.Array:
-    """float32 ``[B, vocab]`` after the penalties; as it is where no row has any.
+    """Logits after the penalties, float32 ``[B, vocab]``; unchanged if no row has a penalty.
 
     Args:
-        prompt: bool ``[B, vocab]``, whether a row's prompt holds the token.
-        counts: int32 ``[B, vocab]``, how often its answer does.
+        prompt: bool ``[B, vocab]``, whether the token occurs in the row's prompt.
+        counts: int32 ``[B, vocab]``, how often it occurs in the row's answer.
         rows: int32 ``[B]``, the rows of ``prompt`` and ``counts`` that these are, if not all.
     """
     repetition, presence, frequency = (
@@ -140,13 +140,13 @@ def penalised(
 
 
 def sample(logits: jax.Array, how: RowSampling, draw: jax.Array) -> jax.Array:
-    """float32 ``[B, vocab]`` -> int32 ``[B]``.
+    """Sample a token per row: logits, float32 ``[B, vocab]``, -> int32 ``[B]``.
 
-    ``top_p`` counts probabilities after temperature and ``top_k``; the likeliest token always
-    stays. While all rows are greedy nothing is sorted or drawn.
+    ``top_p`` applies to probabilities after temperature and ``top_k``; the most likely token is
+    always kept. If all rows are greedy, nothing is sorted or drawn.
 
     Args:
-        draw: int32 ``[B]``, the number of the draw in its row.
+        draw: int32 ``[B]``, index of the draw within its row.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -167,7 +167,7 @@ def _categorical(words, stream, draw, logits) -> jax.Array:
 
 
 def _filtered(logits: jax.Array, how: RowSampling) -> jax.Array:
-    """-inf for tokens that ``top_k`` or ``top_p`` exclude; equals of the last one stay."""
+    """-inf for tokens that ``top_k`` or ``top_p`` exclude; ties with the last kept token stay."""
     vocab = logits.shape[-1]
     descending = -jnp.sort(-logits, axis=-1)
     k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, vocab), vocab)[:, None]
@@ -178,6 +178,6 @@ def _filtered(logits: jax.Array, how: RowSampling) -> jax.Array:
     kept = (before < how.top_p[:, None]) & (descending > -jnp.inf)
     last = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) - 1, 0)
     floor = jnp.take_along_axis(descending, last, axis=-1)
-    # A top_p of 1 keeps all, whatever the rounding of the sum.
+    # A top_p of 1 keeps all tokens, however the sum is rounded.
     floor = jnp.where(how.top_p[:, None] < 1, floor, kth)
     return jnp.where(logits < jnp.maximum(floor, kth), -jnp.inf, logits)

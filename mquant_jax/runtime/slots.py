@@ -114,7 +114,7 @@ def read_chunk(
     Args:
         batch: one row, padded on its right, without pictures; ``visual_index`` counts the rows of
             all ``features``.
-        features: pieces ``[PIECE, hidden]``, any number that holds the batch's.
+        features: pieces ``[PIECE, feature_width]``, any number that holds the batch's.
         row, start, span: int32 scalars: the row, the column of the first token, and rotary
             positions of the whole prompt.
         reach: columns that may hold what the chunk sees, itself included; 0 for a first chunk.

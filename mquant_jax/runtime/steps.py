@@ -1,9 +1,9 @@
-"""What runs on the device, as pure functions over pytrees.
+"""Device code as pure functions over pytrees.
 
-:func:`prefill`, :func:`extend` and :func:`decode` are the interface for JAX programs. The functions
-below them are what :class:`mquant_jax.runtime.generate.Generator` compiles: pictures to features
-(:func:`see`), prompts to cache entries (:func:`read`), entries into the rows of a batch
-(:func:`insert`), tokens (:func:`run`). Features and entries travel in pieces of
+:func:`prefill`, :func:`extend` and :func:`decode` are the interface for users' JAX programs.
+:class:`mquant_jax.runtime.generate.Generator` compiles the functions below them: :func:`see` turns
+pictures into features, :func:`read` prompts into cache entries, :func:`insert` writes entries into
+the rows of a batch, and :func:`run` decodes. Features and entries are passed in pieces of
 :data:`mquant_jax.runtime.buckets.PIECE` tokens.
 """
 
@@ -28,11 +28,11 @@ from mquant_jax.runtime.sampling import RowSampling, sample
 )
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Everything that one decode step needs beside the token.
+    """The state of decoding, all that a decode step needs besides the token.
 
     Attributes:
         cache: the KV cache.
-        order: int32 ``[B]``, place of the next token in its sequence.
+        order: int32 ``[B]``, index of the next token in its sequence.
         position: int32 ``[B]``, its rotary position.
     """
 
@@ -47,11 +47,11 @@ def prefill(
     """Run the prompts. Pure; jit it with ``slots`` and ``int8_cache`` static.
 
     Args:
-        slots: cache length: padded prompt plus the tokens to be generated.
-        int8_cache: keep keys and values in int8, with a scale per token and head.
+        slots: cache length: padded prompt plus new tokens.
+        int8_cache: store keys and values as int8 with a scale per token and head.
 
     Returns:
-        Logits of the next token, float32 ``[B, vocab]``, and the state to go on from.
+        Logits of the next token, float32 ``[B, vocab]``, and the state to continue from.
     """
     hidden, state = _fresh(model, batch, slots, int8_cache)
     return model.language.logits(hidden), state
@@ -63,10 +63,10 @@ def extend(
     """Run further prompt tokens: a next turn, or the next chunk of a long prompt. Pure.
 
     Args:
-        batch: tokens whose order and positions go on from the state's
+        batch: tokens whose order and positions continue the state's
             (:func:`mquant_jax.runtime.tokens.follow`).
         state: donate it; its cache needs as many free slots as ``batch`` has columns.
-        visual: features of the batch's pictures, when they are known already.
+        visual: features of the batch's pictures, if already computed.
     """
     logits, cache = model.prefill(batch, state.cache, fresh=False, visual=visual)
     order = jnp.maximum(state.order, batch.lengths)
@@ -82,7 +82,7 @@ def decode(model: VLM, tokens: jax.Array, state: DecodeState) -> tuple[jax.Array
 def _fresh(
     model: VLM, batch: Batch, slots: int, int8_cache: bool, visual: jax.Array | None = None
 ) -> tuple[jax.Array, DecodeState]:
-    """Each row's last hidden state ``[B, hidden]``, and the state to go on from."""
+    """The last hidden state of each row, ``[B, hidden]``, and the state to continue from."""
     cache = model.language.init_cache(batch.input_ids.shape[0], slots, int8_cache)
     hidden, cache = model.read(batch, cache, visual=visual)
     return hidden, DecodeState(cache, batch.lengths, batch.next_position)
@@ -98,12 +98,11 @@ class Answers:
     """A batch that is being answered.
 
     Attributes:
-        state: cache and places.
-        hidden: ``[B, hidden]``, the last hidden state of each prompt: its first token is drawn
-            from it.
+        state: cache and positions.
+        hidden: ``[B, hidden]``, the last hidden state of each prompt, which gives its first token.
         tokens: int32 ``[B, slots]``, the answers so far.
         count: int32 ``[B]``, their lengths.
-        done: bool ``[B]``: the answer has ended, or the row was never filled.
+        done: bool ``[B]``: the answer has ended, or the row is empty.
     """
 
     state: DecodeState
@@ -120,11 +119,11 @@ class Answers:
 )
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One prompt that has been run.
+    """One prefilled prompt.
 
     Attributes:
-        pieces: cache entries, first to last: keys, values and order of ``PIECE`` slots each.
-        hidden: ``[hidden]``, of its last token.
+        pieces: its cache entries in order, each the keys, values and order of ``PIECE`` slots.
+        hidden: ``[hidden]``, hidden state of its last token.
         order, position, span: int32 scalars, as in :class:`DecodeState` and ``KVCache``.
     """
 
@@ -136,7 +135,7 @@ class Entry:
 
 
 def see(model: VLM, vision: VisionInput) -> tuple[tuple[jax.Array, ...], ...]:
-    """Pictures -> for each row, its visual features in pieces ``[PIECE, hidden]``."""
+    """Pictures -> for each row, its visual features in pieces ``[PIECE, feature_width]``."""
     x = model.vision(vision).astype(model.language.dtype)
     count = pieces(x.shape[1])
     x = jnp.pad(x, ((0, 0), (0, count * PIECE - x.shape[1]), (0, 0)))
@@ -146,11 +145,11 @@ def see(model: VLM, vision: VisionInput) -> tuple[tuple[jax.Array, ...], ...]:
 def read(
     model: VLM, batch: Batch, features: tuple[jax.Array, ...], int8_cache: bool
 ) -> tuple[Entry, ...]:
-    """Run prompts.
+    """Prefill prompts.
 
     Args:
         batch: without pictures; ``visual_index`` counts the rows of all ``features``.
-        features: pieces ``[PIECE, hidden]``, any number that holds the batch's.
+        features: pieces ``[PIECE, feature_width]``, any number that holds the batch's.
     """
     visual = jnp.concatenate(features) if features else None
     hidden, state = _fresh(model, batch, batch.input_ids.shape[1], int8_cache, visual)
@@ -187,7 +186,7 @@ def _entry(hidden: jax.Array, state: DecodeState, row: int) -> Entry:
 
 
 def empty(model: VLM, rows: int, slots: int, int8_cache: bool, cursors: bool) -> Answers:
-    """A batch without prompts.
+    """An empty batch.
 
     Args:
         cursors: answers begin where their prompts end; else all of them where the longest does.
@@ -206,11 +205,11 @@ def empty(model: VLM, rows: int, slots: int, int8_cache: bool, cursors: bool) ->
 
 
 def insert(answers: Answers, entry: Entry, row: jax.Array, slot: jax.Array) -> Answers:
-    """Put one piece of a prompt into a row; donate ``answers``.
+    """Write one piece of a prompt into a row and reset the row's answer; donate ``answers``.
 
     Args:
-        entry: with the one piece.
-        row, slot: int32 scalars; the row's answer begins anew.
+        entry: an entry of one piece.
+        row, slot: int32 scalars, where the piece goes.
     """
     ((k, v, order),) = entry.pieces
     cache = answers.state.cache
@@ -250,10 +249,10 @@ def begin(
     int8_cache: bool = False,
     visual: jax.Array | None = None,
 ) -> Answers:
-    """Prompts of a whole batch as one program; rows without a token are done.
+    """Prefill a whole batch in one program; rows without tokens are done.
 
     Args:
-        visual: features of the batch's pictures, when they are known already.
+        visual: features of the batch's pictures, if already computed.
     """
     hidden, state = _fresh(model, batch, slots, int8_cache, visual)
     zero = jnp.zeros_like(state.order)
@@ -264,9 +263,9 @@ def begin(
 def run(
     model: VLM, answers: Answers, until: jax.Array, how: RowSampling, stop_ids: tuple[int, ...]
 ) -> Answers:
-    """Go on until each row has stopped or has ``until`` tokens, int32 ``[B]``; donate ``answers``.
+    """Decode until each row has stopped or has ``until`` tokens, int32 ``[B]``; donate ``answers``.
 
-    Rows that are through repeat their last token, into slots that nobody reads.
+    Finished rows repeat their last token, in slots that are never read.
     """
     rows = jnp.arange(answers.tokens.shape[0], dtype=jnp.int32)
 
@@ -275,7 +274,7 @@ def run(
 
     def draw(a: Answers, logits: jax.Array, on: jax.Array) -> tuple[jax.Array, ...]:
         token = sample(logits, how, a.count)
-        column = jnp.where(on, a.count, a.tokens.shape[1])  # beyond the end: dropped
+        column = jnp.where(on, a.count, a.tokens.shape[1])  # out of range: dropped
         tokens = a.tokens.at[rows, column].set(token, mode="drop")
         return tokens, a.count + on, a.done | (on & _stops(token, stop_ids))
 
@@ -301,10 +300,10 @@ def run(
 def force(
     model: VLM, answers: Answers, tokens: jax.Array, first: bool
 ) -> tuple[jax.Array, Answers]:
-    """Go on with given tokens, int32 ``[B]``; donate ``answers``.
+    """Continue with given tokens, int32 ``[B]``; donate ``answers``.
 
     Args:
-        first: nothing was given yet, and nothing is now: what the prompts alone expect.
+        first: ignore ``tokens`` and score the first token after the prompts.
 
     Returns:
         Log-probabilities of the next token, float32 ``[B, vocab]``.
@@ -322,5 +321,5 @@ def _stops(tokens: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
 
 
 def shapes_of(tree: Any) -> Any:
-    """Shapes and dtypes in place of arrays."""
+    """A pytree of shapes and dtypes."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

@@ -1,11 +1,11 @@
-"""Tokens to text as they come: whole characters only, and up to a stop text."""
+"""Streaming detokenization: whole characters only, and nothing of a stop text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-_UNKNOWN = "\ufffd"  # how decoders show the bytes of a character that is not complete
-_WINDOW = 64  # tokens that are decoded again with each new one, at least
+_UNKNOWN = "\ufffd"  # decoders return it for the bytes of an incomplete character
+_WINDOW = 64  # with each new token at least so many earlier ones are decoded again
 
 
 class TextStream:
@@ -13,11 +13,11 @@ class TextStream:
 
     Attributes:
         ids: the tokens so far.
-        text: what has been given out.
-        stopped: a stop text has come; ``text`` ends before it.
+        text: the text returned so far.
+        stopped: whether a stop text was found; ``text`` ends before it.
 
     Args:
-        decode: tokens -> text.
+        decode: turns tokens into text.
         stop: texts that end the answer.
     """
 
@@ -25,21 +25,21 @@ class TextStream:
         self.decode, self.stop = decode, tuple(stop)
         self.ids: list[int] = []
         self.text, self.stopped = "", False
-        self._settled, self._from = "", 0  # text of the first tokens, and how many those are
+        self._settled, self._from = "", 0  # text of the first tokens, and their number
 
     def push(self, token: int) -> str:
-        """One more token; the text that it completes."""
+        """Add a token; returns the text that it completes."""
         self.ids.append(token)
         whole = self._decoded()
         return self._give(whole, whole.rstrip(_UNKNOWN))
 
     def end(self) -> str:
-        """No more tokens: the text that was held back."""
+        """End the stream; returns the text held back so far."""
         whole = self._decoded()
         return self._give(whole, whole, last=True)
 
     def _decoded(self) -> str:
-        """All tokens as text. Those long past are not decoded again, where that changes nothing."""
+        """The text of all tokens. Old tokens are not decoded again where that changes nothing."""
         recent = self.decode(self.ids[self._from :])
         split = len(self.ids) - _WINDOW
         if split - self._from >= _WINDOW:
@@ -50,10 +50,10 @@ class TextStream:
         return self._settled + recent
 
     def _give(self, whole: str, certain: str, last: bool = False) -> str:
-        """Give out ``certain`` up to a stop text, or to what may become one."""
+        """Return the new text of ``certain``, up to a stop text or its possible beginning."""
         if self.stopped:
             return ""
-        # What may begin a stop text is not given out, so none begins before the end of ``text``.
+        # Possible beginnings are held back, so no stop text begins within ``text``.
         ends = [at for s in self.stop if (at := whole.find(s, len(self.text))) >= 0]
         if ends:
             self.stopped, upto = True, min(ends)
@@ -64,7 +64,7 @@ class TextStream:
         return new
 
     def _maybe_stop(self, text: str) -> int:
-        """Characters at the end of a text that a stop text may begin with."""
+        """Length of the end of ``text`` that may be the beginning of a stop text."""
         most = max((len(s) - 1 for s in self.stop), default=0)
         for n in range(min(most, len(text)), 0, -1):
             if any(s.startswith(text[-n:]) for s in self.stop):

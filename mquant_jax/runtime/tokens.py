@@ -1,8 +1,8 @@
-"""The order in which a prompt's tokens stand (AIFS, paper section 3.2), turns and chunks.
+"""Token layouts (AIFS, section 3.2 of the paper), further turns and chunked prompts.
 
-The decoder follows ``order`` and ``positions``, never the column of a token: causality is
-``order[key] <= order[query]``. So tokens may stand in any column. AIFS puts the visual tokens in
-front, and with them each modality is one slice: one static scale, one expert's weights.
+The decoder uses ``order`` and ``positions`` and ignores a token's column: causality is
+``order[key] <= order[query]``. So the columns may be permuted. AIFS moves the visual tokens to the
+front, so that each modality is one slice with one static scale and one expert's weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ LAYOUTS = ("auto", "masked", "aifs")
 
 
 def uses_aifs(model: VLM, layout: str) -> bool:
-    """Whether prompts are to be arranged before they run.
+    """Whether prompts are put into AIFS layout before they run.
 
-    ``auto``: for models with a visual expert, whose two sets of weights then run on their own
-    tokens alone. Elsewhere both layouts run the same products with one scale per row, and there
-    is nothing to gain from moving tokens.
+    ``auto`` does so for models with a visual expert: each set of weights then runs on its own
+    tokens only. For other models both layouts run the same products with one scale per row, so
+    moving tokens gains nothing.
 
     Raises:
         UserError: an unknown layout.
@@ -44,22 +44,22 @@ def arrange(
 ) -> tuple[Batch, Array]:
     """The AIFS layout of a batch: ``[visual | text]``, each slice padded on its left.
 
-    Within a slice tokens keep their order, but sinks stand first among the text. The cache that a
-    prefill of the result fills is in the same order.
+    Tokens keep their order within a slice, except that sinks come first in the text slice. A
+    prefill fills the cache in the same order.
 
     Args:
-        batch: prompts in any layout; arrays on the host, unless both slices' lengths are given
-            (then this can be traced).
-        visual_slots, text_slots: lengths of the slices; by default the least multiple of 16
-            that holds the fullest row.
+        batch: prompts in any layout. Arrays must be on the host, unless both slice lengths are
+            given (then this function can be traced).
+        visual_slots, text_slots: lengths of the slices; by default the smallest multiple of 16
+            that holds the longest row.
         classes: int32 ``[B, T]``, token classes with sinks marked; default ``batch.token_class``.
 
     Returns:
-        The batch, whose ``visual_slots`` says where the text begins, and int32 columns ``[B, T']``:
-        where each of its tokens stood, -1 for padding; :func:`restore` takes them.
+        The batch, whose ``visual_slots`` is the start of the text, and int32 ``[B, T']``: the
+        original column of each token, -1 for padding, for :func:`restore`.
 
     Raises:
-        ValueError: a row has more tokens of a kind than slots (arrays on the host only).
+        ValueError: a row has more tokens of a kind than slots (host arrays only).
     """
     np_like = np if isinstance(batch.order, np.ndarray) else jnp
     real = batch.order >= 0
@@ -74,8 +74,7 @@ def arrange(
         if isinstance(n, np.ndarray) and np.max(n) > slots:
             raise ValueError(f"{int(np.max(n))} {name} tokens in a row, but {slots} {name} slots")
 
-    # Every row gets its own missing padding, so that both slices are full; a stable sort by slice
-    # then leaves each token in its turn.
+    # Pad each row until both slices are full; a stable sort by slice then keeps the tokens' order.
     rows, length = batch.order.shape
     total = visual_slots + text_slots
     spare = np_like.arange(total)[None]
@@ -112,25 +111,25 @@ def restore(values: Array, columns: Array, length: int) -> Array:
     """Undo :func:`arrange` for per-token results.
 
     Args:
-        values: ``[B, T', ...]``, in the arranged order.
-        columns: what ``arrange`` returned.
-        length: ``T`` of the batch before.
+        values: ``[B, T', ...]``, in AIFS layout.
+        columns: as returned by :func:`arrange`.
+        length: ``T`` of the original batch.
 
     Returns:
-        ``[B, length, ...]``; zeros where there was padding.
+        ``[B, length, ...]``; zeros at padding.
     """
     rows = np.arange(values.shape[0])[:, None]
     out = jnp.zeros((values.shape[0], length + 1, *values.shape[2:]), values.dtype)
-    # Padding (-1) lands in one column too many.
+    # Padding (-1) goes to an extra column, which is dropped.
     return out.at[rows, jnp.asarray(columns) % (length + 1)].set(values)[:, :length]
 
 
 def follow(batch: Batch, order: Array, position: Array) -> Batch:
-    """A batch of further tokens, placed behind what the cache holds already.
+    """Move a batch of further tokens behind those already in the cache.
 
     Args:
-        batch: the next turn's prompts, as if they began a conversation.
-        order, position: int32 ``[B]``, of the next token: fields of a ``DecodeState``.
+        batch: the prompts of the next turn, numbered as if they started a conversation.
+        order, position: int32 ``[B]`` of the next token, from a ``DecodeState``.
     """
     xp = np if isinstance(order, np.ndarray) and isinstance(batch.order, np.ndarray) else jnp
     real = batch.order >= 0
@@ -142,13 +141,13 @@ def follow(batch: Batch, order: Array, position: Array) -> Batch:
 
 
 def chunks(batch: Batch, size: int) -> list[Batch]:
-    """A long prompt as pieces of ``size`` columns, first to last; pictures stay whole.
+    """Split a long prompt into chunks of ``size`` columns, in order; pictures stay whole.
 
-    Every piece carries the same pictures: compute their features once (``VLM.visual``). Pieces
-    must be cut before they are arranged: a visual token may see text that stands before it.
+    Every chunk carries the same pictures: compute their features once (``VLM.visual``). Split
+    before :func:`arrange`, because a visual token may attend to earlier text.
     """
     if batch.visual_slots is not None:
-        raise ValueError("cut a batch into chunks first, arrange each chunk then")
+        raise ValueError("the batch is already arranged: split it into chunks first")
     starts = range(0, batch.order.shape[1], size)
     return [
         dataclasses.replace(

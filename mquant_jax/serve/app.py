@@ -26,14 +26,14 @@ from mquant_jax.serve.service import Service
 
 log = logging.getLogger(__name__)
 _POLICY = "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'"
-_DRAINED = 8  # times as much as a request may have is read, and thrown away
+_DRAINED = 8  # times the limit of a request is read and discarded
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(service: Service, api_key: str | None = None) -> Starlette:
     """
     Args:
-        api_key: what ``/v1`` and ``/metrics`` want as ``Authorization: Bearer ...``.
+        api_key: key that ``/v1`` and ``/metrics`` require as ``Authorization: Bearer ...``.
     """
     routes = Routes(service, api_key)
     guarded = routes.guarded
@@ -53,13 +53,13 @@ def make_app(service: Service, api_key: str | None = None) -> Starlette:
 
 
 class Routes:
-    """The endpoints of one service; :func:`make_app` has the arguments."""
+    """The endpoints of one service; for arguments see :func:`make_app`."""
 
     def __init__(self, service: Service, api_key: str | None):
         self.service, self.api_key = service, api_key
 
     def guarded(self, endpoint: Endpoint) -> Endpoint:
-        """The endpoint for those who know the key."""
+        """The endpoint, protected by the API key."""
 
         @functools.wraps(endpoint)
         async def checked(request: Request) -> Response:
@@ -103,7 +103,7 @@ class Routes:
             self.service.metrics.responses.labels(str(error.status)).inc()
             return _response(error)
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client is gone
 
     async def _asked(self, request: Request) -> Response:
         service = self.service
@@ -118,8 +118,8 @@ class Routes:
     async def _body(self, request: Request) -> bytes:
         """
         Raises:
-            ApiError: too large, too slow, or of another type than JSON, which a page of another
-                site could send without asking.
+            ApiError: too large, too slow, or not of the JSON content type. A page of another site
+                can send other types without a CORS preflight.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -138,7 +138,7 @@ class Routes:
             if size <= most:
                 body += part
             elif size > _DRAINED * most:
-                break  # clients that still send do not read why they are refused
+                break  # a client that is still sending does not read the error
         if size > most:
             raise ApiError(413, f"the request is larger than {most} bytes; send smaller or fewer "
                            "pictures", "request_too_large",
@@ -151,7 +151,7 @@ class Routes:
 
 
 class _Answering(Response):
-    """Sends an answer, unless the client goes away; then it is cancelled."""
+    """Sends an answer; cancels it if the client disconnects."""
 
     def __init__(self, service: Service, request: Asked, reply: Reply, stream: bool):
         self.service, self.request, self.reply, self.streams = service, request, reply, stream
@@ -234,4 +234,4 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_failure(request: Request, error: Exception) -> Response:
     log.error("a request failed", exc_info=error)
-    return _response(ApiError(500, "the server failed; its log says why", "internal_error"))
+    return _response(ApiError(500, "internal error; see the server's log", "internal_error"))

@@ -1,4 +1,4 @@
-"""Refusals in the form that clients of OpenAI's interface read."""
+"""Errors in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _PARAM = re.compile(r"body: (\w+)")
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Attributes:
-        status: of HTTP.
+        status: HTTP status.
         message: what was found, what was expected and what to do.
-        code: a word for programs, or ``None``.
-        param: the field of the request, or ``None``.
-        headers: further ones of the response.
+        code: machine-readable code, or ``None``.
+        param: the request's field, or ``None``.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the response."""
+        """The response's JSON."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
 
 def refusal(error: UserError) -> ApiError:
-    """What a client is told of an error of the package."""
+    """The response to a client for an error of the package."""
     if isinstance(error, QueueFull):
         return ApiError(429, str(error), "queue_full", headers={"Retry-After": "1"})
     if isinstance(error, PromptTooLong):

@@ -1,4 +1,4 @@
-"""What ``/metrics`` shows, in the text form of Prometheus."""
+"""The contents of ``/metrics``, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mquant_jax.runtime.engine import Engine, EngineStats
 from mquant_jax.runtime.requests import Answer
 
 _GAUGES = {
-    "queued": "requests that wait for a slot",
-    "running": "requests that hold a slot",
-    "kept_bytes": "memory of features and cache entries that are kept for reuse",
+    "queued": "requests waiting for a slot",
+    "running": "requests in a slot",
+    "kept_bytes": "memory of features and cache entries kept for reuse",
 }
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class _EngineCollector(Collector):
-    """The engine's own counts, read when they are asked for."""
+    """The engine's statistics, read on each scrape."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -37,7 +37,7 @@ class _EngineCollector(Collector):
 
 
 class Metrics:
-    """Counts of one server; several in one process do not meet."""
+    """Metrics of one server, in a registry of its own."""
 
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
@@ -47,15 +47,15 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self.stages = Histogram(
-            "mquant_seconds", "seconds of an answered request in each stage", ["stage"],
+            "mquant_seconds", "seconds that answered requests spent in each stage", ["stage"],
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
 
     def answered(self, answer: Answer) -> None:
-        """Note the times of a finished answer."""
+        """Record the times of a finished answer."""
         for stage in ("queue", "prefill", "decode"):
             self.stages.labels(stage).observe(getattr(answer, f"{stage}_seconds"))
 
     def text(self) -> bytes:
-        """The page."""
+        """The exposition text."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Answers as ``/v1/chat/completions`` gives them, whole or as a stream of events."""
+"""Response objects of ``/v1/chat/completions``, complete or streamed as events."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Reply:
-    """The objects of one answer, which share an id.
+    """The response objects of one answer, which share an id.
 
     Args:
-        model: its name.
-        include_usage: whether a stream ends with the counts of tokens.
+        model: the model's name.
+        include_usage: whether a stream ends with token counts.
     """
 
     def __init__(self, model: str, include_usage: bool = False):
@@ -26,7 +26,7 @@ class Reply:
         self.model, self.include_usage = model, include_usage
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        """The answer as one object."""
+        """The complete answer as one object."""
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         choice = _choice("message", message, answer.finish_reason)
         return self._object("chat.completion", [choice]) | {

@@ -1,4 +1,4 @@
-"""The server's process: a socket, a line when it is ready, an end that loses nothing."""
+"""The server process: socket, readiness and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mquant_jax.serve.app import make_app
 from mquant_jax.serve.service import Service
 from mquant_jax.validate import count
 
-_MORE_SECONDS = 5  # for the last bytes of cancelled answers
+_MORE_SECONDS = 5  # to send the last bytes of cancelled answers
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
+    """A listening socket; port 0 is any free port.
 
     Raises:
-        UserError: the address cannot be used.
+        UserError: the address is not available.
     """
     port = count(port, "--port", 0, 65535)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -29,25 +29,24 @@ def open_socket(host: str, port: int) -> socket.socket:
     except OSError as e:
         why = getattr(e, "strerror", None) or e
         raise UserError(f"--host {host} --port {port}: cannot listen there: {why}; "
-                        "choose another port, or 0 for a free one") from e  # fmt: skip
+                        "choose another port, or 0 for any free one") from e  # fmt: skip
 
 
 def url_of(listening: socket.socket) -> str:
-    """Where clients reach the socket."""
+    """The URL of the socket."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Serves one service on one socket until it is told to end.
+    """Serves one service on one socket until it is stopped.
 
-    At the end it refuses new requests, lets open ones go on for a time, and then ends them with an
-    error.
+    On shutdown it refuses new requests, lets open ones finish for a while, and then fails them.
 
     Args:
         api_key: see :func:`make_app`.
-        grace: seconds that open requests may take.
-        on_ready: called when requests are taken.
+        grace: seconds that open requests get on shutdown.
+        on_ready: called when the server accepts requests.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Server(uvicorn.Server):
         try:
             self.run(sockets=[listening])
         except KeyboardInterrupt:
-            pass  # uvicorn raises the signal again after the clean end
+            pass  # uvicorn raises the signal again after a clean shutdown
         finally:
             self.service.close()
 

@@ -1,4 +1,4 @@
-"""One model that answers chats: requests go to the engine, answers come back to the event loop."""
+"""Connects the event loop to the engine: submits requests, streams answers back."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from mquant_jax.serve.metrics import Metrics
 from mquant_jax.serve.wire import ChatRequest, read_request
 from mquant_jax.validate import count
 
-_READERS = 2  # threads that decode pictures and make prompts
+_READERS = 2  # threads that decode pictures and build prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a client may ask for; checked when it is made.
+    """Limits of requests, validated on construction.
 
     Attributes:
-        body_bytes: of a request.
-        pixels: of a request's pictures together.
-        prompt_tokens: of a prompt, pictures included; ``None``: what the engine's context holds.
-        max_new_tokens: of an answer, where the request does not say.
-        requests: that are read, queued or answered at the same time.
-        body_seconds: for a request to arrive.
+        body_bytes: size of a request.
+        pixels: total over the pictures of a request.
+        prompt_tokens: per prompt, including its pictures; ``None``: the engine's context.
+        max_new_tokens: default length limit of an answer.
+        requests: read, queued or answered at the same time.
+        body_seconds: time for a request to arrive.
 
     Raises:
-        UserError: a value of another type or range.
+        UserError: a value of the wrong type or out of range.
     """
 
     body_bytes: int = 64 << 20
@@ -49,35 +49,35 @@ class Limits:
 
 
 class Service:
-    """A model behind the interface.
+    """A served model.
 
     Args:
         model: from :func:`mquant_jax.load`.
-        engine: of that model; the caller closes it.
-        name: of the model.
-        limits: what a client may ask for.
+        engine: the model's engine; the caller closes it.
+        name: the model's name.
+        limits: limits of requests.
     """
 
     def __init__(self, model: Served, engine: Engine, name: str, limits: Limits = Limits()):
         self.processor, self.engine, self.name, self.limits = model.processor, engine, name, limits
         self.metrics = Metrics(engine)
         self.closing = False
-        self._busy = 0  # requests that are read or answered
+        self._busy = 0  # requests being read or answered
         self._open: set[Request] = set()
         self._readers = ThreadPoolExecutor(_READERS, "mquant-reader")
         self._waiters = ThreadPoolExecutor(limits.requests, "mquant-waiter")
 
     def admit(self) -> None:
-        """One more request; :meth:`leave` is its end.
+        """Count one more request; call :meth:`leave` when it ends.
 
         Raises:
-            ApiError: the server ends, or has as many requests as it may hold.
+            ApiError: the server is shutting down or full.
         """
         if self.closing:
-            raise ApiError(503, "the server is shutting down; ask another one", "shutting_down")
+            raise ApiError(503, "the server is shutting down; try another one", "shutting_down")
         if self._busy >= self.limits.requests:
-            raise ApiError(429, f"{self._busy} requests are being answered, as many as the server "
-                           "holds; try again later", "queue_full",
+            raise ApiError(429, f"{self._busy} requests are being answered, the limit of this "
+                           "server; try again later", "queue_full",
                            headers={"Retry-After": "1"})  # fmt: skip
         self._busy += 1
 
@@ -85,10 +85,10 @@ class Service:
         self._busy -= 1
 
     async def submit(self, body: bytes) -> tuple[ChatRequest, Request]:
-        """Give what a body asks for to the engine; pictures are decoded beside the event loop.
+        """Submit the request in a body to the engine; pictures are decoded off the event loop.
 
         Raises:
-            ApiError, UserError: it is refused.
+            ApiError, UserError: the request is refused.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, self._submit, body)
@@ -98,8 +98,8 @@ class Service:
         prompt = self.processor.chat(asked.messages)
         found, most = len(prompt.input_ids), self.limits.prompt_tokens
         if most is not None and found > most:
-            raise ApiError(400, f"the prompt has {found} tokens, pictures included; this server "
-                           f"takes {most} at most: shorten the text or send smaller pictures",
+            raise ApiError(400, f"the prompt has {found} tokens with its pictures; this server "
+                           f"accepts {most}: shorten the text or send smaller pictures",
                            "context_length_exceeded", "messages")  # fmt: skip
         options: dict[str, Any] = {"max_new_tokens": self.limits.max_new_tokens, **asked.options}
         request = self.engine.submit(prompt, chat_options(self.processor, options))
@@ -107,12 +107,12 @@ class Service:
         return asked, request
 
     async def deltas(self, request: Request) -> AsyncGenerator[str | Answer]:
-        """The pieces of an answer's text as they come, then the answer.
+        """Stream the pieces of an answer's text, then the answer.
 
-        A request that nobody goes on with is cancelled.
+        The request is cancelled if the generator is closed early.
 
         Raises:
-            ApiError: the engine failed, or the server ended.
+            ApiError: the engine failed, or the server shut down.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
@@ -142,7 +142,7 @@ class Service:
         return answer
 
     def warm_up(self) -> None:
-        """Answer a word, so that the first request finds the programs compiled.
+        """Generate a short answer, so that the programs are compiled before the first request.
 
         Raises:
             UserError: the model cannot answer chats.
@@ -151,12 +151,12 @@ class Service:
         self.engine.submit(prompt, RequestOptions(max_new_tokens=2)).result()
 
     def cancel_all(self) -> None:
-        """End what is being answered."""
+        """Cancel all running requests."""
         for request in list(self._open):
             request.cancel()
 
     def close(self) -> None:
-        """Give the threads back."""
+        """Shut down the threads."""
         self.closing = True
         self.cancel_all()
         self._readers.shutdown()
@@ -164,7 +164,7 @@ class Service:
 
 
 def _pump(request: Request, put: Callable[[Any], Any]) -> None:
-    """Pass on what a request gives, from a thread that may wait for it."""
+    """Forward a request's output. Runs in a thread, because it blocks."""
     try:
         for delta in request:
             put(delta)

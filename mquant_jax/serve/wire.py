@@ -1,4 +1,4 @@
-"""The body of a request to ``/v1/chat/completions``, typed: every field is read or refused."""
+"""Parse the body of a ``/v1/chat/completions`` request: every field is read or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOKENS = whole(None, 1, null=True)
 
 
 def _anything(expected: str, kinds: type | tuple[type, ...], default: Any = None) -> Field:
-    """A field of these JSON types, whose content is somebody else's to judge."""
+    """A field of these JSON types, whose content is checked elsewhere."""
 
     def convert(value: Any, where: str) -> Any:
         if not isinstance(value, kinds):
@@ -80,7 +80,7 @@ _MESSAGE = Schema(
     },
     harmless=frozenset({"name"}),
     refused={
-        "type": Refused(("text",), _NOT_HERE),  # lm-eval says so of messages
+        "type": Refused(("text",), _NOT_HERE),  # lm-eval sends it in messages
         **{key: Refused(([],), _NOT_HERE)
            for key in ("tool_calls", "function_call", "refusal", "audio", "annotations")},
     },
@@ -90,20 +90,20 @@ _PARTS = {
     "image_url": Schema({"type": text(), "image_url": table()}),
 }
 _URL = Schema({"url": text(), "detail": choice("auto", ("auto", "low", "high"), null=True)})
-# Fields that an option of the engine is named after.
+# Fields named like an option of the engine.
 _SAME = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty",
          "frequency_penalty")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """What a client asks for.
+    """A parsed request.
 
     Attributes:
-        messages: as :meth:`Model.chat` takes them, pictures loaded.
-        options: what was given of :class:`~mquant_jax.runtime.requests.RequestOptions`.
-        stream: whether the answer goes out as it comes.
-        include_usage: whether a stream ends with the counts of tokens.
+        messages: in the form of :meth:`Model.chat`, with loaded pictures.
+        options: the given fields of :class:`~mquant_jax.runtime.requests.RequestOptions`.
+        stream: whether to stream the answer.
+        include_usage: whether a stream ends with token counts.
     """
 
     messages: list[dict[str, Any]]
@@ -116,11 +116,11 @@ def read_request(body: bytes, served: str, max_pixels: int) -> ChatRequest:
     """
     Args:
         served: the model's name.
-        max_pixels: of all pictures together.
+        max_pixels: total over all pictures.
 
     Raises:
-        ApiError: a model that is not served.
-        UserError: no JSON, an unknown field, or a value of another type or range.
+        ApiError: the model is not served here.
+        UserError: not JSON, an unknown field, or a value of the wrong type or out of range.
     """
     found = read_strictly(REQUEST, _json(body), "body")
     if found["model"] != served:
@@ -129,14 +129,14 @@ def read_request(body: bytes, served: str, max_pixels: int) -> ChatRequest:
     usage = {"include_usage": False}
     if found["stream_options"] is not None:
         if not found["stream"]:
-            raise UserError("body: stream_options is for streams; set stream to true")
+            raise UserError("body: stream_options needs stream to be true")
         usage = read_strictly(_STREAM, found["stream_options"], "body: stream_options")
     messages = _messages(found["messages"], max_pixels)
     return ChatRequest(messages, _options(found), found["stream"], usage["include_usage"])
 
 
 def read_strictly(schema: Schema, data: Any, where: str) -> dict[str, Any]:
-    """``schema.read``, for objects in which unknown keys are errors."""
+    """``schema.read``, but unknown keys are errors."""
     out = schema.read(data, where)
     if unknown := schema.unknown(data):
         raise UserError(f"{inside(where, shortened(unknown[0], 40))} is not a known field; known: "
@@ -153,7 +153,7 @@ def _json(body: bytes) -> Any:
 
 
 def _options(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the engine; values that mean "the likeliest token" become the least it takes."""
+    """The engine's options. Values that mean "most likely token" become the smallest accepted."""
     out = {key: found[key] for key in _SAME}
     if out["temperature"] is not None and out["temperature"] < LEAST:
         out["temperature"] = 0.0
@@ -171,13 +171,13 @@ def _options(found: Mapping[str, Any]) -> dict[str, Any]:
 def _stops(value: Any) -> list[str] | None:
     stops = [value] if isinstance(value, str) else value
     if stops is not None and len(stops) > _MOST_STOPS:
-        raise UserError(f"body: stop has {len(stops)} texts; expected {_MOST_STOPS} at most")
+        raise UserError(f"body: stop has {len(stops)} texts; expected at most {_MOST_STOPS}")
     return stops
 
 
 def _messages(given: Sequence[Any] | None, max_pixels: int) -> list[dict[str, Any]]:
     if not given:
-        raise UserError("body: messages: expected one message at least")
+        raise UserError("body: messages: expected at least one message")
     pictures = _Pictures(max_pixels)
     out = []
     for i, message in enumerate(given):
@@ -193,7 +193,7 @@ def _messages(given: Sequence[Any] | None, max_pixels: int) -> list[dict[str, An
 
 
 class _Pictures:
-    """Parts of messages, their pictures loaded up to a number of pixels."""
+    """Reads parts of messages and loads their pictures, up to a number of pixels."""
 
     def __init__(self, max_pixels: int):
         self.left, self.count = max_pixels, 0

@@ -95,6 +95,7 @@ def stopped(tmp_path, monkeypatch, recipe=RECIPE):
     return dst
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_other_inputs(tmp_path, monkeypatch, undisturbed) -> None:
     dst = stopped(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="--resume continues it, --restart begins anew"):

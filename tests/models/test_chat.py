@@ -106,7 +106,7 @@ def test_a_clean_chat_is_the_prompt_of_its_messages(made) -> None:
 def test_pictures_in_every_form(made, tmp_path) -> None:
     family, processor = made
     if not family.pictures:
-        fails("without a vision part", lambda: processor.chat(turns(family, None)[:0] + [
+        fails("text-only model", lambda: processor.chat(turns(family, None)[:0] + [
             {"role": "user", "content": [image_part(), text_part("x")]}]))  # fmt: skip
         return
     (tmp_path / "x.png").write_bytes(png())
@@ -123,7 +123,7 @@ def test_pictures_in_every_form(made, tmp_path) -> None:
         same(processor.chat([{"role": "user", "content": [part, text_part("x")]}]), expected)
     for bad in ("http://127.0.0.1/x.png", "https://example.org/x.png"):
         message = [{"role": "user", "content": [image_part(bad), text_part("x")]}]
-        fails("URLs are not fetched", lambda m=message: processor.chat(m))
+        fails("URLs are not downloaded", lambda m=message: processor.chat(m))
 
 
 def test_videos(made) -> None:
@@ -133,7 +133,7 @@ def test_videos(made) -> None:
     if family.videos:
         same(processor.chat(chat), processor.prompt("x", videos=[[PIXELS, PIXELS]]))
     else:
-        fails("video|vision part", lambda: processor.chat(chat))
+        fails("video|text-only", lambda: processor.chat(chat))
 
 
 def test_system_messages(made) -> None:

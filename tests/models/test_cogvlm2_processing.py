@@ -83,8 +83,8 @@ def test_conversations(processor, tmp_path) -> None:
 
 def test_bad_input_is_named(processor, tmp_path) -> None:
     image = np.zeros((40, 40, 3), np.uint8)
-    fails("one picture per conversation, 2", lambda: processor.prompt("x", [image, image]))
-    fails("takes no videos", lambda: processor.prompt("x", videos=[[image]]))
+    fails("one picture per conversation, found 2", lambda: processor.prompt("x", [image, image]))
+    fails("does not support videos", lambda: processor.prompt("x", videos=[[image]]))
     fails("no such file", lambda: processor.prompt("x", [tmp_path / "none.png"]))
     system = {"role": "system", "content": "x"}
     fails("message 0: role 'system', expected 'user'", lambda: processor.messages([system]))
@@ -93,9 +93,10 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
     fails("must end", lambda: processor.messages([]))
     folder = make_folder(tmp_path / "src")
     write_tokenizer(folder, TOKENS, BOS)
-    fails("names no bos_token", lambda: processor_of(folder).prompt("x"))
+    fails("no bos_token", lambda: processor_of(folder).prompt("x"))
 
 
+@pytest.mark.slow
 def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
     """With the bundled pictures; the recipe is the preset, but cheaper to make."""
     src = make_folder(tmp_path / "src")

@@ -21,6 +21,7 @@ from tests.models import (
     test_internvl_sizes,
     test_llava_sizes,
     test_qwen2_5_vl_sizes,
+    test_qwen3_vl_sizes,
     test_qwen_vl_sizes,
 )
 
@@ -80,6 +81,8 @@ FULL = {
     "llava-dinov2-qwen2": test_llava_sizes.DINO_QWEN,
     "qwen2.5-vl-7b": test_qwen2_5_vl_sizes.QWEN2_5_VL_7B,
     "qwen2.5-vl-3b": test_qwen2_5_vl_sizes.QWEN2_5_VL_3B,
+    "qwen3-vl-2b": test_qwen3_vl_sizes.QWEN3_VL_2B,
+    "qwen3-vl-8b": test_qwen3_vl_sizes.QWEN3_VL_8B,
     "qwen_vl": test_qwen_vl_sizes.PUBLISHED,
 }
 
@@ -174,6 +177,77 @@ def test_towers_of_qwen2_5_vl() -> None:
     for key, value in (("window_size", 27), ("fullatt_block_indexes", [-1]),
                        ("hidden_act", "gelu"), ("out_hidden_size", 95),
                        ("tokens_per_second", 0)):  # fmt: skip
+        with pytest.raises(UserError, match=f"vision_config.{key}"):
+            tower(**{key: value})
+
+
+def test_defaults_of_qwen3_vl_are_those_of_transformers() -> None:
+    import transformers
+
+    published = transformers.Qwen3VLConfig()
+    saved = json.loads(published.to_json_string(use_diff=False))
+    saved["vision_config"]["out_hidden_size"] = 4096  # the class's own halves do not fit each other
+    config = config_of(saved)
+    assert family_for(saved).unknown_keys(saved) == []
+    assert config.vision.taps == (8, 16, 24) and config.vision.position_grid == 48
+    bare = {"model_type": "qwen3_vl", "vision_config": {"out_hidden_size": 4096}}
+    assert config_of(bare) == config
+    tables = read_tables(family_for(bare).config_tables(bare))
+    assert_defaults(tables["text_config"], published.text_config)
+    tables["vision_config"].pop("out_hidden_size")
+    assert_defaults(tables["vision_config"], published.vision_config)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl/public", "qwen3-vl-2b", "qwen3-vl-8b"])
+def test_qwen3_vl_saved_again_by_transformers(name) -> None:
+    import transformers
+
+    hf = (GOLDEN | FULL)[name]
+    published = transformers.Qwen3VLConfig.from_dict(copy.deepcopy(hf))
+    for diff in (False, True):
+        saved = json.loads(published.to_json_string(use_diff=diff))
+        assert "rope_parameters" in saved["text_config"]
+        assert family_for(saved).unknown_keys(saved) == []
+        assert config_of(saved) == config_of(hf)
+
+
+def test_texts_of_qwen3_vl() -> None:
+    def text(top=None, **keys):
+        hf = copy.deepcopy(FULL["qwen3-vl-8b"])
+        hf["text_config"] = {k: v for k, v in (hf["text_config"] | keys).items() if v is not None}
+        return config_of(hf | (top or {})).language
+
+    assert text().rope_streams[:6] == (0, 1, 2, 0, 1, 2) and text().rope_streams[57:] == (
+        0, 1, 2, 0, 0, 0, 0,
+    )  # fmt: skip
+    # Version 4 of transformers does not save what is its default.
+    assert text(rope_theta=None).rope_theta == 5e6
+    assert text({"transformers_version": "5.24.0"}, rope_theta=None).rope_theta == 5e5
+    assert text(rope_scaling=None) == text()
+    for tied in ({"top": {"tie_word_embeddings": True}}, {"tie_word_embeddings": True}):
+        assert text(**tied).tied_head
+    rope = FULL["qwen3-vl-8b"]["text_config"]["rope_scaling"]
+    for key, value in (("mrope_interleaved", False), ("mrope_section", [24, 20, 19])):
+        with pytest.raises(UserError, match=f"text_config.rope_scaling.{key}"):
+            text(rope_scaling=rope | {key: value})
+    hf = copy.deepcopy(GOLDEN["qwen2_vl/public"])
+    hf["rope_scaling"]["mrope_interleaved"] = True
+    with pytest.raises(UserError, match="rope_scaling.mrope_interleaved"):
+        config_of(hf)
+
+
+def test_towers_of_qwen3_vl() -> None:
+    def tower(**vision):
+        hf = copy.deepcopy(GOLDEN["qwen3_vl/public"])
+        return config_of(hf | {"vision_config": hf["vision_config"] | vision}).vision
+
+    assert tower().taps == (0, 2) and tower(deepstack_visual_indexes=[]).taps == ()
+    assert tower(num_position_embeddings=1).position_grid == 1
+    for key, value in (("deepstack_visual_indexes", [2, 0]), ("deepstack_visual_indexes", [1, 1]),
+                       ("deepstack_visual_indexes", [4]), ("deepstack_visual_indexes", [0, -1]),
+                       ("deepstack_visual_indexes", [0, 1, 2, 3]), ("out_hidden_size", 48),
+                       ("num_position_embeddings", 35), ("hidden_act", "relu"),
+                       ("in_channels", 1)):  # fmt: skip
         with pytest.raises(UserError, match=f"vision_config.{key}"):
             tower(**{key: value})
 

@@ -101,14 +101,14 @@ def test_special_tokens_may_be_told_by_a_file(tmp_path) -> None:
     added = {str(i + 1): {"content": t, "special": True} for t, i in names.items()}
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({"added_tokens_decoder": added}))
-    with pytest.raises(UserError, match="begin_of_image|> is token 381, config.json says 380"):
+    with pytest.raises(UserError, match="begin_of_image|> is token 381, config.json has 380"):
         processor_of(folder).prompt("x")
 
 
 def test_bad_input_is_named(processor, tmp_path) -> None:
     image = np.zeros((40, 40, 3), np.uint8)
-    fails("one picture per conversation, 2", lambda: processor.prompt("x", [image, image]))
-    fails("takes no videos", lambda: processor.prompt("x", videos=[[image]]))
+    fails("one picture per conversation, found 2", lambda: processor.prompt("x", [image, image]))
+    fails("does not support videos", lambda: processor.prompt("x", videos=[[image]]))
     fails("no such file", lambda: processor.prompt("x", [tmp_path / "none.png"]))
     fails('"role" and "content"', lambda: processor.messages([{"role": "user"}]))
     fails("role 'tool'", lambda: processor.messages([{"role": "tool", "content": "x"}]))
@@ -118,7 +118,7 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
     del hf["vision_config"]
     alone = processor_of(make_folder(tmp_path / "text", hf))
     assert alone.prompt("x").grids == []
-    fails("without a vision part", lambda: alone.prompt("x", [image]))
+    fails("text-only model", lambda: alone.prompt("x", [image]))
 
 
 def test_a_converted_folder_answers(tmp_path) -> None:
@@ -127,6 +127,7 @@ def test_a_converted_folder_answers(tmp_path) -> None:
     answers(tmp_path / "dst", golden_pictures(CASE)[:1], tokens=3)
 
 
+@pytest.mark.slow
 def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
     """With the bundled pictures; the recipe is the preset, but cheaper to make."""
     src = make_folder(tmp_path / "src")

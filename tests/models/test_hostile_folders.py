@@ -22,6 +22,7 @@ from tests.models import (
     test_llava_processing,
     test_minicpmv_processing,
     test_qwen2_vl_processing,
+    test_qwen3_vl_processing,
     test_qwen_vl_processing,
 )
 from tests.models.test_config_keys import HOSTILE
@@ -46,7 +47,9 @@ KEYS = {
     "special_tokens_map.json": ("bos_token", "eos_token", "additional_special_tokens"),
     "added_tokens.json": ("<extra>",),
     "chat_template.json": ("chat_template",),
-    "video_preprocessor_config.json": ("patch_size", "max_pixels", "fps"),
+    "video_preprocessor_config.json": (
+        "patch_size", "max_pixels", "fps", "size", "cap_pixels_per_frame", "resample", "do_resize",
+    ),
 }  # fmt: skip
 
 
@@ -76,6 +79,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "minicpmv": test_minicpmv_processing.make_folder,
     "qwen2_5_vl": lambda f: qwen2_vl(f, "qwen2_5_vl"),
     "qwen2_vl": qwen2_vl,
+    "qwen3_vl": test_qwen3_vl_processing.make_folder,
     "qwen_vl": qwen_vl,
 }
 

@@ -193,14 +193,14 @@ def test_a_tie_counts_wherever_it_stands() -> None:
     [
         (CLIP, {"vision_config": {"model_type": "pixtral"}}, "vision_config.model_type 'pixtral'"),
         (CLIP, {"text_config": {"model_type": "mistral"}}, "text_config.model_type 'mistral'"),
-        (CLIP, {"vision_feature_layer": 0}, "vision_feature_layer 0 .*layers 1 to 4"),
+        (CLIP, {"vision_feature_layer": 0}, "vision_feature_layer 0 .*expected 1 to 4"),
         (CLIP, {"vision_feature_layer": 5}, "vision_feature_layer 5"),
         (CLIP, {"vision_feature_layer": -5}, "vision_feature_layer -5"),
         (CLIP, {"vision_feature_layer": [-2, -1]}, r"vision_feature_layer \[-2, -1\]"),
         (CLIP, {"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy 'cls'"),
         (CLIP, {"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
         (CLIP, {"vision_config": {"image_size": [56, 70]}}, "not square"),
-        (CLIP, {"vision_config": {"patch_size": 57}}, "holds no patch"),
+        (CLIP, {"vision_config": {"patch_size": 57}}, "has no patch"),
         (DINOV2, {"vision_config": {"use_swiglu_ffn": True}}, "use_swiglu_ffn"),
     ],
 )

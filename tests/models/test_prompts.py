@@ -17,7 +17,7 @@ from tests.hf_folders import write_tokenizer
 CASES = (
     "qwen2_vl/public", "qwen2_5_vl/public", "qwen_vl/public", "internvl/public", "internvl2/public",
     "llava/public", "minicpmv2_6/public", "glm4v/public", "cogvlm2/public", "llama/public",
-    "qwen2/public",
+    "qwen2/public", "qwen3_vl/public",
 )  # fmt: skip
 
 

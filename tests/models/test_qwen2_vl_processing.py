@@ -221,7 +221,7 @@ def test_pictures_that_cannot_be_read(processor, tmp_path) -> None:
 
 def test_clips_that_cannot_be_read(processor) -> None:
     frames = [np.zeros((28, 28, 3), np.uint8), np.zeros((28, 56, 3), np.uint8)]
-    for bad, message in (([], "one at least"), ("clip.mp4", "sequence"), (frames, "differ")):
+    for bad, message in (([], "at least one"), ("clip.mp4", "sequence"), (frames, "differ")):
         with pytest.raises(UserError, match=message):
             processor.prompt("", videos=[bad])
 

@@ -143,12 +143,12 @@ def test_stepped_rope_by_hand() -> None:
     dim, theta, scaling = 8, 100.0, SteppedScaling(10)
     for length, alpha in ((1, 1), (10, 1), (11, 3), (20, 3), (21, 7), (40, 7), (41, 15)):
         assert alpha == max(2 ** math.ceil(math.log2(length / 10) + 1) - 1, 1)
-        got = multi_axis_angles(np.arange(length)[None, None], dim, theta, (4,), scaling)
+        got = multi_axis_angles(np.arange(length)[None, None], dim, theta, (0,) * 4, scaling)
         expected = frequencies(dim, theta * alpha ** (dim / (dim - 2))) * (length - 1)
         np.testing.assert_allclose(got[0, -1], expected, rtol=1e-6)
     # Rows go by their own prompts, and further tokens by the prompt they follow.
     positions = np.array([[[5], [50]]])
-    got = multi_axis_angles(positions, dim, theta, (4,), scaling, np.array([30, 9]))
+    got = multi_axis_angles(positions, dim, theta, (0,) * 4, scaling, np.array([30, 9]))
     expected = frequencies(dim, theta * 7 ** (dim / (dim - 2))) * 5
     np.testing.assert_allclose(got[0, 0], expected, rtol=1e-6)
     np.testing.assert_allclose(got[1, 0], frequencies(dim, theta) * 50, rtol=1e-6)
@@ -173,7 +173,7 @@ def test_the_tower_groups_its_fused_rows_by_head() -> None:
 def test_counts_that_do_not_match() -> None:
     _, config, inputs, _ = golden_case(CASES[0])
     ids = inputs["input_ids"].copy()
-    with pytest.raises(ValueError, match="places for 3"):
+    with pytest.raises(ValueError, match="placeholders for 3"):
         reference_batch(config, inputs | {"pixel_values": inputs["pixel_values"][:2]})
     ids[0, 9] = 5  # the first picture's start
     with pytest.raises(ValueError, match="expected 16 slots"):
@@ -216,7 +216,7 @@ def test_measurements_need_no_tokenizer() -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"visual": None}, "without the key 'visual'"),
+        ({"visual": None}, "no key 'visual'"),
         ({"kv_channels": 32}, "kv_channels 32"),
         ({"intermediate_size": 175}, "intermediate_size 175"),
         ({"rotary_pct": 0.5}, "rotary_pct 0.5"),
@@ -227,7 +227,7 @@ def test_measurements_need_no_tokenizer() -> None:
           "visual": {"output_dim": 96}}, "output_dim 96"),
         ({"visual": {"heads": 5}}, "5 heads"),
         ({"visual": {"n_queries": 15}}, "n_queries 15"),
-        ({"visual": {"patch_size": 96}}, "holds no patch"),
+        ({"visual": {"patch_size": 96}}, "has no patch"),
         ({"visual": {"image_start_id": 318}}, "image_start_id 318"),
     ],
 )  # fmt: skip

@@ -131,7 +131,7 @@ def test_a_model_that_goes_on_with_a_text(tmp_path) -> None:
     got = processor.prompt("It shows", [IMAGE])
     assert text_of(processor, got.input_ids) == "Picture 1: <img>*</img>\nIt shows"
     assert processor.stop_ids == (END,)
-    with pytest.raises(UserError, match="not made for chats"):
+    with pytest.raises(UserError, match="not a chat model"):
         processor.messages([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
 
 
@@ -150,7 +150,7 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
     fails('"role" and "content"', lambda: processor.messages([{"role": "user"}]))
     fails("qwen.tiktoken: no such file", lambda: QwenVLProcessor(tmp_path, processor.config))
     other = make_processor(tmp_path, image_start=400)
-    fails("<img> is token 475, config.json says 400", lambda: other.encode("x"))
+    fails("<img> is token 475, config.json has 400", lambda: other.encode("x"))
     odd = make_processor(tmp_path, chat_format="alpaca")
     fails("'alpaca'", lambda: odd.prompt("x"))
     (tmp_path / "qwen.tiktoken").unlink()
@@ -158,6 +158,7 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
     fails("no token <imgpad>", lambda: QwenVLProcessor(tmp_path, processor.config).encode("x"))
 
 
+@pytest.mark.slow
 def test_a_quantised_folder_answers(tmp_path) -> None:
     """From a folder and a few samples to W4A8 and text, as users go."""
     src, dst = tmp_path / "src", tmp_path / "dst"

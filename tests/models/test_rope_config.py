@@ -19,7 +19,9 @@ TEXTS = {
     "qwen2_vl/public": None, "llama/public": None, "qwen2/public": None,
     "minicpmv2_6/public": None, "internvl2/public": "llm_config", "internvl/public": "text_config",
     "llava/public": "text_config", "llava/public_dinov2": "text_config",
+    "qwen3_vl/public": "text_config",
 }  # fmt: skip
+SECTIONS = {"qwen2_vl/public": [2, 5, 5], "qwen3_vl/public": [6, 5, 5]}
 
 
 def language(case: str = "llama/public", **keys):
@@ -29,8 +31,8 @@ def language(case: str = "llama/public", **keys):
 
 
 def with_keys(case: str, keys: dict) -> dict:
-    if "qwen2_vl" in case and isinstance(keys.get("rope_scaling"), dict):
-        keys = keys | {"rope_scaling": {"mrope_section": [2, 5, 5]} | keys["rope_scaling"]}
+    if case in SECTIONS and isinstance(keys.get("rope_scaling"), dict):
+        keys = keys | {"rope_scaling": {"mrope_section": SECTIONS[case]} | keys["rope_scaling"]}
     hf = changed_config(case)
     text = hf[TEXTS[case]] if TEXTS[case] else hf
     text.update(keys)
@@ -110,7 +112,7 @@ def test_yarn_scales_attention(keys, attention) -> None:
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_every_family_reads_yarn_and_linear(case, name) -> None:
     base = {"rope_scaling": None, "max_position_embeddings": 32768}
-    sections = {"mrope_section": [2, 5, 5]} if "qwen2_vl" in case else {}
+    sections = {"mrope_section": SECTIONS[case]} if case in SECTIONS else {}
     got = language(case, **(base | {name: YARN | sections}))
     assert got.rope_scaling == YarnScaling(4.0, 32768, attention=0.1 * math.log(4) + 1)
     assert got.max_positions == 131072
@@ -175,15 +177,15 @@ def test_scaling_changes_the_logits_as_frequencies_and_gain_do(case, scaling) ->
         ({"type": "linear", "factor": "4"}, "factor '4': expected a number"),
         ({"type": "linear", "factor": 0.5}, "factor 0.5: expected a number from 1"),
         ({"type": "linear", "factor": float("nan")}, "factor nan"),
-        ({"type": "default", "factor": 4.0}, "factor means nothing to rope type 'default'"),
-        ({"factor": 4.0}, "factor means nothing"),
-        ({"type": "linear", "factor": 2.0, "beta_fast": 32}, "beta_fast means nothing"),
+        ({"type": "default", "factor": 4.0}, "factor has no meaning for rope type 'default'"),
+        ({"factor": 4.0}, "factor has no meaning"),
+        ({"type": "linear", "factor": 2.0, "beta_fast": 32}, "beta_fast has no meaning"),
         (YARN | {"beta_fast": 1, "beta_slow": 2}, "beta_fast"),
         (YARN | {"long_factor": [1.0]}, "longrope"),
         (YARN | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        (YARN | {"rope_thta": 1}, "rope_scaling.rope_thta is not known"),
+        (YARN | {"rope_thta": 1}, "rope_scaling.rope_thta is unknown"),
         (YARN | {"rope_theta": 7.0}, "rope_theta is given twice"),
-        ({"full_attention": {"rope_type": "default"}}, "full_attention is not known"),
+        ({"full_attention": {"rope_type": "default"}}, "full_attention is unknown"),
         ("yarn", "rope_scaling 'yarn': expected an object"),
         ({"type": "mrope", "mrope_section": [1, 2, 3]}, "'mrope' is not supported for this model"),
     ],

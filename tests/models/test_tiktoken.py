@@ -68,8 +68,8 @@ def test_files(tmp_path) -> None:
     path.write_bytes(b"\n".join(lines) + b"\n")
     assert read_ranks(path) == ranks
     for content, word in (
-        (b"\n".join(lines[1:]), "a byte is missing"),
-        (b"\n".join([*lines, b"QUJD 5"]), "a rank is double"),
+        (b"\n".join(lines[1:]), "a missing byte"),
+        (b"\n".join([*lines, b"QUJD 5"]), "a repeated rank"),
         (b"QQ== 0\n\xff 1", ":2: expected"),
         (b"QQ==", ":1: expected"),
     ):

@@ -17,7 +17,6 @@ from PIL import Image
 import mquant_jax as mq
 from mquant_jax import cli
 from mquant_jax.runtime.chats import chat_options
-from tests.chat_cases import folder_of
 from tests.helpers import fails
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (56, 84, 3), np.uint8)
@@ -26,11 +25,8 @@ QUESTION = [{"role": "user", "content": [{"type": "image", "image": PICTURE},
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A checkpoint with random weights: its answers go on until they may not."""
-    place = tmp_path_factory.mktemp("chat")
-    mq.convert(folder_of("qwen2_vl/public", place / "src"), place / "dst")
-    return place / "dst"
+def place(random_float) -> Path:
+    return random_float
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ MORE = {
     "cogvlm2/public": {"layout": "aifs"},
     "internvl/public": {},
     "llama/public": {},
+    "qwen3_vl/public": {},
 }
 SCRIPT = """
 import json, sys

@@ -10,18 +10,19 @@ import pytest
 import mquant_jax as mq
 from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.cli import COMMANDS, main
+from mquant_jax.commands.demo import converted
 from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.models.base import Prompt
-from mquant_jax.ops.dense import select_path
-from mquant_jax.ptq.convert import convert
 from mquant_jax.samples import BUNDLED_CALIBRATION, BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
+from tests.helpers import form_of
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    """What the demo command leaves and uses again."""
     root = tmp_path_factory.mktemp("demo")
     for name in ("float", "w4a8"):
-        convert(DEMO_ASSETS / "model", root / name, mq.PRESETS[name])
+        converted(root, name)
     return root
 
 
@@ -50,8 +51,10 @@ def test_the_bundled_sets_are_disjoint(held_out) -> None:
     assert strings and not any(s.answer in strings for s in held_out if s.task == "read")
 
 
-def test_w4a8_stays_within_two_points_of_float(models, held_out) -> None:
-    results = {name: evaluate(m, held_out, batch_size=100) for name, m in models.items()}
+@pytest.mark.parametrize("count", [125, pytest.param(500, marks=pytest.mark.slow)])
+def test_w4a8_stays_within_two_points_of_float(models, held_out, count) -> None:
+    samples = held_out[:count]
+    results = {name: evaluate(m, samples, batch_size=125) for name, m in models.items()}
     assert results["float"].score >= 0.9
     assert results["w4a8"].score >= results["float"].score - 0.02
     assert set(results["float"].by_task()) == {"read", "shape", "color", "count", "relation"}
@@ -152,8 +155,8 @@ def test_inspect_names_what_runs(folders, capsys) -> None:
     assert status == 0
     assert layers["language/layers/*/down_proj"] | {"count": 0} == {
         "layer": "language/layers/*/down_proj", "count": 0, "weights": "int4", "group_size": None,
-        "activations": "int8 static", "one_row": select_path(True, 1, down),
-        "many_rows": select_path(True, 64, down),
+        "activations": "int8 static", "one_row": form_of(1, down),
+        "many_rows": form_of(64, down),
     }  # fmt: skip
     assert layers["language/head"]["weights"] == "int8"
     assert run(capsys, "inspect", folders / "float")[0] == 0
@@ -169,14 +172,15 @@ def test_bench_compares_with_both_floats(folders, capsys) -> None:
     assert run(capsys, "bench", folders / "w4a8", "--repeats", 0)[0] == 2
 
 
-def test_the_demo_command(tmp_path, capsys) -> None:
-    out_dir = tmp_path / "out"
-    status, out, _ = run(capsys, "demo", "--json", "--limit", 20, "--out", out_dir)
+def test_the_demo_command(folders, capsys) -> None:
+    made = (folders / "w4a8" / "mquant.json").stat().st_mtime_ns
+    status, out, _ = run(capsys, "demo", "--json", "--limit", 20, "--out", folders)
     result = json.loads(out)
+    assert (folders / "w4a8" / "mquant.json").stat().st_mtime_ns == made  # not converted again
     assert status == 0 and result["n"] == 20
     assert result["w4a8_bytes"] < 0.35 * result["float_bytes"]
     assert 0 <= result["w4a8_exact_match"] <= 1 and 0 <= result["float_exact_match"] <= 1
-    assert (out_dir / "contact_sheet.png").stat().st_size > 10_000
+    assert (folders / "contact_sheet.png").stat().st_size > 10_000
 
 
 def test_eval_goes_on_where_it_was_stopped(folders, tmp_path, capsys) -> None:

@@ -12,7 +12,7 @@ from mquant_jax.models.base import Prompt
 from mquant_jax.runtime.generate import Generator
 from mquant_jax.runtime.programs import Programs
 from mquant_jax.runtime.sampling import Sampling
-from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
+from mquant_jax.samples import BUNDLED_HELDOUT, read_samples
 from tests.helpers import fails
 
 Options = mq.RequestOptions
@@ -20,10 +20,8 @@ CHUNK = 64
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    dst = tmp_path_factory.mktemp("engine") / "float"
-    mq.convert(DEMO_ASSETS / "model", dst)
-    return mq.load(dst)
+def loaded(demo_float):
+    return mq.load(demo_float)
 
 
 @pytest.fixture(scope="module")

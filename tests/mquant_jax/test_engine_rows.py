@@ -19,6 +19,7 @@ CASES = [
     "qwen2_vl/public", "qwen2_vl/public_video", "internvl2/public", "internvl2/public_qwen2",
     "internvl/public", "internvl/public_qwen3", "llava/public", "minicpmv2_6/public",
     "qwen_vl/public", "glm4v/public", "cogvlm2/public", "llama/public", "qwen2/public",
+    "qwen3_vl/public", "qwen3_vl/public_video",
 ]  # fmt: skip
 
 
@@ -68,16 +69,16 @@ def test_dynamic_rope_is_a_row_s_own() -> None:
     positions = np.tile(np.arange(40, dtype=np.int32), (1, 2, 1))
     positions[:, 1] = np.minimum(positions[:, 1], 9)
     scaling = DynamicScaling(2.0, 16)
-    both = multi_axis_angles(positions, 8, 100.0, (4,), scaling)
+    both = multi_axis_angles(positions, 8, 100.0, (0,) * 4, scaling)
     for row in range(2):
-        alone = multi_axis_angles(positions[:, row : row + 1], 8, 100.0, (4,), scaling)
+        alone = multi_axis_angles(positions[:, row : row + 1], 8, 100.0, (0,) * 4, scaling)
         np.testing.assert_array_equal(both[row], alone[0])
     # A chunk of a longer prompt has the prompt's base; so has what follows while it is longer.
     length = np.full(2, 64, np.int32)
-    chunk = multi_axis_angles(positions, 8, 100.0, (4,), scaling, length)
+    chunk = multi_axis_angles(positions, 8, 100.0, (0,) * 4, scaling, length)
     whole = np.tile(np.arange(64, dtype=np.int32), (1, 1, 1))
     np.testing.assert_array_equal(
-        chunk[0], multi_axis_angles(whole, 8, 100.0, (4,), scaling)[0, :40]
+        chunk[0], multi_axis_angles(whole, 8, 100.0, (0,) * 4, scaling)[0, :40]
     )
 
 

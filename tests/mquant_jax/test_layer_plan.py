@@ -147,7 +147,7 @@ def test_errors_come_before_the_hours(tmp_path, capsys) -> None:
     fails("invalid choice: 'v9'", lambda: main([folder, "--dry-run", "--device", "v9"]))
     fails("no such file", lambda: main([folder, "--dry-run", "--calibration", "none.jsonl"]))
     fails("DST is missing", lambda: main([folder]))
-    fails("goes with --dry-run", lambda: main([folder, "dst", "--device", "v5e"]))
+    fails("needs --dry-run", lambda: main([folder, "dst", "--device", "v5e"]))
     fails("no such folder", lambda: main([str(tmp_path / "none"), "--dry-run"]))
     assert capsys.readouterr().out == ""
 

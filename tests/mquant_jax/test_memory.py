@@ -53,8 +53,22 @@ def test_contexts():
     assert 0 < many.longest_context < limit
     assert plan(context=many.longest_context, batch=24).fits
     assert not plan(context=many.longest_context + 1, batch=24).fits
-    fails("--context 0: the model has contexts of 1 to", lambda: plan(context=0))
-    fails(f"contexts of 1 to {limit} tokens", lambda: plan(context=limit + 1))
+    fails("--context 0: expected 1 to", lambda: plan(context=0))
+    fails(f"expected 1 to {limit}, the model", lambda: plan(context=limit + 1))
+
+
+def test_the_vision_tower_counts():
+    config = FAMILY.config_from_hf(MODELS["qwen2_vl-2b"])
+
+    def plan(context=256, **options):
+        return memory_plan(FAMILY, config, PRESETS["w4a8"], "v5e", context=context, **options)
+
+    few, many = plan(), plan(patches=65536)
+    assert few.patches == 8192 == plan(patches=5).patches
+    # Per patch: five widths in bf16, three times the MLP's in 32 bits.
+    assert many.working == 65536 * (5 * 2 * 1280 + 3 * 4 * 5120) == 8 * few.working
+    assert plan(patches=180_000).longest_context < few.longest_context
+    assert plan(context=32768).working > few.working  # there prefill takes more
 
 
 def test_the_command(capsys):

@@ -31,6 +31,7 @@ CASES = {
     "qwen_vl": "public",
     "qwen2_5_vl": "public",
     "qwen2_vl": "public",
+    "qwen3_vl": "public",
 }
 
 

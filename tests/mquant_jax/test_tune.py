@@ -21,9 +21,10 @@ from mquant_jax.ptq import pipeline
 from mquant_jax.ptq.ledger import JournalLedger
 from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.ptq.states import States
+from mquant_jax.ptq.tune import Recomputing, _shown
 from mquant_jax.ptq.tune_block import relative_error
 from mquant_jax.recipe import Tuning
-from tests.helpers import forward, golden_qwen2_vl, relative
+from tests.helpers import forward, golden_model, golden_qwen2_vl, relative
 
 PLAIN = PRESETS["w4a8"]
 TUNED = dataclasses.replace(PLAIN, tune=Tuning(epochs=6, rate=3e-3))
@@ -173,3 +174,17 @@ def test_the_error_is_relative_and_leaves_out_padding() -> None:
     ours = theirs * jnp.asarray([1.1, 1.2, 9.0])[:, None]
     error = relative_error(ours, theirs, jnp.asarray([[0, 1, -1]]))
     np.testing.assert_allclose(error, (0.01 + 0.04) / 2, rtol=1e-4)
+
+
+def test_deep_features_reach_the_student() -> None:
+    """What a tapped tower adds behind the first layers, of chunks with and without pictures."""
+    family, model, config, inputs, _ = golden_model("qwen3_vl/public")
+    batch = family.reference_batch(config, inputs)
+    text = family.collate(config, [family.example_prompt(config, 9, 0)])
+    embedded, added, target, tokens = _shown(model, model, [batch, text])
+    assert added.shape == (3, *embedded.shape) and np.asarray(added)[:2, :2].any()
+    got = model.language(
+        embedded, tokens.positions, tokens.order, tokens.token_class, Recomputing(), added=added
+    )
+    real = np.asarray(tokens.token_class) >= 0
+    assert relative(np.asarray(got)[real], np.asarray(target)[real]) < 1e-5

@@ -1,4 +1,4 @@
-"""The columns of published files under one set of names."""
+"""Map the columns of published files to uniform field names."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _QUESTIONS = ("question", "query", "text")
 _ANSWERS = ("answers", "answer", "label", "gt_answer")
 _OPTIONS = ("options", "choices")
 _HINTS = ("hint", "context")
-_MISSING = ("", "nan")  # how texts of data frames write no value
+_MISSING = ("", "nan")  # missing values in text written by data frames
 
 
 def read_questions(
     path: Path, task: Task, limit: int | None = None, split: str | None = None
 ) -> list[Question]:
-    """The questions of a benchmark's file or files, in their order.
+    """The questions in a benchmark's file or files, in order.
 
     Args:
-        limit: the first so many.
-        split: of the data set, by the names of its files or the rows' column ``split``.
+        limit: maximum number of questions.
+        split: the split to use, by file name or by the column ``split``.
 
     Raises:
-        UserError: as :func:`files_of` and :func:`read_rows`; a row without a question or an answer;
-            no rows, or none of the split.
+        UserError: see :func:`files_of` and :func:`read_rows`; a row without a question or an
+            answer; no rows, or none in the split.
     """
     questions: list[Question] = []
     rows = enumerate(_rows_of(path, split))
@@ -43,7 +43,7 @@ def read_questions(
             break
         questions.append(task.question(fields))
     if not questions:
-        raise UserError(f"{path}: holds no questions")
+        raise UserError(f"{path}: no questions")
     return questions
 
 
@@ -62,12 +62,12 @@ def _rows_of(path: Path, split: str | None) -> Iterator[Row]:
             else:
                 others.add(str(named))
     if others and not kept:
-        found = ", ".join(sorted(others - {"None"})) or "none: rows and file names say no split"
+        found = ", ".join(sorted(others - {"None"})) or "none in rows or file names"
         raise UserError(f"{path}: has no split {split!r}; found {found}")
 
 
 def unique_ids(rows: Iterable[Fields]) -> Iterator[Fields]:
-    """Rows whose id was there before get their number behind it."""
+    """Append the row's number to ids that occurred before."""
     seen: set[str] = set()
     for number, fields in enumerate(rows):
         if fields.id in seen:
@@ -79,7 +79,7 @@ def unique_ids(rows: Iterable[Fields]) -> Iterator[Fields]:
 def fields_of(row: Row, task: Task, number: int) -> Fields:
     """
     Raises:
-        UserError: no question, no answer, or an answer that is none of the options.
+        UserError: no question, no answer, or an answer that is not an option.
     """
     where, raw = row
     try:
@@ -111,12 +111,12 @@ def _is_missing(value: Any) -> bool:
 
 
 def _first(raw: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The first of these columns that has a value, as text."""
+    """The value of the first of these columns that has one, as text."""
     return next((_text(raw[n]) for n in names if not _is_missing(raw.get(n))), None)
 
 
 def _answers(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """Accepted answers: a list, a text that is a list, or one text or number. "None" is one."""
+    """Accepted answers: a list, a list as text, or one text or number. "None" is an answer."""
     for name in _ANSWERS:
         value = raw.get(name)
         if value is None or value != value or value == "":
@@ -131,7 +131,7 @@ def _answers(raw: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _choices(raw: Mapping[str, Any]) -> dict[str, str]:
-    """Options in columns A, B, ..., or in one list; empty where there are none."""
+    """Options from columns A, B, ..., or from one list; empty without options."""
     found = {c: _text(raw[c]) for c in string.ascii_uppercase if not _is_missing(raw.get(c))}
     for name in _OPTIONS:
         if not found and (items := listed(raw.get(name))):
@@ -140,10 +140,10 @@ def _choices(raw: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _option(answer: str, choices: Mapping[str, str], raw: Mapping[str, Any]) -> str:
-    """The letter of the right option, which a file gives as letter, number from 0, or text.
+    """The letter of the right option. Files give a letter, an index from 0, or the text.
 
     Raises:
-        UserError: it is none of them.
+        UserError: the answer is not an option.
     """
     if answer.strip().upper() in choices:
         return answer.strip().upper()
@@ -153,7 +153,7 @@ def _option(answer: str, choices: Mapping[str, str], raw: Mapping[str, Any]) -> 
         return letters[int(answer)]
     if answer in choices.values():
         return next(letter for letter, text in choices.items() if text == answer)
-    raise UserError(f"the answer {shortened(answer, 40)!r} is none of the options "
+    raise UserError(f"the answer {shortened(answer, 40)!r} is not among the options "
                     f"{', '.join(letters)}")  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Benchmark files as published: VLMEvalKit's TSV, parquet, JSONL. Nothing is fetched.
+"""Read benchmark files as published: VLMEvalKit's TSV, parquet, JSONL. Nothing is downloaded.
 
-A reader gives rows: ``(where, {column: value})``, with the pictures as a list under ``images``,
-whatever the file calls them.
+A reader yields rows ``(where, {column: value})``. Pictures are a list under ``images``, whatever
+the file calls them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mquant_jax.samples import json_lines
 from mquant_jax.validate import shortened
 
 IMAGES = "images"
-_REFERENCE = 64  # characters: a longer cell is a picture itself
+_REFERENCE = 64  # characters; a longer cell is a picture, not a reference
 _ROWS_AT_A_TIME = 64
 Row = tuple[str, dict[str, Any]]
 
@@ -32,7 +32,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a ``.tsv``, ``.parquet`` or ``.jsonl`` file.
 
     Raises:
-        UserError: another kind of file, missing, damaged, or a picture that is not there; the
+        UserError: the file is of another kind, missing or damaged, or a picture is missing; the
             message names file and line.
     """
     reader = _READERS.get(path.suffix.lower())
@@ -41,14 +41,14 @@ def read_rows(path: Path) -> Iterator[Row]:
     try:
         check_regular(path)
     except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file; nothing is fetched, download the data set") from e
+        raise UserError(f"{path}: no such file; nothing is downloaded, fetch the data first") from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from e
     return reader(path)
 
 
 def listed(value: Any) -> list[Any] | None:
-    """The elements of a list, or of a text that is one in JSON or Python; ``None`` for others."""
+    """The elements of a list, or of a list as JSON or Python text; ``None`` for other values."""
     if isinstance(value, list | tuple):
         return list(value)
     if not isinstance(value, str) or not (value.startswith("[") and value.endswith("]")):
@@ -64,7 +64,7 @@ def listed(value: Any) -> list[Any] | None:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """The csv module takes fields of any length inside."""
+    """Lift the csv module's limit on field length."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
@@ -86,7 +86,7 @@ def _tsv(path: Path) -> Iterator[Row]:
 
 
 def _table(path: Path) -> Iterator[Row]:
-    """Rows of texts; a cell that is missing at the end of a row is ""."""
+    """Rows of text; missing cells at the end of a row are ""."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
             lines = csv.reader(file, delimiter="\t")
@@ -98,7 +98,7 @@ def _table(path: Path) -> Iterator[Row]:
                 where = f"{path}:{lines.line_num}"
                 if len(cells) > len(names):
                     raise UserError(f"{where}: {len(cells)} cells in {len(names)} columns; quote "
-                                    "cells that hold tabs")  # fmt: skip
+                                    "cells that contain tabs")  # fmt: skip
                 if cells:
                     cells += [""] * (len(names) - len(cells))
                     yield where, dict(zip(names, cells, strict=True))
@@ -112,12 +112,12 @@ def _table(path: Path) -> Iterator[Row]:
 def _pictures(
     row: Mapping[str, str], cells: Mapping[str, str], known: dict[str, list[Any]], path: Path
 ) -> list[Any]:
-    """The pictures of a row: base64, a list of that, or the index of the row that has them; where
-    there is no such column, the files that ``image_path`` names beside the TSV.
+    """The pictures of a row: base64, a list of base64, or the index of the row that has them.
+    Without the column ``image``, the files that ``image_path`` names, relative to the TSV.
 
     Args:
         cells: index -> cell of the column ``image``.
-        known: cell -> its pictures, which rows share.
+        known: cell -> its pictures, shared by rows.
     """
     cell = row.get("image", "")
     if not cell:
@@ -127,8 +127,8 @@ def _pictures(
     if len(cell) <= _REFERENCE and not cell.startswith("["):
         key, cell = cell, cells.get(cell, "")
         if len(cell) <= _REFERENCE:
-            raise UserError(f"image {shortened(key, 40)!r} is the index of no row that has a "
-                            "picture")  # fmt: skip
+            raise UserError(f"image {shortened(key, 40)!r}: expected base64, or the index of a row "
+                            "with a picture")  # fmt: skip
     if cell not in known:
         refs = listed(cell) if cell.startswith("[") else [cell]
         if refs is None or not all(isinstance(ref, str) for ref in refs):
@@ -151,12 +151,12 @@ def _parquet(path: Path) -> Iterator[Row]:
                     where = f"{path}: row {number}"
                     yield where, _with_images(row, path, where)
                     number += 1
-    except (ValueError, OSError) as e:  # pyarrow's own errors are among them
+    except (ValueError, OSError) as e:  # includes pyarrow's own errors
         raise UserError(f"{path}: cannot be read as parquet: {shortened(e)}") from e
 
 
 def _with_images(row: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
-    """The row, its pictures from ``image``, ``images``, or ``image_1``, ``image_2``, ..."""
+    """The row with its pictures, from ``image``, ``images``, or ``image_1``, ``image_2``, ..."""
     columns = [c for c in ("image", IMAGES) if row.get(c) is not None][:1]
     columns = columns or [f"image_{i}" for i in range(1, 100) if row.get(f"image_{i}") is not None]
     found = [row.pop(c) for c in columns]
@@ -170,7 +170,7 @@ def _with_images(row: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
 
 
 def _struct(value: Any, reader: RowReader) -> Any:
-    """The picture of Hugging Face's ``{"bytes", "path"}``, of bytes, or as JSONL names it."""
+    """A picture given as Hugging Face's ``{"bytes", "path"}``, as bytes, or as in JSONL."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes | bytearray) and value:

@@ -1,4 +1,4 @@
-"""The benchmarks that ``eval --task`` knows, each a declaration."""
+"""The benchmarks of ``eval --task``, each declared as a :class:`Task`."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def find_task(name: str) -> Task:
 def questions_of(
     task: Task, data: Path | None, limit: int | None = None, split: str | None = None
 ) -> list[Question]:
-    """The task's questions, from its files.
+    """Read the task's questions from its files.
 
     Args:
-        data: a file, a folder or a pattern; ``None``: the task's own, if it has one.
-        limit: the first so many.
-        split: of a data set that has several.
+        data: a file, a folder or a pattern; ``None``: the task's default, if it has one.
+        limit: maximum number of questions.
+        split: the split to use, if the data set has several.
 
     Raises:
-        UserError: no file, or one that cannot be read; see the readers.
+        UserError: no file, or an unreadable one; see the readers.
     """
     data = task.data if data is None else data
     if data is None:
-        raise UserError(f"task {task.name} needs --data FILE: nothing is fetched, and no data come "
-                        "with this package")  # fmt: skip
+        raise UserError(f"task {task.name} needs --data FILE: the package neither contains nor "
+                        "downloads its data")  # fmt: skip
     if task.read is None:
         return read_questions(data, task, limit, split)
     if split is not None:
-        raise UserError(f"--split {split}: data of task {task.name} have no splits")
+        raise UserError(f"--split {split}: the data of task {task.name} have no splits")
     return task.read(data, task, limit)

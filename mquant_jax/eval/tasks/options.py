@@ -1,4 +1,4 @@
-"""Multiple choice. The prompts are lmms-eval's and MMMU's."""
+"""Multiple-choice benchmarks. The prompts are lmms-eval's and MMMU's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mquant_jax.eval.scoring import Verdict
 
 _PLACE = re.compile(r"<image (\d+)>")
 _MMMU_ID = re.compile(r"(?:dev|validation|test)_(.+)_\d+")
-_ROTATIONS = 1_000_000  # MMBench: rows of one question differ by multiples of it
+_ROTATIONS = 1_000_000  # MMBench: the indices of one question's rows differ by multiples of this
 
 
 def _judge(answer: str, question: Question) -> Verdict:
@@ -35,13 +35,13 @@ def _ask(fields: Fields) -> str:
 
 
 def _mmmu_category(raw: Mapping[str, Any]) -> str:
-    """The subject: a column of the TSV, part of the id in parquet."""
+    """The subject: a column in TSV files, part of the id in parquet files."""
     found = _MMMU_ID.fullmatch(str(raw.get("id", "")))
     return str(raw.get("category") or (found.group(1) if found else ""))
 
 
 def place_pictures(fields: Fields, text: str) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
-    """Pictures where the text says ``<image N>``; those it does not name come first."""
+    """Put pictures where the text has ``<image N>``; pictures without a mark come first."""
     pieces = _PLACE.split(text)
     named = [int(n) - 1 for n in pieces[1::2]]
     if not named or not all(0 <= n < len(fields.images) for n in named):

@@ -24,7 +24,7 @@ def _caseless(answer: str, question: Question) -> Verdict:
 
 
 def questions_from(samples: Sequence[Sample]) -> list[Question]:
-    """Samples as questions; their numbers are the ids."""
+    """Samples as questions, with their index as id."""
     return [
         Question(str(i), s, (s.answer,), category=s.task, group=str(i))
         for i, s in enumerate(samples)
@@ -36,14 +36,14 @@ def _samples(path: Path, task: Task, limit: int | None) -> list[Question]:
 
 
 def _easyvqa(path: Path, task: Task, limit: int | None) -> list[Question]:
-    """questions.json of the package: ``[[question, answer, picture's number], ...]``, pictures in
-    images/ beside it."""
+    """questions.json of the package: ``[[question, answer, picture number], ...]``, with the
+    pictures in the folder images/ next to it."""
     try:
         rows = json.loads(read_text(path))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON: {e}") from e
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a list of [question, answer, picture's number]")
+        raise UserError(f"{path}: expected a list of [question, answer, picture number]")
     samples = []
     for i, row in enumerate(rows[:limit]):
         match row:
@@ -51,22 +51,22 @@ def _easyvqa(path: Path, task: Task, limit: int | None) -> list[Question]:
                 picture = path.parent / "images" / f"{number}.png"
                 samples.append(Sample((picture,), question, answer, where=f"{path}: row {i}"))
             case _:
-                raise UserError(f"{path}: row {i}: expected [question, answer, picture's number]")
+                raise UserError(f"{path}: row {i}: expected [question, answer, picture number]")
     return questions_from(samples)
 
 
 def _easyvqa_data() -> Path | None:
-    """The test questions of the package, where it is installed."""
+    """The test questions of the package, if it is installed."""
     found = importlib.util.find_spec("easy_vqa")
     places = found.submodule_search_locations if found else None
     return Path(places[0]) / "data" / "test" / "questions.json" if places else None
 
 
 def _text(path: Path, task: Task, limit: int | None) -> list[Question]:
-    """One text, which a model's tokenizer cuts into windows."""
+    """One text, to be split into windows by a model's tokenizer."""
     text = read_text(path)
     if not text.strip():
-        raise UserError(f"{path}: holds no text")
+        raise UserError(f"{path}: no text")
     return [Question("0", Sample((), text, where=str(path)), group="0")]
 
 

@@ -1,4 +1,4 @@
-"""Reading text, documents and charts. The prompts are lmms-eval's."""
+"""Benchmarks of reading text, documents and charts. The prompts are lmms-eval's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from mquant_jax.eval.question import SHORT_ANSWER, Question, Task
 from mquant_jax.eval.scoring import Verdict
 
 FORMULAS = ("Handwritten Mathematical Expression Recognition", "HME100k")
-ANNOTATORS = 4  # with fewer, no answer can have the full score
+ANNOTATORS = 4  # with fewer, no answer can get the full score
 
 
 def _textvqa(answer: str, question: Question) -> Verdict:
     truths = question.answers
-    if len(truths) < ANNOTATORS:  # agreed answers, not annotators: each has the full score
+    if len(truths) < ANNOTATORS:  # agreed answers, not one per annotator: each gets the full score
         truths = truths * ANNOTATORS
     return Verdict(metrics.vqa_accuracy(answer, truths), answer)
 

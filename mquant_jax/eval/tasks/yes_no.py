@@ -1,4 +1,4 @@
-"""Questions for yes or no. MME has its own prompt; POPE's is lmms-eval's."""
+"""Yes/no benchmarks. MME has its own prompt; POPE's is lmms-eval's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _pope(answer: str, question: Question) -> Verdict:
 
 
 def _pair(fields: Fields) -> str:
-    """The two questions of a picture; pictures occur in several categories."""
+    """Key of a picture's two questions; has the category, because categories share pictures."""
     return "/".join([fields.category, *map(picture_key, fields.images)])
 
 

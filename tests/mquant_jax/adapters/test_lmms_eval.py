@@ -38,7 +38,7 @@ def test_messages() -> None:
     assert video["type"] == "video" and video["video"] is clip
     for part, words in (
         ({"type": "audio", "url": "x"}, "part of type 'audio'"),
-        ({"type": "video", "url": "a.mp4"}, "video a.mp4: files of videos are not read"),
+        ({"type": "video", "url": "a.mp4"}, "video a.mp4: video files are not supported"),
     ):
         fails(words, lambda part=part: adapter.conversation([{"role": "user", "content": [part]}]))
 

@@ -159,7 +159,7 @@ def test_the_record_of_a_run(models, data, tmp_path) -> None:
     assert {"recipe", "preprocessor", "versions", "dtype", "option_rules"} <= set(run)
     assert json.loads((folder / "answers.jsonl").read_text().splitlines()[1])["id"] == "0"
     other = Options(8, batch_size=2, limit=3)
-    fails("made with another decoding", lambda: evaluate(
+    fails("made with a different decoding", lambda: evaluate(
         ["a/float"], TASKS["jsonl"], data, other, tmp_path / "o"))  # fmt: skip
 
 
@@ -167,17 +167,17 @@ def test_damaged_answers_are_named(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     AnswerFile(path, {"x": 1}).add([("ü\ud800", Answer("日本\n\u2028", 2))])
     assert AnswerFile(path, {"x": 1}).found == {"ü\ud800": Answer("日本\n\u2028", 2)}
-    fails("made with another x: 1, now 2", lambda: AnswerFile(path, {"x": 2}))
+    fails("made with a different x: 1, now 2", lambda: AnswerFile(path, {"x": 2}))
     good = path.read_bytes()
     for bad, words in (
         (b"{nonsense\n", "a.jsonl:3: damaged"),
-        (b'{"id": 3}\n', "a.jsonl:3: no answer"),
-        (b"[]\n", "a.jsonl:3: damaged: no JSON object"),
+        (b'{"id": 3}\n', "a.jsonl:3: not an answer"),
+        (b"[]\n", "a.jsonl:3: damaged: not a JSON object"),
     ):
         path.write_bytes(good + bad)
         fails(words, lambda: AnswerFile(path, {"x": 1}))
     path.write_bytes(b"{}\n")
-    fails("holds no answers of a run", lambda: AnswerFile(path, {"x": 1}))
+    fails("not an answer file", lambda: AnswerFile(path, {"x": 1}))
     path.write_bytes(b'{"run": {"x"')  # killed while the header was written
     assert AnswerFile(path, {"x": 1}).found == {}
 
@@ -220,7 +220,7 @@ def test_agreement_and_divergence_on_the_first_ones_answers(models, data, tmp_pa
     # "answer 3" is the third question.
     assert run(kl=2)[1] == 0 and run(kl=3)[1] == pytest.approx(nats / 27, rel=1e-5)
     fails("kl is -1", lambda: Checks(kl=-1))
-    fails("name two at least", lambda: evaluate(
+    fails("give at least two", lambda: evaluate(
         ["a/float"], TASKS["jsonl"], data, checks=Checks(kl=1)))  # fmt: skip
     fails("scores a text", lambda: evaluate(
         ["a/float", "b/w4"], TASKS["perplexity"], data, checks=Checks(True)))  # fmt: skip
@@ -255,7 +255,7 @@ def test_swapped_pictures_are_others_and_as_many() -> None:
     assert all(
         s.sample.question == q.sample.question for s, q in zip(swapped, questions, strict=True)
     )
-    fails("no question can be given other pictures", lambda: with_swapped_pictures(
+    fails("no pictures can be swapped", lambda: with_swapped_pictures(
         with_pictures([a], [a], [], [a, b])))  # fmt: skip
 
 

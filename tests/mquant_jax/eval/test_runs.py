@@ -16,17 +16,14 @@ import mquant_jax as mq
 from mquant_jax.eval import hosts
 from mquant_jax.eval.perplexity import LENGTH, Scorer
 from mquant_jax.models.base import Prompt
-from mquant_jax.samples import DEMO_ASSETS
 from tests.helpers import fails
 
 QUESTIONS = 32
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "float"
-    mq.convert(DEMO_ASSETS / "model", folder)
-    return folder
+def checkpoint(demo_float):
+    return demo_float
 
 
 def start(checkpoint, out, *more, devices=1):

@@ -47,9 +47,10 @@ PLAIN = Recipe(name="plain", language=Section(4), weights=Weights(clip=False))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, demo_float):
     root = tmp_path_factory.mktemp("report")
-    for recipe in (Recipe(), PLAIN, HALVED):
+    (root / "float").symlink_to(demo_float)
+    for recipe in (PLAIN, HALVED):
         convert(SOURCE, root / recipe.name, recipe)
     return root
 
@@ -160,7 +161,7 @@ def test_the_page_is_one_file(halved, tmp_path) -> None:
     words = ("positions [0]", "different pictures", "vision/merger/fc1")
     for word in (f"rule {rule} on section language", *words):
         assert word in text, word
-    assert "Not known" not in text
+    assert "Missing data" not in text
 
 
 def test_the_command_prints_the_short_form(folders, tmp_path, capsys) -> None:
@@ -174,7 +175,7 @@ def test_the_command_prints_the_short_form(folders, tmp_path, capsys) -> None:
     assert main(["inspect", str(folders / "halved")]) == 0
     said = capsys.readouterr().out
     for word in ("weight SQNR (dB): vision", "output SQNR (dB)", "saturation: ", "sinks: ",
-                 "first to keep at 8 bits, by output error"):  # fmt: skip
+                 "first candidates for 8 bits, by output error"):  # fmt: skip
         assert word in said, word
 
 
@@ -193,7 +194,7 @@ def test_a_record_of_before_says_what_it_lacks(halved, tmp_path) -> None:
     names = {path.stem for path in drawn}
     assert {"sizes", "weight-sqnr", "activation-scales-language-layers", "clipping"} <= names
     assert not {"output-sqnr"} & names
-    assert "convert again" in page.read_text() and "not known: calibration" in text(found)
+    assert "convert again" in page.read_text() and "missing: calibration" in text(found)
     assert {row.measure for row in sensitive(found)} == {"weight"}
     assert len(write_report(dataclasses.replace(halved, record={}), tmp_path)) > 4  # scales, sizes
 

@@ -17,7 +17,6 @@ import pytest
 import mquant_jax as mq
 from mquant_jax.runtime.engine import Engine
 from mquant_jax.serve.server import open_socket
-from tests.chat_cases import folder_of
 from tests.helpers import fails
 from tests.mquant_jax.serve.running import NAME, data_url, served
 
@@ -27,11 +26,8 @@ PICTURES = [RNG.integers(0, 255, (28 * (1 + i), 56, 3), np.uint8) for i in range
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> mq.Model:
-    """Random weights: its answers go on until they may not."""
-    place = tmp_path_factory.mktemp("serve")
-    mq.convert(folder_of("qwen2_vl/public", place / "src"), place / "dst")
-    return mq.load(place / "dst")
+def model(random_float) -> mq.Model:
+    return mq.load(random_float)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +167,7 @@ def test_errors_as_the_client_knows_them(server) -> None:
     with pytest.raises(openai.BadRequestError, match="context is 512") as info:
         create(model=NAME, messages=user("x" * 600))
     assert info.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="nothing is fetched"):
+    with pytest.raises(openai.BadRequestError, match="nothing is downloaded"):
         url = {"url": "http://127.0.0.1/x.png"}
         create(model=NAME, messages=[
             {"role": "user", "content": [{"type": "image_url", "image_url": url}]}])  # fmt: skip

@@ -112,7 +112,7 @@ def test_pictures_and_their_pixels() -> None:
     content = read(messages=[{"role": "user", "content": [part] * 8}]).messages[0]["content"]
     assert [p["image"].size for p in content] == [(4, 3)] * 8  # 96 of 100 pixels
     error = refused(messages=[{"role": "user", "content": [part] * 9}])
-    assert error.code == "invalid_image" and "expected 4 at most" in error.message
+    assert error.code == "invalid_image" and "expected at most 4" in error.message
     part = {"type": "image_url", "image_url": {"url": url((101, 1))}}
     assert "101 pixels" in refused(messages=[{"role": "user", "content": [part]}]).message
 

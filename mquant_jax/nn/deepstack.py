@@ -1,0 +1,47 @@
+"""DeepStack: visual features that enter the decoder's stream behind its first layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mquant_jax.numerics import AnyArray
+
+
+def rows_of(features: Any, index: AnyArray) -> jax.Array:
+    """The row of some features for each token, float ``[B, T, hidden]``, and zeros without one.
+
+    Args:
+        features: ``[..., hidden]``, rows counted over all axes but the last.
+        index: int32 ``[B, T]``; -1: none.
+    """
+    features, index = jnp.asarray(features), jnp.asarray(index)
+    rows = features.reshape(-1, features.shape[-1])[index]
+    return jnp.where((index >= 0)[..., None], rows, jnp.zeros((), rows.dtype))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["features", "index"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class DeepFeatures:
+    """What is added to the stream behind layers 0, 1, ... of a decoder.
+
+    Attributes:
+        features: of each layer, as :func:`rows_of` takes them, or handles that load such.
+        index: int32 ``[B, T]``, the row of each token; -1: nothing is added to it.
+    """
+
+    features: tuple[Any, ...]
+    index: AnyArray
+
+    def at_layer(self, layer: int) -> jax.Array | None:
+        """float ``[B, T, hidden]`` of one layer; ``None`` behind the last one."""
+        return rows_of(self.features[layer], self.index) if layer < len(self.features) else None
+
+    def stacked(self) -> jax.Array:
+        """float ``[layers + 1, B, T, hidden]``: each layer's, then zeros for all layers behind."""
+        found = [rows_of(f, self.index) for f in self.features]
+        return jnp.stack([*found, jnp.zeros_like(found[0])])
