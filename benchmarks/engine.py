@@ -2,12 +2,16 @@
 
     python -m benchmarks.engine [--model 2b] [--requests 1000] [--concurrent 16] [--plot FILE]
 
-Prompts, weights and answers' lengths are those of benchmarks.soak; nothing stops an answer early.
-Three measurements, each left out where its number is 0:
+Prompts and weights are those of benchmarks.soak, and so are the lengths of the answers (1 to 48
+tokens) unless ``--new-tokens`` says one for all; nothing stops an answer early. Three measurements,
+each left out where its number is 0:
 
 ``--compare N``   N prompts through ``generate``, one after the other, and through an engine,
-                  ``--concurrent`` at a time: seconds, tokens per second, and how many greedy
-                  answers are equal
+                  ``--concurrent`` at a time, in turns: seconds and processor seconds (the least of
+                  two warm runs each), tokens per second, and how many greedy answers are equal: to
+                  those of ``generate`` and to those of the engine with one request at a time. Where
+                  one differs from ``generate``'s, the margin says by how much the log-probability
+                  of the first token that differs was ahead of the next one's
 ``--exact N``     N mixed requests (one to eight prompts each) through programs of exactly their
                   size, and the same prompts through an engine: mean seconds a request
 ``--requests N``  N prompts through one engine that keeps pictures and prompts: memory is flat if
@@ -21,7 +25,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +85,43 @@ def compare(model: Model, engine: Engine, jobs: list[Job], concurrent: int) -> d
     def together() -> list[list[int]]:
         return [a.tokens for a in answers(engine, progress(jobs, "engine"), concurrent)]
 
-    serial, expected = timed(one_by_one)
-    seconds, got = timed(together)
+    expected, got = one_by_one(), together()
+    alone = [a.tokens for a in answers(engine, progress(jobs, "engine, one at a time"), 1)]
+    (serial, serial_cpu), (seconds, cpu) = least_times([one_by_one, together])
     tokens = sum(map(len, got))
     return {
         "requests": len(jobs), "tokens": tokens, "one_by_one_seconds": serial,
-        "engine_seconds": seconds, "one_by_one_rate": tokens / serial, "rate": tokens / seconds,
-        "speedup": serial / seconds,
+        "engine_seconds": seconds, "one_by_one_cpu_seconds": serial_cpu, "engine_cpu_seconds": cpu,
+        "one_by_one_rate": tokens / serial, "rate": tokens / seconds,
+        "speedup": serial / seconds, "cpu_speedup": serial_cpu / cpu,
         "equal": sum(a == b for a, b in zip(expected, got, strict=True)),
+        "equal_to_engine_alone": sum(a == b for a, b in zip(alone, got, strict=True)),
+        "margins": [
+            margin(model, prompt, a, b)
+            for (prompt, _), a, b in zip(jobs, expected, got, strict=True) if a != b
+        ],
     }  # fmt: skip
+
+
+def least_times(runs: list[Callable[[], object]], turns: int = 2) -> list[tuple[float, float]]:
+    """Seconds and processor seconds of each run, the least of so many, in turns: what else the
+    machine does falls on all of them."""
+    found: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for _ in range(turns):
+        for run, times in zip(runs, found, strict=True):
+            began, cpu = time.perf_counter(), time.process_time()
+            run()
+            times.append((time.perf_counter() - began, time.process_time() - cpu))
+    return [(min(t for t, _ in times), min(c for _, c in times)) for times in found]
+
+
+def margin(model: Model, prompt: Prompt, expected: list[int], got: list[int]) -> float:
+    """How far the likeliest token is ahead of the second, in log-probability, where two answers
+    part."""
+    at = next(i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b)
+    steps = model.generator.force(model.processor.collate([prompt]), [expected[:at]])
+    second, first = np.sort(list(steps)[at][0])[-2:]
+    return float(first - second)
 
 
 def exact(
@@ -135,8 +167,9 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"{c['requests']} requests: one by one {c['one_by_one_seconds']:.2f} s "
             f"({c['one_by_one_rate']:.1f} tokens/s), engine {c['engine_seconds']:.2f} s "
-            f"({c['rate']:.1f} tokens/s), {c['speedup']:.2f} x; {c['equal']} of {c['requests']} "
-            "greedy answers equal"
+            f"({c['rate']:.1f} tokens/s), {c['speedup']:.2f} x ({c['cpu_speedup']:.2f} x in "
+            f"processor time); of the greedy answers {c['equal']} are those of generate, "
+            f"{c['equal_to_engine_alone']} those of the engine with one request at a time"
         )
     if e := result["exact"]:
         lines.append(
@@ -156,6 +189,7 @@ def _run(argv: list[str]) -> int:
     add("--exact", type=int, default=0, metavar="N", help="requests, both ways (default 0)")
     add("--requests", type=int, default=0, metavar="N", help="the long run (default 0)")
     add("--concurrent", type=int, default=16, metavar="N", help="requests at a time (default 16)")
+    add("--new-tokens", type=int, metavar="N", help="of every answer to compare (default 1 to 48)")
     add("--slots", type=int, default=8, metavar="N", help="of the engine (default 8)")
     add("--seed", type=int, default=0, help="of the requests")
     add("--plot", type=Path, metavar="FILE", help="draw memory and programs (PNG)")
@@ -164,6 +198,8 @@ def _run(argv: list[str]) -> int:
     for name in ("compare", "exact", "requests"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be 0 or more")
+    if args.new_tokens is not None and args.new_tokens < 1:
+        raise UserError("--new-tokens must be 1 or more")
     if args.concurrent < 1:
         raise UserError("--concurrent must be 1 or more")
     if args.plot and not args.requests:
@@ -178,14 +214,16 @@ def _measured(args) -> dict[str, Any]:
     rng = np.random.default_rng(args.seed)
     result: dict[str, Any] = {
         "machine": machine(), "model": args.model, "layers": args.layers, "seed": args.seed,
-        "slots": args.slots, "concurrent": args.concurrent, "comparison": None, "exact": None,
+        "slots": args.slots, "concurrent": args.concurrent, "new_tokens": args.new_tokens,
+        "comparison": None, "exact": None,
         "limit": model.generator.programs.limit,
     }  # fmt: skip
     if args.compare or args.exact:
         with Engine(model, slots=args.slots, reuse_bytes=0) as engine:
             if args.compare:
                 some = [soak.random_request(model, rng, prompts=1) for _ in range(args.compare)]
-                result["comparison"] = compare(model, engine, list(jobs_of(some)), args.concurrent)
+                jobs = [(p, args.new_tokens or n) for p, n in jobs_of(some)]
+                result["comparison"] = compare(model, engine, jobs, args.concurrent)
             if args.exact:
                 some = [soak.random_request(model, rng) for _ in range(args.exact)]
                 result["exact"] = exact(model, engine, some, args.concurrent)

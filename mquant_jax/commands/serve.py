@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from mquant_jax.api import load
-from mquant_jax.cli_support import OK, Parser, add_no_verify, warn
+from mquant_jax.cli_support import OK, Parser, add_no_verify, progress, warn
 from mquant_jax.errors import UserError
 from mquant_jax.runtime.chats import MAX_NEW_TOKENS
 from mquant_jax.runtime.engine import Engine
@@ -55,6 +55,8 @@ def main(argv: list[str]) -> int:
         with Engine(model, slots=args.slots, context=args.context, queue=args.queue) as engine:
             service = Service(model, engine, name, limits)
             service.warm_up()
+            if args.warm_up:
+                engine.warm_up(progress=progress)
             ready = f"serving {name} on {url_of(listening)}"
             Server(service, key, grace, lambda: print(ready, flush=True)).run_on(listening)
     return OK
@@ -83,6 +85,8 @@ def _parser() -> Parser:
     add("--max-body-mb", type=int, default=64, metavar="MB", help="size of a request; default 64")
     add("--grace", type=int, default=30, metavar="SECONDS",
         help="time for open requests on shutdown; default 30")  # fmt: skip
+    add("--warm-up", action="store_true",
+        help="compile for prompts of up to 512 tokens before the first request")  # fmt: skip
     add("--kv-cache", choices=KV_CACHES, default="float",
         help="int8 stores keys and values in a half to a quarter of the memory")  # fmt: skip
     add_no_verify(parser)

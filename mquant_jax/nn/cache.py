@@ -16,7 +16,7 @@ NEVER = jnp.iinfo(jnp.int32).max
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "order", "cursor", "span"],
+    data_fields=["k", "v", "order", "cursor", "span", "rows"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,8 @@ class KVCache:
         span: int32 ``[B]``, rotary positions of the prompts. Rope that depends on the length of the
             prompt takes it from here: what is first written to the empty cache counts as the whole
             prompt, unless ``span`` is larger already, as it must be for a prompt in chunks.
+        rows: int32 ``[R]``, where some rows take part, on CPU alone: which. ``cursor`` and ``span``
+            then have one entry for each of them. ``None``: all do.
     """
 
     k: Store
@@ -43,22 +45,23 @@ class KVCache:
     order: jax.Array
     cursor: jax.Array
     span: jax.Array
+    rows: jax.Array | None = None
 
     @property
     def slots(self) -> int:
         return self.order.shape[-1]
 
 
-def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor):
+def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor, rows=None):
     """The keys and values of a :class:`KVCache` with new ones, ``[B, kv_heads, d, T]`` and
     ``[B, kv_heads, T, d]``, from slot ``cursor`` of a layer on; int8 if the cache is. ``T`` is 1
-    where each row has its own cursor."""
+    where each row has its own cursor; ``rows`` as there."""
     new: tuple[Store, Store] = k, v
     if isinstance(cache[0], QTensor):
         new = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
 
     if cursor.ndim:
-        rows = _rows(cursor)
+        rows = _rows(cursor) if rows is None else rows
 
         def put_keys(old: jax.Array, new: jax.Array) -> jax.Array:
             return old.at[layer, rows, :, :, cursor].set(new[..., 0].astype(old.dtype))
@@ -76,10 +79,10 @@ def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor)
     return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], new[1])
 
 
-def write_order(slots: jax.Array, new: jax.Array, cursor: jax.Array) -> jax.Array:
+def write_order(slots: jax.Array, new: jax.Array, cursor: jax.Array, rows=None) -> jax.Array:
     """``order`` of a :class:`KVCache` with that of new keys, int32 ``[B, T]``."""
     if cursor.ndim:
-        return slots.at[_rows(cursor), cursor].set(new[:, 0])
+        return slots.at[_rows(cursor) if rows is None else rows, cursor].set(new[:, 0])
     return put_at(slots, new, (0, cursor))
 
 

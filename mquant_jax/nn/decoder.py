@@ -194,14 +194,15 @@ class Decoder(nnx.Module):
         Returns:
             Residual stream before the final norm, and the cache with the tokens in it.
         """
-        slots = write_order(cache.order, key_order(order, token_class), cache.cursor)
-        keys = None if fresh else slots
+        rows, new = cache.rows, key_order(order, token_class)
+        slots = write_order(cache.order, new, cache.cursor, rows)
+        keys = None if fresh else slots if rows is None else slots[rows]
         span = jnp.max(positions, axis=(0, 2)) + 1
         span = jnp.maximum(cache.span, jnp.where(cache.cursor == 0, span, 0))
         ctx = self.context(positions, order, token_class, keys, span=span, **layout)
         if cache.cursor.ndim:
             used = jnp.where(order[:, 0] < 0, 0, cache.cursor + 1)
-            ctx = dataclasses.replace(ctx, used=used)
+            ctx = dataclasses.replace(ctx, used=used, rows=rows)
         ctx = scanned(ctx)
 
         # The cache is part of the carry and written one slot at a time, so XLA updates it in
@@ -213,4 +214,4 @@ class Decoder(nnx.Module):
 
         start = x, (cache.k, cache.v), jnp.int32(0)
         x, (k, v), _ = scan_layers(body, self.layers, start)
-        return x, KVCache(k, v, slots, cache.cursor + x.shape[1], span)
+        return x, KVCache(k, v, slots, cache.cursor + x.shape[1], span, rows)

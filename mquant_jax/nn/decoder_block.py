@@ -88,7 +88,8 @@ class DecoderConfig:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "angles", "order", "keys", "mask", "token_class", "query_gain", "visual", "used", "added",
+        "angles", "order", "keys", "mask", "token_class", "query_gain", "visual", "used", "rows",
+        "added",
     ],
     meta_fields=["visual_slots", "in_order"],
 )  # fmt: skip
@@ -110,6 +111,7 @@ class DecoderContext(LayeredContext):
             exception); ``None`` where there is no such expert, or nothing for it to do.
         in_order: keys belong to the same tokens, and columns are in sequence order.
         used: int32 ``[B]``, how many keys may be seen, where rows differ in it.
+        rows: as in :class:`~mquant_jax.nn.cache.KVCache`.
         added: what the layers add to the stream behind them, or as :meth:`DeepFeatures.stacked`
             gives it; for a single layer ``[B, T, hidden]``. ``None``: nothing.
     """
@@ -124,6 +126,7 @@ class DecoderContext(LayeredContext):
     visual_slots: int | None = None
     in_order: bool = False
     used: jax.Array | None = None
+    rows: jax.Array | None = None
     added: DeepFeatures | jax.Array | None = None
 
     @property
@@ -324,14 +327,14 @@ class DecoderBlock(Projections):
         """
         rows_q, rows_k, rows_v = self.qkv(x, ctx, None)
         q, k, v = self.heads(rows_q, rows_k, rows_v, ctx)
-        cache = write(cache, k, v, layer, cursor)
+        cache = write(cache, k, v, layer, cursor, ctx.rows)
         if fresh and self.fuses(rows_q, ctx):
             attended = self.attend_rows(rows_q, rows_k, rows_v, ctx, None)
             return self.rest(x, attended, ctx, None), cache
         if fresh:
             attended = self.attend(q, k, v, ctx)
         else:
-            attended = attend_cache(q, cache, layer, ctx.mask, self.prefix(), ctx.used)
+            attended = attend_cache(q, cache, layer, ctx.mask, self.prefix(), ctx.used, ctx.rows)
         return self.rest(x, attended, ctx, None), cache
 
 

@@ -11,8 +11,10 @@ model gives to its parts are the paths of their parameters.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +27,18 @@ from mquant_jax.nn.side_by_side import joined
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.dense import reads_stacks
 from mquant_jax.target import target
+
+_UNROLLED: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled", default=False)
+
+
+@contextlib.contextmanager
+def unrolled() -> Iterator[None]:
+    """Trace stacks layer by layer instead of as a scan."""
+    token = _UNROLLED.set(True)
+    try:
+        yield
+    finally:
+        _UNROLLED.reset(token)
 
 
 def stack_layers(
@@ -180,7 +194,7 @@ def _scan(
         ]
         return body(nnx.merge(graphdef, jax.tree.unflatten(tree, parts)), carry), None
 
-    return jax.lax.scan(wrap(step), start, (cut, numbers))[0]
+    return jax.lax.scan(wrap(step), start, (cut, numbers), unroll=_UNROLLED.get())[0]
 
 
 class Runner:

@@ -243,9 +243,10 @@ def attend(
     return HEADS.pick(Heads.of(q, v, prefix))(q, k, v, mask, prefix, in_order)
 
 
-def _decode_gpu(q, cache, layer, mask, prefix, used) -> jax.Array:
+def _decode_gpu(q, cache, layer, mask, prefix, used, rows) -> jax.Array:
     from mquant_jax.ops import decode_gpu  # slow to import
 
+    assert rows is None, "some rows of a cache, on CPU alone"
     k, v = cache
     y = decode_gpu.attend_one(q[:, :, 0], k, v, layer, mask[:, 0], interpret=target().interpret)
     return y[:, None]
@@ -260,14 +261,17 @@ def _no_decode_gpu(a: Heads, to: Target) -> str | None:
     )
 
 
-def _whole_layer(q, cache, layer, mask, prefix, used) -> jax.Array:
+def _whole_layer(q, cache, layer, mask, prefix, used, rows) -> jax.Array:
     k, v = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
+    if rows is not None:
+        k, v = jax.tree.map(lambda x: x[rows], (k, v))
     return attend(q, k, v, mask, prefix)
 
 
-def _row_by_row(q, cache, layer, mask, prefix, used: jax.Array) -> jax.Array:
+def _row_by_row(q, cache, layer, mask, prefix, used: jax.Array, rows) -> jax.Array:
     """:func:`attend_cache` row by row, each over no more slots than it needs, so that neither time
     nor rounding depends on the other rows."""
+    rows = jnp.arange(q.shape[0], dtype=jnp.int32) if rows is None else rows
     total = mask.shape[-1]
     sizes = [n for n in REACHES if n < total] + [total]
 
@@ -276,8 +280,8 @@ def _row_by_row(q, cache, layer, mask, prefix, used: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(x, (layer, row, *[jnp.int32(0)] * 3), sizes)[0]
 
     def first(size: int, row: jax.Array) -> jax.Array:
-        k = jax.tree.map(lambda x: cut(x, row, 4, size), cache[0])
-        v = jax.tree.map(lambda x: cut(x, row, 3, size), cache[1])
+        k = jax.tree.map(lambda x: cut(x, rows[row], 4, size), cache[0])
+        v = jax.tree.map(lambda x: cut(x, rows[row], 3, size), cache[1])
         own, seen = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (q, mask[..., :size]))
         return attend(own, k, v, seen, prefix)[0]
 
@@ -307,6 +311,7 @@ def attend_cache(
     mask: jax.Array,
     prefix: tuple[jax.Array, jax.Array] | None = None,
     used: jax.Array | None = None,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
     """:func:`attend` to one layer of a cache, which a kernel for single queries reads in its place.
 
@@ -314,6 +319,7 @@ def attend_cache(
         cache: keys ``[layers, B, kv_heads, d, S]`` and values ``[layers, B, kv_heads, S, d]``.
         layer: int32 ``[]``.
         used: int32 ``[B]``, how many slots may be seen, where rows differ in it.
+        rows: int32 ``[B]``, the cache's row of each query, on CPU alone; ``None``: the same.
     """
     spec = Heads.of(q, cache[1], prefix, by_row=used is not None)
-    return CACHE.pick(spec)(q, cache, layer, mask, prefix, used)
+    return CACHE.pick(spec)(q, cache, layer, mask, prefix, used, rows)

@@ -54,6 +54,14 @@ def rows(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def decoding(n: int, most: int, platform: str) -> int:
+    """Rows that one step of an engine of ``most`` decodes where ``n`` have a token to come. On CPU
+    one row alone is cheapest, and a few cost nearly as much as eight."""
+    if platform != "cpu":
+        return most
+    return min(most, 1 if n == 1 else max(8, rows(n)))
+
+
 def groups(n: int, size: int, platform: str) -> list[int]:
     """Powers of four that sum to ``n``: the group sizes for rows of ``size`` patches or tokens."""
     most = MOST_TOGETHER.get(platform, MOST_TOGETHER_ELSEWHERE)

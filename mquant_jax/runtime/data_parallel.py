@@ -119,6 +119,7 @@ class DataParallel(Generator):
         devices: Sequence[Any],
     ):
         super().__init__(model, stop_ids, layout, kv_cache, programs)
+        self.cursors = False
         self.mesh = Mesh(np.asarray(devices), (AXIS,))
         self.params = self.put(self.params)
 
@@ -133,14 +134,14 @@ class DataParallel(Generator):
         if self.aifs and prompts.visual_slots is None:
             prompts = _arranged(prompts)
         features = [
-            self._program("see", *v.patches.shape[:2])(self.params, v) for v in shares.vision
+            self.program("see", *v.patches.shape[:2])(self.params, v) for v in shares.vision
         ]
         # Repeated features, which no token reads, bound the number of sizes.
         features += features[:1] * (buckets.rows(len(features)) - len(features) if features else 0)
         rows, width = prompts.order.shape
         slots = buckets.slots(width + max_new_tokens)
         shapes = tuple(f.shape for f in features)
-        begin = self._program("begin", rows, width, slots, shapes, prompts.visual_slots)
+        begin = self.program("begin", rows, width, slots, shapes, prompts.visual_slots)
         return begin(self.params, prompts, tuple(features))
 
     def _sizes(self, *args: int) -> Iterator[tuple]:

@@ -14,9 +14,14 @@ on the request and on the engine's options, not on other requests. So
   beginning that are taken from earlier requests are the results of the same programs on the same
   inputs. Entries are kept for whole chunks of prompts, not for answers.
 
-All of this holds up to the rounding of one row's place in a batch: backends may sum the rows of one
-product in different orders. ``generate`` runs other programs, so against it answers are equal up to
-rounding as well.
+Equality of answers is exact where the programs' sums are, and up to rounding elsewhere. On CPU,
+with W4A8 and a static scale per layer (``w4a8``), a row has the same bits in any company: products
+are of integers, and attention sums the keys of a row in one order, whole or in chunks, in any
+bucket.
+``generate`` computes the same bits there, so its greedy answers are the engine's
+(tests/mquant_jax/test_engine_bits.py). Not so with an int8 cache, from which a later chunk reads
+rounded keys, nor in models with a visual expert, whose tokens ``generate`` rearranges. With float
+products and on accelerators backends may sum the rows of one product in different orders.
 """
 
 from __future__ import annotations
@@ -30,7 +35,9 @@ from typing import Any, Protocol
 
 from mquant_jax.errors import PromptTooLong, QueueFull, UserError
 from mquant_jax.models.base import Processor, Prompt, longest
+from mquant_jax.runtime import buckets
 from mquant_jax.runtime.buckets import PIECE
+from mquant_jax.runtime.engine_programs import Progress
 from mquant_jax.runtime.generate import Generator
 from mquant_jax.runtime.prefill import plan
 from mquant_jax.runtime.requests import Clock, Request, RequestOptions
@@ -122,7 +129,7 @@ class Engine:
         self.context = _context(context, model.max_positions)
         self.queue = count(queue, "queue")
         chunk = min(_chunk(prefill_chunk, model.generator.platform), _up(self.context, PIECE))
-        sizes = count(slots, "slots"), _up(self.context, chunk), chunk
+        sizes = count(slots, "slots"), _up(buckets.slots(self.context), chunk), chunk
         self._rows = Rows(model.generator, *sizes, count(reuse_bytes, "reuse_bytes", least=0))
         self._waiting: deque[Work] = deque()
         self._changed = threading.Condition()
@@ -156,6 +163,30 @@ class Engine:
             self._waiting.append(work)
             self._changed.notify_all()
         return work.request
+
+    def warm_up(
+        self,
+        *,
+        prompt: int = 512,
+        picture: int = 1024,
+        progress: Progress = lambda items, label: items,
+    ) -> int:
+        """Compile what requests up to these sizes need, as far as the limit of programs goes: a
+        first request then waits for no compiler. Programs for more tokens follow when they are
+        needed. May be called at any time.
+
+        Args:
+            prompt: tokens of the longest prompt, its pictures' included.
+            picture: patches of the largest picture.
+
+        Returns:
+            How many programs are alive then.
+
+        Raises:
+            UserError: a value of another type or range.
+        """
+        tokens = min(count(prompt, "prompt"), self.context)
+        return self._rows.programs.warm_up(tokens, count(picture, "picture"), progress)
 
     def stats(self) -> EngineStats:
         """What the engine does now and has done."""

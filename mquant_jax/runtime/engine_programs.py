@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.runtime import slots
+from mquant_jax.runtime import buckets, slots
 from mquant_jax.runtime.generate import Generator, shape_of
+from mquant_jax.runtime.layers_apart import LayersApart
 from mquant_jax.runtime.prefill import Chunk
 from mquant_jax.runtime.slots import Columns, Slots, Start
-from mquant_jax.runtime.steps import shapes_of
+
+Progress = Callable[[Iterable, str], Iterable]  # of items with a label
+_NUMBER = shape_of((), np.int32)
 
 
 class EnginePrograms:
@@ -31,7 +36,39 @@ class EnginePrograms:
 
     def empty(self) -> Slots:
         """Rows without a request."""
-        return self._get("empty", lambda: self.generator.compiled(self._empty))(self._params)
+        return self._program("empty")(self._params)
+
+    def warm_up(self, prompt: int, picture: int, progress: Progress) -> int:
+        """Compile what requests of so many tokens and patches need, as far as the limit of programs
+        goes; how many are alive then."""
+        programs = self.generator.programs
+        for make in progress(
+            list(itertools.islice(self._makers(prompt, picture), programs.limit)), "compile"
+        ):
+            make()
+        return len(programs)
+
+    def _makers(self, prompt: int, picture: int) -> Iterator[Callable[[], Any]]:
+        """What makes the programs, those that every request needs first."""
+        steps = {buckets.decoding(n, self.rows, self.generator.platform)
+                 for n in range(1, self.rows + 1)}  # fmt: skip
+        yield from (partial(self._program, kind) for kind in ("empty", "begin"))
+        yield from (partial(self._program, "step", size) for size in sorted(steps))
+        for sizes in self._chunk_sizes(prompt):
+            yield partial(self._program, "chunk", *sizes)
+        for size in self.generator.picture_sizes(picture):
+            yield partial(self.generator.program, "see", *size)
+        yield from (partial(self._program, kind) for kind in ("take", "give"))
+
+    def _chunk_sizes(self, prompt: int) -> Iterator[tuple]:
+        """Sizes of the programs for prompts of up to so many tokens, first chunks first."""
+        starts = range(0, prompt, self.chunk)
+        widths = list(buckets.up_to(min(prompt, self.chunk), buckets.prompt))
+        layouts = (None, 0) if self.generator.model.language.cfg.visual_expert else (None,)
+        for reach in sorted({self.reach(start, self.chunk) for start in starts}):
+            for width in widths:
+                count = self.generator.feature_pieces(0, 1, width)
+                yield from ((width, reach, count, layout) for layout in layouts)
 
     def read(
         self, state: Slots, chunk: Chunk, parts: list[jax.Array], row: int, span: int
@@ -41,8 +78,8 @@ class EnginePrograms:
         reach = self.reach(chunk.start, width)
         features = self.generator.filled_up(parts, 1, width)
         sizes = (width, reach, len(features), chunk.batch.visual_slots)
-        program = self._get("chunk", lambda: self._compile_read(*sizes), *sizes)
         place = np.int32(row), np.int32(chunk.start), np.int32(span)
+        program = self._program("chunk", *sizes)
         return program(self._params, state, chunk.batch, features, *place)
 
     def reach(self, start: int, width: int) -> int:
@@ -57,35 +94,39 @@ class EnginePrograms:
 
     def begin(self, state: Slots, hidden: jax.Array, row: int, start: Start):
         """:func:`mquant_jax.runtime.slots.begin`."""
-        args = (state, hidden, np.int32(row), start)
-        program = self._get("begin", lambda: self._compiled(slots.begin, *args))
-        return program(self._params, *args)
+        return self._program("begin")(self._params, state, hidden, np.int32(row), start)
 
-    def step(self, state: Slots, active: np.ndarray) -> tuple[Slots, jax.Array]:
-        """:func:`mquant_jax.runtime.slots.step`."""
-        program = self._get("step", lambda: self._compiled(slots.step, state, active))
-        return program(self._params, state, active)
+    def step(self, state: Slots, running: Sequence[int]) -> tuple[Slots, np.ndarray]:
+        """One more token for each of these rows: the slots, and int32 tokens in their order.
+
+        On CPU a program takes as many rows as decode, or the next larger number of a few.
+        """
+        size = buckets.decoding(len(running), self.rows, self.generator.platform)
+        program = self._program("step", size)
+        params = self._apart.parts if self._takes_layers_apart(size) else self._params
+        if size == self.rows:
+            state, tokens = program(params, state, np.isin(np.arange(size), running))
+            return state, np.asarray(tokens)[running]
+        others = [row for row in range(self.rows) if row not in running]
+        rows = np.asarray([*running, *others][:size], np.int32)
+        state, tokens = program(params, state, np.arange(size) < len(running), rows)
+        return state, np.asarray(tokens)[: len(running)]
+
+    def _takes_layers_apart(self, size: int) -> bool:
+        return self.generator.platform == "cpu" and size > 1
+
+    @cached_property
+    def _apart(self) -> LayersApart:
+        return LayersApart(self._params)
 
     def take(self, state: Slots, row: int, start: int) -> Columns:
         """The columns of one whole chunk."""
-        place = np.int32(row), np.int32(start)
-
-        def compile_take() -> Any:
-            def whole(state: Slots, row: jax.Array, start: jax.Array) -> Columns:
-                return slots.take(state, row, start, self.chunk)
-
-            return jax.jit(whole).lower(*shapes_of((state, *place))).compile()
-
-        return self._get("take", compile_take)(state, *place)
+        return self._program("take")(state, np.int32(row), np.int32(start))
 
     def give(self, state: Slots, columns: Columns, row: int, start: int, span: int) -> Slots:
         """:func:`mquant_jax.runtime.slots.give`."""
-        args = (state, columns, np.int32(row), np.int32(start), np.int32(span))
-
-        def compile_give() -> Any:
-            return jax.jit(slots.give, donate_argnums=0).lower(*shapes_of(args)).compile()
-
-        return self._get("give", compile_give)(*args)
+        place = np.int32(row), np.int32(start), np.int32(span)
+        return self._program("give")(state, columns, *place)
 
     @property
     def _params(self) -> Any:
@@ -94,18 +135,45 @@ class EnginePrograms:
     def _empty(self, model: VLM) -> Slots:
         return slots.empty_slots(model, self.rows, self.columns, self.generator.int8_cache)
 
-    def _get(self, kind: str, make: Callable[[], Any], *sizes: Any) -> Any:
+    def _program(self, kind: str, *sizes: Any) -> Any:
         key = (f"engine {kind}", self.rows, self.columns, self.chunk, *sizes)
+        make = partial(getattr(self, f"_compile_{kind}"), *sizes)
         return self.generator.programs.get(self.generator.owner, key, make)
 
-    def _compiled(self, step: Callable, state: Slots, *args: Any) -> Any:
-        return self.generator.compiled(step, *shapes_of((state, *args)), donate=1)
+    def _compile_empty(self) -> Any:
+        return self.generator.compiled(self._empty)
 
-    def _compile_read(self, width: int, reach: int, count: int, visual_slots: int | None) -> Any:
+    def _compile_begin(self) -> Any:
+        language = self.generator.model.language
+        hidden = shape_of((1, language.cfg.hidden_size), language.dtype)
+        start = jax.tree.map(lambda x: shape_of((1, *x.shape[1:]), x.dtype), self._slots.start)
+        return self.generator.compiled(slots.begin, self._slots, hidden, _NUMBER, start, donate=1)
+
+    def _take(self, state: Slots, row: jax.Array, start: jax.Array) -> Columns:
+        return slots.take(state, row, start, self.chunk)
+
+    def _compile_take(self) -> Any:
+        return jax.jit(self._take).lower(self._slots, _NUMBER, _NUMBER).compile()
+
+    def _compile_give(self) -> Any:
+        columns = jax.eval_shape(self._take, self._slots, _NUMBER, _NUMBER)
+        args = (self._slots, columns, _NUMBER, _NUMBER, _NUMBER)
+        return jax.jit(slots.give, donate_argnums=0).lower(*args).compile()
+
+    def _compile_step(self, size: int) -> Any:
+        args = [self._slots, shape_of((size,), bool)]
+        if size < self.rows:
+            args.append(shape_of((size,), np.int32))
+        if not self._takes_layers_apart(size):
+            return self.generator.compiled(slots.step, *args, donate=1)
+        bound = self._apart.bound(self.generator.bound(slots.step))
+        return jax.jit(bound, donate_argnums=1).lower(self._apart.parts, *args).compile()
+
+    def _compile_chunk(self, width: int, reach: int, count: int, visual_slots: int | None) -> Any:
         def read(model: VLM, state: Slots, batch: Batch, features: tuple, row, start, span):
             int8 = self.generator.int8_cache
             return slots.read_chunk(model, state, batch, features, row, start, span, reach, int8)
 
         batch = self.generator.prompt_shapes(1, width, visual_slots)
-        features, one = self.generator.piece_shapes(count), shape_of((), np.int32)
-        return self.generator.compiled(read, self._slots, batch, features, one, one, one, donate=1)
+        args = self._slots, batch, self.generator.piece_shapes(count), _NUMBER, _NUMBER, _NUMBER
+        return self.generator.compiled(read, *args, donate=1)

@@ -87,6 +87,7 @@ class Generator:
         self.int8_cache, self.programs = kv_cache == "int8", programs
         self.graphdef, self.params = nnx.split(model)
         self.platform = jax.default_backend()
+        self.cursors = self.platform == "cpu"  # elsewhere one place for all rows is faster
         self.owner = next(_OWNERS)
         self._nothing: jax.Array | None = None
         weakref.finalize(self, programs.forget, self.owner).atexit = False
@@ -140,8 +141,8 @@ class Generator:
         longest = max(len(held) for _, held, _ in entries) * PIECE
         slots = buckets.slots(longest + max_new_tokens)
         rows = buckets.rows(batch.order.shape[0])
-        answers = self._program("empty", rows, slots)(self.params)
-        insert = self._program("insert", rows, slots)
+        answers = self.program("empty", rows, slots)(self.params)
+        insert = self.program("insert", rows, slots)
         for row, held, entry in entries:
             for i, piece in enumerate(held):
                 one = dataclasses.replace(entry, pieces=(entry.pieces[piece],))
@@ -152,7 +153,7 @@ class Generator:
         """Decode every row up to token ``until``; ``answers`` is donated."""
         rows, slots = answers.tokens.shape
         limit = np.full(rows, until, np.int32)
-        return self._program("decode", rows, slots)(self.params, answers, limit, how)
+        return self.program("decode", rows, slots)(self.params, answers, limit, how)
 
     def warm_up(
         self,
@@ -178,7 +179,7 @@ class Generator:
             self._sizes(rows, prompt, picture, new_tokens), self.programs.limit
         ))  # fmt: skip
         for kind, sizes in progress(wanted, "compile"):
-            self._program(kind, *sizes)
+            self.program(kind, *sizes)
         return len(self.programs)
 
     def _sizes(self, rows: int, prompt: int, picture: int, new_tokens: int):
@@ -189,14 +190,18 @@ class Generator:
                 yield from ((kind, (b, s)) for kind in ("empty", "insert", "decode"))
         prompts = [] if self.aifs else list(buckets.up_to(prompt, buckets.prompt))
         yield from (("read", (1, t, self.feature_pieces(0, 1, t), None)) for t in prompts)
+        yield from (("see", sizes) for sizes in self.picture_sizes(picture))
+        for t in prompts:
+            for b in sorted(set(buckets.groups(rows, t, self.platform)) - {1}):
+                yield "read", (b, t, self.feature_pieces(0, b, t), None)
+
+    def picture_sizes(self, picture: int) -> Iterator[tuple[int, int]]:
+        """Of the programs for single pictures of up to so many patches, where they differ."""
         tower = self.model.vision
         if tower is not None and tower.takes_any_size:
             unit = tower.patches_per_token
             for p in buckets.up_to(picture, lambda n: buckets.patches(n, unit)):
-                yield "see", (1, p)
-        for t in prompts:
-            for b in sorted(set(buckets.groups(rows, t, self.platform)) - {1}):
-                yield "read", (b, t, self.feature_pieces(0, b, t), None)
+                yield 1, p
 
     def _see(self, batch: Batch) -> dict[tuple[int, int], jax.Array]:
         """Visual features by ``(picture, piece)``."""
@@ -210,13 +215,13 @@ class Generator:
 
     def see(self, group: Pictures) -> Sequence[tuple[jax.Array, ...]]:
         """For each picture of a group, its features in pieces ``[PIECE, feature_width]``."""
-        program = self._program("see", *group.vision.valid.shape)
+        program = self.program("see", *group.vision.valid.shape)
         return program(self.params, group.vision)
 
     def _read(self, group: Prompts, features: dict) -> Sequence[Entry]:
         rows, width = group.batch.order.shape
         parts = self.filled_up([features[piece] for piece in group.features], rows, width)
-        program = self._program("read", rows, width, len(parts), group.batch.visual_slots)
+        program = self.program("read", rows, width, len(parts), group.batch.visual_slots)
         return program(self.params, group.batch, parts)
 
     def filled_up(self, parts: Sequence[jax.Array], rows: int, width: int) -> tuple[jax.Array, ...]:
@@ -254,7 +259,7 @@ class Generator:
             tokens = np.zeros(rows, np.int32)
             if i:
                 tokens[: len(answers)] = [a[i - 1] if i <= len(a) else 0 for a in answers]
-            force = self._program("force", rows, slots, i == 0)
+            force = self.program("force", rows, slots, i == 0)
             expected, fed = force(self.params, fed, tokens)
             yield np.asarray(expected)[: len(answers)]
 
@@ -269,7 +274,8 @@ class Generator:
             step += 1
             answers = self.run(answers, step, how)
 
-    def _program(self, kind: str, *sizes) -> Any:
+    def program(self, kind: str, *sizes) -> Any:
+        """The program of a kind and its sizes."""
         return self.programs.get(
             self.owner, (kind, *sizes), lambda: getattr(self, f"_compile_{kind}")(*sizes)
         )
@@ -329,7 +335,7 @@ class Generator:
         return (shape_of((PIECE, model.feature_width), model.language.dtype),) * count
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
-        return lambda model: steps.empty(model, rows, slots, self.int8_cache)
+        return lambda model: steps.empty(model, rows, slots, self.int8_cache, self.cursors)
 
     def _answers(self, rows: int, slots: int) -> Answers:
         return jax.eval_shape(self.bound(self._empty(rows, slots)), self.params)
@@ -373,6 +379,6 @@ def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
 def _held_pieces(batch: Batch) -> list[list[int]]:
     """For each row, the pieces of its cache entries that hold a token."""
     missing = -batch.order.shape[1] % PIECE
-    order = np.pad(np.asarray(batch.order), ((0, 0), (missing, 0)), constant_values=-1)
+    order = np.pad(np.asarray(batch.order), ((0, 0), (0, missing)), constant_values=-1)
     held = np.any(order.reshape(len(order), -1, PIECE) >= 0, axis=2)
     return [np.flatnonzero(row).tolist() or [0] for row in held]

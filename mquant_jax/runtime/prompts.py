@@ -18,7 +18,7 @@ from mquant_jax.nn.vit import VisionInput
 from mquant_jax.numerics import AnyArray
 from mquant_jax.runtime import buckets
 from mquant_jax.runtime.buckets import PIECE
-from mquant_jax.runtime.tokens import arrange
+from mquant_jax.runtime.tokens import arrange, picked
 
 Piece = tuple[int, int]  # row of the vision input, piece of its features
 
@@ -93,18 +93,18 @@ def split_prompts(model: VLM, batch: Batch, aifs: bool, platform: str) -> Iterat
         return
     real = batch.order >= 0
     visual = (real & (batch.token_class == VISUAL)).sum(axis=1)
-    lengths = width - np.where(real.any(axis=1), real.argmax(axis=1), width - 1)
+    first = np.where(real.any(axis=1), real.argmax(axis=1), width - 1)
 
     def size(row: int) -> tuple[int, int]:
         if not aifs:
-            return 0, buckets.prompt(int(lengths[row]))
+            return 0, buckets.prompt(width - int(first[row]))
         text = int(real[row].sum() - visual[row])
         return buckets.prompt(int(visual[row])) if visual[row] else 0, buckets.prompt(text)
 
     for (front, back), alike in _alike(list(range(rows)), size):
         for some in _groups(alike, front + back, platform):
             part = _rows(batch, some)
-            part = arrange(part, front, back)[0] if aifs else _left_padded(part, back)
+            part = arrange(part, front, back)[0] if aifs else _from_first(part, first[some], back)
             yield regrouped(part, some, tokens)
 
 
@@ -157,6 +157,13 @@ def _rows(batch: Batch, rows: list[int]) -> Batch:
         token_class=batch.token_class[rows],
         visual_index=batch.visual_index[rows],
     )
+
+
+def _from_first(batch: Batch, first: np.ndarray, width: int) -> Batch:
+    """Each row from its first token's column on, padded on its right: so its tokens stand where
+    they do alone or in chunks, whatever the size of the program."""
+    columns = first[:, None] + np.arange(width)
+    return picked(batch, np.where(columns < batch.order.shape[1], columns, -1))
 
 
 def _left_padded(batch: Batch, width: int) -> Batch:

@@ -184,13 +184,11 @@ class Rows:
         self._token(row, work, first)
 
     def _step(self) -> None:
-        active = np.zeros(self.programs.rows, bool)
-        active[list(self.running)] = True
-        self.state, drawn = self.programs.step(self.state, active)
-        tokens = np.asarray(drawn)
+        self.state, drawn = self.programs.step(self.state, list(self.running))
         self._count(steps=1)
-        for row, work in list(self.running.items()):
-            self._token(row, work, int(tokens[row]))
+        running = list(self.running.items())
+        for (row, work), token in zip(running, drawn.tolist(), strict=True):
+            self._token(row, work, token)
 
     def _token(self, row: int, work: Work, token: int) -> None:
         """Give out a token's text, and end the answer if it is the last."""

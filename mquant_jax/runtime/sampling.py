@@ -116,22 +116,24 @@ class RowPenalties:
 
 
 def penalised(
-    logits: jax.Array, penalties: RowPenalties, prompt: jax.Array, counts: jax.Array
+    logits: jax.Array, penalties: RowPenalties, prompt: jax.Array, counts: jax.Array, rows=None
 ) -> jax.Array:
     """Logits after the penalties, float32 ``[B, vocab]``; unchanged if no row has a penalty.
 
     Args:
         prompt: bool ``[B, vocab]``, whether the token occurs in the row's prompt.
         counts: int32 ``[B, vocab]``, how often it occurs in the row's answer.
+        rows: int32 ``[B]``, the rows of ``prompt`` and ``counts`` that these are, if not all.
     """
     repetition, presence, frequency = (
         x[:, None] for x in (penalties.repetition, penalties.presence, penalties.frequency)
     )
 
     def changed() -> jax.Array:
-        factor = jnp.where(prompt | (counts > 0), repetition, 1.0)
+        asked, given = (prompt, counts) if rows is None else (prompt[rows], counts[rows])
+        factor = jnp.where(asked | (given > 0), repetition, 1.0)
         x = jnp.where(logits > 0, logits / factor, logits * factor)
-        return x - frequency * counts - presence * (counts > 0)
+        return x - frequency * given - presence * (given > 0)
 
     some = (repetition != 1) | (presence != 0) | (frequency != 0)
     return jax.lax.cond(jnp.any(some), changed, lambda: logits)

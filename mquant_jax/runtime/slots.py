@@ -201,28 +201,49 @@ def begin(
     ), token
 
 
-def step(model: VLM, slots: Slots, active: jax.Array) -> tuple[Slots, jax.Array]:
-    """One more token for each row that is ``active``, bool ``[B]``; donate ``slots``.
+def step(
+    model: VLM, slots: Slots, active: jax.Array, rows: jax.Array | None = None
+) -> tuple[Slots, jax.Array]:
+    """One more token for each row that is ``active``, bool ``[R]``; donate ``slots``.
+
+    Args:
+        rows: int32 ``[R]``, all different: the rows that take part, on CPU alone; ``None``: all.
 
     Returns:
-        The slots, and all rows' tokens, int32 ``[B]``.
+        The slots, and the tokens of those rows, int32 ``[R]``.
     """
-    start, old = slots.start, slots.cache
+    old = slots.cache
+    some = slice(None) if rows is None else rows
+    start, last, count = _at(slots.start, some), slots.token[some], slots.count[some]
     order = jnp.where(active, start.order, -1)  # as padding, which sees nothing and is not seen
-    logits, state = decode(model, slots.token, DecodeState(old, order, start.position))
-    drawn = _draw(logits, start, slots.counts, slots.count)
+    cache = KVCache(old.k, old.v, old.order, old.cursor[some], old.span[some], rows)
+    logits, state = decode(model, last, DecodeState(cache, order, start.position))
+    drawn = _draw(logits, start, slots.counts, count, rows)
     on = active.astype(jnp.int32)
-    token = jnp.where(active, drawn, slots.token)
-    rows = jnp.arange(on.shape[0], dtype=jnp.int32)
+    token = jnp.where(active, drawn, last)
+    place = jnp.arange(on.shape[0], dtype=jnp.int32) if rows is None else rows
     return Slots(
-        dataclasses.replace(state.cache, cursor=old.cursor + on, span=old.span),
-        dataclasses.replace(start, order=start.order + on, position=start.position + on),
-        token,
-        slots.count + on,
-        slots.counts.at[rows, token].add(on),
+        dataclasses.replace(
+            state.cache, cursor=old.cursor.at[some].add(on), span=old.span, rows=None
+        ),
+        dataclasses.replace(
+            slots.start,
+            order=slots.start.order.at[some].add(on),
+            position=slots.start.position.at[some].add(on),
+        ),
+        slots.token.at[some].set(token),
+        slots.count.at[some].add(on),
+        slots.counts.at[place, token].add(on),
     ), token
 
 
-def _draw(logits: jax.Array, start: Start, counts: jax.Array, draw: jax.Array) -> jax.Array:
-    logits = penalised(logits, start.penalties, start.prompt, counts)
+def _at(start: Start, rows: slice | jax.Array) -> Start:
+    """Of some rows; ``prompt`` stays whole, it is large and seldom read."""
+    some = jax.tree.map(lambda x: x[rows], dataclasses.replace(start, prompt=None))
+    return dataclasses.replace(some, prompt=start.prompt)
+
+
+def _draw(logits: jax.Array, start: Start, counts: jax.Array, draw: jax.Array, rows=None):
+    """``rows``: those of ``counts`` and of the prompts that are drawn for, if not all."""
+    logits = penalised(logits, start.penalties, start.prompt, counts, rows)
     return sample(logits, start.sampling, draw)

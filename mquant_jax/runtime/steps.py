@@ -159,11 +159,11 @@ def read(
 def _entry(hidden: jax.Array, state: DecodeState, row: int) -> Entry:
     cache = state.cache
     count = pieces(cache.slots)
-    missing = count * PIECE - cache.slots  # the padding is on the left
+    missing = count * PIECE - cache.slots
 
     def padded(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
         widths = [(0, 0)] * x.ndim
-        widths[axis] = (missing, 0)
+        widths[axis] = (0, missing)
         return jnp.pad(x, widths, constant_values=fill)
 
     def cut(x: jax.Array, i: int, axis: int) -> jax.Array:
@@ -185,12 +185,18 @@ def _entry(hidden: jax.Array, state: DecodeState, row: int) -> Entry:
     return Entry(parts, hidden[row], state.order[row], state.position[row], cache.span[row])
 
 
-def empty(model: VLM, rows: int, slots: int, int8_cache: bool) -> Answers:
-    """An empty batch."""
+def empty(model: VLM, rows: int, slots: int, int8_cache: bool, cursors: bool) -> Answers:
+    """An empty batch.
+
+    Args:
+        cursors: answers begin where their prompts end; else all of them where the longest does.
+    """
     zero = jnp.zeros((rows,), jnp.int32)
     cfg = model.language.cfg
+    cache = model.language.init_cache(rows, slots, int8_cache)
+    cache = dataclasses.replace(cache, cursor=zero) if cursors else cache
     return Answers(
-        DecodeState(model.language.init_cache(rows, slots, int8_cache), zero, zero),
+        DecodeState(cache, zero, zero),
         jnp.zeros((rows, cfg.hidden_size), model.language.dtype),
         jnp.zeros((rows, slots), jnp.int32),
         zero,
@@ -212,7 +218,7 @@ def insert(answers: Answers, entry: Entry, row: jax.Array, slot: jax.Array) -> A
     values = jax.tree.map(lambda old, new: put_at(old, new, (0, row, 0, slot, 0)), cache.v, v)
     cache = KVCache(
         keys, values, put_at(cache.order, order, (row, slot)),
-        jnp.maximum(cache.cursor, slot + PIECE), cache.span.at[row].set(entry.span),
+        _cursor_after(cache, order, row, slot), cache.span.at[row].set(entry.span),
     )  # fmt: skip
     state = DecodeState(
         cache,
@@ -226,6 +232,14 @@ def insert(answers: Answers, entry: Entry, row: jax.Array, slot: jax.Array) -> A
         answers.count.at[row].set(0),
         answers.done.at[row].set(False),
     )
+
+
+def _cursor_after(cache: KVCache, order: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
+    """The cursor behind a new piece, whose ``order`` is ``[1, PIECE]``."""
+    if not cache.cursor.ndim:
+        return jnp.maximum(cache.cursor, slot + PIECE)
+    held = jnp.where(order[0] != NEVER, jnp.arange(1, PIECE + 1, dtype=jnp.int32), 0)
+    return cache.cursor.at[row].max(slot + jnp.max(held))
 
 
 def begin(

@@ -86,6 +86,13 @@ def arrange(
     taken = np_like.argsort(key, axis=1, stable=True)[:, :total]
     columns = np_like.where(taken < total, -1, taken - total).astype(np_like.int32)
 
+    return dataclasses.replace(picked(batch, columns), visual_slots=visual_slots), columns
+
+
+def picked(batch: Batch, columns: Array) -> Batch:
+    """A batch whose tokens stood in ``columns``, int32 ``[B, T']``; -1 for padding."""
+    np_like = np if isinstance(batch.order, np.ndarray) else jnp
+
     def pick(values: Array, fill: int) -> Array:
         moved = np_like.take_along_axis(values, np_like.maximum(columns, 0), axis=1)
         return np_like.where(columns < 0, fill, moved).astype(values.dtype)
@@ -97,8 +104,7 @@ def arrange(
         positions=np_like.stack([pick(p, 0) for p in batch.positions]),
         token_class=pick(batch.token_class, -1),
         visual_index=pick(batch.visual_index, -1),
-        visual_slots=visual_slots,
-    ), columns
+    )
 
 
 def restore(values: Array, columns: Array, length: int) -> Array:

@@ -10,6 +10,7 @@ import pytest
 import mquant_jax as mq
 from mquant_jax.models.base import Prompt
 from mquant_jax.runtime.generate import Generator
+from mquant_jax.runtime.programs import Programs
 from mquant_jax.runtime.sampling import Sampling
 from mquant_jax.samples import BUNDLED_HELDOUT, read_samples
 from tests.helpers import fails
@@ -98,7 +99,8 @@ def test_stop_tokens_end_an_answer(loaded, prompts) -> None:
 
 def test_new_options_compile_nothing(engine, prompts) -> None:
     prompt, programs = prompts[0], engine.model.generator.programs
-    engine.submit(prompt, Options(max_new_tokens=2)).result(60)
+    for request in [engine.submit(prompt, Options(max_new_tokens=n)) for n in (2, 9)]:
+        request.result(60)  # two rows together, then one
     compiled = programs.compiled
     options = [
         Options(2, 0.7, 5, 0.9, seed=3),
@@ -110,7 +112,28 @@ def test_new_options_compile_nothing(engine, prompts) -> None:
         request.result(60)
     assert programs.compiled == compiled
     kinds = [key for key in programs.keys(engine.model.generator.owner) if "engine" in key[0]]
-    assert [key[0] for key in kinds].count("engine step") == 1
+    assert sorted(key[-1] for key in kinds if key[0] == "engine step") == [1, 4]  # rows
+
+
+def test_warm_requests_compile_nothing(loaded, prompts) -> None:
+    programs = Programs()
+    model = dataclasses.replace(
+        loaded, _generator=Generator(loaded.module, (-1,), programs=programs)
+    )
+    listed: list[int] = []
+
+    def progress(items, label):
+        listed.append(len(items))
+        return items
+
+    with mq.Engine(model, slots=2, context=256, prefill_chunk=CHUNK) as engine:
+        alive = engine.warm_up(prompt=200, picture=256, progress=progress)
+        compiled = programs.compiled
+        assert alive == len(programs) == listed[0] == compiled
+        for request in [engine.submit(prompts[i], Options(3)) for i in (0, 4, 6, 1, 0)]:
+            assert len(request.result(60).tokens) == 3
+        assert programs.compiled == compiled
+        fails("prompt is 0", lambda: engine.warm_up(prompt=0))
 
 
 def test_draws_depend_on_the_seed_alone(engine, model, prompts) -> None:

@@ -33,9 +33,13 @@ def place(tmp_path_factory) -> Path:
 
 def test_the_python_examples(place, monkeypatch, capsys) -> None:
     monkeypatch.chdir(place)
-    chat, client = PYTHON
+    chat, client, warm = PYTHON
     model = mq.load("out/w4a8")
-    exec(chat.replace("model.chat(messages)", "model.chat(messages, max_new_tokens=4)"), {})
+    names: dict[str, object] = {}
+    exec(chat.replace("model.chat(messages)", "model.chat(messages, max_new_tokens=4)"), names)
+    assert capsys.readouterr().out
+    names["messages"] = [{"role": "user", "content": "Hello"}]
+    exec(warm.replace("1024", "64"), names)
     assert capsys.readouterr().out
     with (
         Engine(model, slots=2, context=512) as engine,
