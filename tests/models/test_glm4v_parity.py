@@ -188,7 +188,7 @@ def test_measurements_need_no_tokenizer() -> None:
         ({"original_rope": False}, "original_rope"),
         ({"add_bias_linear": True}, "add_bias_linear"),
         ({"pre_seq_len": 64}, "pre_seq_len"),
-        ({"multi_query_group_num": 3}, "in 3 groups"),
+        ({"multi_query_group_num": 3}, "into 3 groups"),
         ({"vision_config": {"hidden_act": "relu"}}, "'relu'"),
         ({"vision_config": {"num_heads": 5}}, "5 heads"),
         ({"vision_config": {"num_positions": 26}}, "num_positions"),

@@ -165,7 +165,7 @@ def test_a_text_is_nothing_but_text(folder) -> None:
     ("settings", "word"),
     [
         ({"fps": 0}, "fps"), ({"patch_size": 14}, "patch_size"), ({"max_video_tokens": 0}, "max_v"),
-        ({"size": {"shortest_edge": 99, "longest_edge": 9}}, "99 pixels at least"),
+        ({"size": {"shortest_edge": 99, "longest_edge": 9}}, "at least 99 and at most 9 pixels"),
         ({"cap_pixels_per_frame": "no"}, "cap_pixels"), ({"do_resize": False}, "video 0"),
     ],
 )  # fmt: skip

@@ -72,7 +72,8 @@ def test_under_aifs_each_token_costs_one_expert() -> None:
     rows, width = moved.input_ids.shape
     assert 0 < moved.visual_slots < width
     once = 2 * rows * width * expert_size(c) * c.num_layers
-    attention = 4 * rows * c.num_heads * c.head_dim * width**2 * c.num_layers
+    # Scores, values, and the softmax's sums, which are products on CPU.
+    attention = (4 * c.head_dim + 2) * rows * c.num_heads * width**2 * c.num_layers
     assert flops(model, moved) == once + attention
     assert flops(model, dataclasses.replace(moved, visual_slots=None)) == 2 * once + attention
 
@@ -93,7 +94,7 @@ def test_decoding_touches_no_visual_weight() -> None:
     projections = 2 * len(tokens) * (
         expert_size(c) * c.num_layers + c.vocab_size * c.hidden_size
     )  # fmt: skip
-    attention = 4 * len(tokens) * c.num_heads * c.head_dim * 64 * c.num_layers
+    attention = (4 * c.head_dim + 2) * len(tokens) * c.num_heads * 64 * c.num_layers
     assert dot_flops(decode, model, tokens, state) == projections + attention
 
 

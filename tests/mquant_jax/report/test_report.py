@@ -194,7 +194,7 @@ def test_a_record_of_before_says_what_it_lacks(halved, tmp_path) -> None:
     names = {path.stem for path in drawn}
     assert {"sizes", "weight-sqnr", "activation-scales-language-layers", "clipping"} <= names
     assert not {"output-sqnr"} & names
-    assert "convert again" in page.read_text() and "missing: calibration" in text(found)
+    assert "convert the model again" in page.read_text() and "missing: calibration" in text(found)
     assert {row.measure for row in sensitive(found)} == {"weight"}
     assert len(write_report(dataclasses.replace(halved, record={}), tmp_path)) > 4  # scales, sizes
 
