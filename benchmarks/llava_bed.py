@@ -1,0 +1,231 @@
+"""The assembled LLaVA as a test bed: exact match on held-out questions, divergence from float.
+
+    python -m benchmarks.accuracy --bed llava
+
+``benchmarks.llava_folder`` says what the model is made of and what to install. The questions are
+bundled (``examples.bundle_llava``): easy-VQA's test split, scenes, texts and emoji that training
+never saw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.llava_folder import ASSETS, CONNECTOR, write
+from benchmarks.picture_questions import asked, groups, reference, scores
+from mquant_jax.checkpoint.plan import plan
+from mquant_jax.checkpoint.source import Reader
+from mquant_jax.errors import UserError
+from mquant_jax.files import read_json
+from mquant_jax.models.base import VLM, abstract_model
+from mquant_jax.models.registry import family_for
+from mquant_jax.nn.params import set_params
+from mquant_jax.presets import METHODS
+from mquant_jax.ptq.calibration_data import load_calibration
+from mquant_jax.recipe import Recipe, Section
+from mquant_jax.samples import read_samples
+
+EVALUATION, CALIBRATION = ASSETS / "evaluation.jsonl", ASSETS / "calibration.jsonl"
+SHARED, MODALITY, SINK, DYNAMIC = "shared", "modality", "modality+sink", "dynamic"
+ALL, TOWER, LANGUAGE = "all", "tower", "language"
+_PARTS = ("vision", "connector", "language")
+# Bits of weights in tower and connector, in the language model, and of activations.
+WEIGHTS = {"w4a8": (4, 4, 8), "w4a8-v8": (8, 4, 8), "w8a8": (8, 8, 8), "w4a16": (4, 4, 16)}
+DRAWS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table, on every axis that the bed varies.
+
+    Attributes:
+        method: a key of :data:`~mquant_jax.presets.METHODS`, or a step of an ablation.
+        activations: which tokens share a static scale in the language model: all (``shared``),
+            those of a modality, or those but for sinks; or one scale per token at run time.
+        scope: what is quantised: ``all``, ``tower`` (with the connector) or ``language``.
+        weights: a key of :data:`WEIGHTS`.
+        recipe: of an ablation's step; it decides about activations itself.
+    """
+
+    method: str
+    activations: str = SINK
+    scope: str = ALL
+    group_size: int | None = None
+    weights: str = "w4a8"
+    recipe: Recipe | None = None
+
+    def key(self) -> dict[str, Any]:
+        """The row's columns that say what was measured."""
+        names = ("method", "scope", "activations", "group_size", "weights")
+        return {name: getattr(self, name) for name in names}
+
+    def rounded_as(self) -> Row:
+        """The row whose weights and scales this one takes over: dynamic activations need no others
+        than the static ones."""
+        return dataclasses.replace(self, activations=SINK) if self.activations == DYNAMIC else self
+
+    def plan(self) -> Recipe:
+        """The recipe; head and embedding stay float."""
+        made = self.recipe or dataclasses.replace(
+            METHODS[self.method],
+            modality_scales=self.activations != SHARED,
+            sink_class=self.activations in (SINK, DYNAMIC),
+        )
+        sections = {"head": Section(), "embedding": Section()}
+        return dataclasses.replace(made, **sections, **{p: self._section(p) for p in _PARTS})
+
+    def _section(self, part: str) -> Section:
+        tower, language, activations = WEIGHTS[self.weights]
+        if self.scope == (TOWER if part == "language" else LANGUAGE):
+            return Section()
+        mode = "none" if activations == 16 else "static"
+        mode = DYNAMIC if self.activations == DYNAMIC else mode
+        group = self.group_size if part == "language" else None
+        return Section(language if part == "language" else tower, group, mode)
+
+
+def rows() -> list[Row]:
+    """The table: one axis at a time around ``mquant``, W4A8 per channel, a scale per class.
+
+    The rows that the claim rests on come first.
+    """
+    m = "mquant"
+    return [
+        Row(m),
+        Row(m, DYNAMIC),
+        Row("rtn", SHARED),
+        Row(m, MODALITY),
+        Row(m, SHARED),
+        Row("quarot", SHARED),
+        Row("smoothquant", SHARED),
+        Row("rtn", SINK),
+        Row("rtn", DYNAMIC),
+        Row("quarot", MODALITY),
+        Row("quarot", SINK),
+        Row("quarot", DYNAMIC),
+        Row(m, scope=TOWER),
+        Row(m, scope=LANGUAGE),
+        Row("rtn", SHARED, scope=TOWER),
+        Row("rtn", SHARED, scope=LANGUAGE),
+        Row(m, weights="w4a8-v8"),
+        Row(m, weights="w8a8"),
+        Row(m, weights="w4a16"),
+        Row(m, group_size=64),
+        Row(m, DYNAMIC, group_size=64),
+        Row("rtn", SHARED, group_size=64),
+    ]
+
+
+def quick_rows() -> list[Row]:
+    """Two rows: the method and rounding to nearest."""
+    return [Row("rtn", SHARED), Row("quarot", SINK)]
+
+
+def missing(wanted: list[Row], measured: list[dict[str, Any]]) -> list[Row]:
+    """Rows that are still to be measured."""
+    known = [{k: r[k] for k in wanted[0].key()} for r in measured]
+    return [row for row in wanted if row.key() not in known]
+
+
+def kept(file: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run on the same model and questions.
+
+    Raises:
+        UserError: the file holds another bed's result, or one of another model or questions.
+    """
+    if not file.exists():
+        return []
+    found = read_json(file)
+    other = [k for k in ("bed", "n", "fingerprint") if found.get(k) != head[k]]
+    if other:
+        raise UserError(
+            f"{file}: {other[0]} is {found.get(other[0])}, now {head[other[0]]}; its rows cannot "
+            "be continued, name another file or leave --resume out"
+        )
+    return found["rows"]
+
+
+class LlavaBed:
+    """The float model, calibration prompts, and evaluation of any model made from it.
+
+    Attributes:
+        family, config, params: the float model; the head is tied.
+        calibration: the bundled calibration prompts as one batch.
+        fingerprint: of everything that decides the results, but for the code.
+        n: number of questions.
+
+    Args:
+        questions: how many of the bundled questions to ask; ``None``: all.
+        folder: a folder that ``benchmarks.llava_folder`` wrote; by default a temporary one.
+    """
+
+    def __init__(self, questions: int | None = None, folder: Path | None = None):
+        with tempfile.TemporaryDirectory() as temporary:
+            if folder is None:
+                folder = Path(temporary) / "model"
+                write(folder, CONNECTOR)
+            self._read(folder)
+        samples = read_samples(EVALUATION, questions)
+        self.n, self.tasks = len(samples), np.asarray([s.task for s in samples])
+        questions_ = asked(samples, self.processor, self.config.image_token_id)
+        self._pictures = np.asarray([q.picture for q in questions_])
+        self._tokens = sum(len(q.answer) for q in questions_)
+        self._groups = list(groups(questions_, self.processor))
+        files = (CONNECTOR, EVALUATION, CALIBRATION)
+        self.fingerprint = [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files]
+        module = self._float()
+        self._float_right = scores(module, self._groups).right
+        self._reference = reference(module, self._groups)
+
+    def _read(self, folder: Path) -> None:
+        reader = Reader(folder)
+        self.family = family_for(reader.config, folder)
+        todo = plan(self.family, self.family.config_from_hf(reader.config), reader)
+        self.params = {k: np.asarray(v, np.float32) for k, v in todo.read(reader).items()}
+        self.config = todo.config
+        self.processor = self.family.processor(folder, self.config)
+        prompts = load_calibration(CALIBRATION, self.processor)
+        self.calibration = self.processor.collate(prompts)
+
+    def _float(self) -> VLM:
+        module = abstract_model(self.family, self.config, Recipe())
+        set_params(module, dict(self.params))
+        return module
+
+    @property
+    def float_result(self) -> dict[str, Any]:
+        """Exact match of the float model, over all and by task."""
+        right = self._float_right
+        return {"float_exact_match": float(right.mean()), "float_by_task": self._by_task(right)}
+
+    def evaluate(self, module: VLM) -> dict[str, Any]:
+        """Return exact match, its difference to float with a 95 % interval, KL in nats per token
+        of the answers and the share of them at which both models agree."""
+        found = scores(module, self._groups, self._reference)
+        change = found.right.astype(float) - self._float_right
+        return {
+            "exact_match": float(found.right.mean()),
+            "delta": float(change.mean()),
+            "delta_ci95": self.interval(change),
+            "kl": float(found.kl.sum() / self._tokens),
+            "token_agreement": float(found.agreeing.sum() / self._tokens),
+            "by_task": self._by_task(found.right),
+        }
+
+    def interval(self, values: np.ndarray) -> list[float]:
+        """95 % bootstrap interval of a mean over questions; pictures are drawn whole, because
+        their questions depend on one another."""
+        pictures = np.unique(self._pictures, return_inverse=True)[1]
+        total, count = np.bincount(pictures, values), np.bincount(pictures)
+        drawn = np.random.default_rng(0).integers(0, len(count), (DRAWS, len(count)))
+        means = total[drawn].sum(1) / count[drawn].sum(1)
+        return [float(x) for x in np.quantile(means, [0.025, 0.975])]
+
+    def _by_task(self, right: np.ndarray) -> dict[str, float]:
+        return {str(t): float(right[self.tasks == t].mean()) for t in np.unique(self.tasks)}
