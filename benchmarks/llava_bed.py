@@ -176,7 +176,7 @@ class LlavaBed:
         questions_ = asked(samples, self.processor, self.config.image_token_id)
         self._pictures = np.asarray([q.picture for q in questions_])
         self._tokens = sum(len(q.answer) for q in questions_)
-        self._groups = list(groups(questions_, self.processor))
+        self._groups = list(groups(questions_, self.processor.collate))
         files = (CONNECTOR, EVALUATION, CALIBRATION)
         self.fingerprint = [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files]
         module = self._float()

@@ -9,7 +9,7 @@ the likeliest one after the true tokens before it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -22,6 +22,7 @@ from mquant_jax.nn.cache import KVCache
 from mquant_jax.samples import Sample
 
 PICTURES, QUESTIONS = 8, 40  # of a group: one shape compiles once
+Collate = Callable[[Sequence[Prompt]], Batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Group:
     labels: jax.Array
 
 
-def groups(questions: Sequence[Asked], processor: Processor) -> Iterator[Group]:
+def groups(questions: Sequence[Asked], collate: Collate) -> Iterator[Group]:
     """Pack questions, all groups of one shape; the rest of the last one is filled with rows
     without labels."""
     length = max(len(q.question) + len(q.answer) - 1 for q in questions)
@@ -95,13 +96,13 @@ def groups(questions: Sequence[Asked], processor: Processor) -> Iterator[Group]:
         if part and (
             question is None or len(part) == QUESTIONS or (new and len(pictures) == PICTURES)
         ):
-            yield _group(part, length, longest, processor)
+            yield _group(part, length, longest, collate)
             part = []
         if question is not None:
             part.append(question)
 
 
-def _group(part: list[Asked], length: int, longest: int, processor: Processor) -> Group:
+def _group(part: list[Asked], length: int, longest: int, collate: Collate) -> Group:
     fronts = {q.picture: q.front for q in part}
     owner = np.zeros(QUESTIONS, np.int32)
     ids = np.zeros((QUESTIONS, length), np.int32)
@@ -116,7 +117,7 @@ def _group(part: list[Asked], length: int, longest: int, processor: Processor) -
         labels[i, : len(q.answer)] = q.answer
     prompts = list(fronts.values())
     prompts += prompts[-1:] * (PICTURES - len(prompts))
-    return Group(processor.collate(prompts), owner, ids, given, positions, labels)
+    return Group(collate(prompts), owner, ids, given, positions, labels)
 
 
 def answer_streams(module: VLM, group: Group) -> jax.Array:
