@@ -218,7 +218,7 @@ def delta_table(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Format the rows as text."""
-    if result["bed"] == "llava":
+    if "delta_ci95" in (result["rows"] or [{}])[0]:
         return delta_table(result)
     text = "float_ppl" in result
     if text:
