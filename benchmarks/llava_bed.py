@@ -180,8 +180,8 @@ class LlavaBed:
         files = (CONNECTOR, EVALUATION, CALIBRATION)
         self.fingerprint = [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files]
         module = self._float()
-        self._float_right = scores(module, self._groups).right
         self._reference = reference(module, self._groups)
+        self._float_right = scores(module, self._groups, self._reference).right
 
     def _read(self, folder: Path) -> None:
         reader = Reader(folder)

@@ -151,9 +151,9 @@ def _rows(cache: KVCache, rows: jax.Array) -> KVCache:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What the float model predicts: its stream per group, and its language model for the head."""
+    """What the float model predicts: its stream per group, and itself, for its head."""
 
-    language: VLM
+    module: VLM
     streams: list[jax.Array]
 
 
@@ -163,15 +163,12 @@ def _streams(module: VLM, group: Group) -> jax.Array:
 
 
 @jax.jit
-def _scores(module: VLM, group: Group, reference: tuple[VLM, jax.Array] | None):
+def _scores(module: VLM, stream: jax.Array, labels: jax.Array, reference: tuple[VLM, jax.Array]):
     """Per question: whether the answer is right, and summed over its tokens the KL from the
     reference and how often both find the same token the likeliest."""
-    ours = module.language.logits(answer_streams(module, group))
-    real = group.labels >= 0
-    right = ((ours.argmax(-1) == group.labels) | ~real).all(-1)
-    if reference is None:
-        return right, jnp.zeros(right.shape), real.sum(-1)
-    theirs = reference[0].language.logits(reference[1])
+    ours, theirs = (m.language.logits(x) for m, x in ((module, stream), reference))
+    real = labels >= 0
+    right = ((ours.argmax(-1) == labels) | ~real).all(-1)
     log_p, log_q = jax.nn.log_softmax(theirs), jax.nn.log_softmax(ours)
     kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
     same = ours.argmax(-1) == theirs.argmax(-1)
@@ -198,12 +195,13 @@ def reference(module: VLM, packed: Sequence[Group]) -> Reference:
     return Reference(module, [_streams(module, group) for group in packed])
 
 
-def scores(module: VLM, packed: Sequence[Group], against: Reference | None = None) -> Scores:
-    """Answer all questions; without a reference, KL is zero and every token agrees."""
+def scores(module: VLM, packed: Sequence[Group], against: Reference) -> Scores:
+    """Answer all questions with a model, which may be the reference itself."""
     parts = []
     for i, group in enumerate(packed):
-        ref = None if against is None else (against.language, against.streams[i])
-        asked_here = np.asarray(group.labels)[:, 0] >= 0
-        parts.append([np.asarray(x)[asked_here] for x in _scores(module, group, ref)])
+        theirs = against.streams[i]
+        ours = theirs if module is against.module else _streams(module, group)
+        found = _scores(module, ours, group.labels, (against.module, theirs))
+        parts.append([np.asarray(x)[group.labels[:, 0] >= 0] for x in found])
     right, kl, agreeing = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Scores(right.astype(bool), kl.astype(np.float64), agreeing.astype(int))
+    return Scores(right, kl.astype(np.float64), agreeing)
