@@ -23,6 +23,7 @@ import dataclasses
 import gc
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,11 @@ class Row:
         for name in ("vision", "connector", "language", "head"):
             section = self.recipe.section(name)
             if name == "language":
-                section = dataclasses.replace(section, group_size=self.group_size)
-            sections[name] = dataclasses.replace(section, activations=self.activations)
+                section = replace(section, group_size=self.group_size)
+            sections[name] = replace(section, activations=self.activations)
         if float_head:
             sections |= {"head": Section(), "embedding": Section()}
-        return dataclasses.replace(self.recipe, **sections)
+        return replace(self.recipe, **sections)
 
 
 def method_rows(group_sizes: tuple[int | None, ...]) -> list[Row]:
@@ -78,7 +79,7 @@ def ablation_rows() -> list[Row]:
     """Return rows from rounding to nearest to the whole method, adding one part at a time."""
     full = METHODS["mquant"]
     recipe, rows = METHODS["rtn"], [Row("rtn", METHODS["rtn"])]
-    plain = dataclasses.replace(full.weights, asymmetry=0.0, refit=0, visual_weight=1.0)
+    plain = replace(full.weights, asymmetry=0.0, refit=0, visual_weight=1.0)
     steps: dict[str, dict[str, Any]] = {
         "+rotation": {"rotate": True},
         "+gptq": {"weights": plain},
@@ -90,12 +91,15 @@ def ablation_rows() -> list[Row]:
         "+balance": {"balance": True},
     }
     for name, changes in steps.items():
-        recipe = dataclasses.replace(recipe, **changes)
+        recipe = replace(recipe, **changes)
         rows.append(Row(name, recipe))
     rows.append(Row("mquant", full))  # without the split
-    paper = dataclasses.replace(recipe, online_signs=False, tune=Tuning())
-    rows.append(Row("plain Hadamard", dataclasses.replace(paper, split=Split())))
-    rows.append(Row("plain Hadamard +rms", dataclasses.replace(paper, split=Split("paper"))))
+    rows.append(Row("mquant, no learning", replace(full, tune=Tuning())))
+    by_block = replace(full.tune, form="block")
+    rows.append(Row("mquant, by block", replace(full, tune=by_block)))
+    paper = replace(recipe, online_signs=False, tune=Tuning())
+    rows.append(Row("plain Hadamard", replace(paper, split=Split())))
+    rows.append(Row("plain Hadamard +rms", replace(paper, split=Split("paper"))))
     return rows
 
 
@@ -171,28 +175,23 @@ def run_text(windows: int, rows: list[Row], file: Path | None) -> dict[str, Any]
     return result
 
 
-def run_llava(
-    rows: list[llava.Row],
-    questions: int | None,
-    folder: Path | None,
-    file: Path | None,
-    resume: bool,
-) -> dict[str, Any]:
-    """Run the llava bed and save the result after every row; ``resume`` keeps the rows of ``file``
-    that were measured on the same model and questions."""
-    bed = llava.LlavaBed(questions, folder)
-    head = {"bed": "llava", "n": bed.n, "fingerprint": bed.fingerprint} | bed.float_result
-    result: dict[str, Any] = head | {"rows": llava.kept(file, head) if resume else []}
+def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[str, Any]:
+    """Run the llava bed and save the result after every row; with ``--resume``, rows that the file
+    holds of the same model, questions and seed are kept."""
+    bed = llava.LlavaBed(questions, args.folder)
+    head = {"bed": "llava", "n": bed.n, "seed": args.seed, "fingerprint": bed.fingerprint}
+    result: dict[str, Any] = head | bed.float_result
+    result["rows"] = llava.kept(args.save, head) if args.resume else []
     last: tuple[Any, ...] = (None,)
     for row in progress(llava.missing(rows, result["rows"]), "rows"):
-        began, recipe = time.monotonic(), row.plan()
-        if last[0] != row.rounded_as():
-            last = row.rounded_as(), *quantised_params(bed, row.rounded_as().plan())
+        began, rounded = time.monotonic(), row.rounded_as()
+        if last[0] != rounded:
+            last = rounded, *quantised_params(bed, replace(rounded.plan(), seed=args.seed))
         seconds = time.monotonic() - began
-        module = built(bed, last[1], recipe, last[2])
-        measured_row = row.key() | bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
-        result["rows"].append(measured_row)
-        save(result, file)
+        module = built(bed, last[1], replace(row.plan(), seed=args.seed), last[2])
+        found = bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
+        result["rows"].append(row.key() | found)
+        save(result, args.save)
         del module
         gc.collect()
     return result
@@ -251,6 +250,7 @@ def _run(argv: list[str]) -> int:
     add("--draws", type=int, default=4, metavar="N", help="random draws of the outlier bed "
         "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
+    add("--seed", type=int, default=0, metavar="N", help="of the rotations (default 0)")
     add("--method", action="append", metavar="NAME", help="only this method's rows; repeatable")
     add("--quick", action="store_true", help="about a minute: 100 questions, one draw, per-channel "
         "weights; smollm2: 8 windows, static rows of two methods; llava (five minutes): 500 "
@@ -262,7 +262,7 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.resume and not args.save:
         raise UserError("--resume continues a file: name it with --save FILE")
-    result = {"bed": args.bed} | _result(args)
+    result = {"bed": args.bed, "seed": args.seed} | _result(args)
     deliver(result, args, table)
     return OK
 
@@ -271,13 +271,13 @@ def _result(args: Any) -> dict[str, Any]:
     """Run the bed that the options name."""
     if args.bed == "llava":
         rows = _named(_llava_rows(args), args.method)
-        return run_llava(rows, 500 if args.quick else None, args.folder, args.save, args.resume)
+        return run_llava(rows, 500 if args.quick else None, args)
     text = args.bed == "smollm2"
     groups = (None,) if args.quick or not text else (None, GROUP)
     rows = ablation_rows() if args.ablation else method_rows(groups)
     if text and args.quick:
         rows = [r for r in rows if r.method in ("rtn", "mquant") and r.activations == "static"]
-    rows = _named(rows, args.method)
+    rows = [replace(r, recipe=replace(r.recipe, seed=args.seed)) for r in _named(rows, args.method)]
     if text:
         return run_text(8 if args.quick else 24, rows, args.save)
     draws = list(range(1 if args.quick else args.draws)) if args.bed == "outlier" else [None]

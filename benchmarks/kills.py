@@ -1,7 +1,10 @@
 """Kill a conversion at random moments, resume it, and compare it with an uninterrupted one.
 
-    python -m benchmarks.kills OUT [--source DIR] [--recipe w4a8] [--kills 200] [--seed 0] [--json]
+    python -m benchmarks.kills OUT [--model demo] [--kills 200] [--recipe w4a8] [--seed 0] [--json]
+    python -m benchmarks.kills OUT --model qwen2_vl-2b --layers 4 --kills 20 [...]
 
+The source and its calibration prompts are those of benchmarks/conversion.py; ``--model demo`` is
+the bundled model itself.
 Kills are chained: a resumed conversion is killed again until one finishes, then a new chain begins.
 A difference is a checkpoint whose tensors or report differ from the uninterrupted conversion's. A
 leftover is anything beside DST and DST.work after a kill, or beside DST after a success.
@@ -14,16 +17,21 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.conversion import source_for
+from benchmarks.random_checkpoint import DEMO, FULL, QWEN2_VL, layer_count
 from mquant_jax.cli_support import FAILED, OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.samples import DEMO_ASSETS
 
+Source = tuple[Path, Path | None]  # a model, and its calibration samples
 
-def convert(source: Path, dst: Path, recipe: str, limit: float | None = None) -> bool:
+
+def convert(source: Source, dst: Path, recipe: str, limit: float | None = None) -> bool:
     """Convert or resume; kill the conversion after ``limit`` seconds.
 
     Returns:
@@ -32,8 +40,11 @@ def convert(source: Path, dst: Path, recipe: str, limit: float | None = None) ->
     Raises:
         UserError: it ended with an error.
     """
-    command = [sys.executable, "-m", "mquant_jax", "convert", str(source), str(dst)]
+    model, calibration = source
+    command = [sys.executable, "-m", "mquant_jax", "convert", str(model), str(dst)]
     command += ["--recipe", recipe, "--resume"]
+    if calibration:
+        command += ["--calibration", str(calibration)]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         _, err = child.communicate(timeout=limit)
@@ -52,7 +63,7 @@ def content(folder: Path) -> dict[str, Any]:
     return {key: manifest[key] for key in ("tensors", "parts", "files", "recipe", "source")}
 
 
-def run(out: Path, source: Path, recipe: str, kills: int, seed: int) -> dict[str, Any]:
+def run(out: Path, source: Source, recipe: str, kills: int, seed: int) -> dict[str, Any]:
     """Run the whole experiment.
 
     Returns:
@@ -91,7 +102,9 @@ def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.kills", __doc__ or "")
     add = parser.add_argument
     add("out", type=Path, help="new folder for the conversions")
-    add("--source", type=Path, default=DEMO_ASSETS / "model", help="default: the bundled model")
+    add("--model", choices=(*QWEN2_VL, DEMO), default=DEMO, help="default %(default)s")
+    add("--layers", default="4", metavar=f"N|{FULL}", help="layers of each tower (default 4)")
+    add("--vocab", type=int, default=151936, metavar="N", help="default 151936")
     add("--recipe", default="w4a8", help="default w4a8")
     add("--kills", type=int, default=200, metavar="N", help="default 200")
     add("--seed", type=int, default=0, help="of the moments (default 0)")
@@ -99,8 +112,13 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.out.exists():
         raise UserError(f"{args.out} exists; choose another folder")
+    layers = layer_count(args.layers)
     args.out.mkdir(parents=True)
-    result = run(args.out, args.source, args.recipe, args.kills, args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        source = DEMO_ASSETS / "model", None
+        if args.model != DEMO:
+            source = source_for(args.model, layers, args.vocab, Path(temporary))
+        result = run(args.out, source, args.recipe, args.kills, args.seed)
     print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     return FAILED if result["differences"] or result["leftovers"] else OK
 

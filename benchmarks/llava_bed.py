@@ -136,13 +136,16 @@ def missing(wanted: list[Row], measured: list[dict[str, Any]]) -> list[Row]:
 def kept(file: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of an earlier run on the same model and questions.
 
+    Args:
+        head: what both runs must agree on.
+
     Raises:
         UserError: the file holds another bed's result, or one of another model or questions.
     """
     if not file.exists():
         return []
     found = read_json(file)
-    other = [k for k in ("bed", "n", "fingerprint") if found.get(k) != head[k]]
+    other = [k for k in head if found.get(k) != head[k]]
     if other:
         raise UserError(
             f"{file}: {other[0]} is {found.get(other[0])}, now {head[other[0]]}; its rows cannot "

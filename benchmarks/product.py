@@ -26,7 +26,8 @@ from mquant_jax.commands.bench import machine
 from mquant_jax.errors import UserError
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.ops import xla
-from mquant_jax.ops.dense import held, quantized_dot, reads_stacks, select_path
+from mquant_jax.ops.dense import DENSE, Product, held, quantized_dot, reads_stacks
+from mquant_jax.ops.epilogue import Epilogue
 
 Shape = tuple[int, int, int]  # rows, out, in
 SHAPES: tuple[Shape, ...] = ((4096, 8192, 8192), (1024, 18944, 3584), (1, 18944, 3584))
@@ -40,11 +41,11 @@ def peak() -> float | None:
 
 
 def _w4a8(x: QTensor, w: QWeight) -> jax.Array:
-    return quantized_dot(x, w, dtype=jnp.bfloat16)
+    return quantized_dot(x, w, Epilogue(dtype=jnp.bfloat16))
 
 
 def _w4a8_of_layer(x: QTensor, w: QWeight) -> jax.Array:
-    return quantized_dot(x, w.of_layer(), dtype=jnp.bfloat16)
+    return quantized_dot(x, w.of_layer(), Epilogue(dtype=jnp.bfloat16))
 
 
 def _int8(x: QTensor, w: QWeight) -> jax.Array:
@@ -90,7 +91,7 @@ def timed(shape: Shape) -> dict[str, Any]:
             "weight_gb_per_second": stack.values.nbytes / len(stack.values) / taken / 1e9,
         }  # fmt: skip
         if name == "w4a8":
-            result["path"] = select_path(True, rows, stack)
+            result["path"] = DENSE.choose(Product.of(rows, stack)).name
     return result
 
 

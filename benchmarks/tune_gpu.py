@@ -40,11 +40,14 @@ from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import abstract_params
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.ops import gpu, xla
+from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.ops.pallas_gpu import Blocks, matmul, partial_sums
 from mquant_jax.presets import PRESETS
+from mquant_jax.target import Target, target
 
 ROWS = (1, 1024)
 Product = tuple[int, int, int]  # rows, out, in
+_END = Epilogue(dtype=jnp.bfloat16)
 REHEARSED: list[Product] = [(1, 64, 64), (32, 64, 64)]
 # A timed program multiplies by the layers of a stack one after the other, as a model does: weights
 # do not stay in the L2 cache (50 MB on an H100), and launch overhead does not dominate.
@@ -68,9 +71,14 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
         {
             (value.out_features, value.in_features)
             for value in params.values()
-            if isinstance(value, QWeight) and gpu.suits(value) and value.out_features > 1
+            if isinstance(value, QWeight) and _suits(value) and value.out_features > 1
         }
     )
+
+
+def _suits(w: QWeight) -> bool:
+    size = w.bits, w.groups, w.in_features, w.values.size
+    return gpu.refuses(*size, Target.named("gpu")) is None
 
 
 def layers_of(out: int, k: int) -> int:
@@ -150,7 +158,7 @@ def ordered(rows: int, out: int, k: int) -> list[Blocks]:
 def _form(many: bool, blocks: Blocks, interpret: bool) -> Callable[[QTensor, QWeight], jax.Array]:
     if many:
         return lambda x, w: matmul(
-            x.values, w.values, x.scale, w.scale, blocks, layer=w.layer, interpret=interpret
+            x, w.values, w.scale, blocks, _END, layer=w.layer, interpret=interpret
         )
 
     def few(x: QTensor, w: QWeight) -> jax.Array:
@@ -186,7 +194,7 @@ def tune(
     ]
     if ahead_of_time:
         return _analyse_all(products)
-    if jax.default_backend() != "gpu" or not gpu.suits_device():
+    if not target().kernels_for_gpu:
         raise UserError(
             "timing needs an NVIDIA GPU (Ampere or later) and jax[cuda13]; pass "
             "--ahead-of-time to rank without a GPU"

@@ -27,10 +27,12 @@ from mquant_jax.models.qwen2_vl.weights import weight_rules
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.numerics import QWeight, quantize_weight
-from mquant_jax.ops.dense import target_platform
+from mquant_jax.ops.dense import DENSE, Product
+from mquant_jax.ops.registry import Choice, recording
 from mquant_jax.ptq.pipeline import Conversion
 from mquant_jax.ptq.statistics import Statistics
 from mquant_jax.recipe import Recipe
+from mquant_jax.target import CPU_LIMITS, Target, tracing_for
 
 GOLDENS = Path(__file__).parent / "goldens"
 Arrays = dict[str, np.ndarray]
@@ -63,8 +65,34 @@ def golden_pictures(case: str) -> list[np.ndarray]:
 def on_cpu() -> Iterator[None]:
     """What runs inside runs on the CPU, as it does there: the reference for an accelerator's
     kernels, on a machine that has one."""
-    with jax.default_device(jax.devices("cpu")[0]), target_platform("cpu"):
+    with jax.default_device(jax.devices("cpu")[0]), tracing_for("cpu"):
         yield
+
+
+def form_of(rows: int, w: QWeight, activations: str = "int8") -> str:
+    """The form that a product with ``w`` runs on the current target."""
+    return DENSE.choose(Product.of(rows, w, activations)).name
+
+
+@contextlib.contextmanager
+def interpreting(platform: str, **limits: int) -> Iterator[list[Choice]]:
+    """Trace for an accelerator whose kernels are interpreted if it is not here; the list tells
+    which forms ran."""
+    to = Target.named(platform)
+    to = dataclasses.replace(
+        to, interpret=jax.default_backend() != platform,
+        limits=dataclasses.replace(to.limits, **limits),
+    )  # fmt: skip
+    with tracing_for(to), recording() as choices:
+        yield choices
+
+
+def cpu_target(
+    features: frozenset[str] = frozenset(), jax_version: tuple[int, ...] = (0, 10), **limits: int
+) -> Target:
+    """A CPU; by default without byte products, and weights are never read in place."""
+    changed = dataclasses.replace(CPU_LIMITS, **{"short_row": 0} | limits)
+    return Target("cpu", features=features, jax_version=jax_version, limits=changed)
 
 
 def fails(word: str, call: Callable[[], Any]) -> None:

@@ -27,9 +27,9 @@ from benchmarks.aot.sizes import MODELS
 from mquant_jax.cli_support import FAILED, OK, Parser, run_cli
 from mquant_jax.models.base import abstract_model
 from mquant_jax.models.registry import family_for
-from mquant_jax.ops.dense import target_platform
 from mquant_jax.presets import PRESETS
 from mquant_jax.runtime.data_parallel import DataParallel
+from mquant_jax.target import tracing_for
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter",
                "collective-broadcast", "send", "recv")  # fmt: skip
@@ -63,7 +63,7 @@ def measure(target: str, model: str, layers: int) -> dict[str, Any]:
     config = family.config_from_hf(MODELS[model])
     language = dataclasses.replace(config.language, num_layers=layers, tied_head=False)
     config = dataclasses.replace(config, language=language)
-    with target_platform(device.platform, device.name):
+    with tracing_for(device.platform, device.name):
         module = jax.eval_shape(
             loaded, abstract_model(family, config, PRESETS["w4a8"], jnp.bfloat16)
         )

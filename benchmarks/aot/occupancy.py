@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from benchmarks.aot.devices import DEVICES
+from mquant_jax.numerics import QTensor
+from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.ops.gpu import FEW_ROWS
 from mquant_jax.ops.pallas_gpu import Blocks, matmul, partial_sums
 
@@ -61,7 +63,7 @@ def compile_kernel(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def whole(x, w, x_scale, w_scale):
-        return matmul(x, w, x_scale, w_scale, blocks)
+        return matmul(QTensor(x, x_scale), w, w_scale, blocks, Epilogue(dtype=jnp.bfloat16))
 
     def parts(x, w, x_scale, w_scale):
         return partial_sums(x, w, blocks)

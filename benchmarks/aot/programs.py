@@ -19,9 +19,10 @@ from benchmarks.aot.devices import Device
 from benchmarks.aot.hlo import parse
 from mquant_jax.models.base import Batch, Family, abstract_model
 from mquant_jax.numerics import QWeight
-from mquant_jax.ops.dense import held, target_platform
+from mquant_jax.ops.dense import held
 from mquant_jax.recipe import Recipe
 from mquant_jax.runtime.generate import decode, prefill
+from mquant_jax.target import tracing_for
 
 PROGRAMS = ("vision", "prefill", "decode")
 # Layers to compile of a float model that is too large; costs are scaled up to all layers.
@@ -131,7 +132,7 @@ def compile_program(
 
     If the compiler refuses it for lack of memory, it is compiled with :data:`CUT` layers instead.
     """
-    with target_platform(device.platform, device.name):
+    with tracing_for(device.platform, device.name):
         full = build(setup, recipe, program, where)
         flops = flop_count(jax.make_jaxpr(full[0])(*full[1]).jaxpr)
         try:

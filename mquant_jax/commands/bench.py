@@ -16,6 +16,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.eval.speed import float_twin, measure, summary
 from mquant_jax.eval.speed import table as speed_table
 from mquant_jax.loading import load_model
+from mquant_jax.runtime import choices
 from mquant_jax.validate import count
 
 EPILOG = """\
@@ -82,7 +83,10 @@ def main(argv: list[str]) -> int:
     rows, ratios = summary(timings, args.batch, tokens, args.new_tokens, recipe)
     setup = {"prompt_tokens": tokens, "batch": args.batch, "new_tokens": args.new_tokens}
     if args.json:
-        print(json.dumps({"machine": machine(), **setup, "rows": rows, "ratios": ratios}))
+        ran = choices.rows_of(choices.choices(loaded.model, batch))
+        print(json.dumps(
+            {"machine": machine(), **setup, "rows": rows, "ratios": ratios, "forms": ran}
+        ))  # fmt: skip
         return OK
     pictured = " (with the picture's)" if prompt.grids else ""
     print(f"prompt {tokens} tokens{pictured}, batch {args.batch}, {machine()['device']}")

@@ -12,14 +12,19 @@ from mquant_jax.errors import UserError
 from mquant_jax.loading import load_model
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.numerics import QWeight
-from mquant_jax.ops.dense import platform, select_path
+from mquant_jax.ops.dense import DENSE, Product
 from mquant_jax.recipe import Recipe
 from mquant_jax.report.findings import collect, read_record
 from mquant_jax.report.summary import summary, text
+from mquant_jax.runtime import choices
+from mquant_jax.runtime.buckets import MOST_TOGETHER_ELSEWHERE
 from mquant_jax.runtime.generate import KV_CACHES
 from mquant_jax.runtime.memory import ACCELERATORS, checkpoint_plan
 from mquant_jax.sections import kind_of
+from mquant_jax.target import target
 from mquant_jax.validate import count
+
+_EXAMPLE = 128, 224  # text tokens, and side of a picture in pixels
 
 
 def layer_paths(model, recipe: Recipe) -> list[dict]:
@@ -34,12 +39,16 @@ def layer_paths(model, recipe: Recipe) -> list[dict]:
                 "weights": f"int{value.bits}",
                 "group_size": section.group_size,
                 "activations": f"int8 {section.activations}" if int8 else "float",
-                "one_row": select_path(int8, 1, value),
-                "many_rows": select_path(int8, 1024, value),
+                "one_row": _form(1, value, int8),
+                "many_rows": _form(1024, value, int8),
             }
         key = (kind, row["weights"])
         rows.setdefault(key, row)["count"] += 1
     return list(rows.values())
+
+
+def _form(rows: int, w: QWeight, int8: bool) -> str:
+    return DENSE.choose(Product.of(rows, w, "int8" if int8 else "float")).name
 
 
 def worst_points(report: dict, count: int) -> str:
@@ -68,6 +77,14 @@ def main(argv: list[str]) -> int:
     add("--context", type=int, metavar="N", help="with --memory: tokens per row, prompt and answer "
         "(default 4096, or the model's limit)")  # fmt: skip
     add("--batch", type=int, default=1, metavar="B", help="with --memory: rows (default 1)")
+    add(
+        "--patches",
+        type=int,
+        default=MOST_TOGETHER_ELSEWHERE,
+        metavar="P",
+        help="with --memory: "
+        "patches of the largest picture; this many or fewer (default %(default)s) run together",
+    )
     add("--device", choices=ACCELERATORS, help="with --memory: one device (default: all known)")
     add("--kv-cache", choices=KV_CACHES, default="float", help="with --memory (default float)")
     add_no_verify(parser)
@@ -81,17 +98,22 @@ def main(argv: list[str]) -> int:
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
+    prompt = loaded.family.example_prompt(loaded.config, *_EXAMPLE)
+    batch = loaded.family.collate(loaded.config, [prompt])
+    ran = choices.rows_of(choices.choices(loaded.model, batch))
     findings = collect(args.checkpoint, verify=False)  # it was just verified
     if args.json:
-        print(json.dumps({"platform": platform(), "recipe": recipe.to_json(), "layers": rows,
-                          "report": summary(findings)}))  # fmt: skip
+        print(json.dumps({"platform": target().platform, "recipe": recipe.to_json(),
+                          "layers": rows, "forms": ran, "report": summary(findings)}))  # fmt: skip
         return OK
-    print(f"family {loaded.manifest['family']}, recipe {recipe.name}, platform {platform()}\n")
+    print(f"family {loaded.manifest['family']}, recipe {recipe.name}, "
+          f"platform {target().platform}\n")  # fmt: skip
     print(recipe.table() + "\n")
     print(f"{'layer':<32} {'count':>5}  {'weights':<8} {'activations':<13} one row / many rows")
     for r in rows:
         forms = f"{r['one_row']} / {r['many_rows']}" if "one_row" in r else "float dot"
         print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
+    print(f"\none prompt of {len(prompt.input_ids)} tokens:\n" + choices.table(ran))
     if recipe.changes_weights:
         print("\n" + text(findings))
     if points:
@@ -101,16 +123,19 @@ def main(argv: list[str]) -> int:
 
 def _memory(args: argparse.Namespace) -> int:
     count(args.batch, "--batch")
+    count(args.patches, "--patches")
     devices = [args.device] if args.device else list(ACCELERATORS)
     options = {
-        "context": args.context, "batch": args.batch, "int8_cache": args.kv_cache == "int8"
+        "context": args.context, "batch": args.batch, "int8_cache": args.kv_cache == "int8",
+        "patches": args.patches,
     }  # fmt: skip
     plans = [checkpoint_plan(Path(args.checkpoint), device, **options) for device in devices]
     if args.json:
         print(json.dumps({"memory": [plan.to_json() for plan in plans]}))
         return OK
     first = plans[0]
-    print(f"{first.batch} row(s) of {first.context} tokens, {args.kv_cache} cache; GB")
+    print(f"{first.batch} row(s) of {first.context} tokens, {args.kv_cache} cache, "
+          f"{first.patches} patches at once; GB")  # fmt: skip
     print(f"{'device':<9} {'weights':>8} {'cache':>8} {'working':>8} {'total':>8} {'capacity':>8}"
           "  fits  longest context")  # fmt: skip
     for p in plans:

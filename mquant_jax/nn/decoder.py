@@ -20,6 +20,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import multi_axis_angles, slot_positions
 from mquant_jax.nn.stack import SCAN, Runner, num_layers, scan_layers, stack_layers
 from mquant_jax.numerics import AnyArray, QWeight
+from mquant_jax.ops.epilogue import Epilogue
 
 
 class SinkRule(nnx.Module):
@@ -89,7 +90,7 @@ class Decoder(nnx.Module):
         h = yield ModuleCall("language/head_in", self.head_in, self.norm(x), classes)
         kernel = (self.embedding if self.cfg.tied_head else self.head.kernel).get_value()
         dtype = jnp.float32 if isinstance(kernel, QWeight) else self.dtype
-        return linear(h, kernel, dtype).astype(jnp.float32)
+        return linear(h, kernel, Epilogue(dtype=dtype)).astype(jnp.float32)
 
     def context(
         self,

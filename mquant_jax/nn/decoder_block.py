@@ -18,10 +18,11 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import Scaling, YarnScaling, apply_rope
 from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import (
+    Rows,
     attend,
     attend_cache,
     attend_rows,
-    select_path,
+    fused,
     split_heads,
 )
 
@@ -232,8 +233,8 @@ class DecoderBlock(Projections):
         """Whether :meth:`attend_rows` runs for queries ``[B, T, heads * d]``."""
         heads = self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
         gradient = self.attn_out.simulated
-        path = select_path(q.shape[1], *heads, q.dtype, ctx.in_order, gradient)
-        return path != "xla" and not self.prefixed  # of which none of them knows
+        rows = Rows(q.shape[1], *heads, q.dtype, ctx.in_order, gradient)
+        return not self.prefixed and fused(rows)  # none of the forms knows of a prefix
 
     def attend_rows(self, q, k, v, ctx: DecoderContext, tap: Tap | None) -> jax.Array | QTensor:
         """Attention of one call's tokens among each other, of what :meth:`qkv` gives; quantised if

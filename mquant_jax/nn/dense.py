@@ -10,7 +10,7 @@ from flax import nnx
 
 from mquant_jax.numerics import QTensor, QWeight, along_last, grouped
 from mquant_jax.ops.dense import float_dot, quantized_dot
-from mquant_jax.ops.xla import finish
+from mquant_jax.ops.epilogue import PLAIN, Epilogue
 from mquant_jax.recipe import Section, Split
 
 FLOAT = Section()
@@ -25,20 +25,13 @@ def empty_qweight(out_features: int, in_features: int, section: Section) -> QWei
     return QWeight(weight, scale, in_features, section.w_bits, "int8").packed()
 
 
-def linear(
-    x: jax.Array | QTensor,
-    kernel: jax.Array | QWeight,
-    dtype,
-    bias: jax.Array | None = None,
-    residual: jax.Array | None = None,
-    gate: jax.Array | None = None,
-) -> jax.Array:
-    """``residual + silu(gate) * (x @ kernel.T + bias)`` in ``dtype``; products of float kernels
-    have ``dtype`` before anything is added."""
+def linear(x: jax.Array | QTensor, kernel: jax.Array | QWeight, end: Epilogue) -> jax.Array:
+    """``x @ kernel.T`` with its epilogue; products of float kernels have its dtype before anything
+    is added."""
     if isinstance(kernel, QWeight):
-        return quantized_dot(x, kernel, bias, residual, dtype, gate)
+        return quantized_dot(x, kernel, end)
     x = x.dequantize() if isinstance(x, QTensor) else x
-    return finish(float_dot(x.astype(dtype), kernel), bias, residual, dtype, gate)
+    return end(float_dot(x.astype(end.dtype), kernel))
 
 
 class SplitColumn(nnx.Module):
@@ -110,7 +103,7 @@ class Dense(nnx.Module):
         ``residual [..., out]``, if there is one."""
         kernel = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
+        end = Epilogue(bias, residual, gate, self.dtype)
         if self.has_split:
-            y = linear(x, kernel, jnp.float32) + self.split(x)
-            return finish(y, bias, residual, self.dtype, gate)
-        return linear(x, kernel, self.dtype, bias, residual, gate)
+            return end(linear(x, kernel, PLAIN) + self.split(x))
+        return linear(x, kernel, end)

@@ -8,9 +8,7 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Tap
 from mquant_jax.numerics import QTensor, along_last
-from mquant_jax.ops.dense import early_tpu, platform
-
-FEWEST_ROWS = 64  # that the kernel is for
+from mquant_jax.ops.norm import rms_norm, rms_quantize
 
 
 class RMSNorm(nnx.Module):
@@ -21,26 +19,17 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((features,), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * along_last(self.weight.get_value(), x)).astype(self.dtype)
+        return rms_norm(x, self.weight.get_value(), self.eps, self.dtype)
 
     def into(
         self, point: ActQuant, x: jax.Array, token_class: jax.Array | None, tap: Tap | None
     ) -> jax.Array | QTensor:
-        """The normed ``[..., T, K]``, quantised in place of the point that follows where a kernel
-        exists and the point's scale is known."""
-        rows = x.size // x.shape[-1]
-        kernels = platform() == "tpu" and not early_tpu() and x.dtype == jnp.bfloat16
+        """The normed ``[..., T, K]``, quantised in place of the point that follows where the
+        point's scale is known."""
         scale = point.known_scale(token_class, tap)
-        if scale is None or not kernels or rows < FEWEST_ROWS:
+        if scale is None:
             return self(x)
-        from mquant_jax.ops import pallas_tpu_norm  # slow to import where there is no TPU
-
-        per_row = scale if scale.ndim == 0 else scale.reshape(-1, 1)
-        flat = x.reshape(-1, x.shape[-1])
-        y = pallas_tpu_norm.rms_quantize(flat, self.weight.get_value(), self.eps, per_row)
-        return QTensor(y.reshape(x.shape), scale)
+        return rms_quantize(x, self.weight.get_value(), self.eps, scale, self.dtype)
 
 
 class ProjectedNorm(nnx.Module):

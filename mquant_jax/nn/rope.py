@@ -11,7 +11,7 @@ import numpy as np
 
 from mquant_jax.numerics import AnyArray, along_last
 from mquant_jax.ops.attention_xla import turned
-from mquant_jax.ops.dense import platform
+from mquant_jax.target import target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,7 @@ def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
     """
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     half, whole = angles.shape[-1], x.shape[-1] == 2 * angles.shape[-1]
-    if platform() == "tpu" and x.dtype == jnp.bfloat16 and x.shape[2] > 1 and whole:
+    if target().platform == "tpu" and x.dtype == jnp.bfloat16 and x.shape[2] > 1 and whole:
         # Halves of a vector register are costly to cut and join; a product with a signed
         # permutation exchanges them exactly, next to free.
         one = np.eye(half)

@@ -18,7 +18,8 @@ from flax import nnx
 
 from mquant_jax.nn.side_by_side import joined
 from mquant_jax.numerics import AnyArray, QWeight
-from mquant_jax.ops.dense import platform, reads_stacks
+from mquant_jax.ops.dense import reads_stacks
+from mquant_jax.target import target
 
 
 def stack_layers(
@@ -80,7 +81,7 @@ def scan_layers(body: Callable[[nnx.Module, Any], Any], stack: nnx.Module, start
     whole = [isinstance(leaf, QWeight) and reads_stacks(leaf) for leaf in leaves]
     cut = [None if stays else leaf for leaf, stays in zip(leaves, whole, strict=True)]
     numbers = jnp.arange(num_layers(stack), dtype=jnp.int32) if any(whole) else None
-    cut, restored = joined(cut) if platform() == "tpu" else (cut, lambda parts: parts)
+    cut, restored = joined(cut) if target().platform == "tpu" else (cut, lambda parts: parts)
 
     def step(carry, layer):
         parts, number = layer

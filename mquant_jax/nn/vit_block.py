@@ -19,7 +19,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import AnyArray, QTensor, along_last
-from mquant_jax.ops.attention import attend, attend_rows, select_path, split_heads
+from mquant_jax.ops.attention import Rows, attend, attend_rows, fused, split_heads
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -232,11 +232,11 @@ class AttentionPart(nnx.Module):
     def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
         """Attention inside each picture or window: ``[N, P, hidden]`` each -> the same."""
         heads, d = self.cfg.num_heads, self.cfg.head_dim
-        path = select_path(
+        rows = Rows(
             q.shape[1], heads, heads, d, q.dtype, gradient=self.attn_out.simulated,
             windows=ctx.windows is not None,
         )  # fmt: skip
-        if path != "xla":
+        if fused(rows):
             scale = self.attn_out.known_scale(None, tap)
             return attend_rows(q, k, v, d, ctx.order, ctx.angles, scale=scale)
         q, k, v = (split_heads(y, d) for y in (q, k, v))

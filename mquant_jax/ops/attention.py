@@ -1,52 +1,148 @@
-"""Attention: grouped heads, softmax in float32; which form runs is chosen here.
+"""Attention: grouped heads, softmax in float32.
 
-:func:`select_path` names it: :func:`attend` takes heads and a boolean mask, and runs anywhere;
-:func:`attend_rows` takes what projections give, for the tokens of one call among each other.
+Three operations. :data:`ROWS` takes what projections give, for the tokens of one call among each
+other, and fuses rotary positions and quantisation; :data:`HEADS` takes heads and a boolean mask;
+:data:`CACHE` is one layer of a cache.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops import attention_xla, gpu
-from mquant_jax.ops.dense import early_tpu, platform
+from mquant_jax.ops import attention_xla
+from mquant_jax.ops.registry import Form, Op, unless
+from mquant_jax.target import Target, target
+
+# Slots of a cache that a row attends to, where it needs no more: the least that holds its own.
+REACHES = (256, 1024, 4096, 16384)
+SEPARATE = "separate"  # heads are split, turned and attended to one after the other
+_HALVES = (jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Attention of ``tokens`` rows ``[heads * head_dim]`` among each other.
+
+    Attributes:
+        ordered: tokens are in sequence order.
+        gradient: one is taken.
+        windows: a query also has a lowest order that it sees.
+    """
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: Any
+    ordered: bool = False
+    gradient: bool = False
+    windows: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Attention of queries ``[B, heads, tokens, head_dim]`` to ``keys`` keys.
+
+    Attributes:
+        int8: keys and values are.
+        prefix: there are more keys and values that all rows see.
+        by_row: rows differ in how many slots they use.
+        elements: of the values; in a cache, of all layers.
+    """
+
+    rows: int
+    heads: int
+    kv_heads: int
+    tokens: int
+    keys: int
+    head_dim: int
+    dtype: Any
+    int8: bool
+    prefix: bool
+    elements: int
+    by_row: bool = False
+
+    @classmethod
+    def of(cls, q: jax.Array, v: jax.Array | QTensor, prefix: Any, by_row: bool = False) -> Heads:
+        """For values ``[..., B, kv_heads, S, d]``."""
+        values = v.values if isinstance(v, QTensor) else v
+        (b, heads, t, d), (kv, s) = q.shape, values.shape[-3:-1]
+        narrow, more = isinstance(v, QTensor), prefix is not None
+        return cls(b, heads, kv, t, s, d, q.dtype, narrow, more, values.size, by_row)
 
 
 def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
     """``[B, T, heads * d]`` -> ``[B, heads, T, d]``."""
-    if platform() == "tpu" and x.shape[1] > 1:
+    if target().platform == "tpu" and x.shape[1] > 1:
         # Else XLA moves the transposition up, to where the values still are float32.
         x = jax.lax.optimization_barrier(x)
     return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, head_dim), 1, 2)
 
 
-FEWEST_ROWS = 128  # below, the kernel pads more than it saves
-# Slots of a cache that a row attends to, where it needs no more: the least that holds its own.
-REACHES = (256, 1024, 4096, 16384)
-FEWEST_ON_CPU = 64  # below, there is little to transpose
+def _rows_on_cpu(q, k, v, head_dim, order, angles, gain, scale, ordered) -> jax.Array:
+    return attention_xla.attend_rows(q, k, v, head_dim, order, angles, gain, scale, ordered)
 
 
-def select_path(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype, ordered: bool = False,
-    gradient: bool = False, windows: bool = False,
-) -> str:  # fmt: skip
-    """``pallas_tpu`` or ``heads_cpu`` where :func:`attend_rows` may run, for many tokens (on TPU in
-    bfloat16, without a ``gradient`` and without ``windows``) that attend to each other and to
-    nothing else; else ``xla``."""
-    if platform() == "cpu" and tokens >= FEWEST_ON_CPU:
-        return "heads_cpu"
-    if platform() != "tpu" or early_tpu() or gradient or windows:
-        return "xla"
-    if tokens < FEWEST_ROWS or dtype != jnp.bfloat16:
-        return "xla"
-    from mquant_jax.ops import pallas_tpu_attention  # slow to import, see ops/rotate.py
+def _rows_on_tpu(q, k, v, head_dim, order, angles, gain, scale, ordered) -> jax.Array:
+    from mquant_jax.ops import pallas_tpu_attention as kernel
 
-    cut = pallas_tpu_attention.plan(tokens, heads, kv_heads, head_dim, ordered)
-    return "xla" if cut is None else "pallas_tpu"
+    heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
+    cut = kernel.plan(q.shape[1], heads, kv_heads, head_dim, ordered)
+    assert cut is not None, "other shapes are refused"
+    return kernel.attend_rows(
+        q, k, v, order, cut, angles, gain, scale, ordered, interpret=target().interpret
+    )
+
+
+def _no_cpu_rows(a: Rows, to: Target) -> str | None:
+    least = to.limits.attention_rows_cpu
+    return unless(
+        (to.platform == "cpu", "not a CPU"),
+        (a.tokens >= least, f"{a.tokens} tokens; the least is {least}"),
+    )
+
+
+def _no_tpu_rows(a: Rows, to: Target) -> str | None:
+    least = to.limits.attention_rows
+    reason = unless(
+        (to.platform == "tpu" and not to.early_tpu, "not a TPU from v5 on"),
+        (a.tokens >= least, f"{a.tokens} tokens; the least is {least}"),
+        (a.dtype == jnp.bfloat16, f"{a.dtype}, not bfloat16"),
+        (not a.gradient, "the kernel has no gradient"),
+        (not a.windows, "the kernel has no windows"),
+    )
+    if reason is not None:
+        return reason
+    from mquant_jax.ops import pallas_tpu_attention  # slow to import where there is no TPU
+
+    shape = a.tokens, a.heads, a.kv_heads, a.head_dim, a.ordered
+    return unless((pallas_tpu_attention.plan(*shape) is not None, "keys do not fit on the chip"))
+
+
+def _separate(*args: Any) -> jax.Array:
+    raise AssertionError("the caller splits heads where fused() is false")
+
+
+ROWS: Op[Rows] = Op(
+    "attention of rows",
+    Form("heads_cpu", _rows_on_cpu, _no_cpu_rows),
+    Form("pallas_tpu", _rows_on_tpu, _no_tpu_rows),
+    Form(SEPARATE, _separate),
+)
+
+
+def fused(spec: Rows) -> bool:
+    """Whether :func:`attend_rows` takes such rows; else the caller splits heads."""
+    if ROWS.choose(spec).name != SEPARATE:
+        return True
+    ROWS.pick(spec)  # for the record
+    return False
 
 
 def attend_rows(
@@ -74,17 +170,49 @@ def attend_rows(
     Returns:
         ``[B, T, heads * d]``: in their type, or with ``scale`` int8.
     """
-    if platform() == "cpu":
-        y = attention_xla.attend_rows(q, k, v, head_dim, order, angles, gain, scale, ordered)
-        return y if scale is None else QTensor(y, scale)
-    from mquant_jax.ops import pallas_tpu_attention as kernel
-
     heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
-    cut = kernel.plan(q.shape[1], heads, kv_heads, head_dim, ordered)
-    assert cut is not None, "select_path sends no other shapes here"
-    queries, keys = order  # nor windows
-    y = kernel.attend_rows(q, k, v, (queries, keys), cut, angles, gain, scale, ordered)
+    spec = Rows(q.shape[1], heads, kv_heads, head_dim, q.dtype, ordered, windows=len(order) > 2)
+    y = ROWS.pick(spec)(q, k, v, head_dim, order, angles, gain, scale, ordered)
     return y if scale is None else QTensor(y, scale)
+
+
+def _flash_gpu(q, k, v, mask, prefix, in_order: bool) -> jax.Array:
+    from mquant_jax.ops import flash_gpu  # slow to import
+
+    return flash_gpu.attend(q, k, v, mask, in_order, interpret=target().interpret)
+
+
+def _heads_by_xla(q, k, v, mask, prefix, in_order: bool) -> jax.Array:
+    b, heads, t, d = q.shape
+    kv_heads = (k.values if isinstance(k, QTensor) else k).shape[1]
+    q = q.reshape(b, kv_heads, heads // kv_heads, t, d)
+    out = attention_xla.attend_heads(q, k, v, mask, prefix, in_order)
+    return out.reshape(b, heads, t, d).swapaxes(1, 2).reshape(b, t, heads * d)
+
+
+def _no_gpu(a: Heads, to: Target) -> str | None:
+    most = to.limits.gpu_head
+    return unless(
+        (to.kernels_for_gpu, "not an NVIDIA GPU from Ampere on"),
+        (not a.prefix, "the kernel has no prefix"),
+        (a.dtype in _HALVES, f"{a.dtype}, not a half precision"),
+        (a.head_dim <= most, f"heads of {a.head_dim} channels; the most is {most}"),
+    )
+
+
+def _no_flash_gpu(a: Heads, to: Target) -> str | None:
+    least = to.limits.gpu_queries
+    return _no_gpu(a, to) or unless(
+        (a.tokens >= least, f"{a.tokens} queries; the least is {least}"),
+        (not a.int8, "the kernel takes no int8"),
+    )
+
+
+HEADS: Op[Heads] = Op(
+    "attention",
+    Form("flash_gpu", _flash_gpu, _no_flash_gpu),
+    Form("xla", _heads_by_xla),
+)
 
 
 def attend(
@@ -110,45 +238,34 @@ def attend(
     Returns:
         ``[B, T, heads * d]`` in ``q.dtype``.
     """
-    b, heads, t, d = q.shape
-    kv_heads = (k.values if isinstance(k, QTensor) else k).shape[1]
+    b, t = q.shape[0], q.shape[2]
     mask = jnp.broadcast_to(mask, (b, t, mask.shape[-1]))
-    if platform() == "gpu" and gpu.suits_attention(q, k, prefix):
-        if isinstance(k, jax.Array) and isinstance(v, jax.Array):  # it takes no int8
-            from mquant_jax.ops import flash_gpu  # slow to import
-
-            return flash_gpu.attend(q, k, v, mask, in_order)
-    q = q.reshape(b, kv_heads, heads // kv_heads, t, d)
-    out = attention_xla.attend_heads(q, k, v, mask, prefix, in_order)
-    return out.reshape(b, heads, t, d).swapaxes(1, 2).reshape(b, t, heads * d)
+    return HEADS.pick(Heads.of(q, v, prefix))(q, k, v, mask, prefix, in_order)
 
 
-def attend_cache(
-    q: jax.Array,
-    cache: tuple[jax.Array | QTensor, jax.Array | QTensor],
-    layer: jax.Array,
-    mask: jax.Array,
-    prefix: tuple[jax.Array, jax.Array] | None = None,
-    used: jax.Array | None = None,
-) -> jax.Array:
-    """:func:`attend` to one layer of a cache, which a kernel for single queries reads in its place.
+def _decode_gpu(q, cache, layer, mask, prefix, used) -> jax.Array:
+    from mquant_jax.ops import decode_gpu  # slow to import
 
-    Args:
-        cache: keys ``[layers, B, kv_heads, d, S]`` and values ``[layers, B, kv_heads, S, d]``.
-        layer: int32 ``[]``.
-        used: int32 ``[B]``, how many slots may be seen, where rows differ in it.
-    """
-    if platform() == "gpu" and gpu.suits_decoding(q, cache[1], prefix):
-        from mquant_jax.ops import decode_gpu  # slow to import
+    k, v = cache
+    y = decode_gpu.attend_one(q[:, :, 0], k, v, layer, mask[:, 0], interpret=target().interpret)
+    return y[:, None]
 
-        return decode_gpu.attend_one(q[:, :, 0], *cache, layer, mask[:, 0])[:, None]
-    if used is not None and platform() == "cpu":
-        return _attend_by_rows(q, cache, layer, mask, prefix, used)
+
+def _no_decode_gpu(a: Heads, to: Target) -> str | None:
+    """The kernel cuts a head's channels evenly and counts values in 32 bits."""
+    return _no_gpu(a, to) or unless(
+        (a.tokens == 1, f"{a.tokens} queries"),
+        (a.head_dim % 16 == 0, f"heads of {a.head_dim} channels, no multiple of 16"),
+        (a.elements <= to.limits.gpu_elements, "too large for 32-bit indices"),
+    )
+
+
+def _whole_layer(q, cache, layer, mask, prefix, used) -> jax.Array:
     k, v = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
     return attend(q, k, v, mask, prefix)
 
 
-def _attend_by_rows(q, cache, layer, mask, prefix, used: jax.Array) -> jax.Array:
+def _row_by_row(q, cache, layer, mask, prefix, used: jax.Array) -> jax.Array:
     """:func:`attend_cache` row by row, each over no more slots than it needs, so that neither time
     nor rounding depends on the other rows."""
     total = mask.shape[-1]
@@ -169,3 +286,34 @@ def _attend_by_rows(q, cache, layer, mask, prefix, used: jax.Array) -> jax.Array
         return jax.lax.switch(least, [partial(first, n) for n in sizes], row)
 
     return jax.lax.map(one, jnp.arange(q.shape[0], dtype=jnp.int32))
+
+
+def _no_row_by_row(a: Heads, to: Target) -> str | None:
+    return unless((a.by_row and to.platform == "cpu", "not a CPU with rows of different lengths"))
+
+
+CACHE: Op[Heads] = Op(
+    "attention to the cache",
+    Form("decode_gpu", _decode_gpu, _no_decode_gpu),
+    Form("row_by_row", _row_by_row, _no_row_by_row),
+    Form("whole_layer", _whole_layer),
+)
+
+
+def attend_cache(
+    q: jax.Array,
+    cache: tuple[jax.Array | QTensor, jax.Array | QTensor],
+    layer: jax.Array,
+    mask: jax.Array,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
+    used: jax.Array | None = None,
+) -> jax.Array:
+    """:func:`attend` to one layer of a cache, which a kernel for single queries reads in its place.
+
+    Args:
+        cache: keys ``[layers, B, kv_heads, d, S]`` and values ``[layers, B, kv_heads, S, d]``.
+        layer: int32 ``[]``.
+        used: int32 ``[B]``, how many slots may be seen, where rows differ in it.
+    """
+    spec = Heads.of(q, cache[1], prefix, by_row=used is not None)
+    return CACHE.pick(spec)(q, cache, layer, mask, prefix, used)

@@ -6,11 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, quantize_static
-from mquant_jax.ops.dense import platform
+from mquant_jax.target import target
 
-# Logits above which attention runs in parts, and the logits of a part: on CPU what its caches hold,
-# elsewhere what memory can spare.
-MOST_LOGITS = {"cpu": (2**22, 2**21), "gpu": (2**28, 2**27), "tpu": (2**28, 2**27)}
 LEAST_QUERIES = 64  # of a part: fewer make the products too small
 ORDERED_BLOCKS = 8  # of queries in sequence order; each block skips the keys after it
 
@@ -87,7 +84,7 @@ def _by_heads(q, k, v, d: int, mask, more, ordered: bool) -> jax.Array:
     few logits."""
     b, t, width = q.shape
     heads, kv_heads = width // d, k.shape[-1] // d
-    g, part = heads // kv_heads, MOST_LOGITS[platform()][1]
+    g, part = heads // kv_heads, target().limits.part_logits
     logits = g * t * (_block(t) if ordered else t)
     n = _most(kv_heads, part // logits)
     rows = _most(b, part // (n * logits)) if n == kv_heads else 1
@@ -147,7 +144,8 @@ def _in_parts(q, k, v, mask, prefix) -> jax.Array:
     """:func:`attend_heads` with keys of any order: row by row, then by groups of kv heads, then by
     queries, as long as there are too many logits."""
     b, kv_heads, g, t, d = q.shape
-    s, (most, part) = _keys(k), MOST_LOGITS[platform()]
+    s, limits = _keys(k), target().limits
+    most, part = limits.most_logits, limits.part_logits
     if b * kv_heads * g * t * s <= most or t <= LEAST_QUERIES:
         return _attend(q, k, v, mask, prefix)
     if b > 1:

@@ -17,8 +17,6 @@ In a jaxpr (``jax.make_jaxpr``) all of them appear as integer products.
 
 from __future__ import annotations
 
-import functools
-import platform
 from typing import Any
 
 import jax
@@ -28,45 +26,20 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
-from mquant_jax.cpu_features import features
-from mquant_jax.numerics import QWeight
 from mquant_jax.ops.xla import s8_dot
+from mquant_jax.target import Target
 
 _OFFSET = 128
-# XLA fuses what a vector is multiplied with if the vector takes less than 16 KiB; then no sum of
-# products of int4 by int8 is larger than float32 can hold exactly.
-_SHORT = 16 * 1024 // 4 - 1
 _MOST_PARTS = 16
 
 
-@functools.cache
-def suits_byte_dot() -> bool:
-    """Whether :func:`byte_dot` is the fast form for any number of rows here."""
-    if jax.__version_info__ >= (0, 11) or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    # Tile registers (AMX) multiply signed bytes, and XLA uses them for int8 by int8.
-    return "avx512_vnni" in features() and "amx_int8" not in features()
-
-
-def reads_in_place(in_features: int) -> bool:
-    """Whether a product of one float32 row with weights ``[out, in]`` reads them where they lie."""
-    return jax.__version_info__ < (0, 11) and in_features <= _SHORT
-
-
-def parts_for(w: QWeight) -> int | None:
+def parts_for(in_features: int, bits: int, groups: int, to: Target) -> int | None:
     """How many parts a 4-bit weight's columns are to be kept in for :func:`vector_dot`, if it is
-    the fast form for one row here."""
-    if w.bits != 4 or w.groups > 1:
+    the fast form for one row."""
+    if bits != 4 or groups > 1:
         return None
-    counts = range(1, _MOST_PARTS + 1)
-    fitting = (n for n in counts if w.in_features % n == 0 and reads_in_place(w.in_features // n))
-    return next(fitting, None)
-
-
-def suits_halves_dot(w: QWeight) -> bool:
-    """Whether :func:`halves_dot` is the fast form for one row here."""
-    whole = w.bits == 8 and w.groups == 1 and w.out_features % 2 == 0
-    return whole and reads_in_place(w.in_features)
+    counts = (n for n in range(1, _MOST_PARTS + 1) if in_features % n == 0)
+    return next((n for n in counts if to.reads_in_place(in_features // n)), None)
 
 
 _u8_by_s8 = Primitive("u8_by_s8_dot")
@@ -124,7 +97,7 @@ def byte_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 @jax.jit
 def vector_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """:func:`~mquant_jax.ops.xla.s8_dot` of int8 ``[1, in]`` by 4-bit values in int8 ``[out, in]``,
-    exact for rows that :func:`reads_in_place`."""
+    exact for rows that :meth:`~mquant_jax.target.Target.reads_in_place` takes."""
     return _vector_dot.bind(x, w, jaxpr=jax.make_jaxpr(s8_dot)(x, w))
 
 

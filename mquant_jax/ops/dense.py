@@ -1,16 +1,11 @@
-"""Quantised matrix products; chooses the implementation by platform and number of rows.
-
-:func:`select_path` names the choice, so that ``inspect`` and ``bench`` can report what runs.
-"""
+"""Dense products. The forms of a quantised one, best first, are :data:`DENSE`."""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
+import dataclasses
 import functools
 import logging
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,62 +14,41 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.ops import cpu, gpu, xla
-from mquant_jax.ops.xla import finish
+from mquant_jax.ops.epilogue import PLAIN, Epilogue
+from mquant_jax.ops.registry import Form, Op, unless
+from mquant_jax.target import Target, target
 
-_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-
-_KIND: contextvars.ContextVar[str | None] = contextvars.ContextVar("kind", default=None)
 _log = logging.getLogger(__name__)
 
-_Form = Callable[[Any, QWeight], jax.Array]  # of a QTensor or of floats, as its name says
-_FORMS: dict[str, _Form] = {
-    "int_dot": xla.int_dot,
-    "byte_dot": partial(xla.int_dot, product=cpu.byte_dot),
-    "vector_dot": partial(xla.int_dot, product=cpu.vector_dot),
-    "halves_dot": partial(xla.int_dot, product=cpu.halves_dot),
-    "padded_int_dot": xla.padded_int_dot,
-    "weight_only": xla.weight_only_dot,
-    "simulated": xla.simulated_dot,
-    "bf16_dot": xla.bf16_dot,
-}
-# On GPU, where 4 bits stay packed.
-_PACKED_FORMS: dict[str, _Form] = {
-    "int_dot": xla.packed_int_dot,
-    "weight_only": xla.packed_weight_only_dot,
-}
 
-FEWEST_ROWS = 128  # that a kernel is for
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A quantised product by shapes and types.
 
+    Attributes:
+        rows, out, in_features: ``[rows, in] @ [out, in].T``.
+        bits, groups, storage: of the weight.
+        parts: in which its columns are stored.
+        elements: stored values of the weight, or of the stack it is in.
+        activations: ``int8``, ``float``, or ``simulated``: integers as float32.
+    """
 
-def platform() -> str:
-    """The platform that programs are being traced for: ``cpu``, ``gpu`` or ``tpu``."""
-    return _PLATFORM.get() or jax.default_backend()
+    rows: int
+    out: int
+    in_features: int
+    bits: int
+    groups: int
+    storage: str
+    parts: int
+    elements: int
+    activations: str = "int8"
 
-
-def device_kind() -> str:
-    """The kind of device that programs are being traced for, as JAX names it (``TPU v5 lite``);
-    empty where tracing for another platform than the default one without a given kind."""
-    if _PLATFORM.get() is not None:
-        return _KIND.get() or ""
-    return jax.devices()[0].device_kind
-
-
-@contextlib.contextmanager
-def target_platform(name: str, kind: str | None = None) -> Iterator[None]:
-    """Trace for another platform than the default one (ahead-of-time compiles); see
-    :func:`device_kind`."""
-    tokens = _PLATFORM.set(name), _KIND.set(kind)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(tokens[0])
-        _KIND.reset(tokens[1])
-
-
-def early_tpu() -> bool:
-    """Whether traced for a TPU up to v4: it has no int8 matrix unit, and too little memory on the
-    chip for the kernels here."""
-    return platform() == "tpu" and bool(re.search(r"\bv[234]\b", device_kind()))
+    @classmethod
+    def of(cls, rows: int, w: QWeight, activations: str = "int8") -> Product:
+        """The product with one layer of ``w``."""
+        parts = w.values.shape[-3] if w.storage == "parts" else 1
+        shape = rows, w.out_features, w.in_features
+        return cls(*shape, w.bits, w.groups, w.storage, parts, w.values.size, activations)
 
 
 @functools.cache
@@ -85,90 +59,178 @@ def _tell_of_bf16() -> None:
     )
 
 
-def select_path(quantised_input: bool, rows: int, w: QWeight) -> str:
-    """Name of the form that :func:`quantized_dot` runs for these operands; of ``w`` only the shapes
-    and bits count."""
-    if not quantised_input:
-        return "weight_only"
-    if early_tpu():
-        return "bf16_dot"
-    if (kernel := _tpu_kernel(rows, w)) is not None:
-        return kernel
-    if platform() == "cpu":
-        if rows == 1 and cpu.parts_for(w) == (len(w.values) if w.storage == "parts" else 1):
-            return "vector_dot"
-        if rows == 1 and cpu.suits_halves_dot(w):
-            return "halves_dot"
-        if cpu.suits_byte_dot() and (w.groups == 1 or rows >= xla.MANY_ROWS):  # it has no batches
-            return "byte_dot"
-    if platform() == "gpu" and gpu.suits(w):
-        return gpu.choose(rows, w.out_features, w.in_features).path
-    if rows == 1 and platform() in ("cpu", "tpu"):
-        return "padded_int_dot"
-    return "int_dot"
+def _plain(form: Callable[[Any, QWeight], jax.Array]) -> Callable[..., jax.Array]:
+    """Run a form of XLA's on one layer, then the epilogue."""
+
+    def run(x: QTensor | jax.Array, w: QWeight, end: Epilogue) -> jax.Array:
+        w = w.of_layer()
+        if w.storage == "int4" and target().platform != "tpu":
+            # XLA's CPU backend widens int4 operands to int32 and multiplies naively; its GPU
+            # backend does as well, but fuses a conversion to int8 into the product.
+            w = w.unpacked()
+        return end(form(x, w))
+
+    return run
 
 
-def _tpu_kernel(rows: int, w: QWeight) -> str | None:
-    """The path of the TPU kernel that takes a product, if one does."""
-    few = rows < FEWEST_ROWS
-    if platform() != "tpu" or early_tpu() or w.groups != 1 or not (few or w.bits == 4):
-        return None
-    from mquant_jax.ops import pallas_tpu_dot  # slow to import where there is no TPU
+def _bf16_dot(x: QTensor, w: QWeight) -> jax.Array:
+    _tell_of_bf16()
+    return xla.bf16_dot(x, w)
+
+
+def _tpu_kernel(name: str) -> Callable[..., jax.Array]:
+    def run(x: QTensor, w: QWeight, end: Epilogue) -> jax.Array:
+        from mquant_jax.ops import pallas_tpu_dot  # slow to import where there is no TPU
+
+        w = w if w.storage == "int8" else w.native()
+        stack, layer = (w.values[None], jnp.int32(0)) if w.layer is None else (w.values, w.layer)
+        scale, to = w.scale.reshape(-1, w.out_features), {"interpret": target().interpret}
+        if name == "few_dot":
+            return pallas_tpu_dot.few_dot(x, stack, layer, scale, end, **to)
+        if end.gate is None:
+            return pallas_tpu_dot.int4_dot(x, stack, layer, scale, end, **to)
+        product = Epilogue(end.bias, dtype=end.dtype)
+        y = pallas_tpu_dot.int4_dot(x, stack, layer, scale, product, **to)
+        return dataclasses.replace(end, bias=None)(y)
+
+    return run
+
+
+def _accepts(activations: str) -> Callable[[Product, Target], str | None]:
+    return lambda p, to: unless(
+        (p.activations == activations, f"not for {p.activations} activations")
+    )
+
+
+def _on_early_tpu(p: Product, to: Target) -> str | None:
+    return unless((to.early_tpu, "not a TPU up to v4"))
+
+
+def _tpu(p: Product, to: Target, few: bool) -> str | None:
+    limit = to.limits.dense_rows
+    reason = unless(
+        (to.platform == "tpu" and not to.early_tpu, "not a TPU from v5 on"),
+        (p.groups == 1, "scales by group"),
+        ((p.rows < limit) == few, f"{p.rows} rows; the limit is {limit}"),
+        (few or p.bits == 4, "8-bit weights"),
+    )
+    if reason is not None:
+        return reason
+    from mquant_jax.ops import pallas_tpu_dot
 
     suits = pallas_tpu_dot.suits_few if few else pallas_tpu_dot.suits
-    path = "pallas_tpu_few" if few else "pallas_tpu"
-    return path if suits(w.in_features, w.out_features) else None
+    fits = suits(p.in_features, p.out)
+    return unless((fits, f"{p.out} x {p.in_features} is no shape of whole tiles, or XLA is faster"))
+
+
+def _vector(p: Product, to: Target) -> str | None:
+    return unless(
+        (p.rows == 1, f"for one row, not {p.rows}"),
+        (cpu.parts_for(p.in_features, p.bits, p.groups, to) == p.parts,
+         "XLA does not read such rows of weights in place"),
+    )  # fmt: skip
+
+
+def _halves(p: Product, to: Target) -> str | None:
+    return unless(
+        (p.rows == 1, f"for one row, not {p.rows}"),
+        (p.bits == 8 and p.groups == 1 and p.out % 2 == 0, "not 8 bits per channel, rows even"),
+        (to.reads_in_place(p.in_features), "XLA does not read such rows of weights in place"),
+    )
+
+
+def _bytes(p: Product, to: Target) -> str | None:
+    return unless(
+        (to.multiplies_bytes, "XLA uses no byte dot-product instructions for it here"),
+        (p.groups == 1 or p.rows >= xla.MANY_ROWS, "has no batches, which groups need"),
+    )
+
+
+def _gpu(p: Product, to: Target, path: str) -> str | None:
+    if reason := gpu.refuses(p.bits, p.groups, p.in_features, p.elements, to):
+        return reason
+    if p.storage != "packed":
+        return f"weights are stored as {p.storage}"
+    chosen = gpu.choose(p.rows, p.out, p.in_features).path
+    return unless((chosen == path, f"the table prefers {chosen}"))
+
+
+def _packed(p: Product, to: Target) -> str | None:
+    packed = to.platform == "gpu" and p.storage == "packed" and p.groups == 1
+    return unless((packed, "not a GPU with packed weights and a scale per channel"))
+
+
+def _padded(p: Product, to: Target) -> str | None:
+    return unless(
+        (to.platform in ("cpu", "tpu"), "a GPU multiplies a single row"),
+        (p.rows == 1, f"for one row, not {p.rows}"),
+    )
+
+
+def _float(p: Product, to: Target) -> str | None:
+    return _accepts("float")(p, to)
+
+
+DENSE: Op[Product] = Op(
+    "dense",
+    Form("packed_weight_only", _plain(xla.packed_weight_only_dot),
+         lambda p, to: _float(p, to) or _packed(p, to)),
+    Form("weight_only", _plain(xla.weight_only_dot), _float),
+    Form("simulated", _plain(xla.simulated_dot), _accepts("simulated")),
+    Form("bf16_dot", _plain(_bf16_dot), _on_early_tpu),
+    Form("pallas_tpu_few", _tpu_kernel("few_dot"), partial(_tpu, few=True)),
+    Form("pallas_tpu", _tpu_kernel("int4_dot"), partial(_tpu, few=False)),
+    Form("vector_dot", _plain(partial(xla.int_dot, product=cpu.vector_dot)), _vector),
+    Form("halves_dot", _plain(partial(xla.int_dot, product=cpu.halves_dot)), _halves),
+    Form("byte_dot", _plain(partial(xla.int_dot, product=cpu.byte_dot)), _bytes),
+    Form(gpu.FEW, gpu.few, partial(_gpu, path=gpu.FEW)),
+    Form(gpu.MANY, gpu.many, partial(_gpu, path=gpu.MANY)),
+    Form("packed_int_dot", _plain(xla.packed_int_dot), _packed),
+    Form("padded_int_dot", _plain(xla.padded_int_dot), _padded),
+    Form("int_dot", _plain(xla.int_dot)),
+)  # fmt: skip
 
 
 def held(w: QWeight) -> QWeight:
-    """A weight (or a stack of them) in the form that the platform's products want: int8 on CPU,
-    where unpacking at every use costs more than the memory, in parts if rows are long. Elsewhere,
-    if it has 4 bits, packed for the GPU's kernels, which have no groups, else int4."""
-    if platform() == "cpu":
-        parts = cpu.parts_for(w) or 1
+    """A weight (or a stack of them) in the form that the target's products want: int8 on CPU, where
+    unpacking at every use costs more than the memory, in parts if rows are long. Elsewhere, if it
+    has 4 bits, packed for the GPU's kernels, which have no groups, else int4."""
+    to = target()
+    if to.platform == "cpu":
+        parts = cpu.parts_for(w.in_features, w.bits, w.groups, to) or 1
         return w.in_parts(parts) if parts > 1 else w.unpacked()
-    return w.packed() if platform() == "gpu" and w.groups == 1 else w.native()
+    return w.packed() if to.platform == "gpu" and w.groups == 1 else w.native()
 
 
 def reads_stacks(w: QWeight) -> bool:
-    """Whether products with one layer of the stack ``w [layers, out, in]`` read it in its place."""
+    """Whether products with one layer of the stack ``w [layers, out, in]`` read it in place."""
     if w.values.ndim != 3:
         return False
-    on_gpu = platform() == "gpu" and w.storage == "packed" and gpu.suits(w)
-    return on_gpu or (w.storage in ("int4", "int8") and _tpu_kernel(1, w) is not None)
+    to, product = target(), Product.of(1, w)
+    if w.storage == "packed":
+        return gpu.refuses(w.bits, w.groups, w.in_features, w.values.size, to) is None
+    return w.storage in ("int4", "int8") and _tpu(product, to, few=True) is None
 
 
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """``x @ w.T``: float ``[..., in]`` by ``[out, in]`` -> ``[..., out]`` in their type."""
     # Rows are flattened: the gradient of a product with several leading axes is twice as slow.
-    flat = x.reshape(-1, x.shape[-1])
-    on_cpu = platform() == "cpu" and not cpu.reads_in_place(x.shape[-1])
-    slow = platform() == "tpu" or on_cpu
+    flat, to = x.reshape(-1, x.shape[-1]), target()
+    on_cpu = to.platform == "cpu" and not to.reads_in_place(x.shape[-1])
+    slow = to.platform == "tpu" or on_cpu
     form = xla.padded_float_dot if slow and len(flat) == 1 else xla.float_dot
     return form(flat, w).reshape(*x.shape[:-1], w.shape[0])
 
 
-def quantized_dot(
-    x: QTensor | jax.Array,
-    w: QWeight,
-    bias: jax.Array | None = None,
-    residual: jax.Array | None = None,
-    dtype=jnp.float32,
-    gate: jax.Array | None = None,
-) -> jax.Array:
+def quantized_dot(x: QTensor | jax.Array, w: QWeight, end: Epilogue = PLAIN) -> jax.Array:
     """``x @ w.T`` with the scales applied, and what ends a dense layer.
 
     Args:
         x: a :class:`QTensor` ``[..., in]``, or float ``[..., in]`` for weight-only layers.
         w: one layer's weight, ``[out, in]``, in any storage.
-        bias: float ``[out]``, added in float32.
-        residual: float ``[..., out]`` of ``dtype``, added last.
-        dtype: of the result.
-        gate: float ``[..., out]`` of ``dtype``, whose SiLU multiplies the result before the
-            residual comes to it.
 
     Returns:
-        ``dtype`` ``[..., out]``.
+        ``end.dtype`` ``[..., out]``.
 
     Raises:
         ValueError: contraction lengths differ.
@@ -177,45 +239,10 @@ def quantized_dot(
     lead, k = values.shape[:-1], values.shape[-1]
     if k != w.in_features:
         raise ValueError(f"input has {k} features, weight expects {w.in_features}")
-    flat = values.reshape(-1, k)
-    rows = flat.shape[0]
-    operand: QTensor | jax.Array = flat
+    operand: Any = values.reshape(-1, k)
+    activations = "float"
     if isinstance(x, QTensor):
-        operand = QTensor(flat, x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1))
-    simulated = isinstance(x, QTensor) and x.values.dtype == jnp.float32
-    path = "simulated" if simulated else select_path(isinstance(x, QTensor), rows, w)
-    packed = platform() == "gpu" and w.storage == "packed"
-    if path in gpu.PATHS and packed and isinstance(operand, QTensor):
-        residual, gate = (None if a is None else a.reshape(rows, -1) for a in (residual, gate))
-        y = gpu.dense(operand, w, bias, residual, dtype, gate)
-        return y.reshape(*lead, w.out_features)
-    if path.startswith("pallas_tpu") and isinstance(operand, QTensor):
-        y = _by_tpu_kernel(operand, w, bias, residual, dtype, gate)
-        return y.reshape(*lead, w.out_features)
-    if path == "bf16_dot":
-        _tell_of_bf16()
-    w = w.of_layer()
-    if w.storage == "int4" and platform() != "tpu":
-        # XLA's CPU backend widens int4 operands to int32 and multiplies naively; its GPU backend
-        # does as well, but fuses a conversion to int8 into the product.
-        w = w.unpacked()
-    path = "int_dot" if path in gpu.PATHS else path
-    form = (_PACKED_FORMS if packed and w.groups == 1 and not simulated else _FORMS)[path]
-    y = form(operand, w).reshape(*lead, w.out_features)
-    return finish(y, bias, residual, dtype, gate)
-
-
-def _by_tpu_kernel(x: QTensor, w: QWeight, bias, residual, dtype, gate) -> jax.Array:
-    from mquant_jax.ops import pallas_tpu_dot as kernels
-
-    w = w if w.storage == "int8" else w.native()
-    rows, out = len(x.values), w.out_features
-    residual, gate = (None if a is None else a.reshape(rows, out) for a in (residual, gate))
-    stack, layer = (w.values[None], jnp.int32(0)) if w.layer is None else (w.values, w.layer)
-    operands = x.values, stack, layer, x.scale, w.scale.reshape(-1, out), bias
-    if rows < FEWEST_ROWS:
-        return kernels.few_dot(*operands, residual, gate, dtype)
-    if gate is None:
-        return kernels.int4_dot(*operands, residual, dtype)
-    # Layers with a gate widen, and those are left to XLA where there are many rows.
-    return finish(kernels.int4_dot(*operands, None, dtype), None, residual, dtype, gate)
+        activations = "simulated" if values.dtype == jnp.float32 else "int8"
+        operand = QTensor(operand, x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1))
+    run = DENSE.pick(Product.of(len(values.reshape(-1, k)), w, activations))
+    return run(operand, w, end.flat()).reshape(*lead, w.out_features)

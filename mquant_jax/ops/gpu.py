@@ -16,15 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
-from mquant_jax.ops.xla import finish
+from mquant_jax.ops.epilogue import Epilogue
+from mquant_jax.ops.registry import unless
+from mquant_jax.target import Target, target
 
 MANY, FEW, XLA = "pallas_gpu", "pallas_gpu_gemv", "int_dot"
 PATHS = (MANY, FEW)
 FEW_ROWS = 16  # up to here a product is a question of reading the weights
-FEWEST_QUERIES = 64
-WIDEST_HEAD = 128  # channels; wider ones do not fit the registers
-_DEEPEST = 2**17 - 1  # inputs: 16 * 8 * 128 of each must add up to less than 2**31
-_LARGEST = 2**31 - 1  # elements of an array: the kernels' lowering counts them in 32 bits
 TABLE = "assets/gpu_blocks.json"
 
 
@@ -42,38 +40,14 @@ def table() -> dict[str, Any]:
     return json.loads((files("mquant_jax") / TABLE).read_text(encoding="utf-8"))
 
 
-@functools.cache
-def suits_device() -> bool:
-    """Whether the kernels run on the GPU that is here, if one is: they want an NVIDIA one, Ampere
-    or later."""
-    if jax.default_backend() != "gpu":
-        return True  # programs are compiled for another machine
-    version = getattr(jax.devices()[0], "compute_capability", "")
-    major = str(version).split(".")[0]
-    return major.isdigit() and int(major) >= 8  # AMD's is a name
-
-
-def suits(w: QWeight) -> bool:
-    """Whether the kernels take a weight or a stack of them; shapes, bits and groups count."""
-    fits = w.values.size <= _LARGEST and w.in_features <= _DEEPEST
-    return w.bits == 4 and w.groups == 1 and fits and suits_device()
-
-
-def suits_attention(q: jax.Array, k: jax.Array | QTensor, prefix: Any) -> bool:
-    """Whether attention ``[B, heads, T, d]`` runs as one kernel: for many queries in a half
-    precision, a cache that is not int8, and heads as wide as are usual."""
-    plain = prefix is None and not isinstance(k, QTensor)
-    shape = q.shape[2] >= FEWEST_QUERIES and q.shape[3] <= WIDEST_HEAD
-    return plain and shape and q.dtype in (jnp.bfloat16, jnp.float16) and suits_device()
-
-
-def suits_decoding(q: jax.Array, values: jax.Array | QTensor, prefix: Any) -> bool:
-    """Whether attention ``[B, heads, T, d]`` to a cache runs as one kernel: for one query in a half
-    precision, of heads whose channels are cut evenly, and values that can be counted."""
-    size = (values.values if isinstance(values, QTensor) else values).size
-    shape = q.shape[2] == 1 and q.shape[3] <= WIDEST_HEAD and q.shape[3] % 16 == 0
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return prefix is None and shape and half and size <= _LARGEST and suits_device()
+def refuses(bits: int, groups: int, in_features: int, elements: int, to: Target) -> str | None:
+    """Why the kernels do not take a weight or a stack of ``elements`` values."""
+    return unless(
+        (to.kernels_for_gpu, "not an NVIDIA GPU from Ampere on"),
+        (bits == 4 and groups == 1, "not 4 bits with a scale per channel"),
+        (elements <= to.limits.gpu_elements and in_features <= to.limits.gpu_inputs,
+         "too large for 32-bit indices or sums"),
+    )  # fmt: skip
 
 
 def bucket(rows: int) -> int:
@@ -98,32 +72,34 @@ def _choice(entry: dict[str, Any]) -> Choice:
     return Choice(entry["path"], tuple(blocks) if blocks else None)
 
 
-def dense(
-    x: QTensor,
-    w: QWeight,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    dtype,
-    gate: jax.Array | None = None,
-) -> jax.Array:
-    """A whole dense layer, ``dtype [rows, out]``, by the kernel that :func:`choose` names.
+def _blocks(x: QTensor, w: QWeight) -> Any:
+    """The table's blocks, for a product that the kernels take."""
+    from mquant_jax.ops import pallas_gpu  # not needed, and slow to import, where there is no GPU
+
+    blocks = choose(len(x.values), w.out_features, w.in_features).blocks
+    assert blocks is not None, "a kernel is chosen only where the table has one"
+    return pallas_gpu.Blocks(*blocks)
+
+
+def many(x: QTensor, w: QWeight, end: Epilogue) -> jax.Array:
+    """A whole dense layer in one kernel.
 
     Args:
         x: int8 ``[rows, in]``; its scale is one number or ``[rows, 1]``.
         w: packed, of one layer or in the stack of all.
-        residual, gate: ``dtype [rows, out]``.
+        end: for ``[rows, out]``.
     """
-    from mquant_jax.ops import pallas_gpu  # not needed, and slow to import, where there is no GPU
+    from mquant_jax.ops import pallas_gpu
 
-    rows = x.values.shape[0]
-    choice = choose(rows, w.out_features, w.in_features)
-    assert choice.blocks is not None, "the caller asks for a kernel only where the table has one"
-    blocks = pallas_gpu.Blocks(*choice.blocks)
-    if choice.path == MANY:
-        return pallas_gpu.matmul(
-            x.values, w.values, x.scale, w.scale, blocks,
-            layer=w.layer, bias=bias, gate=gate, residual=residual, dtype=dtype,
-        )  # fmt: skip
-    sums = pallas_gpu.partial_sums(x.values, w.values, blocks, layer=w.layer).sum(0)
-    y = sums.astype(jnp.float32) * (x.scale * w.of_layer().scale[:, 0])
-    return finish(y, bias, residual, dtype, gate)
+    blocks, interpret = _blocks(x, w), target().interpret
+    return pallas_gpu.matmul(x, w.values, w.scale, blocks, end, layer=w.layer, interpret=interpret)
+
+
+def few(x: QTensor, w: QWeight, end: Epilogue) -> jax.Array:
+    """:func:`many` for few rows: partial sums in a kernel, the rest in XLA."""
+    from mquant_jax.ops import pallas_gpu
+
+    blocks, interpret = _blocks(x, w), target().interpret
+    sums = pallas_gpu.partial_sums(x.values, w.values, blocks, layer=w.layer, interpret=interpret)
+    y = sums.sum(0).astype(jnp.float32) * (x.scale * w.of_layer().scale[:, 0])
+    return end(y)

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from mquant_jax.numerics import QTensor
 from mquant_jax.ops.blocks_gpu import load, sides, store, within
+from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.ops.loops import int32_loop
 
 _TWO_OPERATIONS = "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xf0f0f0f0;"  # on four bytes
@@ -50,41 +52,39 @@ class Blocks:
 
 
 def matmul(
-    x: jax.Array,
+    x: QTensor,
     w: jax.Array,
-    x_scale: jax.Array,
     w_scale: jax.Array,
     blocks: Blocks,
+    end: Epilogue,
     *,
     layer: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    gate: jax.Array | None = None,
-    residual: jax.Array | None = None,
-    dtype=jnp.bfloat16,
     interpret: bool = False,
 ) -> jax.Array:
-    """``x @ w.T`` with scales, bias and residual applied before anything is written.
+    """``x @ w.T`` with scales and epilogue applied before anything is written.
 
     Args:
-        x: int8 ``[rows, in]``, ``in`` up to 2**17 - 1.
+        x: int8 ``[rows, in]``, ``in`` up to 2**17 - 1; its scale is one number or ``[rows, 1]``.
         w: uint8 ``[out, ceil(in/2)]`` or, with ``layer``, ``[layers, out, ceil(in/2)]``.
-        x_scale: float32, one number or ``[rows, 1]``.
         w_scale: float32 ``[out, 1]`` or ``[layers, out, 1]``.
         layer: int32 ``[]``, which one of a stack to read; the stack is not copied.
-        bias: float ``[out]``, added in float32.
-        gate: ``dtype`` ``[rows, out]``, whose SiLU multiplies the result, in float32.
-        residual: ``dtype`` ``[rows, out]``, added last.
+        end: its SiLU is computed in float32.
         interpret: run without a GPU.
 
     Returns:
-        ``dtype`` ``[rows, out]``.
+        ``[rows, out]``.
     """
-    (rows, k), out = x.shape, w.shape[-2]
-    operands = {"layer": _index(layer), "x": x, "w": _stack(w), "w_scale": _stack(w_scale)[..., 0]}
-    operands["x_scale"] = x_scale.reshape(-1)
-    optional = {"bias": bias, "gate": gate, "residual": residual}
+    (rows, k), out, dtype = x.values.shape, w.shape[-2], end.dtype
+    operands = {
+        "layer": _index(layer),
+        "x": x.values,
+        "w": _stack(w),
+        "w_scale": _stack(w_scale)[..., 0],
+    }
+    operands["x_scale"] = x.scale.reshape(-1)
+    optional = {"bias": end.bias, "gate": end.gate, "residual": end.residual}
     operands |= {name: a for name, a in optional.items() if a is not None}
-    sheets = 1 + (gate is not None) + (residual is not None)
+    sheets = 1 + (end.gate is not None) + (end.residual is not None)
     size = jnp.dtype(dtype).itemsize
     moved = rows * k + out * w.shape[-1] + rows * out * size * sheets
     return _call(
@@ -94,7 +94,7 @@ def matmul(
         result=jax.ShapeDtypeStruct((rows, out), dtype),
         blocks=blocks,
         flops=2 * rows * k * out,
-        moved=moved + 4 * (out + x_scale.size),
+        moved=moved + 4 * (out + x.scale.size),
         interpret=interpret,
     )
 

@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mquant_jax.hadamard import LANES
+from mquant_jax.numerics import QTensor
+from mquant_jax.ops.epilogue import Epilogue
 
 NAME, NAME_FEW = "int4_dot", "few_dot"
 LONGEST = 10240  # input channels: so many rows' worth of them stay on the chip, twice
@@ -45,33 +47,29 @@ def suits_few(in_features: int, out_features: int) -> bool:
 
 
 def int4_dot(
-    x: jax.Array,
+    x: QTensor,
     stack: jax.Array,
     layer: jax.Array,
-    x_scale: jax.Array,
     w_scale: jax.Array,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    dtype,
+    end: Epilogue,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """``x @ stack[layer].T`` in int32, times scales, plus bias, in ``dtype``, plus residual.
+    """``x @ stack[layer].T`` in int32, times scales, and the epilogue.
 
     Args:
-        x: int8 ``[rows, in]``.
+        x: int8 ``[rows, in]``; its scale is one number or ``[rows, 1]``.
         stack: int4 ``[layers, out, in]``, ``out`` and ``in`` multiples of 128.
         layer: int32 ``[]``. Slicing the layer out before the kernel would copy it.
-        x_scale: float32, one number or ``[rows, 1]``.
         w_scale: float32 ``[layers, out]``.
-        bias: float ``[out]``.
-        residual: ``dtype`` ``[rows, out]``.
-        dtype: of the result.
+        end: without a gate: layers with one widen, and those are left to XLA where there are many
+            rows.
 
     Returns:
-        ``dtype`` ``[rows, out]``.
+        ``[rows, out]``.
     """
-    rows, k = x.shape
+    assert end.gate is None
+    (rows, k), x_scale = x.values.shape, x.scale
     out = stack.shape[1]
     tall = min(_ROWS, -(-rows // _TILE) * _TILE)
     wide = 2 * LANES if out % (2 * LANES) == 0 else LANES
@@ -79,7 +77,7 @@ def int4_dot(
     pad = ((0, blocks * tall - rows), (0, 0))
     per_row = x_scale.ndim > 0
     operands = {
-        "x": (jnp.pad(x, pad), pl.BlockSpec((tall, k), lambda i, j, _: (i, 0))),
+        "x": (jnp.pad(x.values, pad), pl.BlockSpec((tall, k), lambda i, j, _: (i, 0))),
         "w": (stack, pl.BlockSpec((None, wide, k), lambda i, j, layer: (layer[0], j, 0))),
         "column": (
             w_scale[:, None], pl.BlockSpec((None, 1, wide), lambda i, j, layer: (layer[0], 0, j))
@@ -89,15 +87,15 @@ def int4_dot(
             pl.BlockSpec((tall, 1), lambda i, j, _: (i, 0)) if per_row else _one(),
         ),
     }  # fmt: skip
-    if bias is not None:
-        operands["bias"] = bias[None], pl.BlockSpec((1, wide), lambda i, j, _: (0, j))
+    if end.bias is not None:
+        operands["bias"] = end.bias[None], pl.BlockSpec((1, wide), lambda i, j, _: (0, j))
     tile = pl.BlockSpec((tall, wide), lambda i, j, _: (i, j))
-    if residual is not None:
-        operands["residual"] = jnp.pad(residual, pad), tile
-    size = jnp.dtype(dtype).itemsize
+    if end.residual is not None:
+        operands["residual"] = jnp.pad(end.residual, pad), tile
+    size = jnp.dtype(end.dtype).itemsize
     result = _call(
         NAME, _kernel, layer, operands, (blocks, out // wide), tile,
-        jax.ShapeDtypeStruct((blocks * tall, out), dtype),
+        jax.ShapeDtypeStruct((blocks * tall, out), end.dtype),
         flops=2 * blocks * tall * out * k,
         moved=blocks * tall * (k + out * size) + blocks * out * k // 2,
         interpret=interpret,
@@ -106,21 +104,16 @@ def int4_dot(
 
 
 def few_dot(
-    x: jax.Array,
+    x: QTensor,
     stack: jax.Array,
     layer: jax.Array,
-    x_scale: jax.Array,
     w_scale: jax.Array,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    gate: jax.Array | None,
-    dtype,
+    end: Epilogue,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """:func:`int4_dot` of up to 128 rows, by a stack of int4 or int8; the SiLU of ``gate``,
-    ``dtype`` ``[rows, out]``, multiplies what the residual is added to."""
-    rows, k = x.shape
+    """:func:`int4_dot` of up to 128 rows, by a stack of int4 or int8, with any epilogue."""
+    (rows, k), x_scale = x.values.shape, x.scale
     out = stack.shape[1]
     row = k * jnp.iinfo(stack.dtype).bits // 8
     fitting = (n for n in range(LANES, out + 1, LANES) if out % n == 0 and n * row <= _BLOCK)
@@ -129,7 +122,7 @@ def few_dot(
     whole = pl.BlockSpec((rows, k), lambda j, _: (0, 0))
     tile = pl.BlockSpec((rows, wide), lambda j, _: (0, j))
     operands = {
-        "x": (x, whole),
+        "x": (x.values, whole),
         "w": (stack, pl.BlockSpec((None, wide, k), lambda j, layer: (layer[0], j, 0))),
         "column": (
             w_scale[:, None], pl.BlockSpec((None, 1, wide), lambda j, layer: (layer[0], 0, j))
@@ -139,16 +132,16 @@ def few_dot(
             pl.BlockSpec((rows, 1), lambda j, _: (0, 0)) if per_row else _one(),
         ),
     }  # fmt: skip
-    if bias is not None:
-        operands["bias"] = bias[None], pl.BlockSpec((1, wide), lambda j, _: (0, j))
-    if gate is not None:
-        operands["gate"] = gate, tile
-    if residual is not None:
-        operands["residual"] = residual, tile
-    size = jnp.dtype(dtype).itemsize
+    if end.bias is not None:
+        operands["bias"] = end.bias[None], pl.BlockSpec((1, wide), lambda j, _: (0, j))
+    if end.gate is not None:
+        operands["gate"] = end.gate, tile
+    if end.residual is not None:
+        operands["residual"] = end.residual, tile
+    size = jnp.dtype(end.dtype).itemsize
     return _call(
         NAME_FEW, _kernel_few, layer, operands, (out // wide,), tile,
-        jax.ShapeDtypeStruct((rows, out), dtype),
+        jax.ShapeDtypeStruct((rows, out), end.dtype),
         flops=2 * LANES * out * k,  # as the matrix units do it
         moved=rows * (k + out * size) + out * row,
         interpret=interpret,

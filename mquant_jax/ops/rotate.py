@@ -1,9 +1,10 @@
-"""Online rotations and the quantisation that follows them; chooses the implementation."""
+"""Online rotations and the quantisation that follows; the forms, best first: :data:`ROTATE`."""
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,28 +12,40 @@ import jax.numpy as jnp
 
 from mquant_jax.hadamard import LANES, Rotation
 from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
-from mquant_jax.ops.dense import early_tpu, platform
-from mquant_jax.ops.gpu import suits_device
+from mquant_jax.ops.registry import Form, Op, unless
+from mquant_jax.target import Target, target
 
-FEWEST_ROWS = 64  # below, the kernel's fixed cost is not worth it
 # Rows that a core's cache holds from the first product to the last; fewer where they do not divide.
 BLOCKS = (64, 32)
-WIDEST_OUTER = 160  # of what a GPU's shared memory holds beside a row
 
 
-def select_path(rotation: Rotation, rows: int, dtype) -> str:
-    """Name of the form that :func:`rotate` and :func:`rotate_quantize` run: ``pallas_tpu`` or
-    ``pallas_gpu`` for many bfloat16 rows if the rotation has one block with an inner factor of 128
-    (and, on GPU, an outer one that fits the chip's shared memory); ``blocks`` for many rows on CPU;
-    else ``xla``."""
-    if platform() == "cpu":
-        return "blocks" if _block(rows) else "xla"
-    fits = rotation.blocks == 1 and rotation.inner == LANES and dtype == jnp.bfloat16
-    if not fits or rows < FEWEST_ROWS:
-        return "xla"
-    if platform() == "gpu":
-        return "pallas_gpu" if rotation.outer <= WIDEST_OUTER and suits_device() else "xla"
-    return "pallas_tpu" if platform() == "tpu" and not early_tpu() else "xla"
+@dataclasses.dataclass(frozen=True)
+class Rotated:
+    """A rotation of ``rows`` rows."""
+
+    rows: int
+    rotation: Rotation
+    dtype: Any
+
+
+def _no_blocks(r: Rotated, to: Target) -> str | None:
+    return unless(
+        (to.platform == "cpu", "not a CPU"),
+        (_block(r.rows) is not None, f"{r.rows} rows do not make blocks of {BLOCKS[-1]}"),
+    )
+
+
+def _no_kernel(r: Rotated, to: Target, platform: str) -> str | None:
+    least, widest = to.limits.rotation_rows, to.limits.rotation_outer
+    own = to.kernels_for_gpu if platform == "gpu" else not to.early_tpu
+    blocks, inner, outer = r.rotation.blocks, r.rotation.inner, r.rotation.outer
+    return unless(
+        (to.platform == platform and own, f"not a {platform.upper()} that the kernel is for"),
+        (blocks == 1 and inner == LANES, f"{blocks} block(s) with an inner factor of {inner}"),
+        (r.dtype == jnp.bfloat16, f"{r.dtype}, not bfloat16"),
+        (r.rows >= least, f"{r.rows} rows; the least is {least}"),
+        (platform == "tpu" or outer <= widest, f"an outer factor of {outer}; the most is {widest}"),
+    )
 
 
 def _block(rows: int) -> int | None:
@@ -67,22 +80,58 @@ def _by_blocks(x: jax.Array, rotation: Rotation, end: Callable[..., Any], *more:
 
 
 def _kernel(x: jax.Array, rotation: Rotation, scale: jax.Array | None = None) -> jax.Array:
-    # Not needed, and slow to import, elsewhere.
-    name = "rotate_gpu" if platform() == "gpu" else "pallas_tpu"
-    kernels = importlib.import_module(f"mquant_jax.ops.{name}")
-
+    """By the target's kernel, quantised where ``scale [rows, 1]`` says how."""
+    rotate: Callable[..., jax.Array]
+    if target().platform == "gpu":  # not needed, and slow to import, elsewhere
+        from mquant_jax.ops.rotate_gpu import rotate
+    else:
+        from mquant_jax.ops.pallas_tpu import rotate
     x = rotation.signed(x)
     x = rotation.padded(x) if rotation.inputs % LANES else x  # whole tiles the kernel pads itself
-    flat = kernels.rotate(x.reshape(-1, x.shape[-1]), rotation.outer, scale)
+    flat = rotate(x.reshape(-1, x.shape[-1]), rotation.outer, scale, interpret=target().interpret)
     return flat.reshape(*x.shape[:-1], rotation.n)
+
+
+def _whole(x: jax.Array, rotation: Rotation, quantise: bool, scale: jax.Array | None) -> Any:
+    return _quantised(rotation(x), quantise, scale)
+
+
+def _quantised(y: jax.Array, quantise: bool, scale: jax.Array | None) -> Any:
+    if not quantise:
+        return y
+    return quantize_dynamic(y) if scale is None else quantize_static(y, scale)
+
+
+def _in_blocks(x: jax.Array, rotation: Rotation, quantise: bool, scale: jax.Array | None) -> Any:
+    if scale is None:
+        return _by_blocks(x, rotation, partial(_quantised, quantise=quantise, scale=None))
+    values = _by_blocks(x, rotation, lambda y, s: quantize_static(y, s).values, _per_row(x, scale))
+    return QTensor(values, scale)
+
+
+def _by_kernel(x: jax.Array, rotation: Rotation, quantise: bool, scale: jax.Array | None) -> Any:
+    if scale is not None:
+        return QTensor(_kernel(x, rotation, _per_row(x, scale)), scale)
+    return _quantised(_kernel(x, rotation), quantise, scale)
+
+
+def _per_row(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """float32 ``[rows, 1]``."""
+    return jnp.broadcast_to(scale, (*x.shape[:-1], 1)).reshape(-1, 1)
+
+
+ROTATE: Op[Rotated] = Op(
+    "rotation",
+    Form("blocks", _in_blocks, _no_blocks),
+    Form("pallas_gpu", _by_kernel, partial(_no_kernel, platform="gpu")),
+    Form("pallas_tpu", _by_kernel, partial(_no_kernel, platform="tpu")),
+    Form("xla", _whole),
+)
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """float ``[..., inputs]`` -> ``[..., n]`` in the same type."""
-    form = select_path(rotation, _rows(x), x.dtype)
-    if form == "blocks":
-        return _by_blocks(x, rotation, lambda y: y)
-    return rotation(x) if form == "xla" else _kernel(x, rotation)
+    return ROTATE.pick(Rotated(_rows(x), rotation, x.dtype))(x, rotation, False, None)
 
 
 def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array | None) -> QTensor:
@@ -92,14 +141,4 @@ def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array | None) -
         x: float ``[..., inputs]``.
         scale: float32, one number or ``[..., 1]``, per row; ``None``: found from each row.
     """
-    form = select_path(rotation, _rows(x), x.dtype)
-    if form == "blocks" and scale is None:
-        return _by_blocks(x, rotation, quantize_dynamic)
-    if form == "xla" or scale is None:
-        y = rotate(x, rotation)
-        return quantize_dynamic(y) if scale is None else quantize_static(y, scale)
-    rows = jnp.broadcast_to(scale, (*x.shape[:-1], 1)).reshape(-1, 1)
-    if form != "blocks":
-        return QTensor(_kernel(x, rotation, rows), scale)
-    values = _by_blocks(x, rotation, lambda y, s: quantize_static(y, s).values, rows)
-    return QTensor(values, scale)
+    return ROTATE.pick(Rotated(_rows(x), rotation, x.dtype))(x, rotation, True, scale)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mquant_jax.numerics import QTensor, QWeight, along_last
+from mquant_jax.numerics import QTensor, QWeight
 
 MANY_ROWS = 64
 _LAST_ON_LAST = (((1,), (1,)), ((), ()))
@@ -158,17 +158,3 @@ def bf16_dot(x: QTensor, w: QWeight) -> jax.Array:
     are, and sums are float32."""
     y = weight_only_dot(x.values.astype(jnp.bfloat16), w)
     return y * x.scale
-
-
-def finish(
-    y: jax.Array,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    dtype,
-    gate: jax.Array | None = None,
-) -> jax.Array:
-    """``y + bias`` in ``dtype``, times the SiLU of ``gate``, plus ``residual``."""
-    y = y if bias is None else y + along_last(bias, y)
-    y = y.astype(dtype)
-    y = y if gate is None else jax.nn.silu(gate) * y
-    return y if residual is None else residual + y

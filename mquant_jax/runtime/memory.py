@@ -13,9 +13,12 @@ from mquant_jax.checkpoint.manifest import load_manifest
 from mquant_jax.errors import UserError
 from mquant_jax.loading import describe, model_bytes
 from mquant_jax.models.base import VLM, Family, abstract_model
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.params import parameter_bytes
-from mquant_jax.ops.dense import target_platform
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.recipe import Recipe
+from mquant_jax.runtime.buckets import MOST_TOGETHER_ELSEWHERE
+from mquant_jax.target import tracing_for
 
 RESERVED = 1.0e9  # bytes for the runtime, compiled programs and what lies fragmented
 _DTYPE = jnp.bfloat16
@@ -55,8 +58,8 @@ class MemoryPlan:
     Attributes:
         weights: as they are held there.
         cache: keys and values of ``batch`` rows of ``context`` tokens.
-        working: estimate of what prefilling the whole context at once takes beside that; the
-            vision tower, which runs before, is not in it.
+        working: estimate of what the larger of two steps takes beside that: the vision tower on
+            ``patches`` patches, or prefilling the whole context at once.
         capacity: of the chip, without :data:`RESERVED`.
         longest_context: tokens per row that fit; at most the model's own limit.
     """
@@ -64,6 +67,7 @@ class MemoryPlan:
     device: str
     context: int
     batch: int
+    patches: int
     weights: int
     cache: int
     working: int
@@ -100,6 +104,7 @@ def memory_plan(
     *,
     context: int | None = None,
     batch: int = 1,
+    patches: int = MOST_TOGETHER_ELSEWHERE,
     int8_cache: bool = False,
 ) -> MemoryPlan:
     """What a model takes on a device.
@@ -107,6 +112,8 @@ def memory_plan(
     Args:
         device: one of :data:`ACCELERATORS`.
         context: tokens per row, prompt and answer; default 4096, or the model's limit.
+        patches: of the largest picture. Smaller pictures run together up to the default, so fewer
+            count as the default.
         int8_cache: keys and values are kept as int8.
 
     Raises:
@@ -117,19 +124,25 @@ def memory_plan(
     if not 0 < context <= limit:
         raise UserError(f"--context {context}: the model has contexts of 1 to {limit} tokens")
     chip = ACCELERATORS[device]
-    with target_platform(chip.platform, chip.kind):
+    with tracing_for(chip.platform, chip.kind):
         model = abstract_model(family, config, recipe, _DTYPE)
         weights = model_bytes(model)
+    patches = max(patches, MOST_TOGETHER_ELSEWHERE)
     one, two = (_cache_bytes(model, batch, n, int8_cache) for n in (1, 2))
-    per_token = two - one + _working_bytes(config, batch)
-    fixed = weights + (one - (two - one)) + _logit_bytes(config, batch)
+    token, fixed = two - one, weights + one - (two - one)
     capacity = int(chip.memory - RESERVED)
-    longest = min(limit, max(0, (capacity - fixed) // per_token))
+    per_token, logits = batch * _decoder_bytes(config.language), _logit_bytes(config, batch)
+    tower = patches * _tower_bytes(config)
+    longest = min(
+        limit,
+        (capacity - fixed - tower) // token,
+        (capacity - fixed - logits) // (token + per_token),
+    )
     return MemoryPlan(
-        device, context, batch, weights,
+        device, context, batch, patches, weights,
         cache=_cache_bytes(model, batch, context, int8_cache),
-        working=context * _working_bytes(config, batch) + _logit_bytes(config, batch),
-        capacity=capacity, longest_context=longest,
+        working=max(tower, context * per_token + logits),
+        capacity=capacity, longest_context=max(0, longest),
     )  # fmt: skip
 
 
@@ -138,14 +151,25 @@ def _cache_bytes(model: VLM, batch: int, slots: int, int8: bool) -> int:
     return parameter_bytes({"": cache})
 
 
-def _working_bytes(config: Any, batch: int) -> int:
+def _decoder_bytes(cfg: DecoderConfig) -> int:
     """Per token of the context: the residual stream twice, queries, keys and values, and the MLP's
     two sums and their product in 32 bits. XLA needs two thirds of it for W4A8 of Qwen2-VL-7B's
     shapes (benchmarks/results/aot-*.json)."""
-    cfg = config.language
     heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-    narrow = 2 * cfg.hidden_size + heads
-    return batch * (narrow * jnp.dtype(_DTYPE).itemsize + 3 * 4 * cfg.intermediate_size)
+    return _block_bytes(cfg.hidden_size, heads, cfg.intermediate_size)
+
+
+def _tower_bytes(config: Any) -> int:
+    """The same per patch, 0 without a vision tower."""
+    vision = getattr(config, "vision", None)
+    if vision is None:
+        return 0
+    cfg: ViTConfig = getattr(vision, "tower", vision)
+    return _block_bytes(cfg.hidden_size, 3 * cfg.hidden_size, cfg.intermediate_size)
+
+
+def _block_bytes(hidden: int, heads: int, inner: int) -> int:
+    return (2 * hidden + heads) * jnp.dtype(_DTYPE).itemsize + 3 * 4 * inner
 
 
 def _logit_bytes(config: Any, batch: int) -> int:

@@ -8,13 +8,14 @@ import pytest
 from mquant_jax.nn.cache import NEVER, key_order
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.numerics import quantize_dynamic, quantize_static
-from mquant_jax.ops import attention_xla
 from mquant_jax.ops.attention import attend, attend_rows, split_heads
+from mquant_jax.target import tracing_for
+from tests.helpers import cpu_target
 
 
 @pytest.mark.parametrize("with_prefix", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_parts_make_the_whole(monkeypatch, batch, with_prefix) -> None:
+def test_parts_make_the_whole(batch, with_prefix) -> None:
     rng = np.random.default_rng(0)
     t, s, d = 150, 170, 8
 
@@ -26,9 +27,9 @@ def test_parts_make_the_whole(monkeypatch, batch, with_prefix) -> None:
     causal = jnp.arange(s)[None, None] <= jnp.arange(t)[None, :, None]
     for mask in (causal, jnp.ones((batch, 1, s), bool)):
         whole = attend(q, k, v, mask, prefix)
-        monkeypatch.setattr(attention_xla, "MOST_LOGITS", {"cpu": (1000, 1000)})
-        np.testing.assert_allclose(attend(q, k, v, mask, prefix), whole, rtol=1e-5, atol=1e-6)
-        monkeypatch.undo()
+        with tracing_for(cpu_target(most_logits=1000, part_logits=1000)):
+            got = attend(q, k, v, mask, prefix)
+        np.testing.assert_allclose(got, whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("t", [30, 150, 600])
@@ -62,7 +63,7 @@ def test_int8_keys_and_values_are_what_they_stand_for() -> None:
 
 @pytest.mark.parametrize("most", [2**21, 60_000, 1000])
 @pytest.mark.parametrize("ordered", [True, False])
-def test_rows_are_attended_to_as_heads_are(monkeypatch, ordered, most) -> None:
+def test_rows_are_attended_to_as_heads_are(ordered, most) -> None:
     """Heads cut out a few at a time: padding, a part of the channels turned, gains and scales."""
     rng = np.random.default_rng(3)
     b, t, heads, kv_heads, d = 4, 70, 6, 2, 8
@@ -83,15 +84,19 @@ def test_rows_are_attended_to_as_heads_are(monkeypatch, ordered, most) -> None:
         turned_q * gain[:, None, :, None], jnp.swapaxes(turned_k, 2, 3), split[2],
         keys[:, None] <= order[:, :, None],
     )  # fmt: skip
-    monkeypatch.setattr(attention_xla, "MOST_LOGITS", {"cpu": (2 * most, most)})
-    got = attend_rows(q, k, v, d, (order, keys), angles, gain, ordered=ordered)
+
+    def rows(*args, **options):
+        with tracing_for(cpu_target(most_logits=2 * most, part_logits=most)):
+            return attend_rows(*args, **options)
+
+    got = rows(q, k, v, d, (order, keys), angles, gain, ordered=ordered)
     np.testing.assert_allclose(got[seen], expected[seen], rtol=1e-4, atol=1e-5)
     assert np.isfinite(got).all()
-    q8 = attend_rows(q, k, v, d, (order, keys), angles, gain, scale, ordered)
+    q8 = rows(q, k, v, d, (order, keys), angles, gain, scale, ordered)
     assert q8.values.dtype == jnp.int8
     step = np.asarray(q8.values, float) - np.asarray(quantize_static(got, scale).values, float)
     assert np.abs(step).max() <= 1  # where a value lies between two integers
-    slope = jax.grad(lambda x: attend_rows(q, x, v, d, (order, keys), ordered=ordered)[seen].sum())
+    slope = jax.grad(lambda x: rows(q, x, v, d, (order, keys), ordered=ordered)[seen].sum())
 
     def by_heads(x):
         mask = keys[:, None] <= order[:, :, None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +12,11 @@ from mquant_jax.models.qwen2_vl.processing import reference_batch
 from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops import attention, pallas_tpu_attention, pallas_tpu_dot, pallas_tpu_norm
-from mquant_jax.ops.attention import select_path, split_heads
-from mquant_jax.ops.dense import target_platform
+from mquant_jax.ops.attention import ROWS, SEPARATE, Rows, split_heads
 from mquant_jax.ops.pallas_tpu_attention import NEVER, Plan, attend_rows, plan
 from mquant_jax.presets import PRESETS
-from tests.helpers import golden, random_quantised, relative
+from mquant_jax.target import tracing_for
+from tests.helpers import golden, interpreting, random_quantised, relative
 
 ROUNDING = 0.005  # of bfloat16 results, relative to their size
 
@@ -122,19 +119,21 @@ def test_plans() -> None:
 
 
 def test_the_chosen_form() -> None:
-    shape = 28, 4, 128
-    assert select_path(1024, *shape, jnp.float32) == "heads_cpu"
-    assert select_path(1, *shape, jnp.float32) == "xla"
-    with target_platform("tpu"):
-        assert select_path(1024, *shape, jnp.bfloat16) == "pallas_tpu"
-        assert select_path(1024, *shape, jnp.bfloat16, gradient=True) == "xla"
-        assert select_path(1, *shape, jnp.bfloat16) == "xla"
-        assert select_path(1024, *shape, jnp.float32) == "xla"
-        assert select_path(2**20, *shape, jnp.bfloat16) == "xla"
+    def form(tokens: int, dtype, **more: bool) -> str:
+        return ROWS.choose(Rows(tokens, 28, 4, 128, dtype, **more)).name
+
+    with tracing_for("cpu"):
+        assert form(1024, jnp.float32) == "heads_cpu"
+        assert form(1, jnp.float32) == SEPARATE
+    with tracing_for("tpu"):
+        assert form(1024, jnp.bfloat16) == "pallas_tpu"
+        assert form(1024, jnp.bfloat16, gradient=True) == SEPARATE
+        assert form(1, jnp.bfloat16) == form(1024, jnp.float32) == SEPARATE
+        assert form(2**20, jnp.bfloat16) == SEPARATE
 
 
 @pytest.mark.parametrize("recipe", ["float", "w4a8"])
-def test_a_whole_model_takes_the_kernel(monkeypatch, recipe) -> None:
+def test_a_whole_model_takes_the_kernel(recipe) -> None:
     """Tower and decoder traced for TPU call it; interpreted, they give what XLA's form gives."""
     hf, inputs, _ = golden("qwen2_vl", "public")
     config = Qwen2VLConfig.from_hf(hf)
@@ -143,22 +142,11 @@ def test_a_whole_model_takes_the_kernel(monkeypatch, recipe) -> None:
     fine = {n: np.full_like(v, 0.03) for n, v in params.items() if n.endswith("act_scale")}
     set_params(model, params | fine)
     batch = reference_batch(config, inputs)
-    calls = []
-    kernel = pallas_tpu_attention.attend_rows
-
-    def interpreted(*args):
-        calls.append(args[7] is not None)  # quantises
-        return kernel(*args, interpret=True)
-
-    monkeypatch.setattr(pallas_tpu_attention, "attend_rows", interpreted)
-    for module, name in ((pallas_tpu_norm, "rms_quantize"), (pallas_tpu_dot, "few_dot")):
-        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
     plain = model(batch)
-    monkeypatch.setattr(attention, "FEWEST_ROWS", 1)
-    with target_platform("tpu"):
+    with interpreting("tpu", attention_rows=1) as ran:
         got = model(batch)  # traced anew
     real = np.asarray(batch.order) >= 0
-    assert calls == [recipe == "w4a8"] * 2
+    assert [c.name for c in ran if c.op == ROWS.name] == ["pallas_tpu"] * 2
     assert relative(np.asarray(got)[real], np.asarray(plain)[real]) < 0.1  # int8 steps apart
 
 

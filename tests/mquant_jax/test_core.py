@@ -19,6 +19,7 @@ from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static, quan
 from mquant_jax.ops import decode_gpu, flash_gpu, pallas_tpu_norm, rotate_gpu
 from mquant_jax.ops.attention import attend
 from mquant_jax.ops.dense import quantized_dot
+from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.convert import convert
 from mquant_jax.ptq.gptq import gptq, prepare
@@ -106,7 +107,7 @@ def test_dense(bits, group, rows) -> None:
     bias = jnp.asarray(rng.standard_normal(48), jnp.float32)
     w = quantize_weight(weight, bits, group)
     for q in (quantize_dynamic(x), quantize_static(x, jnp.float32(0.03)), x):
-        y = quantized_dot(q, w, bias)
+        y = quantized_dot(q, w, Epilogue(bias))
         back = q.dequantize() if isinstance(q, QTensor) else q
         assert y.dtype == jnp.float32
         assert relative(y, back @ w.dequantize().T + bias[None]) < 1e-3

@@ -12,9 +12,9 @@ from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.cli import COMMANDS, main
 from mquant_jax.eval.exact_match import evaluate
 from mquant_jax.models.base import Prompt
-from mquant_jax.ops.dense import select_path
 from mquant_jax.ptq.convert import convert
 from mquant_jax.samples import BUNDLED_CALIBRATION, BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
+from tests.helpers import form_of
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,8 @@ def test_inspect_names_what_runs(folders, capsys) -> None:
     assert status == 0
     assert layers["language/layers/*/down_proj"] | {"count": 0} == {
         "layer": "language/layers/*/down_proj", "count": 0, "weights": "int4", "group_size": None,
-        "activations": "int8 static", "one_row": select_path(True, 1, down),
-        "many_rows": select_path(True, 64, down),
+        "activations": "int8 static", "one_row": form_of(1, down),
+        "many_rows": form_of(64, down),
     }  # fmt: skip
     assert layers["language/head"]["weights"] == "int8"
     assert run(capsys, "inspect", folders / "float")[0] == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,34 +16,16 @@ from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.side_by_side import joined
 from mquant_jax.nn.stack import scan_layers, stack_layers
 from mquant_jax.numerics import QTensor, QWeight, quantize_static
-from mquant_jax.ops import dense, pallas_tpu_dot, pallas_tpu_norm
-from mquant_jax.ops.dense import held, quantized_dot, select_path, target_platform
+from mquant_jax.ops import dense
+from mquant_jax.ops.dense import held, quantized_dot
+from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.ops.pallas_tpu_dot import few_dot, int4_dot
 from mquant_jax.ops.pallas_tpu_norm import rms_quantize
 from mquant_jax.recipe import Section
-from tests.helpers import relative
+from mquant_jax.target import tracing_for
+from tests.helpers import form_of, interpreting, relative
 
 EXACT = 1e-6
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Kernels run without a TPU; the list tells which ran."""
-    ran = []
-
-    def wrap(module, name):
-        kernel = getattr(module, name)
-
-        def run(*args):
-            ran.append(name)
-            return kernel(*args, interpret=True)
-
-        monkeypatch.setattr(module, name, run)
-
-    wrap(pallas_tpu_dot, "int4_dot")
-    wrap(pallas_tpu_dot, "few_dot")
-    wrap(pallas_tpu_norm, "rms_quantize")
-    return ran
 
 
 def draw(rows: int, k: int, out: int, layers: int = 1, per_row: bool = True, seed: int = 0):
@@ -65,13 +49,19 @@ def test_int4_dot(rows, k, out, per_row, extras) -> None:
     bias = rng.normal(size=out).astype(np.float32) if extras else None
     residual = rng.normal(size=(rows, out)).astype(np.float32) if extras else None
     expected = expected + (bias + residual if extras else 0)
-    ours = jnp.asarray(x, jnp.int8), jnp.asarray(w, jnp.int4), jnp.int32(1), x_scale, w_scale
-    got = int4_dot(*jax.tree.map(jnp.asarray, ours), bias, residual, jnp.float32, interpret=True)
+    ours = (
+        QTensor(jnp.asarray(x, jnp.int8), x_scale),
+        jnp.asarray(w, jnp.int4),
+        jnp.int32(1),
+        w_scale,
+    )
+    ours = jax.tree.map(jnp.asarray, ours)
+    got = int4_dot(*ours, Epilogue(bias, residual), interpret=True)
     assert got.shape == expected.shape and relative(got, expected) < EXACT
     if extras:
         narrow = jnp.asarray(residual, jnp.bfloat16)
-        got = int4_dot(*jax.tree.map(jnp.asarray, ours), jnp.asarray(bias, jnp.bfloat16), narrow,
-                       jnp.bfloat16, interpret=True)  # fmt: skip
+        end = Epilogue(jnp.asarray(bias, jnp.bfloat16), narrow, dtype=jnp.bfloat16)
+        got = int4_dot(*ours, end, interpret=True)
         assert got.dtype == jnp.bfloat16 and relative(got, expected) < 0.005
 
 
@@ -90,17 +80,17 @@ def test_few_dot(rows, k, out, per_row, extras, dtype) -> None:
         bias = rng.normal(size=out).astype(np.float32)
         gate, residual = rng.normal(size=(2, rows, out)).astype(np.float32)
         expected = (expected + bias) * (gate / (1 + np.exp(-gate.astype(float)))) + residual
-    ours = jnp.asarray(x, jnp.int8), jnp.asarray(w, dtype), jnp.int32(2), x_scale, w_scale
-    ours = jax.tree.map(jnp.asarray, ours)
-    got = few_dot(*ours, bias, residual, gate, jnp.float32, interpret=True)
+    q = QTensor(jnp.asarray(x, jnp.int8), jnp.asarray(x_scale))
+    ours = q, jnp.asarray(w, dtype), jnp.int32(2), jnp.asarray(w_scale)
+    got = few_dot(*ours, Epilogue(bias, residual, gate), interpret=True)
     assert got.shape == expected.shape and relative(got, expected) < EXACT
     if extras:
         narrow = [jnp.asarray(a, jnp.bfloat16) for a in (bias, residual, gate)]
-        got = few_dot(*ours, *narrow, jnp.bfloat16, interpret=True)
+        got = few_dot(*ours, Epilogue(*narrow, jnp.bfloat16), interpret=True)
         assert got.dtype == jnp.bfloat16 and relative(got, expected) < 0.008
 
 
-def test_the_door_leads_to_the_kernel(interpreted) -> None:
+def test_the_door_leads_to_the_kernel() -> None:
     """Leading axes, scales and storage as Dense hands them over; equal to XLA's form, bit by bit
     but for what a product and a sum that are made in one rounding differ by."""
     rng, x, w, x_scale, w_scale = draw(2 * 80, 256, 128)
@@ -110,18 +100,23 @@ def test_the_door_leads_to_the_kernel(interpreted) -> None:
     weight = QWeight(jnp.asarray(w[0], jnp.int8), jnp.asarray(w_scale[0])[:, None], 256, 4, "int8")
     bias = jnp.asarray(rng.normal(size=128), jnp.float32)
     residual = jnp.asarray(rng.normal(size=(2, 80, 128)), jnp.float32)
-    plain = quantized_dot(q, weight, bias, residual)
-    with target_platform("tpu"):
+    end = Epilogue(bias, residual)
+    plain = quantized_dot(q, weight, end)
+    with interpreting("tpu") as ran:
         for same in (weight.native(), weight.packed(), weight):
-            got = quantized_dot(q, same, bias, residual)
+            got = quantized_dot(q, same, end)
             assert got.shape == plain.shape and relative(got, plain) < EXACT
-    assert interpreted == ["int4_dot"] * 3
-    few, end = jax.tree.map(lambda a: a[1:, 78:], (q, residual))
-    plain = quantized_dot(few, weight, bias, end, gate=end + 1)
-    with target_platform("tpu"):
-        got = quantized_dot(few, weight.native(), bias, end, gate=end + 1)
+    assert [choice.name for choice in ran] == ["pallas_tpu"] * 3
+    gated = dataclasses.replace(end, gate=residual + 1)
+    with interpreting("tpu"):
+        got = quantized_dot(q, weight, gated)
+    assert relative(got, quantized_dot(q, weight, gated)) < EXACT
+    few, gated = jax.tree.map(lambda a: a[1:, 78:] if a.ndim == 3 else a, (q, gated))
+    plain = quantized_dot(few, weight, gated)
+    with interpreting("tpu") as ran:
+        got = quantized_dot(few, weight.native(), gated)
     assert got.shape == plain.shape == (1, 2, 128) and relative(got, plain) < EXACT
-    assert interpreted[3:] == ["few_dot"]
+    assert [choice.name for choice in ran] == ["pallas_tpu_few"]
 
 
 def test_the_chosen_form() -> None:
@@ -130,23 +125,23 @@ def test_the_chosen_form() -> None:
         return QWeight(jax.ShapeDtypeStruct((out, k), jnp.int4), scale, k, bits, "int4")
 
     small = weight(1280, 1280)
-    assert select_path(True, 1024, small) != "pallas_tpu"  # on CPU
-    for kind in ("TPU v5e", "TPU v5 lite", "TPU v5p", "TPU v6 lite", None):
-        with target_platform("tpu", kind):
-            assert select_path(True, 1024, small) == "pallas_tpu"
-            assert select_path(False, 1024, small) == "weight_only"
+    assert form_of(1024, small) != "pallas_tpu"  # on CPU
+    for kind in ("TPU v5e", "TPU v5 lite", "TPU v5p", "TPU v6 lite", ""):
+        with tracing_for("tpu", kind):
+            assert form_of(1024, small) == "pallas_tpu"
+            assert form_of(1024, small, "float") == "weight_only"
             for shape in ((5120, 1280), (3584, 18944), (1280, 1176), (100, 1280)):
-                assert select_path(True, 1024, weight(*shape)) == "int_dot"
+                assert form_of(1024, weight(*shape)) == "int_dot"
             for shape in ((1280, 1280), (5120, 1280), (3584, 18944)):
-                assert select_path(True, 16, weight(*shape)) == "pallas_tpu_few"
-                assert select_path(True, 1, weight(*shape)) == "pallas_tpu_few"
+                assert form_of(16, weight(*shape)) == "pallas_tpu_few"
+                assert form_of(1, weight(*shape)) == "pallas_tpu_few"
             for shape in ((1280, 1176), (100, 1280)):
-                assert select_path(True, 16, weight(*shape)) == "int_dot"
-                assert select_path(True, 1, weight(*shape)) == "padded_int_dot"
+                assert form_of(16, weight(*shape)) == "int_dot"
+                assert form_of(1, weight(*shape)) == "padded_int_dot"
             for other in ((10, 4), (1, 8)):  # groups, bits
-                assert select_path(True, 1024, weight(1280, 1280, *other)) == "int_dot"
-            assert select_path(True, 1, weight(1280, 1280, 1, 8)) == "pallas_tpu_few"
-            assert select_path(True, 1, weight(1280, 1280, 10, 4)) == "padded_int_dot"
+                assert form_of(1024, weight(1280, 1280, *other)) == "int_dot"
+            assert form_of(1, weight(1280, 1280, 1, 8)) == "pallas_tpu_few"
+            assert form_of(1, weight(1280, 1280, 10, 4)) == "padded_int_dot"
 
 
 def test_a_tpu_without_integers(caplog) -> None:
@@ -156,9 +151,9 @@ def test_a_tpu_without_integers(caplog) -> None:
     weight = QWeight(jnp.asarray(w[0], jnp.int8), jnp.asarray(w_scale[0])[:, None], 256, 4, "int8")
     expected = (x @ w[0].T) * (x_scale.astype(float) * w_scale[0].astype(float))
     dense._tell_of_bf16.cache_clear()
-    with target_platform("tpu", "TPU v4"):
+    with tracing_for("tpu", "TPU v4"):
         for rows in (130, 1):
-            assert select_path(True, rows, weight) == "bf16_dot"
+            assert form_of(rows, weight) == "bf16_dot"
             some = QTensor(q.values[:rows], q.scale[:rows])
             assert relative(quantized_dot(some, weight.native()), expected[:rows]) < EXACT
             text = str(jax.make_jaxpr(quantized_dot)(some, weight.native()))
@@ -182,24 +177,26 @@ def test_rms_quantize(rows, n, per_row) -> None:
     assert {-128, 127} <= set(np.asarray(got).ravel().tolist())
 
 
-def test_a_norm_quantises_for_its_point(interpreted) -> None:
+def test_a_norm_quantises_for_its_point() -> None:
     norm, point = RMSNorm(128, 1e-6, jnp.bfloat16), ActQuant("p", Section(4, None, "static"), 2)
     point.act_scale.set_value(jnp.asarray([0.02, 0.04]))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, 128)), jnp.bfloat16)
     cls = jnp.asarray(np.arange(80).reshape(2, 40) % 2)
     plain = point(norm.into(point, x, cls, None), cls)
-    with target_platform("tpu"):
+    with interpreting("tpu") as ran:
         q = point(norm.into(point, x, cls, None), cls)
-        assert norm.into(point, x[:, :1], cls[:, :1], None).dtype == jnp.bfloat16  # few rows
+        few = norm.into(point, x[:, :1], cls[:, :1], None)
         assert norm.into(point, x, cls, lambda name, x: x).dtype == jnp.bfloat16
         dynamic = ActQuant("p", Section(4, None, "dynamic"))
         assert norm.into(dynamic, x, cls, None).dtype == jnp.bfloat16
-    assert interpreted == ["rms_quantize"]
+    assert [choice.name for choice in ran] == ["pallas_tpu", "xla"]
+    assert ran[1].refused == (("pallas_tpu", "2 rows; the least is 64"),)
+    assert np.abs(few.values - plain.values[:, :1].astype(int)).max() <= 1
     assert np.abs(q.values.astype(int) - plain.values.astype(int)).max() <= 1
     np.testing.assert_array_equal(q.scale, plain.scale)
 
 
-def test_kernels_fetch_their_layer_from_the_stack(interpreted) -> None:
+def test_kernels_fetch_their_layer_from_the_stack() -> None:
     _, _, w, _, w_scale = draw(128, 128, 128, 3)
     section = Section(4, None, "static")
     stack = stack_layers(
@@ -217,12 +214,11 @@ def test_kernels_fetch_their_layer_from_the_stack(interpreted) -> None:
         return scan_layers(body, stack, rows)
 
     plain, one = run(x), run(x[:1])
-    with target_platform("tpu"):
+    with interpreting("tpu") as ran:
         stack.kernel.set_value(held(stack.kernel.get_value()))
         assert relative(run(x), plain) < EXACT
-        assert interpreted == ["int4_dot"]
         assert relative(run(x[:1]), one) < EXACT
-    assert interpreted == ["int4_dot", "few_dot"]
+    assert [choice.name for choice in ran] == ["pallas_tpu", "pallas_tpu_few"]
 
 
 def test_single_numbers_are_cut_out_together() -> None:

@@ -57,6 +57,20 @@ def test_contexts():
     fails(f"contexts of 1 to {limit} tokens", lambda: plan(context=limit + 1))
 
 
+def test_the_vision_tower_counts():
+    config = FAMILY.config_from_hf(MODELS["qwen2_vl-2b"])
+
+    def plan(context=256, **options):
+        return memory_plan(FAMILY, config, PRESETS["w4a8"], "v5e", context=context, **options)
+
+    few, many = plan(), plan(patches=65536)
+    assert few.patches == 8192 == plan(patches=5).patches
+    # Per patch: five widths in bf16, three times the MLP's in 32 bits.
+    assert many.working == 65536 * (5 * 2 * 1280 + 3 * 4 * 5120) == 8 * few.working
+    assert plan(patches=180_000).longest_context < few.longest_context
+    assert plan(context=32768).working > few.working  # there prefill takes more
+
+
 def test_the_command(capsys):
     checkpoint = str(GOLDENS / "checkpoint_v2")
     assert inspect.main([checkpoint, "--memory", "--device", "v5e", "--json"]) == 0

@@ -22,13 +22,22 @@ from mquant_jax.ops.dense import (
     float_dot,
     held,
     quantized_dot,
-    select_path,
-    target_platform,
 )
+from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.presets import PRESETS
 from mquant_jax.recipe import Section
-from tests.helpers import forward, golden, integer_dots, random_quantised, relative
+from mquant_jax.target import Target, tracing_for
+from tests.helpers import (
+    cpu_target,
+    form_of,
+    forward,
+    golden,
+    integer_dots,
+    random_quantised,
+    relative,
+)
 
+VNNI = cpu_target(features=frozenset({"avx512_vnni"}))
 few = settings(max_examples=15, deadline=None)
 EXACT = 1e-6  # relative: integers are exact, the scales are float32
 
@@ -90,7 +99,7 @@ def test_lengths_must_agree() -> None:
         quantized_dot(QTensor(x.values[:, :7], x.scale), w)
 
 
-def test_the_byte_form(monkeypatch) -> None:
+def test_the_byte_form() -> None:
     """Exact, wherever it runs; its parameter says what it computes."""
     rng = np.random.default_rng(0)
     for rows, k, out in ((1, 1, 1), (1, 7, 3), (5, 64, 33), (70, 300, 130), (2, 16384, 3)):
@@ -100,15 +109,19 @@ def test_the_byte_form(monkeypatch) -> None:
     low = jnp.full((2, 16384), -128, jnp.int8)
     np.testing.assert_array_equal(cpu.byte_dot(low, low), 16384 * 128 * 128)
     assert integer_dots(cpu.byte_dot, x, w).dots == [("int8", "int8", "int32")]
-    monkeypatch.setattr(cpu, "suits_byte_dot", lambda: True)
-    for rows, groups in ((3, 1), (xla.MANY_ROWS, 4)):
-        q, weight, expected = operands(rows, 6, groups, 20, 4, True)
-        assert select_path(True, rows, weight) == "byte_dot"
-        close(quantized_dot(q, weight), expected)
-    assert select_path(True, 1, operands(1, 6, 4, 20, 4, True)[1]) == "padded_int_dot"
+    with tracing_for(VNNI):
+        for rows, groups in ((3, 1), (xla.MANY_ROWS, 4)):
+            q, weight, expected = operands(rows, 6, groups, 20, 4, True)
+            assert form_of(rows, weight) == "byte_dot"
+            close(quantized_dot(q, weight), expected)
+        assert form_of(1, operands(1, 6, 4, 20, 4, True)[1]) == "padded_int_dot"
+    amx = dataclasses.replace(VNNI, features=VNNI.features | {"amx_int8"})
+    for other in (amx, dataclasses.replace(VNNI, jax_version=(0, 11))):
+        with tracing_for(other):
+            assert form_of(3, operands(3, 6, 1, 20, 4, True)[1]) == "int_dot"
 
 
-def test_the_form_for_one_row(monkeypatch) -> None:
+def test_the_form_for_one_row() -> None:
     """Exact up to the longest sums that it is chosen for."""
     rng = np.random.default_rng(0)
     for k, out, bits in ((1, 1, 4), (300, 130, 8), (4095, 3, 4), (1024, 5, 8)):
@@ -118,41 +131,41 @@ def test_the_form_for_one_row(monkeypatch) -> None:
     low = jnp.full((1, 1024), -128, jnp.int8)
     np.testing.assert_array_equal(cpu.vector_dot(low, low), 1024 * 128 * 128)
     assert integer_dots(cpu.vector_dot, x, w).dots == [("int8", "int8", "int32")]
-    monkeypatch.setattr(cpu, "reads_in_place", lambda k: k < 4096)
     q, weight, expected = operands(1, 6, 1, 20, 4, True)
-    assert select_path(True, 1, weight) == "vector_dot"
-    close(quantized_dot(q, weight), expected)
-    monkeypatch.setattr(cpu, "suits_byte_dot", lambda: False)
-    for size, bits in ((4096, 4), (4096, 8)):
-        assert select_path(True, 1, operands(1, 6, 1, size, bits, True)[1]) == "padded_int_dot"
+    with tracing_for(cpu_target(short_row=4095)):
+        assert form_of(1, weight) == "vector_dot"
+        close(quantized_dot(q, weight), expected)
+        for size, bits in ((4096, 4), (4096, 8)):
+            assert form_of(1, operands(1, 6, 1, size, bits, True)[1]) == "padded_int_dot"
+    with tracing_for(cpu_target(short_row=4095, jax_version=(0, 11))):
+        assert form_of(1, weight) == "padded_int_dot"
 
 
 @pytest.mark.parametrize("rows", [1, 3, 70])
-def test_long_rows_are_held_in_parts(monkeypatch, rows) -> None:
-    monkeypatch.setattr(cpu, "reads_in_place", lambda k: k <= 8)
+def test_long_rows_are_held_in_parts(rows) -> None:
     x, w, expected = operands(rows, 5, 1, 24, 4, True)
-    with target_platform("cpu"):
+    with tracing_for(cpu_target(short_row=8)):
         parts = held(w.packed())
         assert parts.storage == "parts" and parts.values.shape == (3, 5, 8)
-        assert select_path(True, 1, parts) == "vector_dot"
+        assert form_of(1, parts) == "vector_dot"
         assert held(operands(1, 5, 2, 12, 4, True)[1]).storage == "int8"  # groups stay whole
-        for vnni in (False, True):
-            monkeypatch.setattr(cpu, "suits_byte_dot", lambda vnni=vnni: vnni)
+    for features in (frozenset(), VNNI.features):
+        with tracing_for(cpu_target(short_row=8, features=features)):
             close(quantized_dot(x, parts), expected)
             close(quantized_dot(x.dequantize(), parts), expected)
 
 
-def test_a_head_of_8_bits_is_read_by_halves(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "reads_in_place", lambda k: k < 4096)
+def test_a_head_of_8_bits_is_read_by_halves() -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(-128, 128, (1, 700)), jnp.int8)
     w = jnp.asarray(rng.integers(-128, 128, (10, 700)), jnp.int8)
     np.testing.assert_array_equal(cpu.halves_dot(x, w), xla.s8_dot(x, w))
     assert integer_dots(cpu.halves_dot, x, w).integer_only
     q, weight, expected = operands(1, 6, 1, 20, 8, True)
-    assert select_path(True, 1, weight) == "halves_dot"
-    assert select_path(True, 1, operands(1, 5, 1, 20, 8, True)[1]) != "halves_dot"
-    close(quantized_dot(q, weight), expected)
+    with tracing_for(cpu_target(short_row=4095)):
+        assert form_of(1, weight) == "halves_dot"
+        assert form_of(1, operands(1, 5, 1, 20, 8, True)[1]) != "halves_dot"
+        close(quantized_dot(q, weight), expected)
 
 
 def test_what_ends_a_layer() -> None:
@@ -160,28 +173,30 @@ def test_what_ends_a_layer() -> None:
     x, w, expected = operands(3, 5, 1, 20, 4, True)
     rng = np.random.default_rng(1)
     bias, stream = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5,), (3, 5)))
-    close(quantized_dot(x, w, bias, stream), expected + np.asarray(bias) + np.asarray(stream))
-    low = quantized_dot(x, w, bias, stream.astype(jnp.bfloat16), jnp.bfloat16)
+    got = quantized_dot(x, w, Epilogue(bias, stream))
+    close(got, expected + np.asarray(bias) + np.asarray(stream))
+    end = Epilogue(bias, stream.astype(jnp.bfloat16), dtype=jnp.bfloat16)
+    low = quantized_dot(x, w, end)
     assert low.dtype == jnp.bfloat16
     product = jnp.asarray(expected + np.asarray(bias), jnp.bfloat16)
     assert relative(low, np.asarray(product + stream.astype(jnp.bfloat16), np.float64)) < 4e-3
 
 
-def test_the_chosen_form(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "suits_byte_dot", lambda: False)
-    monkeypatch.setattr(cpu, "reads_in_place", lambda k: False)
+def test_the_chosen_form() -> None:
     w = operands(1, 6, 1, 20, 4, True)[1]
-    for name in ("cpu", "tpu"):
-        with target_platform(name):
-            assert select_path(True, 1, w) == "padded_int_dot"
-            assert select_path(True, 2, w) == "int_dot"
-            assert select_path(False, 2, w) == "weight_only"
-    with target_platform("gpu"):
-        assert select_path(True, 1, w) == "pallas_gpu_gemv"
-        assert select_path(True, 17, w) == "pallas_gpu"
-        assert select_path(False, 17, w) == "weight_only"
+    for to in (cpu_target(), Target.named("tpu")):
+        with tracing_for(to):
+            assert form_of(1, w) == "padded_int_dot"
+            assert form_of(2, w) == "int_dot"
+            assert form_of(2, w, "float") == "weight_only"
+    with tracing_for("gpu"):
+        assert form_of(1, held(w)) == "pallas_gpu_gemv"
+        assert form_of(17, held(w)) == "pallas_gpu"
+        assert form_of(17, held(w), "float") == "packed_weight_only"
+        assert form_of(17, w, "float") == "weight_only"
+        assert form_of(17, w) == "int_dot"  # not held as the kernels want it
         grouped, wide = operands(1, 6, 4, 5, 4, True)[1], operands(1, 6, 1, 20, 8, True)[1]
-        assert select_path(True, 1, grouped) == select_path(True, 17, wide) == "int_dot"
+        assert form_of(1, grouped) == form_of(17, wide) == "int_dot"
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -196,12 +211,12 @@ def test_int4_arrays(rows, groups) -> None:
     close(quantized_dot(x, native), expected)
     close(xla.int_dot(x, native), expected)
     close(xla.weight_only_dot(x.dequantize(), native), expected)
-    with target_platform("tpu"):
+    with tracing_for("tpu"):
         text = str(jax.make_jaxpr(quantized_dot)(x, native))
         assert held(w.packed()).storage == "int4"
         close(quantized_dot(x, native), expected)
     assert f"i4[5,{groups * 6}]" in text and "i8[5," not in text
-    with target_platform("cpu"):
+    with tracing_for(cpu_target()):
         assert held(native).storage == held(w.packed()).storage == "int8"
 
 
@@ -209,7 +224,7 @@ def test_a_float_row_on_tpu() -> None:
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 1, 24), (5, 24)))
     expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
-    with target_platform("tpu"):
+    with tracing_for("tpu"):
         assert "f32[2,5]" in str(jax.make_jaxpr(float_dot)(x, w))
         assert relative(float_dot(x, w), expected) < EXACT
     assert relative(float_dot(x, w), expected) < EXACT

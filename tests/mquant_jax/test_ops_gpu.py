@@ -4,7 +4,6 @@ weights are held."""
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +19,21 @@ from mquant_jax.numerics import QTensor, QWeight, pack_int4, quantize_dynamic
 from mquant_jax.ops import (
     attention,
     blocks_gpu,
-    decode_gpu,
     flash_gpu,
     gpu,
     pallas_gpu,
-    rotate_gpu,
     xla,
 )
-from mquant_jax.ops.dense import held, quantized_dot, reads_stacks, select_path, target_platform
+from mquant_jax.ops.dense import held, quantized_dot, reads_stacks
+from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.presets import PRESETS
 from mquant_jax.recipe import Section
-from tests.helpers import golden, on_cpu, random_quantised, relative
+from mquant_jax.target import Target, tracing_for
+from tests.helpers import form_of, golden, interpreting, on_cpu, random_quantised, relative
 
 INTERPRET = jax.default_backend() != "gpu"
 EXACT = 1e-6  # relative: integers are exact, the scales are float32
 SMALL = pallas_gpu.Blocks(64, 16, 32, 4, 2, 3)
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Kernels run without a GPU where there is none."""
-    for module, name in (
-        (pallas_gpu, "matmul"), (pallas_gpu, "partial_sums"),
-        (flash_gpu, "attend"), (decode_gpu, "attend_one"), (rotate_gpu, "rotate"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=INTERPRET))
 
 
 def operands(rows: int, k: int, out: int, layers: int = 1, seed: int = 0):
@@ -86,10 +75,10 @@ def test_matmul(rows, k, out, layer, shared, ends) -> None:
     packed = pack_int4(w)
     if layer is None:
         packed, w_scale = packed[0], w_scale[0]
+    x, packed, x_scale, w_scale = map(jnp.asarray, (x, packed, x_scale, w_scale))
     got = pallas_gpu.matmul(
-        *map(jnp.asarray, (x, packed, x_scale, w_scale)), SMALL,
-        layer=None if layer is None else jnp.int32(layer), dtype=jnp.float32,
-        interpret=INTERPRET, **end,
+        QTensor(x, x_scale), packed, w_scale, SMALL, Epilogue(**end),
+        layer=None if layer is None else jnp.int32(layer), interpret=INTERPRET,
     )  # fmt: skip
     assert got.dtype == jnp.float32 and relative(got, expected) < EXACT
 
@@ -113,13 +102,13 @@ def test_the_longest_sums() -> None:
         jnp.asarray(x), jnp.asarray(pack_int4(w)), blocks, interpret=INTERPRET
     )
     np.testing.assert_array_equal(got[0], k * 128 * 8)
-    weight = QWeight(jnp.zeros((1, k), jnp.int8), jnp.ones((1, 1)), k, 4, "int8")
-    assert gpu.suits(weight) and not gpu.suits(dataclasses.replace(weight, in_features=k + 1))
+    assert gpu.refuses(4, 1, k, k, Target.named("gpu")) is None
+    assert "too large" in gpu.refuses(4, 1, k + 1, k + 1, Target.named("gpu"))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [2, 18])
-def test_the_door(interpreted, rows, bias) -> None:
+def test_the_door(rows, bias) -> None:
     """What a dense layer comes to on GPU: both kernels, leading axes, ends, types."""
     k, out = 40, 24
     x, w, x_scale, w_scale = operands(rows, k, out)
@@ -128,12 +117,13 @@ def test_the_door(interpreted, rows, bias) -> None:
     rng = np.random.default_rng(0)
     gate, residual = (jnp.asarray(rng.normal(size=(2, rows // 2, out)), jnp.float32),) * 2
     shift = jnp.asarray(rng.normal(size=out), jnp.float32) if bias else None
+    end = Epilogue(shift, residual, gate)
     with on_cpu():
-        expected = quantized_dot(q, weight, shift, residual, jnp.float32, gate)
-    with target_platform("gpu"):
+        expected = quantized_dot(q, weight, end)
+    with interpreting("gpu"):
         assert held(weight).storage == "packed" and held(weight.native()).storage == "packed"
-        got = quantized_dot(q, held(weight), shift, residual, jnp.float32, gate)
-        half = quantized_dot(q, held(weight), shift, dtype=jnp.bfloat16)
+        got = quantized_dot(q, held(weight), end)
+        half = quantized_dot(q, held(weight), Epilogue(shift, dtype=jnp.bfloat16))
         text = str(jax.make_jaxpr(quantized_dot)(q, held(weight)))
     assert got.shape == (2, rows // 2, out) and relative(got, expected) < EXACT
     assert half.dtype == jnp.bfloat16 and "pallas_call" in text and "dot_general" in text
@@ -148,25 +138,26 @@ def test_forms_of_packed_weights(rows, k) -> None:
     expected = product(x, w[0]) * x_scale.astype(np.float64) * w_scale[0, :, 0].astype(np.float64)
     assert relative(xla.packed_int_dot(q, weight), expected) < EXACT
     assert relative(xla.packed_weight_only_dot(q.dequantize(), weight), expected) < EXACT
-    with target_platform("gpu"):
+    with tracing_for("gpu"):
         assert relative(quantized_dot(q.dequantize(), weight), expected) < EXACT
         text = str(jax.make_jaxpr(quantized_dot)(q.dequantize(), weight))
     assert f"i4[5,{-(-k // 2)},2]" in text and "concatenate" not in text
 
 
-def test_what_stays_with_xla(monkeypatch) -> None:
+def test_what_stays_with_xla() -> None:
     x, w, x_scale, w_scale = operands(3, 64, 5)
     q = QTensor(jnp.asarray(x), jnp.asarray(x_scale))
     weight = QWeight(jnp.asarray(w[0]), jnp.asarray(w_scale[0]), 64, 4, "int8")
     with on_cpu():
         expected = quantized_dot(q, weight)
     grouped = dataclasses.replace(weight, scale=jnp.repeat(weight.scale, 4, 1))
-    with target_platform("gpu"):
+    with tracing_for("gpu"):
         assert held(grouped).storage == "int4" and not reads_stacks(held(grouped))
         assert relative(quantized_dot(q, held(grouped)), expected) < EXACT
         assert relative(quantized_dot(q, weight.native()), expected) < EXACT  # not held so
-        monkeypatch.setattr(gpu, "suits_device", lambda: False)  # an old GPU, or another maker's
-        assert select_path(True, 3, weight) == "int_dot" and not reads_stacks(held(weight))
+    old = dataclasses.replace(Target.named("gpu"), capability=7)  # or another maker's
+    with tracing_for(old):
+        assert form_of(3, held(weight)) == "packed_int_dot" and not reads_stacks(held(weight))
         assert relative(quantized_dot(q, held(weight)), expected) < EXACT
 
 
@@ -180,7 +171,7 @@ class Block(nnx.Module):
         return self.dense(quantize_dynamic(x), x)
 
 
-def test_layers_are_read_in_their_stack(interpreted) -> None:
+def test_layers_are_read_in_their_stack() -> None:
     stack = stack_layers(Block, 3, nnx.Rngs(0))
     _, w, _, w_scale = operands(1, 32, 32, 3)
     packed = QWeight(jnp.asarray(pack_int4(w)), jnp.asarray(w_scale) / 32, 32, 4, "packed")
@@ -191,7 +182,7 @@ def test_layers_are_read_in_their_stack(interpreted) -> None:
         expected = run("layers", stack, x, None)
         text = str(jax.make_jaxpr(lambda x: run("layers", stack, x, None))(x))
     assert "u8[32,16]" in text
-    with target_platform("gpu"):
+    with interpreting("gpu"):
         assert reads_stacks(packed)
         got = run("layers", stack, x, None)
         text = str(jax.make_jaxpr(lambda x: run("layers", stack, x, None))(x))
@@ -199,7 +190,7 @@ def test_layers_are_read_in_their_stack(interpreted) -> None:
     assert "u8[3,32,16]" in text and "u8[32,16]" not in text
 
 
-def test_a_decode_step(interpreted) -> None:
+def test_a_decode_step() -> None:
     """A whole decoder on its cache, as a GPU runs it, against the CPU's."""
     hf, inputs, _ = golden("qwen2_vl", "public")
     config = Qwen2VLConfig.from_hf(hf)
@@ -222,7 +213,7 @@ def test_a_decode_step(interpreted) -> None:
     with on_cpu():
         expected, kernels = step()
     assert kernels == 0
-    with target_platform("gpu"), jax.default_matmul_precision("highest"):  # no TF32
+    with interpreting("gpu"), jax.default_matmul_precision("highest"):  # no TF32
         got, kernels = step()
     assert kernels == 7 and relative(got, expected) < 1e-4
 
@@ -280,7 +271,7 @@ def test_attention(shape, in_order) -> None:
 
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("shape", [(2, 6, 2, 200, 48), (1, 2, 2, 64, 16), (3, 32, 1, 150, 80)])
-def test_attention_to_a_cache(interpreted, shape, narrow) -> None:
+def test_attention_to_a_cache(shape, narrow) -> None:
     """One query per prompt, to some of a middle layer's slots."""
     b, heads, kv, s, d = shape
     rng = np.random.default_rng(0)
@@ -299,7 +290,7 @@ def test_attention_to_a_cache(interpreted, shape, narrow) -> None:
 
     with on_cpu():
         exact = run(q.astype(jnp.float32), float32, seen)
-    with target_platform("gpu"):
+    with interpreting("gpu"):
         got = run(q, cache, seen)
         unseen = run(q, cache, seen & (np.arange(b) > 0)[:, None, None])
         text = str(jax.make_jaxpr(lambda *args: run(*args))(q, cache, seen))
@@ -316,11 +307,14 @@ def test_parts() -> None:
     assert blocks_gpu.parts(112) == [(0, 64), (64, 32), (96, 16)]
 
 
-def test_the_chosen_attention(interpreted) -> None:
+def test_the_chosen_attention() -> None:
     def heads(t: int, d: int = 16, dtype=jnp.bfloat16):
         rng = np.random.default_rng(0)
         shapes = (1, 2, t, d), (1, 1, d, t), (1, 1, t, d)
         return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+    def decoding(q, v, prefix=None) -> str:
+        return attention.CACHE.choose(attention.Heads.of(q, v, prefix)).name
 
     def kernel(*args) -> bool:
         def fresh(*args):  # traces are kept by function, whatever the platform
@@ -335,32 +329,24 @@ def test_the_chosen_attention(interpreted) -> None:
     prefix = jnp.zeros((1, 3, 16), jnp.bfloat16)
     q, k, v = heads(64)
     cached = [quantize_dynamic(k, axis=-2), quantize_dynamic(v)]
-    with target_platform("gpu"):
+    with interpreting("gpu"):
         assert kernel(*heads(64), seen)
         assert not kernel(*heads(1), seen[..., :1])
         assert not kernel(*heads(64, 256), seen)
         assert not kernel(*heads(64, dtype=jnp.float32), seen)
         assert not kernel(q, k, v, seen, (prefix, prefix)) and not kernel(q, *cached, seen)
         got = attention.attend(*heads(64), seen)
-        assert gpu.suits_decoding(heads(1)[0], v, None)
-        assert not gpu.suits_decoding(heads(1)[0], v, (prefix, prefix))
+        assert decoding(heads(1)[0], v) == "decode_gpu"
+        assert decoding(heads(1)[0], v, (prefix, prefix)) == "whole_layer"
         for other in (heads(2), heads(1, 24), heads(1, 256), heads(1, dtype=jnp.float32)):
-            assert not gpu.suits_decoding(other[0], v, None)
+            assert decoding(other[0], v) == "whole_layer"
         vast = jax.ShapeDtypeStruct((28, 32, 4, 8192, 128), jnp.int8)
-        assert not gpu.suits_decoding(heads(1)[0], vast, None)
+        assert decoding(heads(1)[0], vast) == "whole_layer"
     assert relative(got, plain) < 0.01
 
 
-def test_device(monkeypatch) -> None:
-    class Fake:
-        def __init__(self, capability):
-            self.compute_capability = capability
-
-    for capability, fits in (("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)):
-        gpu.suits_device.cache_clear()
-        monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
-        monkeypatch.setattr(gpu.jax, "devices", lambda c=capability: [Fake(c)])
-        assert gpu.suits_device() is fits
-    monkeypatch.undo()
-    gpu.suits_device.cache_clear()
-    assert gpu.suits_device()
+def test_device() -> None:
+    for capability, fits in ((9, True), (8, True), (7, False), (None, False)):
+        target = dataclasses.replace(Target.named("gpu"), capability=capability)
+        assert target.kernels_for_gpu is fits
+    assert not Target.named("tpu").kernels_for_gpu

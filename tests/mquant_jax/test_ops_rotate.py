@@ -11,11 +11,15 @@ import pytest
 from mquant_jax.hadamard import Rotation, hadamard, plan_rotation
 from mquant_jax.numerics import quantize_dynamic, quantize_static
 from mquant_jax.ops import pallas_tpu, rotate_gpu
-from mquant_jax.ops.dense import target_platform
-from mquant_jax.ops.rotate import rotate, rotate_quantize, select_path
-from tests.helpers import on_cpu
+from mquant_jax.ops.rotate import ROTATE, Rotated, rotate, rotate_quantize
+from mquant_jax.target import tracing_for
+from tests.helpers import interpreting, on_cpu
 
 BACKENDS = {pallas_tpu: "tpu", rotate_gpu: "gpu"}
+
+
+def form_of(rotation: Rotation, rows: int, dtype) -> str:
+    return ROTATE.choose(Rotated(rows, rotation, dtype)).name
 
 
 def interpreted(kernels) -> bool:
@@ -77,7 +81,7 @@ def test_blocks_of_rows_on_cpu(lead) -> None:
     x = jnp.asarray(rng.normal(size=(*lead, 44)), jnp.float32)
     scale = jnp.asarray(rng.uniform(0.01, 0.05, (*lead, 1)), jnp.float32)
     with on_cpu():
-        form = select_path(rotation, x.size // 44, x.dtype)
+        form = form_of(rotation, x.size // 44, x.dtype)
         assert form == ("xla" if lead == (1, 40) else "blocks")
         got, whole = rotate(x, rotation), rotation(x)
         np.testing.assert_allclose(got, whole, atol=1e-5)
@@ -94,7 +98,7 @@ def test_blocks_of_rows_on_cpu(lead) -> None:
     ("platform", "seed", "padding"),
     [("tpu", None, 12), ("tpu", 3, 12), ("tpu", 3, 128), ("gpu", None, 12), ("gpu", 3, 128)],
 )
-def test_forms_agree(monkeypatch, platform, seed, padding) -> None:
+def test_forms_agree(platform, seed, padding) -> None:
     """The whole path that an accelerator takes."""
     rotation = Rotation(512, 1, 4, 128, seed, padding)
     rng = np.random.default_rng(1)
@@ -104,14 +108,10 @@ def test_forms_agree(monkeypatch, platform, seed, padding) -> None:
         plain, q = rotate(x, rotation), rotate_quantize(x, rotation, scale)
         np.testing.assert_array_equal(q.values, quantize_static(rotation(x), scale).values)
         exact = quantize_static(rotation(x.astype(jnp.float32)), scale)
-    kernels = {"tpu": pallas_tpu, "gpu": rotate_gpu}[platform]
-    kernel = kernels.rotate
-    how = {"interpret": interpreted(kernels)}
-    monkeypatch.setattr(kernels, "rotate", lambda *a: kernel(*a, **how))
-    with target_platform(platform):
-        assert select_path(rotation, 80, x.dtype) == f"pallas_{platform}"
+    with interpreting(platform) as ran:
         theirs, shared = rotate(x, rotation), rotate_quantize(x, rotation, jnp.float32(0.03))
         per_row = rotate_quantize(x, rotation, scale)
+    assert [choice.name for choice in ran] == [f"pallas_{platform}"] * 3
     assert theirs.dtype == plain.dtype and theirs.shape == (2, 40, 512)
     np.testing.assert_allclose(theirs.astype(float), plain.astype(float), atol=0.05)
     # Against float32: what rounds to bfloat16 on the way may be off by as much itself.
@@ -123,15 +123,15 @@ def test_forms_agree(monkeypatch, platform, seed, padding) -> None:
 def test_the_chosen_form() -> None:
     wide, narrow = plan_rotation(18944), plan_rotation(1536)
     with on_cpu():
-        assert select_path(wide, 1024, jnp.bfloat16) == "blocks"
-    with target_platform("tpu"):
-        assert select_path(wide, 1024, jnp.bfloat16) == "pallas_tpu"
-        assert select_path(wide, 1, jnp.bfloat16) == "xla"
-        assert select_path(wide, 1024, jnp.float32) == "xla"
-        assert select_path(narrow, 1024, jnp.bfloat16) == "xla"
-        with target_platform("gpu"):
-            assert select_path(wide, 1024, jnp.bfloat16) == "pallas_gpu"
-            assert select_path(plan_rotation(29568), 1024, jnp.bfloat16) == "xla"  # too wide
+        assert form_of(wide, 1024, jnp.bfloat16) == "blocks"
+    with tracing_for("tpu"):
+        assert form_of(wide, 1024, jnp.bfloat16) == "pallas_tpu"
+        assert form_of(wide, 1, jnp.bfloat16) == "xla"
+        assert form_of(wide, 1024, jnp.float32) == "xla"
+        assert form_of(narrow, 1024, jnp.bfloat16) == "xla"
+        with tracing_for("gpu"):
+            assert form_of(wide, 1024, jnp.bfloat16) == "pallas_gpu"
+            assert form_of(plan_rotation(29568), 1024, jnp.bfloat16) == "xla"  # too wide
         x = jax.ShapeDtypeStruct((128, 18944), jnp.bfloat16)
         text = str(jax.make_jaxpr(lambda x: rotate(x, wide))(x))
         assert "pallas_call" in text

@@ -9,7 +9,7 @@ import pytest
 
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.ops.attention import split_heads
-from mquant_jax.ops.dense import target_platform
+from mquant_jax.target import tracing_for
 
 
 @pytest.mark.parametrize("width", [2, 80, 128])
@@ -18,7 +18,7 @@ def test_tpu_form(width) -> None:
     x = jnp.asarray(rng.normal(size=(2, 3, 5, width)), jnp.bfloat16)
     angles = jnp.asarray(rng.uniform(-4, 4, (2, 5, width // 2)), jnp.float32)
     plain = apply_rope(x, angles)
-    with target_platform("tpu"):
+    with tracing_for("tpu"):
         assert "dot_general" in str(jax.make_jaxpr(apply_rope)(x, angles))
         got = apply_rope(x, angles)
         wide = apply_rope(x.astype(jnp.float32), angles)
@@ -33,5 +33,5 @@ def test_heads() -> None:
     heads = split_heads(x, 4)
     assert heads.shape == (2, 2, 3, 4)
     np.testing.assert_array_equal(heads[1, 1, 2], x[1, 2, 4:])
-    with target_platform("tpu"):
+    with tracing_for("tpu"):
         np.testing.assert_array_equal(split_heads(x, 4), heads)

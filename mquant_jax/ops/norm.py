@@ -1,0 +1,67 @@
+"""RMS norms and the quantisation that may follow them. The forms, best first: :data:`NORM`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mquant_jax.numerics import QTensor, along_last, quantize_static
+from mquant_jax.ops.registry import Form, Op, unless
+from mquant_jax.target import Target, target
+
+
+@dataclasses.dataclass(frozen=True)
+class Normed:
+    """A norm of ``rows`` rows that are quantised."""
+
+    rows: int
+    features: int
+    dtype: Any
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, dtype) -> jax.Array:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in float32; ``dtype`` ``[...,
+    features]``."""
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return (x * along_last(weight, x)).astype(dtype)
+
+
+def _by_xla(x, weight, eps: float, scale, dtype) -> QTensor:
+    return quantize_static(rms_norm(x, weight, eps, dtype), scale)
+
+
+def _by_kernel(x, weight, eps: float, scale, dtype) -> QTensor:
+    from mquant_jax.ops import pallas_tpu_norm  # slow to import where there is no TPU
+
+    per_row = scale if scale.ndim == 0 else scale.reshape(-1, 1)
+    flat, to = x.reshape(-1, x.shape[-1]), target()
+    y = pallas_tpu_norm.rms_quantize(flat, weight, eps, per_row, interpret=to.interpret)
+    return QTensor(y.reshape(x.shape), scale)
+
+
+def _no_kernel(n: Normed, to: Target) -> str | None:
+    least = to.limits.norm_rows
+    return unless(
+        (to.platform == "tpu" and not to.early_tpu, "not a TPU from v5 on"),
+        (n.dtype == jnp.bfloat16, f"{n.dtype}, not bfloat16"),
+        (n.rows >= least, f"{n.rows} rows; the least is {least}"),
+    )
+
+
+NORM: Op[Normed] = Op("norm", Form("pallas_tpu", _by_kernel, _no_kernel), Form("xla", _by_xla))
+
+
+def rms_quantize(x: jax.Array, weight: jax.Array, eps: float, scale: jax.Array, dtype) -> QTensor:
+    """:func:`rms_norm`, then int8.
+
+    Args:
+        x: float ``[..., features]``.
+        scale: float32, one number or ``[..., 1]``.
+        dtype: that the normed values are rounded to first, where no kernel joins the steps.
+    """
+    spec = Normed(x.size // x.shape[-1], x.shape[-1], x.dtype)
+    return NORM.pick(spec)(x, weight, eps, scale, dtype)
