@@ -136,6 +136,8 @@ def write(out: Path, connector: Path | None) -> None:
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
+    if connector and not connector.is_file():
+        raise UserError(f"{connector}: no such file; expected what examples.train_llava wrote")
     tensors, tokenizer = language()
     tensors |= vision()
     text = smollm2.hf_config()

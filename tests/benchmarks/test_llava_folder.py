@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import dinov2_onnx
-from benchmarks.llava_folder import LAYERS, config, fresh_projector, vision
+from benchmarks.llava_folder import LAYERS, config, fresh_projector, vision, write
 from benchmarks.packaged import packaged_file
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import abstract_model
@@ -91,6 +91,13 @@ def test_positions_are_resampled_cubically_and_the_class_token_is_kept() -> None
     assert one.shape == (1, 2, 1) and one[0, 0, 0] == 5
     np.testing.assert_allclose(one[0, 1, 0], (-3 * 10 + 19 * 20 + 19 * 30 - 3 * 40) / 32)
     np.testing.assert_allclose(dinov2_onnx.resampled(table, 4), table)
+
+
+def test_a_missing_connector_and_a_present_folder_are_named(tmp_path) -> None:
+    with pytest.raises(UserError, match="none.safetensors: no such file"):
+        write(tmp_path / "out", tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="exists; choose another folder"):
+        write(tmp_path, None)
 
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

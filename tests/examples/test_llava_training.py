@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.llava_folder import merged
 from examples import low_rank
+from examples.llava_data import ANSWER, LENGTH, row_of
 from examples.llava_pictures import PLACES, counting, scene, text
 from mquant_jax.nn.params import set_params
 from tests.helpers import GOLDENS, golden, golden_model, relative
@@ -89,3 +90,11 @@ def test_answers_fit_the_pictures(draw) -> None:
 
 def test_places_are_named_row_by_row() -> None:
     assert PLACES[0] == "top left" and PLACES[4] == "center" and PLACES[5] == "middle right"
+
+
+def test_only_answers_and_their_ends_are_learned() -> None:
+    ids, at, labels = row_of([11, 12, 13], [7, 2])
+    assert ids.tolist() == [11, 12, 13, 7, 2] + [0] * (LENGTH - 5)
+    assert at.tolist() == [2, 3] + [-1] * (ANSWER - 2)  # the last token asked predicts the first
+    assert labels.tolist() == [7, 2] + [-1] * (ANSWER - 2)
+    assert row_of([1] * LENGTH, [2]) is None and row_of([1], [2] * (ANSWER + 1)) is None
