@@ -180,7 +180,7 @@ def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[s
     holds of the same model, questions and seed are kept."""
     bed = llava.LlavaBed(questions, args.folder)
     head = {"bed": "llava", "n": bed.n, "seed": args.seed, "fingerprint": bed.fingerprint}
-    result: dict[str, Any] = head | bed.float_result
+    result: dict[str, Any] = head | bed.float_result | {"questions": bed.questions}
     result["rows"] = llava.kept(args.save, head) if args.resume else []
     last: tuple[Any, ...] = (None,)
     for row in progress(llava.missing(rows, result["rows"]), "rows"):
@@ -191,6 +191,7 @@ def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[s
         module = built(bed, last[1], replace(row.plan(), seed=args.seed), last[2])
         found = bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
         result["rows"].append(row.key() | found)
+        result["gains"] = llava.gains(result)
         save(result, args.save)
         del module
         gc.collect()
@@ -211,6 +212,12 @@ def delta_table(result: dict[str, Any]) -> str:
             f"{r['activations']:<13} {r['exact_match']:>11.1%} {100 * r['delta']:>+7.1f} "
             f"{100 * low:>+7.1f} {100 * high:>+7.1f} {r['kl']:>8.4f} "
             f"{r['token_agreement']:>7.1%} {r['quantise_seconds']:>5.0f}"
+        )
+    for g in result["gains"]:
+        low, high = (100 * x for x in g["delta_ci95"])
+        lines.append(
+            f"{g['row']} over {g['over']}: {100 * g['delta']:+.1f} points ({low:+.1f} to "
+            f"{high:+.1f}), KL {g['kl_over']:.4f} -> {g['kl']:.4f}"
         )
     return "\n".join(lines)
 

@@ -65,6 +65,12 @@ class Row:
         names = ("method", "scope", "activations", "group_size", "weights")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def name(self) -> str:
+        """The row in a few words."""
+        group = f", groups of {self.group_size}" if self.group_size else ""
+        return f"{self.method}, {self.activations}{group}"
+
     def rounded_as(self) -> Row:
         """The row whose weights and scales this one takes over: dynamic activations need no others
         than the static ones."""
@@ -127,6 +133,61 @@ def quick_rows() -> list[Row]:
     return [Row("rtn", SHARED), Row("quarot", SINK)]
 
 
+def interval(values: np.ndarray, pictures: np.ndarray) -> list[float]:
+    """95 % bootstrap interval of a mean over questions; pictures are drawn whole, because their
+    questions depend on one another."""
+    total, count = np.bincount(pictures, values), np.bincount(pictures)
+    drawn = np.random.default_rng(0).integers(0, len(count), (DRAWS, len(count)))
+    means = total[drawn].sum(1) / count[drawn].sum(1)
+    return [float(x) for x in np.quantile(means, [0.025, 0.975])]
+
+
+def pairs() -> list[tuple[Row, Row]]:
+    """Rows to compare with one another, the idea first and what it is an alternative to second."""
+    m = "mquant"
+    return [
+        (Row(m, MODALITY), Row(m, SHARED)),
+        (Row(m), Row(m, MODALITY)),
+        (Row(m), Row(m, DYNAMIC)),
+        (Row("quarot", MODALITY), Row("quarot", SHARED)),
+        (Row("quarot", SINK), Row("quarot", MODALITY)),
+        (Row("quarot", SINK), Row("quarot", DYNAMIC)),
+        (Row("rtn", SINK), Row("rtn", SHARED)),
+        (Row("rtn", DYNAMIC), Row("rtn", SINK)),
+        (Row("smoothquant", SHARED), Row("rtn", SHARED)),
+        (Row("quarot", SINK), Row("rtn", SINK)),
+        (Row(m), Row("quarot", SINK)),
+        (Row(m, group_size=64), Row(m)),
+    ]
+
+
+def gains(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Paired differences between the rows of a result, as far as both were measured.
+
+    Returns:
+        ``{"row", "over", "delta", "delta_ci95", "kl", "kl_over"}``: names of both rows, difference
+        in exact match, and the KL from float of each.
+    """
+    columns = Row("").key()
+    known = {tuple(r[k] for k in columns): r for r in result["rows"]}
+    pictures = np.repeat(np.arange(len(result["questions"])), result["questions"])
+    out = []
+    for rows in pairs():
+        new, old = (known.get(tuple(row.key().values())) for row in rows)
+        if new and old:
+            hits, before = (_bits(r["right"], len(pictures)) for r in (new, old))
+            change = hits - before
+            out.append({
+                "row": rows[0].name, "over": rows[1].name, "delta": float(change.mean()),
+                "delta_ci95": interval(change, pictures), "kl": new["kl"], "kl_over": old["kl"],
+            })  # fmt: skip
+    return out
+
+
+def _bits(text: str, count: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(float)
+
+
 def missing(wanted: list[Row], measured: list[dict[str, Any]]) -> list[Row]:
     """Rows that are still to be measured."""
     known = [{k: r[k] for k in wanted[0].key()} for r in measured]
@@ -178,6 +239,7 @@ class LlavaBed:
         self.n, self.tasks = len(samples), np.asarray([s.task for s in samples])
         questions_ = asked(samples, self.processor, self.config.image_token_id)
         self._pictures = np.asarray([q.picture for q in questions_])
+        self.questions = np.bincount(self._pictures).tolist()  # about each picture
         self._tokens = sum(len(q.answer) for q in questions_)
         self._groups = list(groups(questions_, self.processor.collate))
         files = (CONNECTOR, EVALUATION, CALIBRATION)
@@ -215,20 +277,12 @@ class LlavaBed:
         return {
             "exact_match": float(found.right.mean()),
             "delta": float(change.mean()),
-            "delta_ci95": self.interval(change),
+            "delta_ci95": interval(change, self._pictures),
             "kl": float(found.kl.sum() / self._tokens),
             "token_agreement": float(found.agreeing.sum() / self._tokens),
             "by_task": self._by_task(found.right),
+            "right": np.packbits(found.right).tobytes().hex(),
         }
-
-    def interval(self, values: np.ndarray) -> list[float]:
-        """95 % bootstrap interval of a mean over questions; pictures are drawn whole, because
-        their questions depend on one another."""
-        pictures = np.unique(self._pictures, return_inverse=True)[1]
-        total, count = np.bincount(pictures, values), np.bincount(pictures)
-        drawn = np.random.default_rng(0).integers(0, len(count), (DRAWS, len(count)))
-        means = total[drawn].sum(1) / count[drawn].sum(1)
-        return [float(x) for x in np.quantile(means, [0.025, 0.975])]
 
     def _by_task(self, right: np.ndarray) -> dict[str, float]:
         return {str(t): float(right[self.tasks == t].mean()) for t in np.unique(self.tasks)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import llava_bed as llava
@@ -68,7 +69,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path) -> None:
     rows, file = llava.rows()[:3], tmp_path / "result.json"
     head = {"bed": "llava", "n": 7, "fingerprint": ["a"]}
     assert llava.kept(file, head) == []
-    file.write_text(json.dumps(head | {"float_exact_match": 0.6, "rows": [row_of(rows[1])]}))
+    file.write_text(
+        json.dumps(head | {"float_exact_match": 0.6, "rows": [row_of(rows[1])], "gains": []})
+    )
     kept = llava.kept(file, head)
     assert llava.missing(rows, kept) == [rows[0], rows[2]]
     shown = table(json.loads(file.read_text()))
@@ -83,3 +86,25 @@ def test_steps_of_an_ablation_keep_their_recipe() -> None:
         assert (plan.rotate, plan.weights, plan.tune, plan.class_groups) == (
             step.recipe.rotate, step.recipe.weights, step.recipe.tune, step.recipe.class_groups
         )  # fmt: skip
+
+
+def test_gains_are_paired_differences_of_rows() -> None:
+    """Four pictures with two questions each; a scale per modality turns one answer right."""
+    right = {"shared": [1, 0, 1, 0, 1, 0, 1, 0], "modality": [1, 1, 1, 0, 1, 0, 1, 0]}
+    rows = [
+        row_of(llava.Row("mquant", activations))
+        | {"right": np.packbits(hits).tobytes().hex(), "kl": 0.1 * len(activations)}
+        for activations, hits in right.items()
+    ]
+    (gain,) = llava.gains({"rows": rows, "questions": [2] * 4})
+    assert (gain["row"], gain["over"]) == ("mquant, modality", "mquant, shared")
+    assert gain["delta"] == 1 / 8 and gain["kl_over"] == pytest.approx(0.6)
+    low, high = gain["delta_ci95"]
+    assert low == 0 and 1 / 8 < high <= 1 / 2
+
+
+def test_intervals_draw_pictures_whole() -> None:
+    """Questions of a picture that all change together tell no more than one of them does."""
+    one, many = np.asarray([1.0, 0, 0, 0, 0, 0]), np.arange(6)
+    got = llava.interval(np.repeat(one, 10), np.repeat(many, 10))
+    assert got == llava.interval(one, many) and got[1] >= 0.5
