@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from benchmarks import llava_bed as llava
+from benchmarks import llava_rows as llava
 from benchmarks.output import add_output_options, deliver, save
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
@@ -178,7 +178,9 @@ def run_text(windows: int, rows: list[Row], file: Path | None) -> dict[str, Any]
 def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[str, Any]:
     """Run the llava bed and save the result after every row; with ``--resume``, rows that the file
     holds of the same model, questions and seed are kept."""
-    bed = llava.LlavaBed(questions, args.folder)
+    from benchmarks.llava_bed import LlavaBed
+
+    bed = LlavaBed(questions, args.folder)
     head = {"bed": "llava", "n": bed.n, "seed": args.seed, "fingerprint": bed.fingerprint}
     result: dict[str, Any] = head | bed.float_result | {"questions": bed.questions}
     result["rows"] = llava.kept(args.save, head) if args.resume else []

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import llava_bed as llava
+from benchmarks import llava_rows as llava
 from benchmarks.accuracy import ablation_rows, table
 from mquant_jax.errors import UserError
 from mquant_jax.presets import METHODS
