@@ -9,7 +9,6 @@ never saw.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from benchmarks.llava_folder import ASSETS, CONNECTOR, write
 from benchmarks.llava_rows import interval
 from benchmarks.picture_questions import asked, groups, reference, scores
 from mquant_jax.checkpoint.plan import plan
-from mquant_jax.checkpoint.source import Reader
+from mquant_jax.checkpoint.source import SINGLE, Reader
+from mquant_jax.checkpoint.tensor_file import file_hash
 from mquant_jax.models.base import VLM, abstract_model
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import set_params
@@ -37,7 +37,7 @@ class LlavaBed:
     Attributes:
         family, config, params: the float model; the head is tied.
         calibration: the bundled calibration prompts as one batch.
-        fingerprint: of everything that decides the results, but for the code.
+        fingerprint: hashes of the model, the questions and the calibration prompts.
         n: number of questions.
 
     Args:
@@ -58,14 +58,14 @@ class LlavaBed:
         self.questions = np.bincount(self._pictures).tolist()  # about each picture
         self._tokens = sum(len(q.answer) for q in questions_)
         self._groups = list(groups(questions_, self.processor.collate))
-        files = (CONNECTOR, EVALUATION, CALIBRATION)
-        self.fingerprint = [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files]
+        self.fingerprint += [file_hash(f)["sha256"] for f in (EVALUATION, CALIBRATION)]
         module = self._float()
         self._reference = reference(module, self._groups)
         self._float_right = scores(module, self._groups, self._reference).right
 
     def _read(self, folder: Path) -> None:
         reader = Reader(folder)
+        self.fingerprint = [file_hash(folder / SINGLE)["sha256"]]
         self.family = family_for(reader.config, folder)
         todo = plan(self.family, self.family.config_from_hf(reader.config), reader)
         self.params = {k: np.asarray(v, np.float32) for k, v in todo.read(reader).items()}
