@@ -188,6 +188,7 @@ def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[s
     for row in progress(llava.missing(rows, result["rows"]), "rows"):
         began, rounded = time.monotonic(), row.rounded_as()
         if last[0] != rounded:
+            last = (None,)  # frees its tensors
             last = rounded, *quantised_params(bed, replace(rounded.plan(), seed=args.seed))
         seconds = time.monotonic() - began
         module = built(bed, last[1], replace(row.plan(), seed=args.seed), last[2])
