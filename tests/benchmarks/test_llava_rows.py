@@ -1,0 +1,110 @@
+"""The llava bed's table: what its rows stand for, and how a run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import llava_rows as llava
+from benchmarks.accuracy import ablation_rows, table
+from mquant_jax.errors import UserError
+from mquant_jax.presets import METHODS
+from mquant_jax.recipe import Section
+
+
+def test_rows_vary_one_axis_at_a_time() -> None:
+    rows = llava.rows()
+    assert len(rows) <= 24 and len({tuple(r.key().values()) for r in rows}) == len(rows)
+    assert {r.method for r in rows} == set(METHODS)
+    center = rows[0]
+    for row in rows:
+        changed = [k for k, v in row.key().items() if v != center.key()[k]]
+        assert set(changed) <= {"method", "activations", "scope", "group_size", "weights"}
+        assert row.method != "mquant" or len(changed) <= 2
+    for axis, values in (
+        ("activations", {"shared", "modality", "modality+sink", "dynamic"}),
+        ("scope", {"all", "tower", "language"}),
+        ("weights", set(llava.WEIGHTS)),
+        ("group_size", {None, 64}),
+    ):
+        of_mquant = [r for r in rows if r.method == "mquant"]
+        assert {getattr(r, axis) for r in of_mquant} == values
+
+
+def test_a_row_changes_scales_and_sections_alone() -> None:
+    whole = llava.Row("mquant").plan()
+    assert whole.modality_scales and whole.sink_class and whole.tune == METHODS["mquant"].tune
+    assert [str(whole.section(s)) for s in ("head", "embedding")] == [str(Section())] * 2
+    assert len(llava.Row("mquant", "modality").plan().class_groups) == 2
+    shared = llava.Row("mquant", "shared").plan()
+    assert len(shared.class_groups) == 1 and shared.rotate
+    tower = llava.Row("rtn", "shared", scope="tower").plan()
+    assert tower.vision == Section(4, None, "static") == tower.connector
+    assert not tower.language.quantised
+    language = llava.Row("rtn", "shared", scope="language", group_size=64).plan()
+    assert not language.vision.quantised and language.language == Section(4, 64, "static")
+    assert llava.Row("mquant", weights="w4a8-v8").plan().vision.w_bits == 8
+    assert llava.Row("mquant", weights="w4a16").plan().language == Section(4, None, "none")
+
+
+def test_dynamic_rows_take_over_the_static_weights() -> None:
+    dynamic = llava.Row("quarot", "dynamic", group_size=64)
+    assert dynamic.rounded_as() == llava.Row("quarot", "modality+sink", group_size=64)
+    static, plan = dynamic.rounded_as().plan(), dynamic.plan()
+    assert plan.language == dataclasses.replace(static.language, activations="dynamic")
+    assert (plan.weights, plan.class_groups) == (static.weights, static.class_groups)
+
+
+def row_of(row: llava.Row) -> dict:
+    return row.key() | {
+        "exact_match": 0.5, "delta": -0.01, "delta_ci95": [-0.02, 0.0], "kl": 0.1,
+        "token_agreement": 0.9, "by_task": {}, "quantise_seconds": 3.0,
+    }  # fmt: skip
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path) -> None:
+    rows, file = llava.rows()[:3], tmp_path / "result.json"
+    head = {"bed": "llava", "n": 7, "fingerprint": ["a"]}
+    assert llava.kept(file, head) == []
+    file.write_text(
+        json.dumps(head | {"float_exact_match": 0.6, "rows": [row_of(rows[1])], "gains": []})
+    )
+    kept = llava.kept(file, head)
+    assert llava.missing(rows, kept) == [rows[0], rows[2]]
+    shown = table(json.loads(file.read_text()))
+    assert "60.0% of 7" in shown and "-1.0" in shown and "90.0%" in shown
+    with pytest.raises(UserError, match="fingerprint"):
+        llava.kept(file, head | {"fingerprint": ["b"]})
+
+
+def test_steps_of_an_ablation_keep_their_recipe() -> None:
+    for step in ablation_rows():
+        plan = llava.Row(step.method, recipe=step.recipe).plan()
+        assert (plan.rotate, plan.weights, plan.tune, plan.class_groups) == (
+            step.recipe.rotate, step.recipe.weights, step.recipe.tune, step.recipe.class_groups
+        )  # fmt: skip
+
+
+def test_gains_are_paired_differences_of_rows() -> None:
+    """Four pictures with two questions each; a scale per modality turns one answer right."""
+    right = {"shared": [1, 0, 1, 0, 1, 0, 1, 0], "modality": [1, 1, 1, 0, 1, 0, 1, 0]}
+    rows = [
+        row_of(llava.Row("mquant", activations))
+        | {"right": np.packbits(hits).tobytes().hex(), "kl": 0.1 * len(activations)}
+        for activations, hits in right.items()
+    ]
+    (gain,) = llava.gains({"rows": rows, "questions": [2] * 4})
+    assert (gain["row"], gain["over"]) == ("mquant, modality", "mquant, shared")
+    assert gain["delta"] == 1 / 8 and gain["kl_over"] == pytest.approx(0.6)
+    low, high = gain["delta_ci95"]
+    assert low == 0 and 1 / 8 < high <= 1 / 2
+
+
+def test_intervals_draw_pictures_whole() -> None:
+    """Questions of a picture that all change together tell no more than one of them does."""
+    one, many = np.asarray([1.0, 0, 0, 0, 0, 0]), np.arange(6)
+    got = llava.interval(np.repeat(one, 10), np.repeat(many, 10))
+    assert got == llava.interval(one, many) and got[1] >= 0.5
