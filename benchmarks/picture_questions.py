@@ -130,7 +130,7 @@ def answer_streams(module: VLM, group: Group) -> jax.Array:
     order = jnp.broadcast_to(first + jnp.arange(length, dtype=jnp.int32), group.ids.shape)
     start = fronts.next_position[group.owner][:, None]  # a picture may take fewer than its tokens
     positions = jnp.broadcast_to(
-        start + order - first, (len(language.cfg.rope_sections), questions, length)
+        start + order - first, (language.cfg.position_streams, questions, length)
     )
     classes = language.classes(group.ids, order, jnp.where(group.given < 0, -1, TEXT))
     classes = jnp.where(group.given == 1, TEXT, classes)  # as in decoding
