@@ -207,9 +207,9 @@ def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[s
         began, rounded = time.monotonic(), row.rounded_as()
         if last[0] != rounded:
             last = (None,)  # frees its tensors
-            last = rounded, *quantised_params(bed, replace(rounded.plan(), seed=args.seed))[1:]
+            last = rounded, *quantised_params(bed, replace(rounded.plan(), seed=args.seed))
         seconds = time.monotonic() - began
-        module = built(bed, last[1], replace(row.plan(), seed=args.seed), last[2])
+        module = built(bed, last[2], replace(row.plan(), seed=args.seed), last[3])
         found = bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
         result["rows"].append(row.key() | found)
         result["gains"] = llava.gains(result)
@@ -292,6 +292,8 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.resume and not args.save:
         raise UserError("--resume continues a file: name it with --save FILE")
+    if args.budget and args.bed == "llava":
+        raise UserError("--budget is not measured on the llava bed; name another with --bed")
     result = {"bed": args.bed, "seed": args.seed} | _result(args)
     deliver(result, args, table)
     return OK
@@ -307,8 +309,8 @@ def _result(args: Any) -> dict[str, Any]:
     rows = ablation_rows() if args.ablation else method_rows(groups)
     if text and args.quick:
         rows = [r for r in rows if r.method in ("rtn", "mquant") and r.activations == "static"]
-    rows = budget_rows(args.budget) if args.budget else _named(rows, args.method)
-    rows = [replace(r, recipe=replace(r.recipe, seed=args.seed)) for r in rows]
+    rows = budget_rows(args.budget) if args.budget else rows
+    rows = [replace(r, recipe=replace(r.recipe, seed=args.seed)) for r in _named(rows, args.method)]
     if text:
         return run_text(8 if args.quick else 24, rows, args.save)
     draws = list(range(1 if args.quick else args.draws)) if args.bed == "outlier" else [None]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import llava_rows as llava
-from benchmarks.accuracy import ablation_rows, table
+from benchmarks.accuracy import ablation_rows, run_llava, table
 from mquant_jax.errors import UserError
+from mquant_jax.nn.params import get_params
 from mquant_jax.presets import METHODS
 from mquant_jax.recipe import Section
+from tests.helpers import forward, golden_model, relative
+from tests.llava_cases import CLIP
 
 
 def test_rows_vary_one_axis_at_a_time() -> None:
@@ -58,11 +63,14 @@ def test_dynamic_rows_take_over_the_static_weights() -> None:
     assert (plan.weights, plan.class_groups) == (static.weights, static.class_groups)
 
 
+MEASURED = {
+    "exact_match": 0.5, "delta": -0.01, "delta_ci95": [-0.02, 0.0], "kl": 0.1,
+    "token_agreement": 0.9, "by_task": {}, "quantise_seconds": 3.0,
+}  # fmt: skip
+
+
 def row_of(row: llava.Row) -> dict:
-    return row.key() | {
-        "exact_match": 0.5, "delta": -0.01, "delta_ci95": [-0.02, 0.0], "kl": 0.1,
-        "token_agreement": 0.9, "by_task": {}, "quantise_seconds": 3.0,
-    }  # fmt: skip
+    return row.key() | MEASURED
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path) -> None:
@@ -86,6 +94,35 @@ def test_steps_of_an_ablation_keep_their_recipe() -> None:
         assert (plan.rotate, plan.weights, plan.tune, plan.class_groups) == (
             step.recipe.rotate, step.recipe.weights, step.recipe.tune, step.recipe.class_groups
         )  # fmt: skip
+
+
+class TinyBed:
+    """A golden's model in place of the assembled one."""
+
+    n, fingerprint, questions = 8, ["tiny"], [4, 4]
+    float_result = {"float_exact_match": 1.0, "float_by_task": {"t": 1.0}}
+
+    def __init__(self, questions: int | None, folder: Path | None):
+        self.family, model, self.config, inputs, _ = golden_model(CLIP)
+        self.params = get_params(model)
+        self.calibration = self.family.reference_batch(self.config, inputs)
+        self._logits = np.asarray(forward(model, self.calibration))
+
+    def evaluate(self, module) -> dict:
+        apart = relative(forward(module, self.calibration), self._logits)
+        return MEASURED | {"kl": apart, "right": "ff"}
+
+
+def test_a_run_measures_rows_and_continues(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("benchmarks.llava_bed.LlavaBed", TinyBed)
+    rows = [llava.Row("rtn", "modality+sink"), llava.Row("rtn", "dynamic")]
+    args = SimpleNamespace(folder=None, seed=0, save=tmp_path / "result.json", resume=True)
+    first = run_llava(rows[:1], None, args)
+    both = run_llava(rows, None, args)
+    assert both["rows"][0] == first["rows"][0] and len(both["rows"]) == 2
+    assert json.loads(args.save.read_text()) == both
+    assert all(0 < r["kl"] < 1 for r in both["rows"])
+    assert [g["row"] for g in both["gains"]] == ["rtn, dynamic"]
 
 
 def test_gains_are_paired_differences_of_rows() -> None:
