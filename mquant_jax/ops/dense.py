@@ -167,8 +167,7 @@ def _padded(p: Product, to: Target) -> str | None:
     )
 
 
-def _float(p: Product, to: Target) -> str | None:
-    return _accepts("float")(p, to)
+_float = _accepts("float")
 
 
 DENSE: Op[Product] = Op(
@@ -239,10 +238,11 @@ def quantized_dot(x: QTensor | jax.Array, w: QWeight, end: Epilogue = PLAIN) -> 
     lead, k = values.shape[:-1], values.shape[-1]
     if k != w.in_features:
         raise ValueError(f"input has {k} features, weight expects {w.in_features}")
-    operand: Any = values.reshape(-1, k)
+    flat = values.reshape(-1, k)
+    operand: Any = flat
     activations = "float"
     if isinstance(x, QTensor):
         activations = "simulated" if values.dtype == jnp.float32 else "int8"
-        operand = QTensor(operand, x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1))
-    run = DENSE.pick(Product.of(len(values.reshape(-1, k)), w, activations))
+        operand = QTensor(flat, x.scale if x.scale.ndim == 0 else x.scale.reshape(-1, 1))
+    run = DENSE.pick(Product.of(len(flat), w, activations))
     return run(operand, w, end.flat()).reshape(*lead, w.out_features)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def choose(
 
     def options(path: str, in_features: int) -> Sequence[Section]:
         own = recipe.section_for(path)
-        if own.w_bits != 4 or recipe.rule_for(path) is not None:
+        if not _open(recipe, path):
             return ()
         channel = dataclasses.replace(own, group_size=None)
         some = [channel, dataclasses.replace(channel, w_bits=8)]
@@ -175,15 +175,12 @@ def check_budget(family: Family, config: Config, recipe: Recipe, budget: float) 
     """
     number(budget, "--budget", least=0.0)
     weights, bits, free = 0, 0.0, False
-    for layer in layer_plan(family, config, recipe).layers:
-        if layer.w_bits > 8 or layer.path == "language/embedding":
-            continue
-        count = layer.out_features * layer.in_features
-        open_ = layer.w_bits == 4 and recipe.rule_for(layer.path) is None
-        group = None if open_ else layer.group_size
+    for path, count, k in _counted(family, config, recipe):
+        section, open_ = recipe.section_for(path), _open(recipe, path)
+        least = dataclasses.replace(section, group_size=None) if open_ else section
         free |= open_
         weights += count
-        bits += count * (layer.w_bits + 32 / (group or layer.in_features))
+        bits += count * stored_bits(least, k)
     if not free:
         raise UserError(f"recipe {recipe.name!r} leaves nothing to choose: it quantises no layer "
                         "to 4 bits without a rule; take w4a8")  # fmt: skip
@@ -199,13 +196,23 @@ def _fixed(
 ) -> tuple[int, float]:
     """Weights and stored bits of the quantised layers that were not measured."""
     count, bits = 0, 0.0
-    for layer in layer_plan(family, config, recipe).layers:
-        if layer.path in measured or layer.w_bits > 8 or layer.path == "language/embedding":
-            continue
-        size = layer.out_features * layer.in_features
-        count += size
-        bits += size * stored_bits(recipe.section_for(layer.path), layer.in_features)
+    for path, size, k in _counted(family, config, recipe):
+        if path not in measured:
+            count += size
+            bits += size * stored_bits(recipe.section_for(path), k)
     return count, bits
+
+
+def _open(recipe: Recipe, path: str) -> bool:
+    """Whether bits may be chosen for a layer."""
+    return recipe.section_for(path).w_bits == 4 and recipe.rule_for(path) is None
+
+
+def _counted(family: Family, config: Config, recipe: Recipe) -> Iterator[tuple[str, int, int]]:
+    """Path, weights and inputs of each layer that a budget counts: quantised, not the embedding."""
+    for layer in layer_plan(family, config, recipe).layers:
+        if layer.w_bits <= 8 and layer.path != "language/embedding":
+            yield layer.path, layer.out_features * layer.in_features, layer.in_features
 
 
 def _outcome(
