@@ -87,8 +87,9 @@ def main(argv: list[str]) -> int:
     points = count(args.points, "--points", least=0)
     if args.memory:
         return _memory(args)
-    if args.context is not None or args.batch != 1 or args.device is not None:
-        raise UserError("--context, --batch and --device need --memory")
+    given = args.context is not None or args.device is not None
+    if given or args.batch != 1 or args.patches != MOST_TOGETHER_ELSEWHERE:
+        raise UserError("--context, --batch, --patches and --device need --memory")
     loaded = load_model(Path(args.checkpoint), verify=args.verify)
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)

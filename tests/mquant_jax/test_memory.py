@@ -82,6 +82,7 @@ def test_the_command(capsys):
     for options in (
         ["--memory", "--batch", "0"],
         ["--context", "5"],
+        ["--patches", "5"],
         ["--memory", "--device", "x"],
     ):
         with pytest.raises(UserError):
