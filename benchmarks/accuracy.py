@@ -199,7 +199,8 @@ def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[s
     from benchmarks.llava_bed import LlavaBed
 
     bed = LlavaBed(questions, args.folder)
-    head = {"bed": "llava", "n": bed.n, "seed": args.seed, "fingerprint": bed.fingerprint}
+    head = {"bed": "llava", "n": bed.n, "seed": args.seed, "kl_after": "own answers"}
+    head |= {"fingerprint": bed.fingerprint}
     result: dict[str, Any] = head | bed.float_result | {"questions": bed.questions}
     result["rows"] = llava.kept(args.save, head) if args.resume else []
     last: tuple[Any, ...] = (None,)

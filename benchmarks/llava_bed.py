@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.llava_folder import ASSETS, CONNECTOR, write
 from benchmarks.llava_rows import interval
-from benchmarks.picture_questions import asked, groups, reference, scores
+from benchmarks.picture_questions import Asked, asked, greedy, groups, reference, scores
 from mquant_jax.checkpoint.plan import plan
 from mquant_jax.checkpoint.source import SINGLE, Reader
 from mquant_jax.checkpoint.tensor_file import file_hash
@@ -29,6 +29,7 @@ from mquant_jax.recipe import Recipe
 from mquant_jax.samples import read_samples
 
 EVALUATION, CALIBRATION = ASSETS / "evaluation.jsonl", ASSETS / "calibration.jsonl"
+LONGEST = 16  # tokens of an answer of the model's own
 
 
 class LlavaBed:
@@ -56,12 +57,22 @@ class LlavaBed:
         questions_ = asked(samples, self.processor, self.config.image_token_id)
         self._pictures = np.asarray([q.picture for q in questions_])
         self.questions = np.bincount(self._pictures).tolist()  # about each picture
-        self._tokens = sum(len(q.answer) for q in questions_)
-        self._groups = list(groups(questions_, self.processor.collate))
         self.fingerprint += [file_hash(f)["sha256"] for f in (EVALUATION, CALIBRATION)]
-        module = self._float()
-        self._reference = reference(module, self._groups)
-        self._float_right = scores(module, self._groups, self._reference).right
+        self._refer(questions_)
+
+    def _refer(self, questions: list[Asked]) -> None:
+        """Keep what the float model predicts after true answers, which tell right from wrong, and
+        after its own, on which divergence is measured; most of them are the same."""
+        collate, module = self.processor.collate, self._float()
+        self._true = list(groups(questions, collate))
+        self._after_true = reference(module, self._true)
+        self._float_right = scores(module, self._true, self._after_true).right
+        wrong = [questions[i] for i in np.flatnonzero(~self._float_right)]
+        wrong = greedy(module, wrong, collate, self.processor.stop_ids[0], LONGEST)
+        self._own = list(groups(wrong, collate))
+        self._after_own = reference(module, self._own)
+        right = [q for q, fine in zip(questions, self._float_right, strict=True) if fine]
+        self._tokens = sum(len(q.answer) for q in [*right, *wrong])
 
     def _read(self, folder: Path) -> None:
         reader = Reader(folder)
@@ -86,16 +97,22 @@ class LlavaBed:
         return {"float_exact_match": float(right.mean()), "float_by_task": self._by_task(right)}
 
     def evaluate(self, module: VLM) -> dict[str, Any]:
-        """Return exact match, its difference to float with a 95 % interval, KL in nats per token
-        of the answers and the share of them at which both models agree."""
-        found = scores(module, self._groups, self._reference)
+        """Return exact match and its difference to float with a 95 % interval; on the float model's
+        own greedy answers, KL in nats per token and the share of tokens at which both agree."""
+        found = scores(module, self._true, self._after_true)
+        own = scores(module, self._own, self._after_own)
+        kl, agreeing = (
+            (getattr(found, name)[self._float_right].sum() + getattr(own, name).sum())
+            / self._tokens
+            for name in ("kl", "agreeing")
+        )
         change = found.right.astype(float) - self._float_right
         return {
             "exact_match": float(found.right.mean()),
             "delta": float(change.mean()),
             "delta_ci95": interval(change, self._pictures),
-            "kl": float(found.kl.sum() / self._tokens),
-            "token_agreement": float(found.agreeing.sum() / self._tokens),
+            "kl": float(kl),
+            "token_agreement": float(agreeing),
             "by_task": self._by_task(found.right),
             "right": np.packbits(found.right).tobytes().hex(),
         }

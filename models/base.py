@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -327,7 +328,13 @@ def abstract_model(family: Family, config: Config, recipe: Recipe, dtype=jnp.flo
     Raises:
         ValueError: the recipe does not fit the shapes.
     """
-    return nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
+    return nnx.merge(*_structure(family, config, recipe, jnp.dtype(dtype)), copy=True)
+
+
+@lru_cache(maxsize=16)
+def _structure(family: Family, config: Config, recipe: Recipe, dtype) -> tuple[Any, Any]:
+    """Graph and state of the model; a conversion asks for the same ones several times."""
+    return nnx.split(nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0))))
 
 
 def with_head(config: Config, tied: bool) -> Config:
