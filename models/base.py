@@ -45,6 +45,8 @@ class Config(Protocol):
     @property
     def language(self) -> DecoderConfig: ...
 
+    def __hash__(self) -> int: ...
+
 
 class VLM(nnx.Module):
     """A vision module and a decoder. Families subclass it and set their vision module.
