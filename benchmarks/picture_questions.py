@@ -31,7 +31,7 @@ class Asked:
 
     Attributes:
         front: the prompt up to its last visual token.
-        question, answer: the ids behind it, and those of the answer with its end.
+        question, answer: the ids after it, and those of the answer with its end.
         picture: number of the picture; its questions are neighbours and share the front.
     """
 
