@@ -21,7 +21,7 @@ from mquant_jax.nn.act_quant import TEXT
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.samples import Sample
 
-PICTURES, QUESTIONS = 8, 40  # of a group: one shape compiles once
+PICTURES, QUESTIONS = 8, 64  # of a group: one shape compiles once
 Collate = Callable[[Sequence[Prompt]], Batch]
 
 
