@@ -29,6 +29,7 @@ from mquant_jax.nn.stack import (
 )
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.epilogue import Epilogue
+from mquant_jax.ops.visibility import Visibility
 
 
 class SinkRule(nnx.Module):
@@ -112,7 +113,7 @@ class Decoder(nnx.Module):
         span: jax.Array | None = None,
         added: DeepFeatures | jax.Array | None = None,
     ) -> DecoderContext:
-        """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
+        """Angles and visibility of tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
 
         Args:
             keys: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
@@ -127,13 +128,12 @@ class Decoder(nnx.Module):
                 positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_streams, cfg.rope_scaling, span
             )
         # Only visual tokens are ever moved.
-        in_order = keys is None and not visual_slots
+        after = 0 if keys is None and not visual_slots else None
         keys = key_order(order, token_class) if keys is None else keys
-        mask = keys[:, None, :] <= order[:, :, None]
         visual = visual if cfg.visual_expert else None
         gain = self._query_gain(positions, order)
         return DecoderContext(
-            angles, order, keys, mask, token_class, gain, visual, visual_slots, in_order,
+            angles, Visibility(order, keys, after=after), token_class, gain, visual, visual_slots,
             added=added,
         )  # fmt: skip
 

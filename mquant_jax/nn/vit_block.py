@@ -19,8 +19,9 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.nn.stack import LayeredContext
-from mquant_jax.numerics import AnyArray, QTensor, along_last
+from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import Rows, attend, attend_rows, fused, split_heads
+from mquant_jax.ops.visibility import Visibility
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -114,7 +115,7 @@ class ViTConfig:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["angles", "token_class", "windows", "full"],
-    meta_fields=[],
+    meta_fields=["window"],
 )
 @dataclasses.dataclass(frozen=True)
 class VisionContext(LayeredContext):
@@ -123,15 +124,18 @@ class VisionContext(LayeredContext):
     Attributes:
         angles: rotary angles ``[N, P, head_dim/2]``; ``None``: the tower has no such positions.
         token_class: int32 ``[N, P]``, 0, or -1 for padding.
-        windows: int32 ``[N, P]``, from 0, the window of each patch; ``None``: there are none.
+        windows: int32 ``[N, P]``, from 0 and rising, the window of each patch; ``None``: there are
+            none.
         full: bool ``[layers]``, or for a single layer ``[N, 1]``: patches see their whole picture;
             ``None`` without windows.
+        window: most patches of a window.
     """
 
     angles: jax.Array | None
     token_class: jax.Array
     windows: jax.Array | None = None
     full: jax.Array | None = None
+    window: int = 0
 
     @property
     def layered(self) -> bool:
@@ -144,36 +148,17 @@ class VisionContext(LayeredContext):
         return dataclasses.replace(self, full=one)
 
     @property
-    def mask(self) -> jax.Array:
-        """bool ``[N, 1 or P, P]``, which keys a patch may see: no padding, and with windows those
-        of its own or, in a full layer, all."""
-        if self.windows is None:
-            return (self.token_class >= 0)[:, None, :]
-        top, keys, low = self.order
-        keys = keys[:, None, :]
-        return (low[:, :, None] <= keys) & (keys <= top[:, :, None])
+    def whole(self) -> Visibility:
+        """Patches see their whole picture."""
+        queries = jnp.zeros_like(self.token_class)
+        return Visibility(queries, key_order(queries, self.token_class))
 
     @property
-    def order(self) -> tuple[jax.Array, ...]:
-        """The same as orders of queries and keys, int32 ``[N, P]``; with windows also the lowest
-        order that each query sees."""
-        if self.windows is None or self.full is None:
-            queries = jnp.zeros_like(self.token_class)
-            return queries, key_order(queries, self.token_class)
-        last = jnp.max(self.windows, axis=1, keepdims=True)
-        top = jnp.where(self.full, last, self.windows)
-        low = jnp.where(self.full, 0, self.windows)
-        return top, key_order(self.windows, self.token_class), low
-
-
-def window_ids(coords: AnyArray, side: int) -> jax.Array:
-    """int32 ``[N, P]``: the window of each patch, from its row and column ``[N, P, 2]``.
-
-    Windows are squares of ``side`` patches, smaller at the right and lower borders.
-    """
-    cells = jnp.asarray(coords) // side
-    columns = jnp.max(cells[..., 1], axis=1, keepdims=True) + 1
-    return cells[..., 0] * columns + cells[..., 1]
+    def inside(self) -> Visibility:
+        """Patches see their own window."""
+        near = self.window - 1
+        keys = key_order(self.windows, self.token_class)
+        return Visibility(self.windows, keys, self.windows, near, near)
 
 
 TowerNorm = LayerNorm | RMSNorm | ProjectedNorm
@@ -237,18 +222,27 @@ class AttentionPart(nnx.Module):
 
     def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
         """Attention inside each picture or window: ``[N, P, hidden]`` each -> the same."""
-        heads, d = self.cfg.num_heads, self.cfg.head_dim
-        rows = Rows(
-            q.shape[1], heads, heads, d, q.dtype, gradient=self.attn_out.simulated,
-            windows=ctx.windows is not None,
-        )  # fmt: skip
-        if fused(rows):
-            scale = self.attn_out.known_scale(None, tap)
-            return attend_rows(q, k, v, d, ctx.order, ctx.angles, scale=scale)
+        scale = self.attn_out.known_scale(None, tap)
+
+        def whole() -> jax.Array | QTensor:
+            return self._among(q, k, v, ctx.whole, ctx.angles, scale)
+
+        def inside() -> jax.Array | QTensor:
+            return self._among(q, k, v, ctx.inside, ctx.angles, scale)
+
+        if ctx.full is None:
+            return whole()
+        return jax.lax.cond(jnp.all(ctx.full), whole, inside)
+
+    def _among(self, q, k, v, seen: Visibility, angles, scale) -> jax.Array | QTensor:
+        """Attention to what is seen; quantised if ``scale`` is given and the form can."""
+        d = self.cfg.head_dim
+        if fused(Rows.of(q, k, d, seen, self.attn_out.simulated)):
+            return attend_rows(q, k, v, d, seen, angles, scale=scale)
         q, k, v = (split_heads(y, d) for y in (q, k, v))
-        if ctx.angles is not None:
-            q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
-        return attend(q, jnp.swapaxes(k, 2, 3), v, ctx.mask)
+        if angles is not None:
+            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        return attend(q, jnp.swapaxes(k, 2, 3), v, seen)
 
 
 class MLPPart(nnx.Module):
