@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.cache import key_order
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm, RMSNorm
 from mquant_jax.nn.placement import Placement
@@ -114,8 +113,8 @@ class ViTConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["angles", "token_class", "windows", "full"],
-    meta_fields=["window"],
+    data_fields=["angles", "token_class", "inside", "full"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class VisionContext(LayeredContext):
@@ -124,18 +123,15 @@ class VisionContext(LayeredContext):
     Attributes:
         angles: rotary angles ``[N, P, head_dim/2]``; ``None``: the tower has no such positions.
         token_class: int32 ``[N, P]``, 0, or -1 for padding.
-        windows: int32 ``[N, P]``, from 0 and rising, the window of each patch; ``None``: there are
-            none.
+        inside: what patches see in layers with windows; ``None``: there are none.
         full: bool ``[layers]``, or for a single layer ``[N, 1]``: patches see their whole picture;
             ``None`` without windows.
-        window: most patches of a window.
     """
 
     angles: jax.Array | None
     token_class: jax.Array
-    windows: jax.Array | None = None
+    inside: Visibility | None = None
     full: jax.Array | None = None
-    window: int = 0
 
     @property
     def layered(self) -> bool:
@@ -150,15 +146,7 @@ class VisionContext(LayeredContext):
     @property
     def whole(self) -> Visibility:
         """Patches see their whole picture."""
-        queries = jnp.zeros_like(self.token_class)
-        return Visibility(queries, key_order(queries, self.token_class))
-
-    @property
-    def inside(self) -> Visibility:
-        """Patches see their own window."""
-        near = self.window - 1
-        keys = key_order(self.windows, self.token_class)
-        return Visibility(self.windows, keys, self.windows, near, near)
+        return Visibility.of_keys(self.token_class >= 0, self.token_class.shape[1])
 
 
 TowerNorm = LayerNorm | RMSNorm | ProjectedNorm
@@ -224,15 +212,15 @@ class AttentionPart(nnx.Module):
         """Attention inside each picture or window: ``[N, P, hidden]`` each -> the same."""
         scale = self.attn_out.known_scale(None, tap)
 
-        def whole() -> jax.Array | QTensor:
-            return self._among(q, k, v, ctx.whole, ctx.angles, scale)
+        def seeing(seen: Visibility) -> jax.Array | QTensor:
+            return self._among(q, k, v, seen, ctx.angles, scale)
 
-        def inside() -> jax.Array | QTensor:
-            return self._among(q, k, v, ctx.inside, ctx.angles, scale)
-
-        if ctx.full is None:
-            return whole()
-        return jax.lax.cond(jnp.all(ctx.full), whole, inside)
+        if ctx.inside is None or ctx.full is None:
+            return seeing(ctx.whole)
+        # One body for all layers of a scan; only the attention differs.
+        return jax.lax.cond(
+            jnp.all(ctx.full), partial(seeing, ctx.whole), partial(seeing, ctx.inside)
+        )
 
     def _among(self, q, k, v, seen: Visibility, angles, scale) -> jax.Array | QTensor:
         """Attention to what is seen; quantised if ``scale`` is given and the form can."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import AnyArray
+from mquant_jax.ops.visibility import NEVER, Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +19,12 @@ class Windows:
     borders. Sorted, all patches of a window are next to each other.
 
     Attributes:
-        ids: int32 ``[N, P]``, rising: the window of each sorted patch. Padding has the number
-            ``P``, which no window has.
         order: integers ``[N, P]``, which patch each sorted one is.
+        inside: sorted patches see those of their own window.
     """
 
-    ids: jax.Array
     order: jax.Array
+    inside: Visibility
 
     @classmethod
     def of(cls, coords: AnyArray, token_class: jax.Array, side: int) -> Windows:
@@ -37,9 +37,11 @@ class Windows:
         cells = jnp.asarray(coords) // side
         columns = jnp.max(cells[..., 1], axis=1, keepdims=True) + 1
         ids = cells[..., 0] * columns + cells[..., 1]
-        ids = jnp.where(token_class < 0, ids.shape[1], ids)
+        ids = jnp.where(token_class < 0, ids.shape[1], ids)  # there are never so many windows
         order = jnp.argsort(ids, axis=1)
-        return cls(_taken(ids, order), order)
+        ids = _taken(ids, order)
+        keys, near = jnp.where(ids < ids.shape[1], ids, NEVER), side**2 - 1
+        return cls(order, Visibility(ids, keys, ids, near, near))
 
     def sort(self, x: jax.Array) -> jax.Array:
         """Patches ``[N, P, ...]`` window by window."""

@@ -41,13 +41,13 @@ def attend(
     Returns:
         ``[B, T, heads * d]`` in ``q.dtype``.
     """
-    (b, heads, t, d), (kv_heads, s) = q.shape, v.shape[1:3]
+    (b, heads, t, d), kv_heads = q.shape, v.shape[1]
     missing, gain = -d % LEAST, d**-0.5
     if missing:
         q, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) for x in (q, v))
         k = jnp.pad(k, ((0, 0), (0, 0), (0, missing), (0, 0)))
         d += missing
-    pairs = b * heads * t * s // (2 if seen.after == 0 else 1)
+    pairs = b * heads * t * seen.keys_per_query
     ends = (x for x in (seen.top, seen.low) if x is not None)
     orders = [in_blocks(seen.keys, KEYS, NEVER), *(in_blocks(x, QUERIES, 0) for x in ends)]
     cost = {

@@ -63,6 +63,15 @@ class Visibility:
         seen = jnp.max(self.keys) <= jnp.min(self.top)
         return seen if self.low is None else seen & (jnp.max(self.low) <= jnp.min(self.keys))
 
+    @property
+    def keys_per_query(self) -> int:
+        """About how many keys a query sees, as far as columns tell."""
+        s = self.keys.shape[1]
+        mean = s // 2 if self.after == 0 else s
+        if self.before is None or self.after is None:
+            return mean
+        return min(mean, self.before + 1 + self.after)
+
     def of_queries(self, cut: Any) -> Visibility:
         """The same keys; ``cut`` takes some queries of int32 ``[B, T]``."""
         low = None if self.low is None else cut(self.low)

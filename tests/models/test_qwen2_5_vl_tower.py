@@ -127,12 +127,9 @@ def test_pictures_of_many_sizes_and_a_clip(made) -> None:
 
 def sorted_by_window(config, vision) -> tuple[Windows, VisionContext]:
     full = np.array([i in config.vision.full_layers for i in range(config.vision.num_layers)])
-    side, classes = config.vision.window, vision.token_class
-    windows = Windows.of(vision.coords, classes, side)
-    context = VisionContext(
-        None, windows.sort(classes), windows.ids, jax.numpy.asarray(full), side**2
-    )
-    return windows, context
+    windows = Windows.of(vision.coords, vision.token_class, config.vision.window)
+    classes = windows.sort(vision.token_class)
+    return windows, VisionContext(None, classes, windows.inside, jax.numpy.asarray(full))
 
 
 def test_patches_see_their_window_or_their_picture(made) -> None:
