@@ -128,14 +128,14 @@ class Decoder(nnx.Module):
                 positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_streams, cfg.rope_scaling, span
             )
         # Only visual tokens are ever moved.
-        after = 0 if keys is None and not visual_slots else None
-        keys = key_order(order, token_class) if keys is None else keys
+        if keys is None:
+            own = key_order(order, token_class)
+            seen = Visibility(order, own, after=None if visual_slots else 0)
+        else:
+            seen = Visibility(order, keys).bounded()
         visual = visual if cfg.visual_expert else None
         gain = self._query_gain(positions, order)
-        return DecoderContext(
-            angles, Visibility(order, keys, after=after), token_class, gain, visual, visual_slots,
-            added=added,
-        )  # fmt: skip
+        return DecoderContext(angles, seen, token_class, gain, visual, visual_slots, added=added)
 
     def _query_gain(self, positions, order) -> jax.Array | None:
         """Factor on the queries, see :class:`DecoderContext`."""

@@ -84,14 +84,14 @@ def attend_one(
         metadata={name: str(n) for name, n in cost.items()},  # as in pallas_gpu
         interpret=interpret,
         name="attend_one",
-    )(layer.reshape(1), *seen.key_blocks(1, KEYS), q, *operands, *orders)
+    )(layer.reshape(1), *seen.key_range(1), q, *operands, *orders)
     share = jnp.exp2(top - jnp.max(top, axis=0, keepdims=True))
     out = jnp.sum(share[..., None] * sums, axis=0) / jnp.sum(share * total, axis=0)[..., None]
     return out[:, :, :group].reshape(b, heads * d).astype(q.dtype)
 
 
 def _split(
-    layer_ref, first_ref, last_ref, q_ref, k_ref, v_ref, *refs,
+    layer_ref, first_ref, end_ref, q_ref, k_ref, v_ref, *refs,
     gain: float, narrow: bool,
 ):  # fmt: skip
     """What one block sees of one kv head's keys: every ``splits``-th step of them."""
@@ -100,8 +100,8 @@ def _split(
     splits, _, _, rows, d = sums_ref.shape
     s = v_ref.shape[3]
     split, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    layer, first = layer_ref[0], first_ref[row, 0]
-    steps = last_ref[row, 0] - first
+    layer, first = layer_ref[0], first_ref[row, 0] // jnp.int32(KEYS)
+    steps = blocks_of(end_ref[row, 0], KEYS) - first
     sizes = [size for _, size in parts(d)]
     columns = [block_of(*part) for part in parts(d)]
     q = [plgpu.load(q_ref.at[row, head, block_of(0, rows), at]) for at in columns]

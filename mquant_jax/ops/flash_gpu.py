@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mquant_jax.ops.blocks_gpu import LEAST, block_of, load, parts, sides, store, within
-from mquant_jax.ops.loops import int32_loop
+from mquant_jax.ops.loops import blocks_of, int32_loop
 from mquant_jax.ops.visibility import NEVER, Visibility, in_blocks
 
 QUERIES, KEYS = 128, 64  # of a block
@@ -64,11 +64,11 @@ def attend(
         metadata={name: str(n) for name, n in cost.items()},  # as in pallas_gpu
         interpret=interpret,
         name="attend",
-    )(q, k, v, *seen.key_blocks(QUERIES, KEYS), *orders)
+    )(q, k, v, *seen.key_range(QUERIES), *orders)
     return out[..., : d - missing].reshape(b, t, -1)
 
 
-def _block(q_ref, k_ref, v_ref, first_ref, last_ref, keys_ref, *refs, group: int, gain: float):
+def _block(q_ref, k_ref, v_ref, first_ref, end_ref, keys_ref, *refs, group: int, gain: float):
     """One block of queries of one head."""
     *ends, o_ref = refs
     (_, _, t, d), s = q_ref.shape, v_ref.shape[2]
@@ -108,12 +108,13 @@ def _block(q_ref, k_ref, v_ref, first_ref, last_ref, keys_ref, *refs, group: int
             new.append(old * fade[:, None] + part)
         return tuple(new), higher, total
 
+    first_block = first_ref[row, block] // jnp.int32(KEYS)
     start = (
         tuple(jnp.zeros((QUERIES, size), jnp.float32) for size in sizes),
         jnp.full((QUERIES,), LEAST_LOGIT, jnp.float32),
         jnp.zeros((QUERIES,), jnp.float32),
     )
-    sums, _, total = int32_loop(first_ref[row, block], last_ref[row, block], add, start)
+    sums, _, total = int32_loop(first_block, blocks_of(end_ref[row, block], KEYS), add, start)
     for out, at, some in zip(sums, columns, masks, strict=True):
         out = (out / total[:, None]).astype(o_ref.dtype)
         store(o_ref.at[row, at_q, head, at], out, some)

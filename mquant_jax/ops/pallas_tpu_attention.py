@@ -122,7 +122,7 @@ def attend_rows(
     specs = _row_specs(cut) + [_column_spec(cut)] * len(ends)
     skips = seen.extremes(cut.queries, cut.keys)
     if seen.low is not None:
-        skips += (seen.key_blocks(cut.queries, cut.keys)[0],)
+        skips += (seen.key_range(cut.queries)[0] // cut.keys,)
     if angles is not None:
         operands += _tables(angles, cut)
         specs += _table_specs(cut)

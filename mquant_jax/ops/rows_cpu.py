@@ -48,7 +48,7 @@ def _by_blocks(q, k, v, d: int, seen: Visibility, band: Band, more) -> jax.Array
     """Attention of rows ``[B, T, heads * d]``, all heads of a block of queries at a time, to no
     more keys than the block sees."""
     (b, t, _), turn = q.shape, more[0]
-    first, end = seen.key_blocks(band.size, 1)
+    first, end = seen.key_range(band.size)
     row = jnp.repeat(jnp.arange(b, dtype=jnp.int32), first.shape[1])
     blocks = jax.tree.map(lambda x: band.blocks(x, 1 - x.ndim), (q, *more, seen.top, seen.low))
     # What follows a row's tokens does not move the keys of its last block.

@@ -15,7 +15,7 @@ NEVER = int(np.iinfo(np.int32).max)  # the order of a key that no query sees
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["top", "keys", "low"],
+    data_fields=["top", "keys", "low", "bounds"],
     meta_fields=["before", "after"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Visibility:
             the same tokens: none sees more than ``before`` columns back or ``after`` columns ahead.
             ``None``: any. Orders say as much, but when a program runs, and XLA's products have
             static shapes; kernels compare orders.
+        bounds: of :meth:`bounded`.
     """
 
     top: jax.Array
@@ -43,6 +44,7 @@ class Visibility:
     low: jax.Array | None = None
     before: int | None = None
     after: int | None = None
+    bounds: tuple[jax.Array, jax.Array] | None = None
 
     @classmethod
     def of_keys(cls, valid: jax.Array, queries: int) -> Visibility:
@@ -72,6 +74,10 @@ class Visibility:
             return mean
         return min(mean, self.before + 1 + self.after)
 
+    def bounded(self) -> Visibility:
+        """The same with the range of keys that a row's queries see, for all layers at once."""
+        return dataclasses.replace(self, bounds=self.key_range(self.top.shape[1]))
+
     def of_queries(self, cut: Any) -> Visibility:
         """The same keys; ``cut`` takes some queries of int32 ``[B, T]``."""
         low = None if self.low is None else cut(self.low)
@@ -98,22 +104,25 @@ class Visibility:
             ]
         return tuple(found)
 
-    def key_blocks(self, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
-        """For each block of queries the first block of keys that has something for it, and the
-        one after the last, int32 ``[B, blocks]`` each; there is always one between them."""
-        top, least, *rest = self.extremes(queries, keys)
-        some = least[:, None, :] <= top[:, :, None]
-        if rest:
-            some &= rest[0][:, :, None] <= rest[1][:, None, :]
-        column = queries * jnp.arange(some.shape[1], dtype=jnp.int32)[:, None]
-        key = keys * jnp.arange(some.shape[2], dtype=jnp.int32)
+    def key_range(self, queries: int) -> tuple[jax.Array, jax.Array]:
+        """For each block of so many queries the first key that it may see and the one after the
+        last, int32 ``[B, blocks]`` each; there is always one between them."""
+        if self.bounds is not None and queries >= self.top.shape[1]:
+            return self.bounds
+        top = jnp.max(in_blocks(self.top, queries, -1), axis=-1, keepdims=True)
+        keys, column = self.keys[:, None, :], jnp.arange(self.keys.shape[1], dtype=jnp.int32)
+        some = keys <= top
+        if self.low is not None:
+            low = jnp.min(in_blocks(self.low, queries, NEVER), axis=-1, keepdims=True)
+            some &= low <= keys
+        start = queries * jnp.arange(top.shape[1], dtype=jnp.int32)[:, None]
         if self.before is not None:
-            some &= column - self.before < key + keys
+            some &= start - self.before <= column
         if self.after is not None:
-            some &= key < column + queries + self.after
-        first = jax.lax.argmax(some, 2, jnp.int32)
-        last = least.shape[1] - 1 - jax.lax.argmax(some[:, :, ::-1], 2, jnp.int32)
-        return first, jnp.where(jnp.any(some, axis=2), last, first) + 1
+            some &= column < start + queries + self.after
+        end = jnp.max(jnp.where(some, column + 1, 1), axis=2)
+        first = jnp.min(jnp.where(some, column, len(column) - 1), axis=2)
+        return jnp.minimum(first, end - 1), end
 
 
 def in_blocks(x: jax.Array, size: int, fill: int) -> jax.Array:
