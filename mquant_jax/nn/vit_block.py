@@ -144,9 +144,14 @@ class VisionContext(LayeredContext):
         return dataclasses.replace(self, full=one)
 
     @property
-    def whole(self) -> Visibility:
-        """Patches see their whole picture."""
-        return Visibility.of_keys(self.token_class >= 0, self.token_class.shape[1])
+    def seen(self) -> Visibility:
+        """Which patches of its picture or window each sees."""
+        if self.inside is None or self.full is None:
+            return Visibility.of_keys(self.token_class >= 0, self.token_class.shape[1])
+        windows = self.inside.top
+        top = jnp.where(self.full, jnp.max(windows, axis=1, keepdims=True), windows)
+        low = jnp.where(self.full, 0, windows)
+        return dataclasses.replace(self.inside, top=top, low=low, lifted=self.full)
 
 
 TowerNorm = LayerNorm | RMSNorm | ProjectedNorm
@@ -210,26 +215,13 @@ class AttentionPart(nnx.Module):
 
     def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
         """Attention inside each picture or window: ``[N, P, hidden]`` each -> the same."""
-        scale = self.attn_out.known_scale(None, tap)
-
-        def seeing(seen: Visibility) -> jax.Array | QTensor:
-            return self._among(q, k, v, seen, ctx.angles, scale)
-
-        if ctx.inside is None or ctx.full is None:
-            return seeing(ctx.whole)
-        # One body for all layers of a scan; only the attention differs.
-        return jax.lax.cond(
-            jnp.all(ctx.full), partial(seeing, ctx.whole), partial(seeing, ctx.inside)
-        )
-
-    def _among(self, q, k, v, seen: Visibility, angles, scale) -> jax.Array | QTensor:
-        """Attention to what is seen; quantised if ``scale`` is given and the form can."""
-        d = self.cfg.head_dim
+        d, seen = self.cfg.head_dim, ctx.seen
         if fused(Rows.of(q, k, d, seen, self.attn_out.simulated)):
-            return attend_rows(q, k, v, d, seen, angles, scale=scale)
+            scale = self.attn_out.known_scale(None, tap)
+            return attend_rows(q, k, v, d, seen, ctx.angles, scale=scale)
         q, k, v = (split_heads(y, d) for y in (q, k, v))
-        if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if ctx.angles is not None:
+            q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
         return attend(q, jnp.swapaxes(k, 2, 3), v, seen)
 
 

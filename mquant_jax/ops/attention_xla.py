@@ -22,10 +22,16 @@ def attend_heads(q: jax.Array, k: Keys, v: Keys, seen: Visibility | None, prefix
         k, v, prefix: see :func:`mquant_jax.ops.attention.attend`.
         seen: which keys each query sees; ``None``: all.
     """
+    if seen is None:
+        return in_parts(q, k, v, None, prefix)
+    return seen.settled(lambda seen: _settled(q, k, v, seen, prefix))
+
+
+def _settled(q, k, v, seen: Visibility, prefix) -> jax.Array:
     t = q.shape[3]
-    if seen is not None and (band := Band.of(t, seen)) is not None:
+    if (band := Band.of(t, seen)) is not None:
         return _in_band(q, k, v, seen, band, prefix)
-    if seen is None or seen.after is None:
+    if seen.after is None:
         return in_parts(q, k, v, seen, prefix)
     blocks = []
     for start in range(0, t, size := block_in_order(t)):

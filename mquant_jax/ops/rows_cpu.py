@@ -31,17 +31,22 @@ def attend_rows(
     """
     turn = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
     more = turn, gain, None if scale is None else jnp.broadcast_to(scale, (*q.shape[:2], 1))
+    return seen.settled(lambda seen: _settled(q, k, v, head_dim, seen, more))
 
-    def all_heads(seen: Visibility | None) -> jax.Array:
-        return _by_heads(q, k, v, head_dim, seen, more)
+
+def _settled(q, k, v, d: int, seen: Visibility, more) -> jax.Array:
+    """:func:`attend_rows`, with ``more``: cosines and sines, gain and scale of each row."""
+
+    def by_heads(seen: Visibility | None) -> jax.Array:
+        return _by_heads(q, k, v, d, seen, more)
 
     if (band := Band.of(q.shape[1], seen)) is not None:
-        return _by_blocks(q, k, v, head_dim, seen, band, more)
+        return _by_blocks(q, k, v, d, seen, band, more)
     if seen.after is not None:
-        return all_heads(seen)
+        return by_heads(seen)
     # A picture's patches usually all see each other, and masking takes a third of the softmax's
     # time.
-    return jax.lax.cond(seen.sees_all, lambda: all_heads(None), lambda: all_heads(seen))
+    return jax.lax.cond(seen.sees_all, partial(by_heads, None), partial(by_heads, seen))
 
 
 def _by_blocks(q, k, v, d: int, seen: Visibility, band: Band, more) -> jax.Array:

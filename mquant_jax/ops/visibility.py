@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ NEVER = int(np.iinfo(np.int32).max)  # the order of a key that no query sees
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["top", "keys", "low", "bounds"],
+    data_fields=["top", "keys", "low", "lifted", "bounds"],
     meta_fields=["before", "after"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Visibility:
             the same tokens: none sees more than ``before`` columns back or ``after`` columns ahead.
             ``None``: any. Orders say as much, but when a program runs, and XLA's products have
             static shapes; kernels compare orders.
+        lifted: bool ``[B, 1]``, the same in all rows: ``before`` and ``after`` do not hold, as in
+            the full layer among windowed ones that are one loop; ``None``: they do.
         bounds: of :meth:`bounded`.
     """
 
@@ -44,6 +47,7 @@ class Visibility:
     low: jax.Array | None = None
     before: int | None = None
     after: int | None = None
+    lifted: jax.Array | None = None
     bounds: tuple[jax.Array, jax.Array] | None = None
 
     @classmethod
@@ -64,6 +68,14 @@ class Visibility:
         """bool ``[]``: every query sees every key of its row."""
         seen = jnp.max(self.keys) <= jnp.min(self.top)
         return seen if self.low is None else seen & (jnp.max(self.low) <= jnp.min(self.keys))
+
+    def settled(self, run: Callable[[Visibility], jax.Array]) -> jax.Array:
+        """``run`` of this visibility, where :attr:`lifted` decides on a branch."""
+        if self.lifted is None:
+            return run(self)
+        near = dataclasses.replace(self, lifted=None)
+        far = dataclasses.replace(near, before=None, after=None)
+        return jax.lax.cond(jnp.all(self.lifted), partial(run, far), partial(run, near))
 
     @property
     def keys_per_query(self) -> int:
@@ -116,9 +128,9 @@ class Visibility:
             low = jnp.min(in_blocks(self.low, queries, NEVER), axis=-1, keepdims=True)
             some &= low <= keys
         start = queries * jnp.arange(top.shape[1], dtype=jnp.int32)[:, None]
-        if self.before is not None:
+        if self.before is not None and self.lifted is None:
             some &= start - self.before <= column
-        if self.after is not None:
+        if self.after is not None and self.lifted is None:
             some &= column < start + queries + self.after
         end = jnp.max(jnp.where(some, column + 1, 1), axis=2)
         first = jnp.min(jnp.where(some, column, len(column) - 1), axis=2)

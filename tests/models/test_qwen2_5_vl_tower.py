@@ -139,8 +139,9 @@ def test_patches_see_their_window_or_their_picture(made) -> None:
     back = np.argsort(windows.order, axis=1)
     real, cells = np.asarray(vision.valid), np.asarray(vision.coords) // config.vision.window
     same = (cells[:, :, None] == cells[:, None]).all(-1)
-    for seen, expected in ((ctx.whole, np.ones_like(same)), (ctx.inside, same)):
-        got = np.asarray(seen.mask)
+    for layer in range(config.vision.num_layers):
+        expected = same | (layer in config.vision.full_layers)
+        got = np.asarray(ctx.at_layer(layer).seen.mask)
         got = np.take_along_axis(got, back[:, :, None], 1)
         got = np.take_along_axis(got, back[:, None], 2)
         np.testing.assert_array_equal(got[real], (expected & real[:, None])[real])
