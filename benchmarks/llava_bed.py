@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.llava_folder import ASSETS, CONNECTOR, write
 from benchmarks.llava_rows import interval
-from benchmarks.picture_questions import asked, groups, reference, scores
+from benchmarks.picture_questions import Asked, asked, greedy, groups, reference, scores
 from mquant_jax.checkpoint.plan import plan
 from mquant_jax.checkpoint.source import SINGLE, Reader
 from mquant_jax.checkpoint.tensor_file import file_hash
@@ -29,6 +29,7 @@ from mquant_jax.recipe import Recipe
 from mquant_jax.samples import read_samples
 
 EVALUATION, CALIBRATION = ASSETS / "evaluation.jsonl", ASSETS / "calibration.jsonl"
+LONGEST = 16  # tokens of an answer of the model's own
 
 
 class LlavaBed:
@@ -56,12 +57,24 @@ class LlavaBed:
         questions_ = asked(samples, self.processor, self.config.image_token_id)
         self._pictures = np.asarray([q.picture for q in questions_])
         self.questions = np.bincount(self._pictures).tolist()  # about each picture
-        self._tokens = sum(len(q.answer) for q in questions_)
-        self._groups = list(groups(questions_, self.processor.collate))
         self.fingerprint += [file_hash(f)["sha256"] for f in (EVALUATION, CALIBRATION)]
-        module = self._float()
+        self._refer(questions_)
+
+    def _refer(self, questions: list[Asked]) -> None:
+        """Keep what the float model predicts after true answers, which tell right from wrong, and
+        after its own where they differ; divergence is measured after its own."""
+        collate, module = self.processor.collate, self._float()
+        true = list(groups(questions, collate))
+        self._float_right = scores(module, true, reference(module, true)).right
+        wrong = [questions[i] for i in np.flatnonzero(~self._float_right)]
+        own = iter(greedy(module, wrong, collate, self.processor.stop_ids[0], LONGEST))
+        pairs = zip(questions, self._float_right, strict=True)
+        fed = [(q,) if right else (q, next(own)) for q, right in pairs]
+        self._true = np.concatenate([np.arange(len(row)) == 0 for row in fed])
+        self._own = np.concatenate([np.arange(len(row)) == len(row) - 1 for row in fed])
+        self._tokens = sum(len(row[-1].answer) for row in fed)
+        self._groups = list(groups([q for row in fed for q in row], collate))
         self._reference = reference(module, self._groups)
-        self._float_right = scores(module, self._groups, self._reference).right
 
     def _read(self, folder: Path) -> None:
         reader = Reader(folder)
@@ -86,18 +99,19 @@ class LlavaBed:
         return {"float_exact_match": float(right.mean()), "float_by_task": self._by_task(right)}
 
     def evaluate(self, module: VLM) -> dict[str, Any]:
-        """Return exact match, its difference to float with a 95 % interval, KL in nats per token
-        of the answers and the share of them at which both models agree."""
+        """Return exact match and its difference to float with a 95 % interval; on the float model's
+        own greedy answers, KL in nats per token and the share of tokens at which both agree."""
         found = scores(module, self._groups, self._reference)
-        change = found.right.astype(float) - self._float_right
+        right = found.right[self._true]
+        change = right.astype(float) - self._float_right
         return {
-            "exact_match": float(found.right.mean()),
+            "exact_match": float(right.mean()),
             "delta": float(change.mean()),
             "delta_ci95": interval(change, self._pictures),
-            "kl": float(found.kl.sum() / self._tokens),
-            "token_agreement": float(found.agreeing.sum() / self._tokens),
-            "by_task": self._by_task(found.right),
-            "right": np.packbits(found.right).tobytes().hex(),
+            "kl": float(found.kl[self._own].sum() / self._tokens),
+            "token_agreement": float(found.agreeing[self._own].sum() / self._tokens),
+            "by_task": self._by_task(right),
+            "right": np.packbits(right).tobytes().hex(),
         }
 
     def _by_task(self, right: np.ndarray) -> dict[str, float]:

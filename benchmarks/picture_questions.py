@@ -21,7 +21,7 @@ from mquant_jax.nn.act_quant import TEXT
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.samples import Sample
 
-PICTURES, QUESTIONS = 8, 40  # of a group: one shape compiles once
+PICTURES, QUESTIONS = 8, 64  # of a group: one shape compiles once
 Collate = Callable[[Sequence[Prompt]], Batch]
 
 
@@ -31,7 +31,7 @@ class Asked:
 
     Attributes:
         front: the prompt up to its last visual token.
-        question, answer: the ids behind it, and those of the answer with its end.
+        question, answer: the ids after it, and those of the answer with its end.
         picture: number of the picture; its questions are neighbours and share the front.
     """
 
@@ -122,21 +122,67 @@ def _group(part: list[Asked], length: int, longest: int, collate: Collate) -> Gr
 
 def answer_streams(module: VLM, group: Group) -> jax.Array:
     """The stream before the final norm where answers are predicted: ``[Q, A, hidden]``."""
+    x, _ = _read(module, group, 0)
+    return jnp.take_along_axis(x, group.positions[..., None], axis=1)
+
+
+def _read(module: VLM, group: Group, room: int) -> tuple[jax.Array, KVCache]:
+    """The stream of all ids, ``[Q, T, hidden]``, and the cache with ``room`` for more tokens."""
     language, fronts = module.language, group.fronts
     pictures, first = fronts.input_ids.shape
-    questions, length = group.ids.shape
-    cache = language.init_cache(pictures, first + length)
+    length = group.ids.shape[1]
+    cache = language.init_cache(pictures, first + length + room)
     cache = _rows(module.read(fronts, cache)[1], group.owner)
-    order = jnp.broadcast_to(first + jnp.arange(length, dtype=jnp.int32), group.ids.shape)
-    start = fronts.next_position[group.owner][:, None]  # a picture may take fewer than its tokens
-    positions = jnp.broadcast_to(
-        start + order - first, (language.cfg.position_streams, questions, length)
-    )
-    classes = language.classes(group.ids, order, jnp.where(group.given < 0, -1, TEXT))
+    behind = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), group.ids.shape)
+    classes = language.classes(group.ids, first + behind, jnp.where(group.given < 0, -1, TEXT))
     classes = jnp.where(group.given == 1, TEXT, classes)  # as in decoding
-    x = language.embed(group.ids)
-    x, _ = language.step(x, positions, order, classes, cache, visual_slots=0)
-    return jnp.take_along_axis(x, group.positions[..., None], axis=1)
+    return _step(language, group, cache, group.ids, behind, classes)
+
+
+def _step(language, group: Group, cache: KVCache, ids, behind, classes):
+    """One step of the language model with tokens ``behind`` so many others of their question."""
+    start = group.fronts.next_position[group.owner][:, None]  # a picture may take fewer places
+    positions = jnp.broadcast_to(start + behind, (language.cfg.position_streams, *ids.shape))
+    order = group.fronts.input_ids.shape[1] + behind
+    return language.step(language.embed(ids), positions, order, classes, cache, visual_slots=0)
+
+
+@partial(jax.jit, static_argnames="most")
+def _greedy(module: VLM, group: Group, most: int) -> jax.Array:
+    """``most`` tokens after each question, int32 ``[Q, most]``; what comes after the end of an
+    answer is left to the caller."""
+    language = module.language
+    x, cache = _read(module, group, most)
+    last = group.positions[:, :1]
+
+    def likeliest(x: jax.Array) -> jax.Array:
+        return language.logits(x).argmax(-1).astype(jnp.int32)
+
+    def step(carry, i):
+        ids, cache = carry
+        x, cache = _step(language, group, cache, ids, last + 1 + i, jnp.full_like(ids, TEXT))
+        return (likeliest(x), cache), ids[:, 0]
+
+    first = likeliest(jnp.take_along_axis(x, last[..., None], axis=1))
+    steps = jnp.arange(most, dtype=jnp.int32)
+    return jax.lax.scan(step, (first, cache), steps)[1].T
+
+
+def greedy(
+    module: VLM, questions: Sequence[Asked], collate: Collate, stop: int, most: int
+) -> list[Asked]:
+    """The questions with the model's own greedy answers, their end included, cut after ``most``
+    tokens."""
+    open_ = [dataclasses.replace(q, answer=(0,)) for q in questions]  # of one token
+    found = []
+    for group in groups(open_, collate):
+        tokens = np.asarray(_greedy(module, group, most))
+        found += tokens[group.labels[:, 0] >= 0].tolist()
+    ends = ([*f, stop].index(stop) + 1 for f in found)
+    return [
+        dataclasses.replace(q, answer=tuple(f[:end]))
+        for q, f, end in zip(questions, found, ends, strict=True)
+    ]
 
 
 def _rows(cache: KVCache, rows: jax.Array) -> KVCache:
@@ -197,7 +243,7 @@ def reference(module: VLM, packed: Sequence[Group]) -> Reference:
 
 def scores(module: VLM, packed: Sequence[Group], against: Reference) -> Scores:
     """Answer all questions with a model, which may be the reference itself."""
-    parts = []
+    parts = [[np.zeros(0, bool), np.zeros(0), np.zeros(0, np.int32)]]
     for i, group in enumerate(packed):
         theirs = against.streams[i]
         ours = theirs if module is against.module else _streams(module, group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -43,6 +44,8 @@ class Config(Protocol):
 
     @property
     def language(self) -> DecoderConfig: ...
+
+    def __hash__(self) -> int: ...
 
 
 class VLM(nnx.Module):
@@ -123,7 +126,7 @@ class VLM(nnx.Module):
         return tuple(jnp.split(visual, visual.shape[-1] // self.language.cfg.hidden_size, axis=-1))
 
     def added(self, batch: Batch, visual: Features | None) -> DeepFeatures | None:
-        """What visual features, in parts, add behind layers of the decoder."""
+        """What visual features, in parts, add after layers of the decoder."""
         deep = () if visual is None else parts_of(visual)[1:]
         return DeepFeatures(deep, batch.visual_index) if deep else None
 
@@ -327,7 +330,13 @@ def abstract_model(family: Family, config: Config, recipe: Recipe, dtype=jnp.flo
     Raises:
         ValueError: the recipe does not fit the shapes.
     """
-    return nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0)))
+    return nnx.merge(*_structure(family, config, recipe, jnp.dtype(dtype)), copy=True)
+
+
+@lru_cache(maxsize=16)
+def _structure(family: Family, config: Config, recipe: Recipe, dtype) -> tuple[Any, Any]:
+    """Graph and state of the model; a conversion asks for the same ones several times."""
+    return nnx.split(nnx.eval_shape(lambda: family.build(config, recipe, dtype, nnx.Rngs(0))))
 
 
 def with_head(config: Config, tied: bool) -> Config:

@@ -45,10 +45,15 @@ def stack_layers(
     make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs
 ) -> nnx.Module:
     """One module whose every parameter carries a leading axis of ``num_layers``."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))[0]
-    keys = jax.random.split(rngs.params(), num_layers)
-    state = jax.vmap(lambda key: nnx.split(make_block(nnx.Rngs(key)))[1])(keys)
-    return nnx.merge(graphdef, state)
+    graphdefs = []
+
+    def state_of(key: jax.Array) -> nnx.State:
+        graphdef, state = nnx.split(make_block(nnx.Rngs(key)))
+        graphdefs.append(graphdef)  # the same for all layers; arrays alone leave a trace
+        return state
+
+    state = jax.vmap(state_of)(jax.random.split(rngs.params(), num_layers))
+    return nnx.merge(graphdefs[0], state)
 
 
 class Segments(nnx.Module):

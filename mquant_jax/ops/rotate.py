@@ -58,7 +58,7 @@ def _rows(x: jax.Array) -> int:
 
 
 def _row_by_row(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """A rotation of ``[rows, inputs]``, signs apart, whose outer factor is one small product for
+    """A rotation of ``[rows, inputs]``, without signs, whose outer factor is one small product for
     each row: as one product for all, XLA would transpose them to it and back."""
     x = rotation.padded(x)
     outer, inner = rotation.factors(x.dtype)

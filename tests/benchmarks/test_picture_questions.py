@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import picture_questions
-from benchmarks.picture_questions import Asked, groups, reference, scores
+from benchmarks.picture_questions import Asked, greedy, groups, reference, scores
 from mquant_jax.models.base import Prompt, abstract_model
 from mquant_jax.models.squares import patchify
 from mquant_jax.nn.params import get_params, set_params
@@ -55,8 +55,7 @@ def quantised_model(family, model, config, batch):
     return made
 
 
-@pytest.mark.parametrize("case", [CLIP, DINOV2])
-@pytest.mark.parametrize("kind", ["float", "w4a8"])
+@pytest.mark.parametrize(("case", "kind"), [(CLIP, "float"), (DINOV2, "float"), (CLIP, "w4a8")])
 def test_packed_answers_are_those_of_generation(case, kind, monkeypatch) -> None:
     monkeypatch.setattr(picture_questions, "PICTURES", 2)
     monkeypatch.setattr(picture_questions, "QUESTIONS", 4)  # the last group is part empty
@@ -79,6 +78,12 @@ def test_packed_answers_are_those_of_generation(case, kind, monkeypatch) -> None
     assert found.right.tolist() == [i not in wrong for i in range(6)]
     assert found.agreeing.tolist() == [TOKENS] * 6
     np.testing.assert_allclose(found.kl, 0, atol=1e-5)
+    questions = questions_of(prompts, asked, config.image_token_id)
+    own = greedy(model, questions, collate, stop=-1, most=TOKENS)
+    assert [list(q.answer) for q in own] == [list(a) for a in answers]
+    stop = answers[0][1]
+    own = greedy(model, questions[:1], collate, stop, most=TOKENS)
+    assert list(own[0].answer) == list(answers[0][: answers[0].index(stop) + 1])
 
 
 def test_divergence_is_that_of_whole_prompts() -> None:
