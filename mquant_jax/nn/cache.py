@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, quantize_dynamic
+from mquant_jax.ops.visibility import NEVER
 
 Store = jax.Array | QTensor
-NEVER = jnp.iinfo(jnp.int32).max
 
 
 @partial(

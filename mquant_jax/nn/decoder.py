@@ -29,6 +29,7 @@ from mquant_jax.nn.stack import (
 )
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.epilogue import Epilogue
+from mquant_jax.ops.visibility import Visibility
 
 
 class SinkRule(nnx.Module):
@@ -112,7 +113,7 @@ class Decoder(nnx.Module):
         span: jax.Array | None = None,
         added: DeepFeatures | jax.Array | None = None,
     ) -> DecoderContext:
-        """Angles and mask for tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
+        """Angles and visibility of tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
 
         Args:
             keys: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
@@ -127,15 +128,14 @@ class Decoder(nnx.Module):
                 positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_streams, cfg.rope_scaling, span
             )
         # Only visual tokens are ever moved.
-        in_order = keys is None and not visual_slots
-        keys = key_order(order, token_class) if keys is None else keys
-        mask = keys[:, None, :] <= order[:, :, None]
+        if keys is None:
+            own = key_order(order, token_class)
+            seen = Visibility(order, own, after=None if visual_slots else 0)
+        else:
+            seen = Visibility(order, keys).bounded()
         visual = visual if cfg.visual_expert else None
         gain = self._query_gain(positions, order)
-        return DecoderContext(
-            angles, order, keys, mask, token_class, gain, visual, visual_slots, in_order,
-            added=added,
-        )  # fmt: skip
+        return DecoderContext(angles, seen, token_class, gain, visual, visual_slots, added=added)
 
     def _query_gain(self, positions, order) -> jax.Array | None:
         """Factor on the queries, see :class:`DecoderContext`."""

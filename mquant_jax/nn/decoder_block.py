@@ -27,6 +27,7 @@ from mquant_jax.ops.attention import (
     fused,
     split_heads,
 )
+from mquant_jax.ops.visibility import Visibility
 
 Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values
 # One of the methods of Projections; its second argument is one or several arrays ``[B, T, ...]``.
@@ -88,10 +89,9 @@ class DecoderConfig:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "angles", "order", "keys", "mask", "token_class", "query_gain", "visual", "used", "rows",
-        "added",
+        "angles", "seen", "token_class", "query_gain", "visual", "used", "rows", "added",
     ],
-    meta_fields=["visual_slots", "in_order"],
+    meta_fields=["visual_slots"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class DecoderContext(LayeredContext):
@@ -100,16 +100,13 @@ class DecoderContext(LayeredContext):
     Attributes:
         angles: rotary angles float32 ``[B, T, rotary slots]``; positions where each layer has
             frequencies of its own.
-        order: of the queries, int32 ``[B, T]``.
-        keys: order of the keys, int32 ``[B, S]``.
-        mask: bool ``[B, T, S]``, which keys a query may see: those not above its own order.
+        seen: which keys each token sees.
         token_class: int32 ``[B, T]``, sinks marked.
         query_gain: float32 ``[B, T]``, factor on the rotated queries; ``None``: there is none.
         visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
             ``None``: they may be anywhere.
         visual: bool ``[B, T]``, which tokens are the visual expert's (sinks among them are no
             exception); ``None`` where there is no such expert, or nothing for it to do.
-        in_order: keys belong to the same tokens, and columns are in sequence order.
         used: int32 ``[B]``, how many keys may be seen, where rows differ in it.
         rows: as in :class:`~mquant_jax.nn.cache.KVCache`.
         added: what is added to the stream after each layer, or as :meth:`DeepFeatures.stacked`
@@ -117,14 +114,11 @@ class DecoderContext(LayeredContext):
     """
 
     angles: jax.Array
-    order: jax.Array
-    keys: jax.Array
-    mask: jax.Array
+    seen: Visibility
     token_class: jax.Array
     query_gain: jax.Array | None = None
     visual: jax.Array | None = None
     visual_slots: int | None = None
-    in_order: bool = False
     used: jax.Array | None = None
     rows: jax.Array | None = None
     added: DeepFeatures | jax.Array | None = None
@@ -261,11 +255,9 @@ class DecoderBlock(Projections):
             q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
         return q, jnp.swapaxes(k, 2, 3), v
 
-    def fuses(self, q: jax.Array, ctx: DecoderContext) -> bool:
-        """Whether :meth:`attend_rows` runs for queries ``[B, T, heads * d]``."""
-        heads = self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
-        gradient = self.attn_out.simulated
-        rows = Rows(q.shape[1], *heads, q.dtype, ctx.in_order, gradient)
+    def fuses(self, q: jax.Array, k: jax.Array, ctx: DecoderContext) -> bool:
+        """Whether :meth:`attend_rows` runs for queries and keys ``[B, T, heads * d]``."""
+        rows = Rows.of(q, k, self.cfg.head_dim, ctx.seen, self.attn_out.simulated)
         return not self.prefixed and fused(rows)  # none of the forms knows of a prefix
 
     def attend_rows(self, q, k, v, ctx: DecoderContext, tap: Tap | None) -> jax.Array | QTensor:
@@ -279,14 +271,13 @@ class DecoderBlock(Projections):
         scale = None
         if not self.cfg.visual_expert:
             scale = self.attn_out.known_scale(ctx.token_class, tap)
-        order = ctx.order, ctx.keys
         return attend_rows(
-            q, k, v, self.cfg.head_dim, order, self.angles(ctx), ctx.query_gain, scale, ctx.in_order
+            q, k, v, self.cfg.head_dim, ctx.seen, self.angles(ctx), ctx.query_gain, scale
         )
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext) -> jax.Array:
         """Attention to the keys given and to the prefix, if there is one."""
-        return attend(q, k, v, ctx.mask, self.prefix(), ctx.in_order)
+        return attend(q, k, v, ctx.seen, self.prefix())
 
     def prefix(self) -> tuple[jax.Array, jax.Array] | None:
         """Keys and values ``[kv_heads, P, d]`` that every token sees."""
@@ -308,7 +299,7 @@ class DecoderBlock(Projections):
     def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
         """Without a cache: queries see the keys of the same call only."""
         q, k, v = self.qkv(x, ctx, tap)
-        if self.fuses(q, ctx):
+        if self.fuses(q, k, ctx):
             return self.rest(x, self.attend_rows(q, k, v, ctx, tap), ctx, tap)
         q, k, v = self.heads(q, k, v, ctx)
         return self.rest(x, self.attend(q, k, v, ctx), ctx, tap)
@@ -320,7 +311,8 @@ class DecoderBlock(Projections):
 
         Args:
             cache: keys and values of all layers, as a :class:`KVCache` holds them.
-            fresh: the cache was empty; attend to this call's keys alone (``ctx.mask`` is square).
+            fresh: the cache was empty; attend to this call's keys alone (and ``ctx.seen`` is about
+                those).
 
         Returns:
             The residual stream and the updated ``cache``.
@@ -328,13 +320,13 @@ class DecoderBlock(Projections):
         rows_q, rows_k, rows_v = self.qkv(x, ctx, None)
         q, k, v = self.heads(rows_q, rows_k, rows_v, ctx)
         cache = write(cache, k, v, layer, cursor, ctx.rows)
-        if fresh and self.fuses(rows_q, ctx):
+        if fresh and self.fuses(rows_q, rows_k, ctx):
             attended = self.attend_rows(rows_q, rows_k, rows_v, ctx, None)
             return self.rest(x, attended, ctx, None), cache
         if fresh:
             attended = self.attend(q, k, v, ctx)
         else:
-            attended = attend_cache(q, cache, layer, ctx.mask, self.prefix(), ctx.used, ctx.rows)
+            attended = attend_cache(q, cache, layer, ctx.seen, self.prefix(), ctx.used, ctx.rows)
         return self.rest(x, attended, ctx, None), cache
 
 

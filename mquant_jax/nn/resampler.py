@@ -19,6 +19,7 @@ from mquant_jax.nn.vit import VisionInput, ViT
 from mquant_jax.nn.vit_block import TowerNorm, ViTConfig, tower_norm
 from mquant_jax.numerics import along_last
 from mquant_jax.ops.attention import attend
+from mquant_jax.ops.visibility import Visibility
 from mquant_jax.recipe import Recipe
 
 
@@ -168,7 +169,7 @@ class Resampler(nnx.Module):
         q, kv, valid = x
         k, v = jnp.split(kv, 2, axis=-1)
         q, k, v = (_heads(y, self.heads) for y in (q, k, v))
-        h = attend(q, jnp.swapaxes(k, 2, 3), v, valid[:, None])
+        h = attend(q, jnp.swapaxes(k, 2, 3), v, Visibility.of_keys(valid, q.shape[2]))
         return self.out_proj(self.attn_out(h, None, tap))
 
     def __call__(

@@ -21,8 +21,8 @@ from mquant_jax.nn.vit_block import (
     ViTConfig,
     tower_norm,
     vit_block,
-    window_ids,
 )
+from mquant_jax.nn.windows import Windows
 from mquant_jax.numerics import AnyArray, along_last
 
 STREAM = "vision"  # the name under which families declare a tower's residual stream
@@ -181,13 +181,17 @@ class ViT(nnx.Module):
         if cfg.input_norm:
             x = yield ModuleCall("vision/input", self.input, x, classes)
         context = VisionContext(angles, classes)
-        if cfg.window:
+        windows = Windows.of(vision.coords, classes, cfg.window) if cfg.window else None
+        if windows is not None:
             full = jnp.asarray([i in cfg.full_layers for i in range(cfg.num_layers)])
-            context = VisionContext(angles, classes, window_ids(vision.coords, cfg.window), full)
+            x, turn, sorts = jax.tree.map(windows.sort, (x, angles, classes))
+            context = VisionContext(turn, sorts, windows.inside, full)
         x, tapped = yield StackCall("vision/layers", self.layers, x, context, cfg.taps)
+        if windows is not None:
+            x, *tapped = map(windows.restore, (x, *tapped))
         if cfg.final_norm:
             x = yield ModuleCall("vision/final", self.final, x, classes)
-        return self.selected(x), tapped
+        return self.selected(x), tuple(tapped)
 
     def selected(self, x: jax.Array) -> jax.Array:
         """Of each row's tokens ``[N, P, ...]`` those that are features."""

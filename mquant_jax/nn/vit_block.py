@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.cache import key_order
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm, RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.nn.stack import LayeredContext
-from mquant_jax.numerics import AnyArray, QTensor, along_last
+from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import Rows, attend, attend_rows, fused, split_heads
+from mquant_jax.ops.visibility import Visibility
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ class ViTConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["angles", "token_class", "windows", "full"],
+    data_fields=["angles", "token_class", "inside", "full"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +123,14 @@ class VisionContext(LayeredContext):
     Attributes:
         angles: rotary angles ``[N, P, head_dim/2]``; ``None``: the tower has no such positions.
         token_class: int32 ``[N, P]``, 0, or -1 for padding.
-        windows: int32 ``[N, P]``, from 0, the window of each patch; ``None``: there are none.
+        inside: what patches see in layers with windows; ``None``: there are none.
         full: bool ``[layers]``, or for a single layer ``[N, 1]``: patches see their whole picture;
             ``None`` without windows.
     """
 
     angles: jax.Array | None
     token_class: jax.Array
-    windows: jax.Array | None = None
+    inside: Visibility | None = None
     full: jax.Array | None = None
 
     @property
@@ -144,36 +144,14 @@ class VisionContext(LayeredContext):
         return dataclasses.replace(self, full=one)
 
     @property
-    def mask(self) -> jax.Array:
-        """bool ``[N, 1 or P, P]``, which keys a patch may see: no padding, and with windows those
-        of its own or, in a full layer, all."""
-        if self.windows is None:
-            return (self.token_class >= 0)[:, None, :]
-        top, keys, low = self.order
-        keys = keys[:, None, :]
-        return (low[:, :, None] <= keys) & (keys <= top[:, :, None])
-
-    @property
-    def order(self) -> tuple[jax.Array, ...]:
-        """The same as orders of queries and keys, int32 ``[N, P]``; with windows also the lowest
-        order that each query sees."""
-        if self.windows is None or self.full is None:
-            queries = jnp.zeros_like(self.token_class)
-            return queries, key_order(queries, self.token_class)
-        last = jnp.max(self.windows, axis=1, keepdims=True)
-        top = jnp.where(self.full, last, self.windows)
-        low = jnp.where(self.full, 0, self.windows)
-        return top, key_order(self.windows, self.token_class), low
-
-
-def window_ids(coords: AnyArray, side: int) -> jax.Array:
-    """int32 ``[N, P]``: the window of each patch, from its row and column ``[N, P, 2]``.
-
-    Windows are squares of ``side`` patches, smaller at the right and lower borders.
-    """
-    cells = jnp.asarray(coords) // side
-    columns = jnp.max(cells[..., 1], axis=1, keepdims=True) + 1
-    return cells[..., 0] * columns + cells[..., 1]
+    def seen(self) -> Visibility:
+        """Which patches of its picture or window each sees."""
+        if self.inside is None or self.full is None:
+            return Visibility.of_keys(self.token_class >= 0, self.token_class.shape[1])
+        windows = self.inside.top
+        top = jnp.where(self.full, jnp.max(windows, axis=1, keepdims=True), windows)
+        low = jnp.where(self.full, 0, windows)
+        return dataclasses.replace(self.inside, top=top, low=low, lifted=self.full)
 
 
 TowerNorm = LayerNorm | RMSNorm | ProjectedNorm
@@ -237,18 +215,14 @@ class AttentionPart(nnx.Module):
 
     def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
         """Attention inside each picture or window: ``[N, P, hidden]`` each -> the same."""
-        heads, d = self.cfg.num_heads, self.cfg.head_dim
-        rows = Rows(
-            q.shape[1], heads, heads, d, q.dtype, gradient=self.attn_out.simulated,
-            windows=ctx.windows is not None,
-        )  # fmt: skip
-        if fused(rows):
+        d, seen = self.cfg.head_dim, ctx.seen
+        if fused(Rows.of(q, k, d, seen, self.attn_out.simulated)):
             scale = self.attn_out.known_scale(None, tap)
-            return attend_rows(q, k, v, d, ctx.order, ctx.angles, scale=scale)
+            return attend_rows(q, k, v, d, seen, ctx.angles, scale=scale)
         q, k, v = (split_heads(y, d) for y in (q, k, v))
         if ctx.angles is not None:
             q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
-        return attend(q, jnp.swapaxes(k, 2, 3), v, ctx.mask)
+        return attend(q, jnp.swapaxes(k, 2, 3), v, seen)
 
 
 class MLPPart(nnx.Module):

@@ -1,8 +1,8 @@
 """Attention: grouped heads, softmax in float32.
 
 Three operations. :data:`ROWS` takes what projections give, for the tokens of one call among each
-other, and fuses rotary positions and quantisation; :data:`HEADS` takes heads and a boolean mask;
-:data:`CACHE` is one layer of a cache.
+other, and fuses rotary positions and quantisation; :data:`HEADS` takes heads; :data:`CACHE` is one
+layer of a cache. What queries see is a :class:`~mquant_jax.ops.visibility.Visibility` in all.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops import attention_xla
+from mquant_jax.ops import attention_xla, rows_cpu
 from mquant_jax.ops.registry import Form, Op, unless
+from mquant_jax.ops.visibility import Visibility
 from mquant_jax.target import Target, target
 
 # Slots of a cache that a row attends to, where it needs no more: the least that holds its own.
@@ -30,9 +31,9 @@ class Rows:
     """Attention of ``tokens`` rows ``[heads * head_dim]`` among each other.
 
     Attributes:
-        ordered: tokens are in sequence order.
+        before, after: columns that a query may see, as in a :class:`Visibility`.
+        low: queries have a lowest order that they see.
         gradient: one is taken.
-        windows: a query also has a lowest order that it sees.
     """
 
     tokens: int
@@ -40,9 +41,24 @@ class Rows:
     kv_heads: int
     head_dim: int
     dtype: Any
-    ordered: bool = False
+    before: int | None = None
+    after: int | None = None
+    low: bool = False
     gradient: bool = False
-    windows: bool = False
+
+    @classmethod
+    def of(
+        cls, q: jax.Array, k: jax.Array, head_dim: int, seen: Visibility, gradient: bool = False
+    ) -> Rows:
+        """For queries ``[B, T, heads * d]`` and keys ``[B, T, kv_heads * d]``."""
+        heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
+        near, low = (seen.before, seen.after), seen.low is not None
+        return cls(q.shape[1], heads, kv_heads, head_dim, q.dtype, *near, low, gradient)
+
+    @property
+    def ordered(self) -> bool:
+        """Tokens are in sequence order, and none sees a later one."""
+        return self.after == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,19 +101,13 @@ def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
     return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, head_dim), 1, 2)
 
 
-def _rows_on_cpu(q, k, v, head_dim, order, angles, gain, scale, ordered) -> jax.Array:
-    return attention_xla.attend_rows(q, k, v, head_dim, order, angles, gain, scale, ordered)
-
-
-def _rows_on_tpu(q, k, v, head_dim, order, angles, gain, scale, ordered) -> jax.Array:
+def _rows_on_tpu(q, k, v, head_dim, seen: Visibility, angles, gain, scale) -> jax.Array:
     from mquant_jax.ops import pallas_tpu_attention as kernel
 
-    heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
-    cut = kernel.plan(q.shape[1], heads, kv_heads, head_dim, ordered)
+    a = Rows.of(q, k, head_dim, seen)
+    cut = kernel.plan(a.tokens, a.heads, a.kv_heads, a.head_dim, a.ordered)
     assert cut is not None, "other shapes are refused"
-    return kernel.attend_rows(
-        q, k, v, order, cut, angles, gain, scale, ordered, interpret=target().interpret
-    )
+    return kernel.attend_rows(q, k, v, seen, cut, angles, gain, scale, interpret=target().interpret)
 
 
 def _no_cpu_rows(a: Rows, to: Target) -> str | None:
@@ -115,7 +125,6 @@ def _no_tpu_rows(a: Rows, to: Target) -> str | None:
         (a.tokens >= least, f"{a.tokens} tokens; the least is {least}"),
         (a.dtype == jnp.bfloat16, f"{a.dtype}, not bfloat16"),
         (not a.gradient, "the kernel has no gradient"),
-        (not a.windows, "the kernel has no windows"),
     )
     if reason is not None:
         return reason
@@ -131,7 +140,7 @@ def _separate(*args: Any) -> jax.Array:
 
 ROWS: Op[Rows] = Op(
     "attention of rows",
-    Form("heads_cpu", _rows_on_cpu, _no_cpu_rows),
+    Form("heads_cpu", rows_cpu.attend_rows, _no_cpu_rows),
     Form("pallas_tpu", _rows_on_tpu, _no_tpu_rows),
     Form(SEPARATE, _separate),
 )
@@ -150,43 +159,39 @@ def attend_rows(
     k: jax.Array,
     v: jax.Array,
     head_dim: int,
-    order: tuple[jax.Array, ...],
+    seen: Visibility,
     angles: jax.Array | None = None,
     gain: jax.Array | None = None,
     scale: jax.Array | None = None,
-    ordered: bool = False,
 ) -> jax.Array | QTensor:
     """Rotary positions, attention and quantisation in one.
 
     Args:
         q, k, v: float ``[B, T, heads * d]``, as the projections give them; bfloat16 on TPU.
-        order: of queries and keys, int32 ``[B, T]``: a query sees what is not above its own. With
-            windows also the lowest order that a query sees.
+        seen: which tokens each sees.
         angles: float32 ``[B, T, r/2]``, by which queries and keys are turned.
         gain: float32 ``[B, T]``, factor on queries.
         scale: float32, one number or ``[B, T, 1]``, to quantise the result by.
-        ordered: tokens are in sequence order.
 
     Returns:
         ``[B, T, heads * d]``: in their type, or with ``scale`` int8.
     """
-    heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
-    spec = Rows(q.shape[1], heads, kv_heads, head_dim, q.dtype, ordered, windows=len(order) > 2)
-    y = ROWS.pick(spec)(q, k, v, head_dim, order, angles, gain, scale, ordered)
+    run = ROWS.pick(Rows.of(q, k, head_dim, seen))
+    y = run(q, k, v, head_dim, seen, angles, gain, scale)
     return y if scale is None else QTensor(y, scale)
 
 
-def _flash_gpu(q, k, v, mask, prefix, in_order: bool) -> jax.Array:
+def _flash_gpu(q, k, v, seen: Visibility, prefix) -> jax.Array:
     from mquant_jax.ops import flash_gpu  # slow to import
 
-    return flash_gpu.attend(q, k, v, mask, in_order, interpret=target().interpret)
+    return flash_gpu.attend(q, k, v, seen, interpret=target().interpret)
 
 
-def _heads_by_xla(q, k, v, mask, prefix, in_order: bool) -> jax.Array:
+def _heads_by_xla(q, k, v, seen: Visibility, prefix) -> jax.Array:
     b, heads, t, d = q.shape
     kv_heads = (k.values if isinstance(k, QTensor) else k).shape[1]
     q = q.reshape(b, kv_heads, heads // kv_heads, t, d)
-    out = attention_xla.attend_heads(q, k, v, mask, prefix, in_order)
+    out = attention_xla.attend_heads(q, k, v, seen, prefix)
     return out.reshape(b, heads, t, d).swapaxes(1, 2).reshape(b, t, heads * d)
 
 
@@ -219,9 +224,8 @@ def attend(
     q: jax.Array,
     k: jax.Array | QTensor,
     v: jax.Array | QTensor,
-    mask: jax.Array,
+    seen: Visibility,
     prefix: tuple[jax.Array, jax.Array] | None = None,
-    in_order: bool = False,
 ) -> jax.Array:
     """Scaled dot-product attention, for a few heads or queries at a time where there are many.
 
@@ -229,26 +233,21 @@ def attend(
         q: ``[B, heads, T, d]``.
         k: ``[B, kv_heads, d, S]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
         v: ``[B, kv_heads, S, d]``; both may be int8 with a scale per key.
-        mask: bool, broadcastable to ``[B, T, S]``; True where a query may see a key. A query that
-            sees nothing gets a meaningless but finite row.
+        seen: which keys each query sees.
         prefix: more keys and values, ``[kv_heads, P, d]`` each, which every query sees.
-        in_order: ``S == T``, and no query sees a key after it; whole blocks of such keys are
-            skipped.
 
     Returns:
         ``[B, T, heads * d]`` in ``q.dtype``.
     """
-    b, t = q.shape[0], q.shape[2]
-    mask = jnp.broadcast_to(mask, (b, t, mask.shape[-1]))
-    return HEADS.pick(Heads.of(q, v, prefix))(q, k, v, mask, prefix, in_order)
+    return HEADS.pick(Heads.of(q, v, prefix))(q, k, v, seen, prefix)
 
 
-def _decode_gpu(q, cache, layer, mask, prefix, used, rows) -> jax.Array:
+def _decode_gpu(q, cache, layer, seen: Visibility, prefix, used, rows) -> jax.Array:
     from mquant_jax.ops import decode_gpu  # slow to import
 
     assert rows is None, "some rows of a cache, on CPU alone"
     k, v = cache
-    y = decode_gpu.attend_one(q[:, :, 0], k, v, layer, mask[:, 0], interpret=target().interpret)
+    y = decode_gpu.attend_one(q[:, :, 0], k, v, layer, seen, interpret=target().interpret)
     return y[:, None]
 
 
@@ -261,18 +260,18 @@ def _no_decode_gpu(a: Heads, to: Target) -> str | None:
     )
 
 
-def _whole_layer(q, cache, layer, mask, prefix, used, rows) -> jax.Array:
+def _whole_layer(q, cache, layer, seen: Visibility, prefix, used, rows) -> jax.Array:
     k, v = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
     if rows is not None:
         k, v = jax.tree.map(lambda x: x[rows], (k, v))
-    return attend(q, k, v, mask, prefix)
+    return attend(q, k, v, seen, prefix)
 
 
-def _row_by_row(q, cache, layer, mask, prefix, used: jax.Array, rows) -> jax.Array:
+def _row_by_row(q, cache, layer, seen: Visibility, prefix, used: jax.Array, rows) -> jax.Array:
     """:func:`attend_cache` row by row, each over no more slots than it needs, so that neither time
     nor rounding depends on the other rows."""
     rows = jnp.arange(q.shape[0], dtype=jnp.int32) if rows is None else rows
-    total = mask.shape[-1]
+    total = seen.keys.shape[-1]
     sizes = [n for n in REACHES if n < total] + [total]
 
     def cut(x: jax.Array, row: jax.Array, axis: int, size: int) -> jax.Array:
@@ -282,8 +281,8 @@ def _row_by_row(q, cache, layer, mask, prefix, used: jax.Array, rows) -> jax.Arr
     def first(size: int, row: jax.Array) -> jax.Array:
         k = jax.tree.map(lambda x: cut(x, rows[row], 4, size), cache[0])
         v = jax.tree.map(lambda x: cut(x, rows[row], 3, size), cache[1])
-        own, seen = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (q, mask[..., :size]))
-        return attend(own, k, v, seen, prefix)[0]
+        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (q, seen.up_to(size)))
+        return attend(own[0], k, v, own[1], prefix)[0]
 
     def one(row: jax.Array) -> jax.Array:
         least = jnp.sum(used[row] > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
@@ -308,7 +307,7 @@ def attend_cache(
     q: jax.Array,
     cache: tuple[jax.Array | QTensor, jax.Array | QTensor],
     layer: jax.Array,
-    mask: jax.Array,
+    seen: Visibility,
     prefix: tuple[jax.Array, jax.Array] | None = None,
     used: jax.Array | None = None,
     rows: jax.Array | None = None,
@@ -322,4 +321,4 @@ def attend_cache(
         rows: int32 ``[B]``, the cache's row of each query, on CPU alone; ``None``: the same.
     """
     spec = Heads.of(q, cache[1], prefix, by_row=used is not None)
-    return CACHE.pick(spec)(q, cache, layer, mask, prefix, used, rows)
+    return CACHE.pick(spec)(q, cache, layer, seen, prefix, used, rows)

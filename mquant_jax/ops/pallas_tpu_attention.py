@@ -17,8 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mquant_jax.hadamard import LANES
 from mquant_jax.ops.loops import repeat
+from mquant_jax.ops.visibility import NEVER, Visibility, in_blocks
 
-NEVER = np.iinfo(np.int32).max  # the order of a key that no query sees
 NAME = "attend_rows"
 _reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # it moved in jax 0.11
 _LOW = -1e30  # below all logits; far from what float32 can hold, so that differences are finite
@@ -90,12 +90,11 @@ def attend_rows(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    order: tuple[jax.Array, jax.Array],
+    seen: Visibility,
     cut: Plan,
     angles: jax.Array | None = None,
     gain: jax.Array | None = None,
     scale: jax.Array | None = None,
-    ordered: bool = False,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -104,15 +103,12 @@ def attend_rows(
     Args:
         q: bfloat16 ``[B, T, heads * d]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
         k, v: bfloat16 ``[B, T, kv_heads * d]``.
-        order: of the queries and of the keys, int32 ``[B, T]`` each: a query sees a key whose order
-            is not above its own. Blocks of which a block of queries sees nothing are skipped. A
-            query that sees nothing gets a finite row without meaning.
+        seen: which tokens each sees. Blocks of which a block of queries sees nothing are skipped.
         cut: of :func:`plan`.
         angles: float32 ``[B, T, r/2]``, by which the first ``r`` channels of each head of ``q`` and
             ``k`` are turned, as two halves.
         gain: float32 ``[B, T]``, factor on the turned queries.
         scale: float32, one number or ``[B, T, 1]``; the result becomes int8 by it.
-        ordered: keys are in sequence order. The cost estimate then leaves out skipped blocks.
         interpret: run without a TPU.
 
     Returns:
@@ -120,14 +116,13 @@ def attend_rows(
     """
     b, t, width = q.shape
     q, k, v = (jnp.pad(x, ((0, 0), (0, cut.rows - t), (0, 0))) for x in (q, k, v))
-    queries, keys = (
-        jnp.pad(x, ((0, 0), (0, cut.rows - t)), constant_values=c)
-        for x, c in zip(order, (-1, NEVER), strict=True)
-    )
-    first_key = jnp.min(keys.reshape(b, cut.key_blocks, cut.keys), axis=-1)
-    last_query = jnp.max(queries.reshape(b, cut.query_blocks, cut.queries), axis=-1)
-    keys = keys.reshape(b, cut.key_blocks, 1, cut.keys)
-    operands, specs = [q, k, v, queries[..., None], keys], _row_specs(cut)
+    ends = [x for x in (seen.top, seen.low) if x is not None]
+    keys = in_blocks(seen.keys, cut.keys, NEVER)[:, :, None]
+    operands = [q, k, v, keys, *(_padded_column(x, cut) for x in ends)]
+    specs = _row_specs(cut) + [_column_spec(cut)] * len(ends)
+    skips = seen.extremes(cut.queries, cut.keys)
+    if seen.low is not None:
+        skips += (seen.key_range(cut.queries)[0] // cut.keys,)
     if angles is not None:
         operands += _tables(angles, cut)
         specs += _table_specs(cut)
@@ -145,12 +140,13 @@ def attend_rows(
         partial(
             _kernel,
             cut=cut,
+            windows=seen.low is not None,
             turns=angles is not None,
             gains=gain is not None,
             rounds=scale is not None,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(skips),
             grid=(b, groups, cut.query_blocks),
             in_specs=specs,
             out_specs=specs[0],
@@ -168,19 +164,19 @@ def attend_rows(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM + 8 * 2**20,
         ),
-        cost_estimate=_cost(cut, b, groups, ordered, operands, width),
+        cost_estimate=_cost(cut, b, groups, seen, operands, width),
         interpret=interpret,
         name=NAME,
-    )(first_key, last_query, *operands)
+    )(*skips, *operands)
     return out[:, :t]
 
 
 def _row_specs(cut: Plan) -> list[pl.BlockSpec]:
-    """Blocks of queries, keys, values and both orders, for batch, group and block of queries."""
+    """Blocks of queries, keys, values and keys' orders, for batch, group and block of queries."""
     q = pl.BlockSpec((1, cut.queries, cut.n * cut.g * cut.d), lambda b, h, i, *_: (b, i, h))
     kv = pl.BlockSpec((1, cut.slots, cut.n * cut.d), lambda b, h, i, *_: (b, 0, h))
     keys = pl.BlockSpec((1, cut.key_blocks, 1, cut.keys), lambda b, h, i, *_: (b, 0, 0, 0))
-    return [q, kv, kv, _column_spec(cut), keys]
+    return [q, kv, kv, keys]
 
 
 def _column_spec(cut: Plan) -> pl.BlockSpec:
@@ -195,7 +191,7 @@ def _table_specs(cut: Plan) -> list[pl.BlockSpec]:
 
 
 def _padded_column(x: jax.Array, cut: Plan) -> jax.Array:
-    """float32 ``[B, T]`` -> ``[B, rows, 1]``."""
+    """``[B, T]`` -> ``[B, rows, 1]``, zero at the end."""
     return jnp.pad(x, ((0, 0), (0, cut.rows - x.shape[1])))[..., None]
 
 
@@ -213,19 +209,24 @@ def _tables(angles: jax.Array, cut: Plan) -> list[jax.Array]:
     return [cos, sin, cos, sin, jnp.asarray(swap, jnp.bfloat16)]
 
 
-def _cost(cut: Plan, b: int, groups: int, ordered: bool, operands, width: int) -> pl.CostEstimate:
-    """Operations of the two products as the matrix unit does them, on whole tiles."""
-    pairs = cut.query_blocks * cut.key_blocks
-    if ordered:
-        pairs = cut.query_blocks * (cut.query_blocks + 1) // 2
+def _cost(
+    cut: Plan, b: int, groups: int, seen: Visibility, operands, width: int
+) -> pl.CostEstimate:
+    """Operations of the two products as the matrix unit does them, on whole tiles; without blocks
+    that are known to be skipped."""
+    before, after = (
+        cut.key_blocks if n is None else -(-n // cut.keys) for n in (seen.before, seen.after)
+    )
+    pairs = sum(
+        min(i + after, cut.key_blocks - 1) - max(i - before, 0) + 1 for i in range(cut.query_blocks)
+    )
     tile = -(-cut.d // LANES) * LANES
     logits = pairs * cut.queries * cut.keys * b * groups * cut.n * cut.g
     moved = sum(x.size * x.dtype.itemsize for x in operands) + b * cut.rows * width
     return pl.CostEstimate(flops=4 * logits * tile, transcendentals=logits, bytes_accessed=moved)
 
 
-def _kernel(first_key, last_query, q_ref, k_ref, v_ref, order_ref, keys_ref, *refs, cut, turns,
-            gains, rounds):  # fmt: skip
+def _kernel(*refs, cut: Plan, windows: bool, turns: bool, gains: bool, rounds: bool):
     """All heads of a group, for one block of queries.
 
     ``k_s``, ``v_s`` and ``q_s`` hold each head's rows from the first register's lane on, query
@@ -233,6 +234,8 @@ def _kernel(first_key, last_query, q_ref, k_ref, v_ref, order_ref, keys_ref, *re
     logit, the weights' sums lane by lane, and the weighted values so far.
     """
     refs = list(refs)
+    skips = [refs.pop(0) for _ in range(5 if windows else 2)]
+    q_ref, k_ref, v_ref, *orders = (refs.pop(0) for _ in range(6 if windows else 5))
     tables = [refs.pop(0) for _ in range(5)] if turns else None
     gain_ref = refs.pop(0) if gains else None
     inverse_ref = refs.pop(0) if rounds else None
@@ -244,15 +247,19 @@ def _kernel(first_key, last_query, q_ref, k_ref, v_ref, order_ref, keys_ref, *re
         _place_keys(k_ref, v_ref, k_s, v_s, tables, cut)
 
     _place_queries(q_ref, q_s, tables, gain_ref, cut)
-    # Nothing to go on from: the first block is never skipped, and a row that sees none of it is put
-    # right by the first block of which it sees something.
-    _block(0, True, order_ref, keys_ref, k_s, v_s, q_s, state, cut)
+    # Nothing to go on from: one block is never skipped, and a row that sees none of it is put right
+    # by the first block of which it sees something.
+    start = skips[4][batch, i] if windows else 0
+    _block(start, True, orders, k_s, v_s, q_s, state, cut)
 
     def more(j):
-        seen = first_key[batch, j] <= last_query[batch, i]
-        pl.when(seen)(partial(_block, j, False, order_ref, keys_ref, k_s, v_s, q_s, state, cut))
+        last_query, first_key = skips[0][batch, i], skips[1][batch, j]
+        seen = first_key <= last_query
+        if windows:
+            seen &= (skips[2][batch, i] <= skips[3][batch, j]) & (j != start)
+        pl.when(seen)(partial(_block, j, False, orders, k_s, v_s, q_s, state, cut))
 
-    repeat(cut.key_blocks, more, first=1)
+    repeat(cut.key_blocks, more, first=0 if windows else 1)
     _finish(out_ref, inverse_ref, state, cut)
 
 
@@ -306,10 +313,13 @@ def _place_queries(q_ref, q_s, tables, gain_ref, cut: Plan) -> None:
     repeat(cut.queries // step, some)
 
 
-def _block(j, first: bool, order_ref, keys_ref, k_s, v_s, q_s, state, cut: Plan) -> None:
+def _block(j, first: bool, orders, k_s, v_s, q_s, state, cut: Plan) -> None:
     """What all queries see of key block ``j``; independent chunks of rows keep all units busy."""
     top_s, total_s, sum_s = state
-    seen = order_ref[0] >= keys_ref[0, j]
+    keys_ref, top_ref, *low_ref = orders
+    seen = keys_ref[0, j] <= top_ref[0]
+    for ref in low_ref:
+        seen &= ref[0] <= keys_ref[0, j]
     at_keys = pl.ds(pl.multiple_of(j * cut.keys, cut.keys), cut.keys)
     chunk = _CHUNK if cut.queries % _CHUNK == 0 else LANES
 

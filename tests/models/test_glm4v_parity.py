@@ -55,7 +55,7 @@ def test_positions_and_masks_of_the_reference() -> None:
     np.testing.assert_array_equal(batch.next_position, inputs["position_ids"].max(1) + 1)
     context = model.language.context(batch.positions, batch.order, batch.token_class)
     seen = outputs["attention_allowed"] == 1
-    np.testing.assert_array_equal(np.asarray(context.mask)[real], seen[real])
+    np.testing.assert_array_equal(np.asarray(context.seen.mask)[real], seen[real])
 
 
 def test_what_only_the_golden_records() -> None:

@@ -1,7 +1,6 @@
 """The windowed tower against the family's description in plain NumPy, float64.
 
-NumPy permutes patches window by window, as the original does; the model masks instead. The goldens
-hold small pictures alone, which the CPU's attention over rows never sees.
+The goldens hold small pictures alone, which the CPU's attention over rows never sees.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from flax import nnx
 from mquant_jax.models.qwen2_5_vl import FAMILY
 from mquant_jax.models.qwen2_vl.processing import pack_vision
 from mquant_jax.nn.stack import scan_blocks
-from mquant_jax.nn.vit_block import VisionContext, window_ids
+from mquant_jax.nn.vit_block import VisionContext
+from mquant_jax.nn.windows import Windows
 from mquant_jax.ptq.tune import Recomputing
 from tests.family_cases import changed_config, family_of, model_of, random_params
 from tests.helpers import relative
@@ -92,13 +92,17 @@ def tower(patches, h, w, p, config):
     return x[np.argsort(order)]
 
 
-@pytest.fixture(scope="module", params=[(1,), (0, 3), ()], ids=str)
-def made(request):
-    """Config, tensors and model of four layers, with the published window."""
-    changes = {"depth": 4, "fullatt_block_indexes": list(request.param), "window_size": 112}
+def layers(depth: int, full: tuple[int, ...]):
+    """Config, tensors and model, with the published window."""
+    changes = {"depth": depth, "fullatt_block_indexes": list(full), "window_size": 112}
     _, config = family_of(changed_config(CASE, vision_config=changes))
     params = random_params(FAMILY, config, 3)
     return config, params, model_of(FAMILY, config, params)
+
+
+@pytest.fixture(scope="module", params=[(1,), (0, 3), ()], ids=str)
+def made(request):
+    return layers(4, request.param)
 
 
 def pictures(config):
@@ -121,46 +125,56 @@ def test_pictures_of_many_sizes_and_a_clip(made) -> None:
         assert relative(got[row, : len(expected)], expected) < 1e-5
 
 
-def context(config, vision) -> VisionContext:
+def sorted_by_window(config, vision) -> tuple[Windows, VisionContext]:
     full = np.array([i in config.vision.full_layers for i in range(config.vision.num_layers)])
-    windows = window_ids(vision.coords, config.vision.window)
-    return VisionContext(None, vision.token_class, windows, jax.numpy.asarray(full))
+    windows = Windows.of(vision.coords, vision.token_class, config.vision.window)
+    classes = windows.sort(vision.token_class)
+    return windows, VisionContext(None, classes, windows.inside, jax.numpy.asarray(full))
 
 
-def test_masks_and_orders_say_the_same(made) -> None:
+def test_patches_see_their_window_or_their_picture(made) -> None:
     config, _, _ = made
     vision = pack_vision(pictures(config), GRIDS, config.merge_size)
+    windows, ctx = sorted_by_window(config, vision)
+    back = np.argsort(windows.order, axis=1)
+    real, cells = np.asarray(vision.valid), np.asarray(vision.coords) // config.vision.window
+    same = (cells[:, :, None] == cells[:, None]).all(-1)
     for layer in range(config.vision.num_layers):
-        one = context(config, vision).at_layer(layer)
-        top, keys, low = one.order
-        seen = (keys[:, None] <= top[..., None]) & (keys[:, None] >= low[..., None])
-        np.testing.assert_array_equal(one.mask, seen)
-        cells = np.asarray(vision.coords) // config.vision.window
-        same = (cells[:, :, None] == cells[:, None]).all(-1) | (layer in config.vision.full_layers)
-        real = np.asarray(vision.valid)
-        expected = same & real[:, None, :]
-        np.testing.assert_array_equal(np.asarray(seen)[real], expected[real])
+        expected = same | (layer in config.vision.full_layers)
+        got = np.asarray(ctx.at_layer(layer).seen.mask)
+        got = np.take_along_axis(got, back[:, :, None], 1)
+        got = np.take_along_axis(got, back[:, None], 2)
+        np.testing.assert_array_equal(got[real], (expected & real[:, None])[real])
+    columns = np.arange(real.shape[1])
+    far = np.abs(columns[:, None] - columns) > ctx.inside.before
+    assert not (np.asarray(ctx.inside.mask) & far).any()
+    np.testing.assert_array_equal(windows.restore(windows.sort(vision.coords)), vision.coords)
 
 
 def test_a_recomputing_runner_is_the_same_and_has_gradients(made) -> None:
     config, _, model = made
     vision = pack_vision(pictures(config), GRIDS[1:3], config.merge_size)
-    ctx, stack = context(config, vision), model.vision.layers
+    (windows, ctx), stack = sorted_by_window(config, vision), model.vision.layers
     rng = np.random.default_rng(1)
     x = rng.standard_normal((*vision.valid.shape, config.vision.hidden_size)).astype(np.float32)
 
     def out(x):
         return Recomputing().layers("vision/layers", stack, x, ctx)
 
-    real = np.asarray(vision.valid)
+    real = np.asarray(windows.sort(vision.valid))
     assert relative(out(x)[real], scan_blocks(stack, x, ctx)[real]) < 1e-6
     slope = jax.grad(lambda x: (out(x)[real] ** 2).sum())(x)
     assert np.isfinite(slope).all() and (np.abs(slope[real]) > 0).any()
 
 
 def test_depth_does_not_change_the_program(made) -> None:
-    """The scan is compiled once: one body, whatever the layers see."""
+    """One body is compiled, whatever the layers see."""
+
+    def steps(config, model) -> dict[str, int]:
+        vision = pack_vision(pictures(config), GRIDS, config.merge_size)
+        text = str(jax.make_jaxpr(lambda v: model.vision(v))(vision))
+        return {name: text.count(f"{name}[") for name in ("scan", "cond", "dot_general", "gather")}
+
     config, _, model = made
-    vision = pack_vision(pictures(config), GRIDS, config.merge_size)
-    text = str(jax.make_jaxpr(lambda v: model.vision(v))(vision))
-    assert text.count("scan[") == 1
+    deep, _, deeper = layers(6, (*config.vision.full_layers, 5))
+    assert steps(config, model) == steps(deep, deeper)

@@ -9,6 +9,7 @@ from mquant_jax.nn.cache import NEVER, key_order
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.numerics import quantize_dynamic, quantize_static
 from mquant_jax.ops.attention import attend, attend_rows, split_heads
+from mquant_jax.ops.visibility import Visibility
 from mquant_jax.target import tracing_for
 from tests.helpers import cpu_target
 
@@ -24,11 +25,11 @@ def test_parts_make_the_whole(batch, with_prefix) -> None:
 
     q, k, v = draw(batch, 4, t, d), draw(batch, 2, d, s), draw(batch, 2, s, d)
     prefix = (draw(2, 3, d), draw(2, 3, d)) if with_prefix else None
-    causal = jnp.arange(s)[None, None] <= jnp.arange(t)[None, :, None]
-    for mask in (causal, jnp.ones((batch, 1, s), bool)):
-        whole = attend(q, k, v, mask, prefix)
+    own, keys = (jnp.tile(jnp.arange(n, dtype=jnp.int32), (batch, 1)) for n in (t, s))
+    for seen in (Visibility(own, keys), Visibility.of_keys(keys >= 0, t)):
+        whole = attend(q, k, v, seen, prefix)
         with tracing_for(cpu_target(most_logits=1000, part_logits=1000)):
-            got = attend(q, k, v, mask, prefix)
+            got = attend(q, k, v, seen, prefix)
         np.testing.assert_allclose(got, whole, rtol=1e-5, atol=1e-6)
 
 
@@ -39,10 +40,10 @@ def test_keys_behind_a_block_of_queries_are_not_missed(t) -> None:
         jnp.asarray(rng.normal(size=s), jnp.float32)
         for s in ((2, 4, t, 8), (2, 2, 8, t), (2, 2, t, 8))
     )
-    padded = jnp.arange(t)[None] >= jnp.asarray([[0], [11]])
-    mask = jnp.tril(jnp.ones((t, t), bool)) & padded[:, None]
-    plain = attend(q, k, v, mask)
-    got = attend(q, k, v, mask, in_order=True)
+    own = jnp.maximum(jnp.arange(t, dtype=jnp.int32) - jnp.asarray([[0], [11]]), -1)
+    keys = key_order(own, jnp.zeros_like(own))
+    plain = attend(q, k, v, Visibility(own, keys))
+    got = attend(q, k, v, Visibility(own, keys, after=0))
     np.testing.assert_allclose(got[0], plain[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got[1, 11:], plain[1, 11:], rtol=1e-5, atol=1e-6)
     assert np.isfinite(got).all()  # those that see nothing as well
@@ -56,9 +57,9 @@ def test_int8_keys_and_values_are_what_they_stand_for() -> None:
     )
     k8, v8 = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
     assert k8.scale.shape == (1, 2, 1, 90)
-    mask = jnp.ones((1, 1, 90), bool)
-    expected = attend(q, k8.dequantize(), v8.dequantize(), mask)
-    np.testing.assert_allclose(attend(q, k8, v8, mask), expected, rtol=1e-5, atol=1e-6)
+    seen = Visibility.of_keys(jnp.ones((1, 90), bool), 70)
+    expected = attend(q, k8.dequantize(), v8.dequantize(), seen)
+    np.testing.assert_allclose(attend(q, k8, v8, seen), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("most", [2**21, 60_000, 1000])
@@ -76,31 +77,29 @@ def test_rows_are_attended_to_as_heads_are(ordered, most) -> None:
     scale = jnp.asarray(rng.uniform(0.01, 0.02, (b, t, 1)), jnp.float32)
     order = np.tile(np.arange(t) if ordered else rng.permutation(t), (b, 1))
     order[1, order[1] < 5] = -1
-    seen, order = order >= 0, jnp.asarray(order, jnp.int32)
-    keys = key_order(order, order)
+    real, order = order >= 0, jnp.asarray(order, jnp.int32)
+    seen = Visibility(order, key_order(order, order), after=0 if ordered else None)
     split = [split_heads(x, d) for x in (q, k, v)]
     turned_q, turned_k = apply_rope(split[0], angles), apply_rope(split[1], angles)
     expected = attend(
-        turned_q * gain[:, None, :, None], jnp.swapaxes(turned_k, 2, 3), split[2],
-        keys[:, None] <= order[:, :, None],
+        turned_q * gain[:, None, :, None], jnp.swapaxes(turned_k, 2, 3), split[2], seen
     )  # fmt: skip
 
     def rows(*args, **options):
         with tracing_for(cpu_target(most_logits=2 * most, part_logits=most)):
             return attend_rows(*args, **options)
 
-    got = rows(q, k, v, d, (order, keys), angles, gain, ordered=ordered)
-    np.testing.assert_allclose(got[seen], expected[seen], rtol=1e-4, atol=1e-5)
+    got = rows(q, k, v, d, seen, angles, gain)
+    np.testing.assert_allclose(got[real], expected[real], rtol=1e-4, atol=1e-5)
     assert np.isfinite(got).all()
-    q8 = rows(q, k, v, d, (order, keys), angles, gain, scale, ordered)
+    q8 = rows(q, k, v, d, seen, angles, gain, scale)
     assert q8.values.dtype == jnp.int8
     step = np.asarray(q8.values, float) - np.asarray(quantize_static(got, scale).values, float)
     assert np.abs(step).max() <= 1  # where a value lies between two integers
-    slope = jax.grad(lambda x: rows(q, x, v, d, (order, keys), ordered=ordered)[seen].sum())
+    slope = jax.grad(lambda x: rows(q, x, v, d, seen)[real].sum())
 
     def by_heads(x):
-        mask = keys[:, None] <= order[:, :, None]
-        return attend(split[0], jnp.swapaxes(split_heads(x, d), 2, 3), split[2], mask)[seen].sum()
+        return attend(split[0], jnp.swapaxes(split_heads(x, d), 2, 3), split[2], seen)[real].sum()
 
     np.testing.assert_allclose(slope(k), jax.grad(by_heads)(k), rtol=1e-4, atol=1e-5)
 
@@ -109,16 +108,17 @@ def test_where_all_see_all_no_mask_is_looked_at() -> None:
     rng = np.random.default_rng(4)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 80, 32)), jnp.float32) for _ in range(3))
     zero = jnp.zeros((2, 80), jnp.int32)
-    whole = attend_rows(q, k, v, 8, (zero, zero))
+    whole = attend_rows(q, k, v, 8, Visibility(zero, zero))
     heads = [split_heads(x, 8) for x in (q, k, v)]
-    expected = attend(heads[0], jnp.swapaxes(heads[1], 2, 3), heads[2], jnp.ones((1, 1, 80), bool))
+    seen = Visibility.of_keys(zero == 0, 80)
+    expected = attend(heads[0], jnp.swapaxes(heads[1], 2, 3), heads[2], seen)
     np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-6)
     hidden = zero.at[1, 3:9].set(NEVER)  # one of the rows has padding
-    some = attend_rows(q, k, v, 8, (zero, hidden))
+    some = attend_rows(q, k, v, 8, Visibility(zero, hidden))
     np.testing.assert_allclose(some[0], expected[0], rtol=1e-5, atol=1e-6)
     left = np.delete(np.asarray(k[1]), np.s_[3:9], 0), np.delete(np.asarray(v[1]), np.s_[3:9], 0)
     alone = attend_rows(
         q[1:], *(jnp.asarray(np.pad(x, ((0, 6), (0, 0))))[None] for x in left), 8,
-        (zero[1:], zero[1:].at[0, 74:].set(NEVER)),
+        Visibility(zero[1:], zero[1:].at[0, 74:].set(NEVER)),
     )  # fmt: skip
     np.testing.assert_allclose(some[1], alone[0], rtol=1e-4, atol=1e-5)

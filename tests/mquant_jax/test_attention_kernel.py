@@ -13,7 +13,8 @@ from mquant_jax.nn.params import get_params, set_params
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.numerics import QTensor
 from mquant_jax.ops.attention import ROWS, SEPARATE, Rows, split_heads
-from mquant_jax.ops.pallas_tpu_attention import NEVER, Plan, attend_rows, plan
+from mquant_jax.ops.pallas_tpu_attention import Plan, attend_rows, plan
+from mquant_jax.ops.visibility import NEVER, Visibility
 from mquant_jax.presets import PRESETS
 from mquant_jax.target import tracing_for
 from tests.helpers import golden, interpreting, random_quantised, relative
@@ -27,13 +28,15 @@ def heads(x: jax.Array, d: int, angles: jax.Array | None) -> np.ndarray:
     return np.asarray(x if angles is None else apply_rope(x, angles), np.float64)
 
 
-def reference(q, k, v, d, order, angles=None, gain=None) -> tuple[np.ndarray, np.ndarray]:
+def reference(
+    q, k, v, d, visible: Visibility, angles=None, gain=None
+) -> tuple[np.ndarray, np.ndarray]:
     """What :func:`attend_rows` gives, and which queries see anything."""
     q, k, v = heads(q, d, angles), heads(k, d, angles), heads(v, d, None)
     q = q if gain is None else q * np.asarray(gain, np.float64)[:, None, :, None]
     g = q.shape[1] // k.shape[1]
     logits = np.einsum("bhtd,bhsd->bhts", q, np.repeat(k, g, axis=1)) * d**-0.5
-    seen = (np.asarray(order[1])[:, None, :] <= np.asarray(order[0])[:, :, None])[:, None]
+    seen = (np.asarray(visible.keys)[:, None, :] <= np.asarray(visible.top)[:, :, None])[:, None]
     logits = np.where(seen, logits, -1e300)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
@@ -50,19 +53,21 @@ def operands(b: int, t: int, widths: tuple[int, int], seed: int = 0):
     return rng, q, k, v
 
 
-def orders(rng, kind: str, b: int, t: int) -> tuple[jax.Array, jax.Array]:
-    """Of queries and keys: tokens in a row behind ragged padding, some of them moved to the front
+def visibility(rng, kind: str, b: int, t: int) -> Visibility:
+    """Tokens in a row behind ragged padding, some of them moved to the front
     (as AIFS does), or a picture with padding behind it, whose patches all see each other."""
     if kind == "picture":
         keys = np.where(np.arange(t) < t - 9, 0, NEVER)
-        return jnp.zeros((b, t), jnp.int32), jnp.asarray(np.tile(keys, (b, 1)), jnp.int32)
+        return Visibility(
+            jnp.zeros((b, t), jnp.int32), jnp.asarray(np.tile(keys, (b, 1)), jnp.int32)
+        )
     order = np.tile(np.arange(t), (b, 1))
     if kind == "moved":
         order = np.stack([np.concatenate([p[: t // 2], np.sort(p[t // 2 :])])
                           for p in (rng.permutation(t) for _ in range(b))])  # fmt: skip
     keys = order.copy()
     order[-1, :11], keys[-1, :11] = -1, NEVER
-    return jnp.asarray(order, jnp.int32), jnp.asarray(keys, jnp.int32)
+    return Visibility(jnp.asarray(order, jnp.int32), jnp.asarray(keys, jnp.int32))
 
 
 CASES = {
@@ -79,16 +84,16 @@ def test_kernel(case) -> None:
     kind, b, t, cut, turning = CASES[case]
     kv = 2 if cut.n == 1 else cut.n
     rng, q, k, v = operands(b, t, (kv * cut.g * cut.d, kv * cut.d))
-    order = orders(rng, kind, b, t)
+    seen = visibility(rng, kind, b, t)
     angles = jnp.asarray(rng.uniform(0, 7, (b, t, turning // 2)), jnp.float32) if turning else None
     gain = jnp.asarray(rng.uniform(1, 1.5, (b, t)), jnp.float32)
     scale = jnp.asarray(rng.uniform(0.004, 0.05, (b, t, 1)), jnp.float32)
-    expected, sees = reference(q, k, v, cut.d, order, angles, gain)
-    got = attend_rows(q, k, v, order, cut, angles, gain, interpret=True)
+    expected, sees = reference(q, k, v, cut.d, seen, angles, gain)
+    got = attend_rows(q, k, v, seen, cut, angles, gain, interpret=True)
     assert got.shape == expected.shape and got.dtype == jnp.bfloat16
     assert np.isfinite(got.astype(np.float32)).all()  # of those that see nothing as well
     assert relative(np.asarray(got, np.float64)[sees], expected[sees]) < ROUNDING
-    q8 = attend_rows(q, k, v, order, cut, angles, gain, scale, interpret=True)
+    q8 = attend_rows(q, k, v, seen, cut, angles, gain, scale, interpret=True)
     want = np.clip(np.round(expected / np.asarray(scale)), -128, 127)
     off = np.abs(np.asarray(q8, np.float64) - want)[sees]
     assert q8.dtype == jnp.int8 and off.max() <= 2 and off.mean() < 0.1
@@ -100,10 +105,9 @@ def test_blocks_that_are_skipped_and_rows_that_see_late_blocks_only() -> None:
     rng, q, k, v = operands(1, t, (128, 128), 3)
     keys = np.full(t, NEVER)
     keys[300:] = np.arange(300, t)
-    order = jnp.arange(t, dtype=jnp.int32)[None], jnp.asarray(keys, jnp.int32)[None]
-    expected, sees = reference(q, k, v, 128, order)
-    got = attend_rows(q, k * 30, v, order, cut, interpret=True)
-    expected, sees = reference(q, k * 30, v, 128, order)
+    seen = Visibility(jnp.arange(t, dtype=jnp.int32)[None], jnp.asarray(keys, jnp.int32)[None])
+    got = attend_rows(q, k * 30, v, seen, cut, interpret=True)
+    expected, sees = reference(q, k * 30, v, 128, seen)
     assert sees.sum() == t - 300 and np.isfinite(got.astype(np.float32)).all()
     assert relative(np.asarray(got, np.float64)[sees], expected[sees]) < 2 * ROUNDING
 
@@ -126,7 +130,7 @@ def test_the_chosen_form() -> None:
         assert form(1024, jnp.float32) == "heads_cpu"
         assert form(1, jnp.float32) == SEPARATE
     with tracing_for("tpu"):
-        assert form(1024, jnp.bfloat16) == "pallas_tpu"
+        assert form(1024, jnp.bfloat16) == form(1024, jnp.bfloat16, low=True) == "pallas_tpu"
         assert form(1024, jnp.bfloat16, gradient=True) == SEPARATE
         assert form(1, jnp.bfloat16) == form(1024, jnp.float32) == SEPARATE
         assert form(2**20, jnp.bfloat16) == SEPARATE

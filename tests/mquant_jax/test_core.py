@@ -20,6 +20,7 @@ from mquant_jax.ops import decode_gpu, flash_gpu, pallas_tpu_norm, rotate_gpu
 from mquant_jax.ops.attention import attend
 from mquant_jax.ops.dense import quantized_dot
 from mquant_jax.ops.epilogue import Epilogue
+from mquant_jax.ops.visibility import Visibility
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.convert import convert
 from mquant_jax.ptq.gptq import gptq, prepare
@@ -130,13 +131,14 @@ def test_gpu_kernels() -> None:
         return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
 
     q, k, v = bf16(1, 2, 20, 16), bf16(1, 1, 16, 20), bf16(1, 1, 20, 16)
-    mask = jnp.asarray(np.tri(20, dtype=bool)[None])
-    y = flash_gpu.attend(q, k, v, mask, True, interpret=True)
-    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
+    own = jnp.arange(20, dtype=jnp.int32)[None]
+    seen = Visibility(own, own, after=0)
+    y = flash_gpu.attend(q, k, v, seen, interpret=True)
+    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), seen)
     assert relative(y, exact) < 0.01
     stacks = k[None], v[None]
     last = decode_gpu.attend_one(
-        q[:, :, -1], *stacks, jnp.int32(0), jnp.ones((1, 20), bool), interpret=True
+        q[:, :, -1], *stacks, jnp.int32(0), Visibility(own[:, -1:], own), interpret=True
     )
     assert relative(last, exact[:, -1]) < 0.01
     assert rotate_gpu.rotate(bf16(3, 256), 2, interpret=True).shape == (3, 256)

@@ -26,6 +26,7 @@ from mquant_jax.ops import (
 )
 from mquant_jax.ops.dense import held, quantized_dot, reads_stacks
 from mquant_jax.ops.epilogue import Epilogue
+from mquant_jax.ops.visibility import NEVER, Visibility
 from mquant_jax.presets import PRESETS
 from mquant_jax.recipe import Section
 from mquant_jax.target import Target, tracing_for
@@ -255,15 +256,17 @@ def test_attention(shape, in_order) -> None:
         jnp.asarray(rng.normal(size=size), jnp.bfloat16)
         for size in ((b, heads, t, d), (b, kv, d, s), (b, kv, s, d))
     )
-    mask = rng.random((b, t, s)) < 0.5
-    mask[..., 0] = True
-    mask &= np.tri(t, s, dtype=bool) if in_order else True
-    mask[:, 5] = False
+    keys = np.tile(np.arange(s), (b, 1)) if in_order else rng.permuted(
+        np.tile(np.arange(s), (b, 1)), axis=1
+    )  # fmt: skip
+    keys[:, 1 + np.flatnonzero(rng.random(s - 1) < 0.3)] = NEVER
+    top = np.arange(t) if in_order else rng.integers(s // 4, s, (b, t))
+    top = np.broadcast_to(top, (b, t)).astype(np.int32).copy()
+    top[:, 5] = -1
+    seen = Visibility(jnp.asarray(top), jnp.asarray(keys, jnp.int32), after=0 if in_order else None)
     with on_cpu():
-        exact = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)), jnp.asarray(mask))
-    got = np.array(
-        flash_gpu.attend(q, k, v, jnp.asarray(mask), in_order, interpret=INTERPRET), float
-    )
+        exact = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)), seen)
+    got = np.array(flash_gpu.attend(q, k, v, seen, interpret=INTERPRET), float)
     assert got.shape == (b, t, heads * d) and np.isfinite(got).all()
     got[:, 5] = 0
     assert relative(got, np.asarray(exact).copy() * (np.arange(t) != 5)[:, None]) < 0.01
@@ -279,20 +282,22 @@ def test_attention_to_a_cache(shape, narrow) -> None:
         jnp.asarray(rng.normal(size=size), jnp.bfloat16)
         for size in ((b, heads, 1, d), (3, b, kv, d, s), (3, b, kv, s, d))
     )
-    seen = (rng.random((b, 1, s)) < 0.5) & (np.arange(s) < s // 2 + 10)
-    seen[..., 0] = True
-    seen[-1] &= np.arange(s) < 1 if b > 1 else True
+    held = (rng.random((b, s)) < 0.5) & (np.arange(s) < s // 2 + 10)
+    held[..., 0] = True
+    held[-1] &= np.arange(s) < 1 if b > 1 else True
+    seen = Visibility.of_keys(jnp.asarray(held), 1)
+    without = Visibility.of_keys(jnp.asarray(held & (np.arange(b) > 0)[:, None]), 1)
     cache = (quantize_dynamic(k, axis=-2), quantize_dynamic(v)) if narrow else (k, v)
     float32 = jax.tree.map(lambda x: x if x.dtype == jnp.int8 else x.astype(jnp.float32), cache)
 
     def run(q, cache, seen):
-        return attention.attend_cache(q, cache, jnp.int32(1), jnp.asarray(seen))
+        return attention.attend_cache(q, cache, jnp.int32(1), seen)
 
     with on_cpu():
         exact = run(q.astype(jnp.float32), float32, seen)
     with interpreting("gpu"):
         got = run(q, cache, seen)
-        unseen = run(q, cache, seen & (np.arange(b) > 0)[:, None, None])
+        unseen = run(q, cache, without)
         text = str(jax.make_jaxpr(lambda *args: run(*args))(q, cache, seen))
     assert got.shape == (b, 1, heads * d) and got.dtype == jnp.bfloat16
     assert relative(got, exact) < 0.01
@@ -322,7 +327,8 @@ def test_the_chosen_attention() -> None:
 
         return "pallas_call" in str(jax.make_jaxpr(fresh)(*args))
 
-    seen = jnp.ones((1, 1, 64), bool)
+    seen = Visibility.of_keys(jnp.ones((1, 64), bool), 64)
+    single = Visibility.of_keys(jnp.ones((1, 1), bool), 1)
     with on_cpu():
         plain = attention.attend(*heads(64), seen)
         assert not kernel(*heads(64), seen)
@@ -331,7 +337,7 @@ def test_the_chosen_attention() -> None:
     cached = [quantize_dynamic(k, axis=-2), quantize_dynamic(v)]
     with interpreting("gpu"):
         assert kernel(*heads(64), seen)
-        assert not kernel(*heads(1), seen[..., :1])
+        assert not kernel(*heads(1), single)
         assert not kernel(*heads(64, 256), seen)
         assert not kernel(*heads(64, dtype=jnp.float32), seen)
         assert not kernel(q, k, v, seen, (prefix, prefix)) and not kernel(q, *cached, seen)
