@@ -13,7 +13,7 @@ import numpy as np
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.runtime import buckets, slots
 from mquant_jax.runtime.generate import Generator, shape_of
-from mquant_jax.runtime.layers_apart import LayersApart
+from mquant_jax.runtime.layers_apart import layers_apart
 from mquant_jax.runtime.prefill import Chunk
 from mquant_jax.runtime.slots import Columns, Slots, Start
 
@@ -102,22 +102,22 @@ class EnginePrograms:
         On CPU a program takes as many rows as decode, or the next larger number of a few.
         """
         size = buckets.decoding(len(running), self.rows, self.generator.platform)
-        program = self._program("step", size)
-        params = self._apart.parts if self._takes_layers_apart(size) else self._params
+        program = partial(self._program("step", size), self._step_params(size), state)
         if size == self.rows:
-            state, tokens = program(params, state, np.isin(np.arange(size), running))
+            state, tokens = program(np.isin(np.arange(size), running))
             return state, np.asarray(tokens)[running]
         others = [row for row in range(self.rows) if row not in running]
         rows = np.asarray([*running, *others][:size], np.int32)
-        state, tokens = program(params, state, np.arange(size) < len(running), rows)
+        state, tokens = program(np.arange(size) < len(running), rows)
         return state, np.asarray(tokens)[: len(running)]
 
-    def _takes_layers_apart(self, size: int) -> bool:
-        return self.generator.platform == "cpu" and size > 1
+    def _step_params(self, size: int) -> Any:
+        """What a step of so many rows takes."""
+        return self._apart if self.generator.platform == "cpu" and size > 1 else self._params
 
     @cached_property
-    def _apart(self) -> LayersApart:
-        return LayersApart(self._params)
+    def _apart(self) -> Any:
+        return layers_apart(self._params)
 
     def take(self, state: Slots, row: int, start: int) -> Columns:
         """The columns of one whole chunk."""
@@ -164,10 +164,7 @@ class EnginePrograms:
         args = [self._slots, shape_of((size,), bool)]
         if size < self.rows:
             args.append(shape_of((size,), np.int32))
-        if not self._takes_layers_apart(size):
-            return self.generator.compiled(slots.step, *args, donate=1)
-        bound = self._apart.bound(self.generator.bound(slots.step))
-        return jax.jit(bound, donate_argnums=1).lower(self._apart.parts, *args).compile()
+        return self.generator.compiled(slots.step, *args, donate=1, params=self._step_params(size))
 
     def _compile_chunk(self, width: int, reach: int, count: int, visual_slots: int | None) -> Any:
         def read(model: VLM, state: Slots, batch: Batch, features: tuple, row, start, span):
