@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from mquant_jax.models.base import VLM, Batch
+from mquant_jax.nn.act_quant import ActQuant
 from mquant_jax.runtime import buckets, slots
 from mquant_jax.runtime.generate import Generator, shape_of
 from mquant_jax.runtime.layers_apart import layers_apart
@@ -50,8 +52,7 @@ class EnginePrograms:
 
     def _makers(self, prompt: int, picture: int) -> Iterator[Callable[[], Any]]:
         """What makes the programs, those that every request needs first."""
-        steps = {buckets.decoding(n, self.rows, self.generator.platform)
-                 for n in range(1, self.rows + 1)}  # fmt: skip
+        steps = {self._step_rows(n) for n in range(1, self.rows + 1)}
         yield from (partial(self._program, kind) for kind in ("empty", "begin"))
         yield from (partial(self._program, "step", size) for size in sorted(steps))
         for sizes in self._chunk_sizes(prompt):
@@ -101,7 +102,7 @@ class EnginePrograms:
 
         On CPU a program takes as many rows as decode, or the next larger number of a few.
         """
-        size = buckets.decoding(len(running), self.rows, self.generator.platform)
+        size = self._step_rows(len(running))
         program = partial(self._program("step", size), self._step_params(size), state)
         if size == self.rows:
             state, tokens = program(np.isin(np.arange(size), running))
@@ -110,6 +111,17 @@ class EnginePrograms:
         rows = np.asarray([*running, *others][:size], np.int32)
         state, tokens = program(np.arange(size) < len(running), rows)
         return state, np.asarray(tokens)[: len(running)]
+
+    def _step_rows(self, running: int) -> int:
+        """Rows of the program for a step of so many."""
+        return buckets.decoding(running, self.rows, self.generator.platform, self._alone)
+
+    @cached_property
+    def _alone(self) -> bool:
+        """Whether a row decodes to the same bits alone as beside others: products of integers do,
+        but XLA's CPU backend sums those of one row of floats in another order."""
+        parts = (part for _, part in nnx.iter_modules(self.generator.model.language))
+        return all(part.mode != "none" for part in parts if isinstance(part, ActQuant))
 
     def _step_params(self, size: int) -> Any:
         """What a step of so many rows takes."""
