@@ -203,6 +203,7 @@ def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[s
     head |= {"fingerprint": bed.fingerprint}
     result: dict[str, Any] = head | bed.float_result | {"questions": bed.questions}
     result["rows"] = llava.kept(args.save, head) if args.resume else []
+    compared = llava.steps(rows) if rows[0].recipe else llava.pairs()
     last: tuple[Any, ...] = (None,)
     for row in progress(llava.missing(rows, result["rows"]), "rows"):
         began, rounded = time.monotonic(), row.rounded_as()
@@ -213,7 +214,7 @@ def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[s
         module = built(bed, last[2], replace(row.plan(), seed=args.seed), last[3])
         found = bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
         result["rows"].append(row.key() | found)
-        result["gains"] = llava.gains(result)
+        result["gains"] = llava.gains(result, compared)
         save(result, args.save)
         del module
         gc.collect()

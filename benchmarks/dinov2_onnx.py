@@ -72,7 +72,7 @@ def tensors(
 
 
 def _positions(values: dict[str, np.ndarray], path: Path) -> np.ndarray:
-    """Join the positions of class token and patches, which the exporter has taken apart."""
+    """Join the positions of class token and patches, which the exporter separated."""
     shapes = {name: v.shape for name, v in values.items() if name.startswith("onnx::")}
     front = [n for n, s in shapes.items() if len(s) == 3 and s[:2] == (1, 1)]
     grid = [n for n, s in shapes.items() if len(s) == 3 and s[1] > 1]

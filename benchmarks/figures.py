@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.commands import report
 from mquant_jax.hadamard import plan_rotation
 from mquant_jax.numerics import INT_MAX, quantize_weight
 from mquant_jax.ptq.gptq import gptq, prepare, relative_output_error
 from mquant_jax.report import plots
-from mquant_jax.report.findings import collect
-from mquant_jax.report.page import PAGE, write_report
+from mquant_jax.report.page import PAGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,7 +150,7 @@ def main() -> None:
     for name, draw in FIGURES.items():
         (figures / f"{name}.png").write_bytes(plots.png(draw()))
     with tempfile.TemporaryDirectory() as folder:
-        write_report(collect(args.checkpoint), Path(folder))
+        report.main([str(args.checkpoint), "-o", folder])
         shutil.copyfile(Path(folder) / PAGE, reports / "demo.html")
         for name in FROM_REPORT:
             shutil.copyfile(Path(folder) / f"{name}.png", figures / f"{name}.png")

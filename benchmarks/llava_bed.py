@@ -62,17 +62,19 @@ class LlavaBed:
 
     def _refer(self, questions: list[Asked]) -> None:
         """Keep what the float model predicts after true answers, which tell right from wrong, and
-        after its own, on which divergence is measured; most of them are the same."""
+        after its own where they differ; divergence is measured after its own."""
         collate, module = self.processor.collate, self._float()
-        self._true = list(groups(questions, collate))
-        self._after_true = reference(module, self._true)
-        self._float_right = scores(module, self._true, self._after_true).right
+        true = list(groups(questions, collate))
+        self._float_right = scores(module, true, reference(module, true)).right
         wrong = [questions[i] for i in np.flatnonzero(~self._float_right)]
-        wrong = greedy(module, wrong, collate, self.processor.stop_ids[0], LONGEST)
-        self._own = list(groups(wrong, collate))
-        self._after_own = reference(module, self._own)
-        right = [q for q, fine in zip(questions, self._float_right, strict=True) if fine]
-        self._tokens = sum(len(q.answer) for q in [*right, *wrong])
+        own = iter(greedy(module, wrong, collate, self.processor.stop_ids[0], LONGEST))
+        pairs = zip(questions, self._float_right, strict=True)
+        fed = [(q,) if right else (q, next(own)) for q, right in pairs]
+        self._true = np.concatenate([np.arange(len(row)) == 0 for row in fed])
+        self._own = np.concatenate([np.arange(len(row)) == len(row) - 1 for row in fed])
+        self._tokens = sum(len(row[-1].answer) for row in fed)
+        self._groups = list(groups([q for row in fed for q in row], collate))
+        self._reference = reference(module, self._groups)
 
     def _read(self, folder: Path) -> None:
         reader = Reader(folder)
@@ -99,22 +101,17 @@ class LlavaBed:
     def evaluate(self, module: VLM) -> dict[str, Any]:
         """Return exact match and its difference to float with a 95 % interval; on the float model's
         own greedy answers, KL in nats per token and the share of tokens at which both agree."""
-        found = scores(module, self._true, self._after_true)
-        own = scores(module, self._own, self._after_own)
-        kl, agreeing = (
-            (getattr(found, name)[self._float_right].sum() + getattr(own, name).sum())
-            / self._tokens
-            for name in ("kl", "agreeing")
-        )
-        change = found.right.astype(float) - self._float_right
+        found = scores(module, self._groups, self._reference)
+        right = found.right[self._true]
+        change = right.astype(float) - self._float_right
         return {
-            "exact_match": float(found.right.mean()),
+            "exact_match": float(right.mean()),
             "delta": float(change.mean()),
             "delta_ci95": interval(change, self._pictures),
-            "kl": float(kl),
-            "token_agreement": float(agreeing),
-            "by_task": self._by_task(found.right),
-            "right": np.packbits(found.right).tobytes().hex(),
+            "kl": float(found.kl[self._own].sum() / self._tokens),
+            "token_agreement": float(found.agreeing[self._own].sum() / self._tokens),
+            "by_task": self._by_task(right),
+            "right": np.packbits(right).tobytes().hex(),
         }
 
     def _by_task(self, right: np.ndarray) -> dict[str, float]:

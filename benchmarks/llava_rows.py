@@ -142,8 +142,24 @@ def pairs() -> list[tuple[Row, Row]]:
     ]
 
 
-def gains(result: dict[str, Any]) -> list[dict[str, Any]]:
+def steps(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """The same of an ablation: each part over all before it, then alternatives."""
+    added = [r for r in rows if r.method in ("rtn", "mquant") or r.method.startswith("+")]
+    named = {r.method: r for r in rows}
+    others = (
+        ("mquant", "mquant, no learning"),
+        ("mquant, by block", "mquant, no learning"),
+        ("plain Hadamard +rms", "plain Hadamard"),
+    )
+    found = [(named[new], named[old]) for new, old in others if new in named and old in named]
+    return [*zip(added[1:], added[:-1], strict=True), *found]
+
+
+def gains(result: dict[str, Any], compared: list[tuple[Row, Row]]) -> list[dict[str, Any]]:
     """Paired differences between the rows of a result, as far as both were measured.
+
+    Args:
+        compared: :func:`pairs` or :func:`steps`.
 
     Returns:
         ``{"row", "over", "delta", "delta_ci95", "kl", "kl_over"}``: names of both rows, difference
@@ -153,7 +169,7 @@ def gains(result: dict[str, Any]) -> list[dict[str, Any]]:
     known = {tuple(r[k] for k in columns): r for r in result["rows"]}
     pictures = np.repeat(np.arange(len(result["questions"])), result["questions"])
     out = []
-    for rows in pairs():
+    for rows in compared:
         new, old = (known.get(tuple(row.key().values())) for row in rows)
         if new and old:
             hits, before = (_bits(r["right"], len(pictures)) for r in (new, old))

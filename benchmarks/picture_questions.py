@@ -21,7 +21,7 @@ from mquant_jax.nn.act_quant import TEXT
 from mquant_jax.nn.cache import KVCache
 from mquant_jax.samples import Sample
 
-PICTURES, QUESTIONS = 8, 40  # of a group: one shape compiles once
+PICTURES, QUESTIONS = 8, 64  # of a group: one shape compiles once
 Collate = Callable[[Sequence[Prompt]], Batch]
 
 
@@ -31,7 +31,7 @@ class Asked:
 
     Attributes:
         front: the prompt up to its last visual token.
-        question, answer: the ids behind it, and those of the answer with its end.
+        question, answer: the ids after it, and those of the answer with its end.
         picture: number of the picture; its questions are neighbours and share the front.
     """
 

@@ -24,7 +24,7 @@ SEED = 7  # training draws with 0
 
 
 def task(picture: Picture, answer: str) -> str:
-    """Kind of picture; questions for yes or no apart."""
+    """Kind of picture; yes-or-no questions separately."""
     return picture.kind + (" yes/no" if answer in ("yes", "no") else "")
 
 

@@ -29,7 +29,7 @@ class Model:
     """The folder's tower, tokenizer and language model.
 
     Attributes:
-        front: ids in front of a picture and behind it.
+        front: ids before a picture and after it.
         shape, frozen: see examples/low_rank.py.
     """
 

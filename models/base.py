@@ -45,6 +45,8 @@ class Config(Protocol):
     @property
     def language(self) -> DecoderConfig: ...
 
+    def __hash__(self) -> int: ...
+
 
 class VLM(nnx.Module):
     """A vision module and a decoder. Families subclass it and set their vision module.
@@ -124,7 +126,7 @@ class VLM(nnx.Module):
         return tuple(jnp.split(visual, visual.shape[-1] // self.language.cfg.hidden_size, axis=-1))
 
     def added(self, batch: Batch, visual: Features | None) -> DeepFeatures | None:
-        """What visual features, in parts, add behind layers of the decoder."""
+        """What visual features, in parts, add after layers of the decoder."""
         deep = () if visual is None else parts_of(visual)[1:]
         return DeepFeatures(deep, batch.visual_index) if deep else None
 

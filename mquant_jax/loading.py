@@ -74,22 +74,54 @@ def load_model(
         CheckpointError: files are missing, damaged or edited, or do not fit the model.
     """
     folder = Path(folder)
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
     manifest = load_manifest(folder, verify)
     check_files(folder, manifest, verify)
-    family, config, recipe, hf_config = describe(folder, manifest)
-    try:
-        model = abstract_model(family, config, recipe, dtype)
-    except ValueError as e:
-        raise CheckpointError(f"{folder}: config.json and recipe do not fit: {e}") from e
-    check_tensors(manifest, abstract_params(model), folder)
+    loaded = _described_model(folder, manifest, dtype)
+    model = loaded.model
     hold = {None: held, True: QWeight.packed, False: QWeight.unpacked}[keep_packed]
     if manifest["format_version"] == 2:
         params = orbax_format.read(folder, manifest, bool(verify))
         set_params(model, params, lambda x, like: _converted(x, like, hold))
     else:
         _Filler(model, manifest, hold).fill(folder, verify)
+    return loaded
+
+
+def outline(folder: str | Path, verify: Verify = False) -> Loaded:
+    """The same with shapes instead of arrays, in the layout of the platform that is traced for.
+
+    Args:
+        verify: as of :func:`load_model`, which reads all files once; without it only JSON files
+            are read.
+
+    Raises:
+        CheckpointError: see :func:`load_model`.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder, verify)
+    check_files(folder, manifest, verify)
+    if verify and manifest["format_version"] != 2:  # whose files are verified above
+        stream(folder, manifest, lambda entries: _dropped, verify)
+    loaded = _described_model(folder, manifest)
+    for path, variable in variables(loaded.model):
+        assign(loaded.model, path, _in_layout(variable.get_value()))
+    return loaded
+
+
+def _dropped(name: str, row: int, block: np.ndarray) -> None:
+    """Take a block that is read for its hash alone."""
+
+
+def _described_model(folder: Path, manifest: dict[str, Any], dtype: Any = None) -> Loaded:
+    """The abstract model that a manifest describes, as it is stored."""
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
+    family, config, recipe, hf_config = describe(folder, manifest)
+    try:
+        model = abstract_model(family, config, recipe, dtype)
+    except ValueError as e:
+        raise CheckpointError(f"{folder}: config.json and recipe do not fit: {e}") from e
+    check_tensors(manifest, abstract_params(model), folder)
     return Loaded(model, config, manifest, family, hf_config)
 
 
@@ -112,23 +144,21 @@ def held_bytes(folder: Path) -> int:
     """Memory of the loaded model on this platform, from JSON files only.
 
     Raises:
-        UserError: see :func:`describe`.
+        CheckpointError: see :func:`outline`.
     """
-    manifest = load_manifest(folder)
-    family, config, recipe, _ = describe(folder, manifest)
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return model_bytes(abstract_model(family, config, recipe, dtype))
+    return parameter_bytes(abstract_params(outline(folder).model))
 
 
 def model_bytes(model: VLM) -> int:
     """Bytes of an abstract model's tensors in the layout of the platform that is traced for."""
-
-    def form(value: Any) -> Any:
-        # A new function: JAX would reuse its trace of `held` for another platform.
-        return jax.eval_shape(lambda w: held(w), value) if isinstance(value, QWeight) else value
-
     values = (variable.get_value() for _, variable in variables(model))
-    return sum(parameter_bytes({"": form(value)}) for value in values)
+    return sum(parameter_bytes({"": _in_layout(value)}) for value in values)
+
+
+def _in_layout(value: Any) -> Any:
+    """An abstract tensor in the layout of the platform that is traced for."""
+    # A new function: JAX would reuse its trace of `held` for another platform.
+    return jax.eval_shape(lambda w: held(w), value) if isinstance(value, QWeight) else value
 
 
 def check_tensors(manifest: dict[str, Any], expected: Params, folder: Path) -> None:

@@ -12,16 +12,13 @@ from mquant_jax.samples import DEMO_ASSETS
 from tests.chat_cases import folder_of
 
 # Most of the time is compiling: thousands of small programs, each run a few times. LLVM's
-# optimisations would double it, and the newer way to write down a fusion adds half as much again
-# (jax 0.11 knows no other). What looks at XLA's programs has them compiled as users do: see
+# optimisations would double it, cutting small programs into parts that are compiled in parallel
+# costs a sixth, and the newer way to write down a fusion adds half as much again (jax 0.11 knows
+# no other). What looks at XLA's programs has them compiled as users do: see
 # tests/mquant_jax/test_fusions.py.
-FLAGS = "--xla_backend_optimization_level=0"
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
-
-
-# Far below 65,530, Linux's default limit: the next file adds more before it is checked again.
-MOST_MAPS = 20_000
 
 
 def pytest_configure(config) -> None:
@@ -68,14 +65,8 @@ def random_float(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _bounded_programs():
-    """Drop compiled programs after a file once they take many memory maps. A process has a limited
-    number of maps, and running out of them crashes the compiler."""
+    """Drop compiled programs after each file. They take memory maps, of which a process has a
+    limited number, and running out of them crashes the compiler. Keeping them for the next files
+    measured no faster, and took twice the memory."""
     yield
-    if _memory_maps() > MOST_MAPS:
-        jax.clear_caches()
-
-
-def _memory_maps() -> float:
-    """Memory maps of this process; infinite if the system does not tell."""
-    maps = Path("/proc/self/maps")
-    return maps.read_bytes().count(b"\n") if maps.exists() else float("inf")
+    jax.clear_caches()

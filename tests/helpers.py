@@ -40,6 +40,12 @@ Arrays = dict[str, np.ndarray]
 forward = jax.jit(lambda model, batch: model(batch))
 
 
+def mostly_slow(cases: Sequence[Any], *fast: Any) -> list[Any]:
+    """The cases as parameters of a test, all but some of them marked as slow."""
+    assert set(fast) <= set(cases)
+    return [c if c in fast else pytest.param(c, marks=pytest.mark.slow) for c in cases]
+
+
 def relative(got: Any, expected: Any) -> float:
     """``||got - expected|| / ||expected||`` in float64."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)

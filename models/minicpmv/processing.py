@@ -19,7 +19,7 @@ from mquant_jax.runtime.buckets import fine
 
 VISUAL = -1  # placeholder of a visual token; texts may contain any id of the vocabulary
 MASKED = 0  # the published code treats this id as padding everywhere, so "!" is never attended to
-_LANES, _UNROLLED = 8, 2  # vector width and unrolling of the loop behind the published positions
+_LANES, _UNROLLED = 8, 2  # vector width and unrolling of the loop that made the published positions
 
 
 def _ramp(start: float, step: float, n: int) -> np.ndarray:

@@ -126,7 +126,7 @@ def _taps(vision: Mapping[str, Any], language: DecoderConfig) -> tuple[int, ...]
 
     Raises:
         UserError: layers that do not exist, are not in rising order, or are more than the layers of
-            the language model, behind which their features are added.
+            the language model, after which their features are added.
     """
     taps, depth = vision["deepstack_visual_indexes"], vision["depth"]
     rising = all(a < b for a, b in itertools.pairwise((*taps, depth)))

@@ -22,7 +22,7 @@ class Qwen3VLVision(Qwen2VLVision):
             setattr(self, name, PatchMerger(config, place, config.merge_size**2, rngs=rngs))
 
     def flow(self, vision: VisionInput) -> Flow[Features]:
-        """Patches -> visual tokens, and what the decoder adds behind its first layers, each
+        """Patches -> visual tokens, and what the decoder adds after its first layers, each
         ``[N, P/4, hidden]``."""
         x, tapped = yield from self.tapped(vision)
         classes = vision.token_class[:, :: self.merger.block]

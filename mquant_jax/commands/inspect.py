@@ -9,7 +9,7 @@ from pathlib import Path
 from mquant_jax.checkpoint.manifest import REPORT
 from mquant_jax.cli_support import OK, Parser, add_no_verify
 from mquant_jax.errors import UserError
-from mquant_jax.loading import load_model
+from mquant_jax.loading import outline
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.numerics import QWeight
 from mquant_jax.ops.dense import DENSE, Product
@@ -23,8 +23,6 @@ from mquant_jax.runtime.memory import ACCELERATORS, checkpoint_plan
 from mquant_jax.sections import kind_of
 from mquant_jax.target import target
 from mquant_jax.validate import count
-
-_EXAMPLE = 128, 224  # text tokens, picture side in pixels
 
 
 def layer_paths(model, recipe: Recipe) -> list[dict]:
@@ -90,13 +88,11 @@ def main(argv: list[str]) -> int:
     given = args.context is not None or args.device is not None
     if given or args.batch != 1 or args.patches != MOST_TOGETHER_ELSEWHERE:
         raise UserError("--context, --batch, --patches and --device need --memory")
-    loaded = load_model(Path(args.checkpoint), verify=args.verify)
+    loaded = outline(args.checkpoint, args.verify)
+    findings = collect(args.checkpoint, verify=False)  # already verified
     recipe = Recipe.from_json(loaded.manifest["recipe"], "mquant.json: recipe")
     rows = layer_paths(loaded.model, recipe)
-    prompt = loaded.family.example_prompt(loaded.config, *_EXAMPLE)
-    batch = loaded.family.collate(loaded.config, [prompt])
-    ran = choices.rows_of(choices.choices(loaded.model, batch))
-    findings = collect(args.checkpoint, verify=False)  # already verified
+    tokens, ran = choices.example_rows(loaded)
     if args.json:
         print(json.dumps({"platform": target().platform, "recipe": recipe.to_json(),
                           "layers": rows, "forms": ran, "report": summary(findings)}))  # fmt: skip
@@ -108,7 +104,7 @@ def main(argv: list[str]) -> int:
     for r in rows:
         forms = f"{r['one_row']} / {r['many_rows']}" if "one_row" in r else "float dot"
         print(f"{r['layer']:<32} {r['count']:>5}  {r['weights']:<8} {r['activations']:<13} {forms}")
-    print(f"\none prompt of {len(prompt.input_ids)} tokens:\n" + choices.table(ran))
+    print(f"\none prompt of {tokens} tokens:\n" + choices.table(ran))
     if recipe.changes_weights:
         print("\n" + text(findings))
     if points:

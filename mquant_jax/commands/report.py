@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 from mquant_jax.cli_support import OK, Parser, add_no_verify
+from mquant_jax.loading import outline
 from mquant_jax.report.findings import collect
-from mquant_jax.report.page import write_report
+from mquant_jax.report.page import Ran, write_report
 from mquant_jax.report.summary import summary
+from mquant_jax.runtime.choices import example_rows
+from mquant_jax.target import target
 
 EPILOG = """\
 DIR/report.html is self-contained and works offline; its plots are also PNG files in DIR. Needs
@@ -25,12 +28,12 @@ def main(argv: list[str]) -> int:
     add_no_verify(parser)
     add("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    findings = collect(args.checkpoint, args.verify)
-    page, *drawn = write_report(findings, args.out)
+    tokens, ran = example_rows(outline(args.checkpoint, args.verify))
+    findings = collect(args.checkpoint, verify=False)  # already verified
+    page, *drawn = write_report(findings, args.out, Ran(target().platform, tokens, ran))
     if args.json:
-        print(
-            json.dumps(summary(findings) | {"html": str(page), "pictures": list(map(str, drawn))})
-        )
+        files = {"html": str(page), "pictures": list(map(str, drawn))}
+        print(json.dumps(summary(findings) | {"forms": ran} | files))
     else:
         print(f"{page}: {len(drawn)} pictures, {page.stat().st_size / 1e3:.0f} kB")
     return OK

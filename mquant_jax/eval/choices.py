@@ -116,8 +116,8 @@ def _open_values(answer: str) -> list[str | float]:
 def _key(line: str, last: bool) -> str:
     """The shortest text that follows an indicator of the answer; "" without one."""
     marks = (*_INDICATORS, "=") if last else _INDICATORS
-    behind = [line.split(mark)[-1].strip() for mark in marks if mark in line]
-    key = min((text for text in behind if text), key=len, default="")
+    after = [line.split(mark)[-1].strip() for mark in marks if mark in line]
+    key = min((text for text in after if text), key=len, default="")
     return "" if key in _TRIVIAL else key
 
 

@@ -112,7 +112,7 @@ class DecoderContext(LayeredContext):
         in_order: keys belong to the same tokens, and columns are in sequence order.
         used: int32 ``[B]``, how many keys may be seen, where rows differ in it.
         rows: as in :class:`~mquant_jax.nn.cache.KVCache`.
-        added: what the layers add to the stream behind them, or as :meth:`DeepFeatures.stacked`
+        added: what is added to the stream after each layer, or as :meth:`DeepFeatures.stacked`
             gives it; for a single layer ``[B, T, hidden]``. ``None``: nothing.
     """
 

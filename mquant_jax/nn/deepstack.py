@@ -1,4 +1,4 @@
-"""DeepStack: visual features that enter the decoder's stream behind its first layers."""
+"""DeepStack: visual features that enter the decoder's stream after its first layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows_of(features: Any, index: AnyArray) -> jax.Array:
 @partial(jax.tree_util.register_dataclass, data_fields=["features", "index"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DeepFeatures:
-    """What is added to the stream behind layers 0, 1, ... of a decoder.
+    """What is added to the stream after layers 0, 1, ... of a decoder.
 
     Attributes:
         features: of each layer, as :func:`rows_of` takes them, or handles that load such.
@@ -38,10 +38,10 @@ class DeepFeatures:
     index: AnyArray
 
     def at_layer(self, layer: int) -> jax.Array | None:
-        """float ``[B, T, hidden]`` of one layer; ``None`` behind the last one."""
+        """float ``[B, T, hidden]`` of one layer; ``None`` after the last one."""
         return rows_of(self.features[layer], self.index) if layer < len(self.features) else None
 
     def stacked(self) -> jax.Array:
-        """float ``[layers + 1, B, T, hidden]``: each layer's, then zeros for all layers behind."""
+        """float ``[layers + 1, B, T, hidden]``: each layer's, then zeros for the rest."""
         found = [rows_of(f, self.index) for f in self.features]
         return jnp.stack([*found, jnp.zeros_like(found[0])])

@@ -149,7 +149,7 @@ class Placement:
         if len(set(modes.values())) > 1:
             found = ", ".join(f"{reader} {mode}" for reader, mode in modes.items())
             raise UserError(
-                f"recipe: rules give the layers behind {self.path}/{name} different activations "
+                f"recipe: rules give the layers that read {self.path}/{name} different activations "
                 f"({found}); they read the same input, so name all of them in one rule"
             )
         return ActQuant(prefix + name, self.section(readers[0]), self.n_classes, rotation)

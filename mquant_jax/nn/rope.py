@@ -170,7 +170,7 @@ def multi_axis_angles(
     if isinstance(scaling, DynamicScaling | SteppedScaling):
         used = jnp.max(positions, axis=(0, 2)) + 1
         length = used if length is None else length
-        # Only the dynamic kind goes on growing behind the prompt.
+        # Only the dynamic kind keeps growing after the prompt.
         growing = jnp.maximum(used, length) if isinstance(scaling, DynamicScaling) else length
         freq = scaling(growing, dim, theta)[:, None]
     else:

@@ -151,7 +151,7 @@ class ViT(nnx.Module):
         """Patches -> visual tokens ``[N, M, hidden]``. Families add their connector here.
 
         A tower with taps gives a tuple: what takes the place of embeddings, and of each tap what
-        the decoder adds behind its layers 0, 1, ... (which may be handles, see ``passed_on`` of
+        the decoder adds after its layers 0, 1, ... (which may be handles, see ``passed_on`` of
         :class:`ModuleCall`).
         """
         return self.features(vision)

@@ -110,8 +110,8 @@ def partial_sums(
     """``x @ w.T`` for few rows, which want more blocks than there are outputs for.
 
     Arguments are those of :func:`matmul`. The sums over :attr:`Blocks.splits` parts of the inputs
-    are left apart, and so are the scales: whoever reads the result applies them in passing, which
-    costs no kernel of its own.
+    are kept separate, and so are the scales: the reader of the result applies them in passing,
+    which costs no kernel of its own.
 
     Returns:
         int32 ``[splits, rows, out]``.

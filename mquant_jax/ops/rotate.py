@@ -57,7 +57,7 @@ def _rows(x: jax.Array) -> int:
 
 
 def _row_by_row(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """A rotation of ``[rows, inputs]``, signs apart; a row has the same bits beside any others.
+    """A rotation of ``[rows, inputs]``, without signs; a row has the same bits beside any others.
 
     The outer factor is one small product for each row: as one product for all, XLA would transpose
     them to it and back. So is the inner one, unless a row alone makes it a large product.

@@ -135,7 +135,7 @@ def measured_gflops(size: int = 512, rounds: int = 20) -> float:
 
 
 def points_of(part: PartPlan) -> Iterator[list[LayerSpec]]:
-    """Return the layers behind each point of a part."""
+    """Return the layers that read each point of a part."""
     points: dict[str, list[LayerSpec]] = {}
     for layer in part.layers:
         if layer.point is not None and layer.path != "language/head":

@@ -27,7 +27,7 @@ def picture_hash(image: Any, name: str) -> str:
     compressed again.
 
     The grey picture is shrunk to 32 x 32; each bit says whether one of the 255 lowest frequencies
-    of its cosine transform, the mean apart, is above their median.
+    of its cosine transform, the mean excluded, is above their median.
 
     Args:
         image: whatever :func:`mquant_jax.models.images.load_image` takes.

@@ -33,7 +33,7 @@ def run_tapped(graphdef, state, *args):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def tapped(graphdef, point, state, known, *args):
-    """The input of one quantisation point; nothing behind it is computed, nor what only serves
+    """The input of one quantisation point; nothing after it is computed, nor what only serves
     points whose inputs are ``known`` by name."""
     return _tapped(graphdef, state, args, known)[1][point]
 

@@ -39,7 +39,7 @@ def percentile_clip(hist: Histogram, share: float = 0.9999) -> float:
 
 @jax.jit
 def _output_errors(rows: jax.Array, gram: jax.Array, clips: jax.Array) -> jax.Array:
-    """Error in the outputs of the layers behind a point for each clip: float32 ``[clips]``."""
+    """Error in the outputs of the layers that read a point for each clip: float32 ``[clips]``."""
 
     def error(clip):
         scale = clip / INT_MAX[8]

@@ -1,9 +1,9 @@
 """Quantise a model from input to output, each part on what the quantised parts before it deliver.
 
 :class:`Quantiser` is shown the model part by part. A block is handled point by point in running
-order: watch the inputs, set the static scale, round the weights behind the point, go on with the
-rounded weights. Then the whole quantised block, activations included, produces the input of the
-next.
+order: observe the inputs, set the static scale, round the weights of the layers that read them,
+continue with the rounded weights. Then the whole quantised block, activations included, produces
+the input of the next.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Quantiser:
     def _touches(self, part: Part) -> bool:
         """Whether the recipe quantises weights or activations of a part."""
         module: Any = part.module
-        readers = (reader for behind in module.POINTS.values() for reader in behind)
+        readers = (reader for names in module.POINTS.values() for reader in names)
         sections = (self.recipe.section_for(f"{part.name}/{reader}") for reader in readers)
         return any(s.quantised or s.activations != "none" for s in sections)
 
@@ -171,16 +171,16 @@ class Quantiser:
 
     # --- points ------------------------------------------------------------------------------
 
-    def _point(self, work: Work, point: str, behind: tuple[str, ...], fixed: bool = False) -> None:
-        """Scale of one point, then the weights behind it, rounded in place in the module.
+    def _point(self, work: Work, point: str, layers: tuple[str, ...], fixed: bool = False) -> None:
+        """Set one point's scale, then round its readers' weights in place in the module.
 
         ``fixed``: those weights are rounded elsewhere.
         """
         part = work.part
         path = f"{part.name}/{point}"
-        sections = {r: self.recipe.section_for(f"{part.name}/{r}") for r in behind}
-        static = sections[behind[0]].mode(point) == "static"  # all readers agree
-        readers = () if fixed else tuple(r for r in behind if sections[r].quantised)
+        sections = {r: self.recipe.section_for(f"{part.name}/{r}") for r in layers}
+        static = sections[layers[0]].mode(point) == "static"  # all readers agree
+        readers = () if fixed else tuple(r for r in layers if sections[r].quantised)
         if not static and not readers:
             return
         seen = self._watch(work, point, bool(readers))

@@ -2,7 +2,7 @@
 
 ``s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)``; activations are divided by ``s``, weights
 multiplied. The strength ``alpha`` is searched separately for every norm, value and hidden layer, by
-the quantisation error in the outputs of the layers behind.
+the quantisation error in the outputs of the layers that read them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def smooth_params(
 def _search(params: Params, link: Link, stats: Statistics, sections: Sequence[Section]):
     """Return the strength with the least error, and its scales, float64 ``[width]``.
 
-    Readers may be behind several points: experts have one each.
+    Readers may read several points: experts have one each.
     """
     weights = [jnp.asarray(params[f"{r}/kernel"].load(), jnp.float32) for r in link.readers]
     points = [stats.point_of[r] for r in link.readers]

@@ -55,7 +55,7 @@ def split_weight(
 ) -> SplitWeight:
     """Round a weight whole or split, as the criterion decides.
 
-    The paper's criterion: the channel's weight (``sqrt(n) |mean|`` behind a plain Hadamard)
+    The paper's criterion: the channel's weight (``sqrt(n) |mean|`` after a plain Hadamard)
     exceeds every other weight of its row. A layer is split if this holds for half of its rows.
 
     Args:

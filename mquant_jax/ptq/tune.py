@@ -40,7 +40,7 @@ class Recomputing(Runner):
 
 @nnx.jit
 def _inputs(model: VLM, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-    """A decoder's inputs ``[B, T, hidden]``, and what a tower with taps adds behind its layers,
+    """A decoder's inputs ``[B, T, hidden]``, and what a tower with taps adds after its layers,
     ``[taps + 1, B, T, hidden]``."""
     visual = model.visual(batch)
     x, added = model.embed(batch, visual=visual), model.added(batch, model.parts(visual))

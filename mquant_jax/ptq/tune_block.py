@@ -1,7 +1,7 @@
 """Learn scales in bounded memory: one block at a time, by gradient descent on the block's output.
 
 The block's inputs come from the quantised blocks before it, and its target is the float model's
-output behind it. It therefore also corrects some of the earlier blocks' errors. Only one block is
+output after it. It therefore also corrects some of the earlier blocks' errors. Only one block is
 in memory. The divergence of the predicted tokens, which :mod:`mquant_jax.ptq.tune` minimises over
 the whole model, is not available here.
 """
@@ -35,7 +35,7 @@ def tune_block(
         block: the quantised block; consumed.
         inputs: its arguments, chunk by chunk: the quantised model's residual stream
             ``[B, T, hidden]``, and a context whose arrays all have the leading axis ``B``.
-        targets: the float model's stream behind the block, chunk by chunk, ``[B, T, hidden]``.
+        targets: the float model's stream after the block, chunk by chunk, ``[B, T, hidden]``.
 
     Returns:
         The learned arrays by their names in the block (of a quantised weight: its scale), and the

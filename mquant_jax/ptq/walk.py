@@ -320,7 +320,7 @@ class Walk:
         found = self.states.found(key, count)
         if found is None:
             raise UserError(
-                f"{self.states.folder}: the states behind {name} are missing; begin anew with "
+                f"{self.states.folder}: the states after {name} are missing; begin anew with "
                 "--restart"
             )
         return found, self.states.found(f"{key}.float", count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from mquant_jax.report.summary import (
     saturation_rows,
     sensitive,
 )
+from mquant_jax.runtime.choices import merged
 from mquant_jax.sections import kind_of, section_name
 
 PAGE = "report.html"
@@ -29,8 +31,25 @@ td:last-child{white-space:normal;overflow-wrap:anywhere}.left td{text-align:left
 """
 
 
-def write_report(findings: Findings, out: Path) -> list[Path]:
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What the checkpoint runs on a platform.
+
+    Attributes:
+        tokens: of the prompt that was traced.
+        rows: of :func:`mquant_jax.runtime.choices.rows_of`.
+    """
+
+    platform: str
+    tokens: int
+    rows: list[dict[str, Any]]
+
+
+def write_report(findings: Findings, out: Path, ran: Ran | None = None) -> list[Path]:
     """Write ``report.html`` and its plots to a folder; returns the files.
+
+    Args:
+        ran: for the page's section about kernels, which is left out without it.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -38,14 +57,14 @@ def write_report(findings: Findings, out: Path) -> list[Path]:
     drawn = list(pictures(findings))
     out.mkdir(parents=True, exist_ok=True)
     files = [out / PAGE]
-    files[0].write_text(report_page(findings, drawn), encoding="utf-8")
+    files[0].write_text(report_page(findings, drawn, ran), encoding="utf-8")
     for picture in drawn:
         files.append(out / f"{picture.name}.png")
         files[-1].write_bytes(picture.data)
     return files
 
 
-def report_page(findings: Findings, drawn: Sequence[Picture]) -> str:
+def report_page(findings: Findings, drawn: Sequence[Picture], ran: Ran | None = None) -> str:
     """The page with embedded plots."""
     title = f"Quantisation report: {findings.folder.name}"
     sections = {
@@ -56,6 +75,7 @@ def report_page(findings: Findings, drawn: Sequence[Picture]) -> str:
         "Activations": [*_shown(drawn, "activations"), *_single_points(findings)],
         "Candidates for 8 bits": [*_shown(drawn, "sensitivity"), *_candidates(findings)],
         "Calibration data": _coverage(findings),
+        "Kernels": () if ran is None else _kernels(ran),
         "Missing data": [f"<p>{html.escape(text)}</p>" for text in findings.missing],
     }
     body = []
@@ -73,6 +93,15 @@ def _shown(drawn: Sequence[Picture], group: str) -> Iterator[str]:
                 f'src="{data_url(picture.data, "png")}">'
                 f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
             )
+
+
+def _kernels(ran: Ran) -> Iterator[str]:
+    yield (
+        f'<p class="note">What runs on {html.escape(ran.platform)} for one prompt of {ran.tokens} '
+        "tokens with a picture. Layers of a stack are counted once.</p>"
+    )
+    rows = [(phase, op, str(n), form, why or "-") for phase, op, n, form, why in merged(ran.rows)]
+    yield _left(("phase", "operation", "calls", "form", "why not another one"), rows)
 
 
 def _summary(findings: Findings) -> Iterator[str]:

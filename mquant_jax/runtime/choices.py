@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from mquant_jax.loading import Loaded
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.ops.registry import Choice, recording
 from mquant_jax.runtime import steps
 
+EXAMPLE = 128, 224  # text tokens, and side of a picture in pixels
 _ELSEWHERE = "not "  # how the reasons of forms begin that are for other devices or operands
 
 
@@ -43,6 +45,18 @@ def choices(model: VLM, batch: Batch) -> dict[str, list[Choice]]:
     return {"prefill": first, "decode": then}
 
 
+def example_rows(loaded: Loaded) -> tuple[int, list[dict[str, Any]]]:
+    """The tokens of one prompt with a picture, and :func:`rows_of` for it.
+
+    Args:
+        loaded: its arrays may be abstract.
+    """
+    family, config = loaded.family, loaded.config
+    prompt = family.example_prompt(config, *EXAMPLE)
+    found = choices(loaded.model, family.collate(config, [prompt]))
+    return len(prompt.input_ids), rows_of(found)
+
+
 def rows_of(found: dict[str, list[Choice]]) -> list[dict[str, Any]]:
     """One JSON row per phase and kind of call: ``{"phase", "op", "form", "calls", "spec",
     "refused": {form: reason}}``."""
@@ -57,18 +71,25 @@ def rows_of(found: dict[str, list[Choice]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Format rows as text: a line per phase, op and form, with the reasons of the other forms
-    for this device."""
-    merged: dict[tuple[str, str, str], tuple[int, dict[str, str]]] = {}
+def merged(rows: list[dict[str, Any]]) -> list[tuple[str, str, int, str, str]]:
+    """Phase, operation, calls, form, and the reasons of the other forms for this device; one entry
+    per phase, operation and form."""
+    found: dict[tuple[str, str, str], tuple[int, dict[str, str]]] = {}
     for r in rows:
         key = r["phase"], r["op"], r["form"]
-        calls, reasons = merged.get(key, (0, {}))
+        calls, reasons = found.get(key, (0, {}))
         own = {k: v for k, v in r["refused"].items() if not v.startswith(_ELSEWHERE)}
-        merged[key] = calls + r["calls"], reasons | own
+        found[key] = calls + r["calls"], reasons | own
+    return [
+        (phase, op, calls, form, "; ".join(f"{name}: {why}" for name, why in reasons.items()))
+        for (phase, op, form), (calls, reasons) in found.items()
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Format rows as text, a line for each entry of :func:`merged`."""
     lines = [f"{'phase':<8} {'operation':<23} {'calls':>5}  form, and why not another one"]
-    for (phase, op, form), (calls, reasons) in merged.items():
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    for phase, op, calls, form, why in merged(rows):
         lines.append(f"{phase:<8} {op:<23} {calls:>5}  {form}" + (f"  ({why})" if why else ""))
     return "\n".join(lines)
 

@@ -235,7 +235,7 @@ def insert(answers: Answers, entry: Entry, row: jax.Array, slot: jax.Array) -> A
 
 
 def _cursor_after(cache: KVCache, order: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
-    """The cursor behind a new piece, whose ``order`` is ``[1, PIECE]``."""
+    """The cursor after a new piece, whose ``order`` is ``[1, PIECE]``."""
     if not cache.cursor.ndim:
         return jnp.maximum(cache.cursor, slot + PIECE)
     held = jnp.where(order[0] != NEVER, jnp.arange(1, PIECE + 1, dtype=jnp.int32), 0)

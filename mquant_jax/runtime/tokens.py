@@ -125,7 +125,7 @@ def restore(values: Array, columns: Array, length: int) -> Array:
 
 
 def follow(batch: Batch, order: Array, position: Array) -> Batch:
-    """Move a batch of further tokens behind those already in the cache.
+    """Move a batch of further tokens after those already in the cache.
 
     Args:
         batch: the prompts of the next turn, numbered as if they started a conversation.

@@ -96,6 +96,17 @@ def test_steps_of_an_ablation_keep_their_recipe() -> None:
         )  # fmt: skip
 
 
+def test_an_ablation_compares_each_part_with_all_before_it() -> None:
+    rows = [llava.Row(r.method, recipe=r.recipe) for r in ablation_rows()]
+    compared = [(new.method, old.method) for new, old in llava.steps(rows)]
+    assert compared[:3] == [("+rotation", "rtn"), ("+gptq", "+rotation"), ("+msq", "+gptq")]
+    assert compared[-4:] == [
+        ("mquant", "+balance"), ("mquant", "mquant, no learning"),
+        ("mquant, by block", "mquant, no learning"), ("plain Hadamard +rms", "plain Hadamard"),
+    ]  # fmt: skip
+    assert llava.steps(rows[:1]) == []
+
+
 class TinyBed:
     """A golden's model in place of the assembled one."""
 
@@ -133,7 +144,7 @@ def test_gains_are_paired_differences_of_rows() -> None:
         | {"right": np.packbits(hits).tobytes().hex(), "kl": 0.1 * len(activations)}
         for activations, hits in right.items()
     ]
-    (gain,) = llava.gains({"rows": rows, "questions": [2] * 4})
+    (gain,) = llava.gains({"rows": rows, "questions": [2] * 4}, llava.pairs())
     assert (gain["row"], gain["over"]) == ("mquant, modality", "mquant, shared")
     assert gain["delta"] == 1 / 8 and gain["kl_over"] == pytest.approx(0.6)
     low, high = gain["delta_ci95"]

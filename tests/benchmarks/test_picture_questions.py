@@ -55,8 +55,7 @@ def quantised_model(family, model, config, batch):
     return made
 
 
-@pytest.mark.parametrize("case", [CLIP, DINOV2])
-@pytest.mark.parametrize("kind", ["float", "w4a8"])
+@pytest.mark.parametrize(("case", "kind"), [(CLIP, "float"), (DINOV2, "float"), (CLIP, "w4a8")])
 def test_packed_answers_are_those_of_generation(case, kind, monkeypatch) -> None:
     monkeypatch.setattr(picture_questions, "PICTURES", 2)
     monkeypatch.setattr(picture_questions, "QUESTIONS", 4)  # the last group is part empty

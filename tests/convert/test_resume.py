@@ -116,5 +116,5 @@ def test_a_full_disk_and_other_inputs(tmp_path, monkeypatch, undisturbed) -> Non
 def test_lost_states_are_named(tmp_path, monkeypatch) -> None:
     dst = stopped(tmp_path, monkeypatch)
     shutil.rmtree(work_folder(dst) / "states")
-    with pytest.raises(UserError, match="states behind .* are missing.*--restart"):
+    with pytest.raises(UserError, match="states after .* are missing.*--restart"):
         convert(SOURCE, dst, RECIPE, resume=True)

@@ -26,7 +26,7 @@ from tests.family_cases import (
     rotated_twin,
 )
 from tests.family_checks import w4a8_error
-from tests.helpers import relative
+from tests.helpers import mostly_slow, relative
 from tests.llava_cases import CLIP, DINOV2, GOLDEN_CASES, VARIED
 
 
@@ -73,7 +73,7 @@ def test_the_projector_needs_the_mean_of_the_stream(case) -> None:
     assert relative(got, expected) > 1e-2
 
 
-@pytest.mark.parametrize("case", GOLDEN_CASES)
+@pytest.mark.parametrize("case", mostly_slow(GOLDEN_CASES, DINOV2))
 def test_w4a8_is_close(case) -> None:
     _, config = family_of(changed_config(case))
     error, report = w4a8_error(FAMILY, *untied(config, golden_params(case)), case)

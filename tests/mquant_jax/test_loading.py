@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from mquant_jax.checkpoint.check import check_result, examine
@@ -20,15 +21,15 @@ from mquant_jax.checkpoint.manifest import content_hash
 from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.checkpoint.writer import save
 from mquant_jax.errors import CheckpointError
-from mquant_jax.loading import held_bytes, load_model
+from mquant_jax.loading import held_bytes, load_model, outline
 from mquant_jax.models.base import abstract_model
 from mquant_jax.models.registry import family_for
-from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes
+from mquant_jax.nn.params import abstract_params, get_params, parameter_bytes, set_params
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.pipeline import quantize_params
 from mquant_jax.recipe import Recipe, Section
 from mquant_jax.target import tracing_for
-from tests.helpers import GOLDENS, cpu_target, forward
+from tests.helpers import GOLDENS, cpu_target, forward, golden_model
 
 QUANTISED = Recipe(
     name="mixed",
@@ -256,3 +257,34 @@ def test_accelerators_get_the_form_of_their_kernels(tmp_path, target, storage):
     assert {v.storage for v in kernels.values() if v.groups == 1} == {storage}
     for name, value in kernels.items():
         _equal(jax.tree.map(np.asarray, value.unpacked()), stored[name].unpacked())
+
+
+@pytest.mark.parametrize("short", [60, 4095])  # every layer has more inputs, or none
+def test_an_outline_has_the_shapes_of_what_is_loaded(tmp_path, short) -> None:
+    _convert(tmp_path / "dst", "qwen2_vl/public", QUANTISED)
+
+    def shapes(model):
+        graph, state = nnx.split(model)
+        return graph, jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+    with tracing_for(cpu_target(short_row=short)):
+        loaded, outlined = load_model(tmp_path / "dst"), outline(tmp_path / "dst")
+    assert shapes(outlined.model) == shapes(loaded.model)
+    for file in tmp_path.glob("dst/params/*"):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert outline(tmp_path / "dst").manifest == loaded.manifest  # no tensor is read
+    with pytest.raises(CheckpointError, match="damaged"):
+        outline(tmp_path / "dst", verify=True)
+
+
+def test_an_abstract_model_is_the_caller_s_own() -> None:
+    """Its structure is kept for the next call, which must not see what the caller changes."""
+    family, model, config, _, _ = golden_model("qwen2_vl/public")
+    first = abstract_model(family, config, Recipe())
+    expected = {k: (v.shape, v.dtype) for k, v in abstract_params(first).items()}
+    set_params(first, dict(get_params(model)))
+    del first.language.norm
+    second = abstract_model(family, config, Recipe())
+    leaves = jax.tree.leaves(nnx.state(second))
+    assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert {k: (v.shape, v.dtype) for k, v in abstract_params(second).items()} == expected

@@ -22,7 +22,7 @@ from mquant_jax.ptq.convert import convert
 from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Recipe, Tuning
 from mquant_jax.samples import BUNDLED_HELDOUT, DEMO_ASSETS, read_samples
-from tests.helpers import forward, golden, golden_model, relative
+from tests.helpers import forward, golden, golden_model, mostly_slow, relative
 
 W4A8 = PRESETS["w4a8"]
 ROUNDING = 1e-4
@@ -54,7 +54,7 @@ def split_like(model: nnx.Module, family: str, recipe: Recipe) -> nnx.Module:
     return other
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "qwen2_vl", "qwen3_vl", "cogvlm2"))
 def test_segments_compute_what_one_stack_computes(family) -> None:
     """Tower, taps, experts, windows, prefill, cache, decoding. (Loops of one turn are fused
     otherwise.)"""
@@ -107,7 +107,7 @@ def test_a_rule_may_name_one_layer() -> None:
     assert rows["language/layers/*/down_proj", "int4"] == 2
 
 
-@pytest.mark.parametrize("tune", [None, "block", "model"])
+@pytest.mark.parametrize("tune", mostly_slow([None, "block", "model"], "model"))
 def test_quantising_such_a_model(tune) -> None:
     brand, model, config, inputs, _ = golden_model("qwen2_vl/public")
     batch = brand.reference_batch(config, inputs)

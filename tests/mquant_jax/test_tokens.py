@@ -13,7 +13,7 @@ from mquant_jax.models.base import Batch
 from mquant_jax.nn.act_quant import SINK
 from mquant_jax.runtime.generate import Generator, decode, extend, prefill
 from mquant_jax.runtime.tokens import arrange, chunks, follow, restore, uses_aifs
-from tests.helpers import GOLDENS, forward, golden_model, relative
+from tests.helpers import GOLDENS, forward, golden_model, mostly_slow, relative
 
 # Every family with pictures: one golden each, several pictures and unequal rows where it has them.
 CASES = sorted(
@@ -21,6 +21,8 @@ CASES = sorted(
     for folder in GOLDENS.glob("*/public")
     if folder.parent.name not in ("llama", "qwen2")
 )
+# Experts, taps, resampled pictures, three axes of positions and one.
+FAST = [f"{name}/public" for name in ("cogvlm2", "qwen3_vl", "qwen_vl", "qwen2_vl", "internvl2")]
 SLOTS = 256
 RTOL = 1e-5
 
@@ -33,7 +35,7 @@ def host(batch: Batch) -> Batch:
     return jax.tree.map(np.asarray, batch)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=mostly_slow(CASES, *FAST))
 def case(request):
     family, model, config, inputs, outputs = golden_model(request.param)
     return model, host(family.reference_batch(config, inputs)), outputs

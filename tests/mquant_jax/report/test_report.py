@@ -170,6 +170,9 @@ def test_the_command_prints_the_short_form(folders, tmp_path, capsys) -> None:
     out = json.loads(capsys.readouterr().out)
     assert out["html"] == str(tmp_path / "report.html") and out["bytes_after"] < out["bytes_before"]
     assert set(out["weight_sqnr_db"]) == {"language"} and out["saturation"] is None
+    text = (tmp_path / "report.html").read_text()
+    for form in {row["form"] for row in out["forms"]} | {"prefill", "decode", "Kernels"}:
+        assert f">{form}<" in text, form
     assert main(["inspect", str(folders / "halved"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["report"]["recipe"] == "halved"
     assert main(["inspect", str(folders / "halved")]) == 0
