@@ -81,7 +81,7 @@ class EnginePrograms:
         sizes = (width, reach, len(features), chunk.batch.visual_slots)
         place = np.int32(row), np.int32(chunk.start), np.int32(span)
         program = self._program("chunk", *sizes)
-        return program(self._params, state, chunk.batch, features, *place)
+        return program(self._params_for(width), state, chunk.batch, features, *place)
 
     def reach(self, start: int, width: int) -> int:
         """Columns that the program of a chunk looks at: none in a first chunk, else a size of which
@@ -103,7 +103,7 @@ class EnginePrograms:
         On CPU a program takes as many rows as decode, or the next larger number of a few.
         """
         size = self._step_rows(len(running))
-        program = partial(self._program("step", size), self._step_params(size), state)
+        program = partial(self._program("step", size), self._params_for(size), state)
         if size == self.rows:
             state, tokens = program(np.isin(np.arange(size), running))
             return state, np.asarray(tokens)[running]
@@ -123,9 +123,9 @@ class EnginePrograms:
         parts = (part for _, part in nnx.iter_modules(self.generator.model.language))
         return all(part.mode != "none" for part in parts if isinstance(part, ActQuant))
 
-    def _step_params(self, size: int) -> Any:
-        """What a step of so many rows takes."""
-        return self._apart if self.generator.platform == "cpu" and size > 1 else self._params
+    def _params_for(self, tokens: int) -> Any:
+        """What a program takes whose products have so many rows."""
+        return self._apart if self.generator.platform == "cpu" and tokens > 1 else self._params
 
     @cached_property
     def _apart(self) -> Any:
@@ -176,7 +176,7 @@ class EnginePrograms:
         args = [self._slots, shape_of((size,), bool)]
         if size < self.rows:
             args.append(shape_of((size,), np.int32))
-        return self.generator.compiled(slots.step, *args, donate=1, params=self._step_params(size))
+        return self.generator.compiled(slots.step, *args, donate=1, params=self._params_for(size))
 
     def _compile_chunk(self, width: int, reach: int, count: int, visual_slots: int | None) -> Any:
         def read(model: VLM, state: Slots, batch: Batch, features: tuple, row, start, span):
@@ -185,4 +185,4 @@ class EnginePrograms:
 
         batch = self.generator.prompt_shapes(1, width, visual_slots)
         args = self._slots, batch, self.generator.piece_shapes(count), _NUMBER, _NUMBER, _NUMBER
-        return self.generator.compiled(read, *args, donate=1)
+        return self.generator.compiled(read, *args, donate=1, params=self._params_for(width))
