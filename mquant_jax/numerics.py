@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.apart import Apart
+
 AnyArray = jax.Array | np.ndarray  # NumPy on the host, jax.Array inside a program
 Storage = Literal["packed", "int8", "parts", "int4"]
 INT_MAX = {4: 7, 8: 127}
@@ -73,6 +75,7 @@ class QWeight:
             ``parts`` runs, each contiguous in memory (per-channel scales only);
             ``storage == "int4"``: int4 ``[..., out, in]`` (4 bits only), which accelerators store
             as two per byte and feed to their matrix units directly.
+            A stack in storage ``int8`` or ``parts`` may be an :class:`Apart`.
         scale: float32 ``[..., out, groups]``; group ``g`` covers columns
             ``[g * in/groups, (g+1) * in/groups)``. One group means per-channel scales.
         in_features: the contraction length, without padding.
@@ -82,7 +85,7 @@ class QWeight:
             the layer with this index, which kernels read in place. ``None``: no stack index.
     """
 
-    values: jax.Array
+    values: jax.Array | Apart
     scale: jax.Array
     in_features: int
     bits: int
@@ -103,7 +106,9 @@ class QWeight:
         if self.layer is None:
             return self
         values, scale = (
-            jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False)
+            a.of_layer(self.layer)
+            if isinstance(a, Apart)
+            else jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False)
             for a in (self.values, self.scale)
         )
         return dataclasses.replace(self, values=values, scale=scale, layer=None)

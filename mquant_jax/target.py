@@ -40,6 +40,7 @@ class Limits:
         short_row: XLA's CPU backend fuses what a vector is multiplied with if the float32 vector
             takes less than 16 KiB. No sum of products of int4 by int8 is then too large for
             float32 to hold exactly.
+        summed: values from which on any release of XLA's CPU backend adds them up by its library.
         most_logits, part_logits: logits above which attention runs in parts, and the logits of a
             part: on CPU what its caches hold, elsewhere what memory can spare.
     """
@@ -55,6 +56,7 @@ class Limits:
     gpu_elements: int = 2**31 - 1
     gpu_inputs: int = 2**17 - 1
     short_row: int = 16 * 1024 // 4 - 1
+    summed: int = 32 * 1024
     most_logits: int = 2**28
     part_logits: int = 2**27
 

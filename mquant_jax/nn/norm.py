@@ -8,7 +8,7 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Tap
 from mquant_jax.numerics import QTensor, along_last
-from mquant_jax.ops.norm import rms_norm, rms_quantize
+from mquant_jax.ops.norm import mean_square, of_rows, rms_norm, rms_quantize
 
 
 class RMSNorm(nnx.Module):
@@ -45,9 +45,13 @@ class ProjectedNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
-        along = along_last(self.weight.get_value().astype(jnp.float32), x)
-        x = x - jnp.sum(x * along, axis=-1, keepdims=True) * along
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight.get_value().astype(jnp.float32)
+
+        def component(x: jax.Array) -> jax.Array:
+            return jnp.sum(x * along_last(weight, x), axis=-1, keepdims=True)
+
+        x = x - of_rows(component, x) * along_last(weight, x)
+        x = x * jax.lax.rsqrt(mean_square(x) + self.eps)
         return x.astype(self.dtype)
 
 
@@ -61,7 +65,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        x = x - of_rows(lambda x: jnp.mean(x, axis=-1, keepdims=True), x)
+        x = x * jax.lax.rsqrt(mean_square(x) + self.eps)
         weight, bias = (along_last(p.get_value(), x) for p in (self.weight, self.bias))
         return (x * weight + bias).astype(self.dtype)

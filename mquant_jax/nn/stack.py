@@ -11,10 +11,8 @@ model gives to its parts are the paths of their parameters.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,23 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mquant_jax.apart import Apart
 from mquant_jax.nn.params import first_of, segment_name
 from mquant_jax.nn.side_by_side import joined
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.dense import reads_stacks
 from mquant_jax.target import target
-
-_UNROLLED: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled", default=False)
-
-
-@contextlib.contextmanager
-def unrolled() -> Iterator[None]:
-    """Trace stacks layer by layer instead of as a scan."""
-    token = _UNROLLED.set(True)
-    try:
-        yield
-    finally:
-        _UNROLLED.reset(token)
 
 
 def stack_layers(
@@ -78,7 +65,19 @@ def segments(stack: nnx.Module) -> list[tuple[int, nnx.Module]]:
 
 def num_layers(stack: nnx.Module) -> int:
     """Layers in all segments."""
-    return sum(jax.tree.leaves(nnx.state(part))[0].shape[0] for _, part in segments(stack))
+    states = (nnx.state(part) for _, part in segments(stack))
+    return sum(_depth(jax.tree.leaves(state, is_leaf=_kernel)) for state in states)
+
+
+def _kernel(leaf: Any) -> bool:
+    """Whether it is a stack of kernels that is more than an array."""
+    return isinstance(leaf, QWeight | Apart)
+
+
+def _depth(leaves: Sequence[Any]) -> int:
+    """Layers of a stack by its leaves."""
+    first = leaves[0]
+    return (first.scale if isinstance(first, QWeight) else first).shape[0]
 
 
 class LayeredContext:
@@ -184,11 +183,10 @@ def _scan(
     whole, and each layer receives its index. On TPU, small arrays are sliced together.
     """
     graphdef, state = nnx.split(stack)
-    leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QWeight))
-    whole = [isinstance(leaf, QWeight) and reads_stacks(leaf) for leaf in leaves]
+    leaves, tree = jax.tree.flatten(state, is_leaf=_kernel)
+    whole = [_kernel(leaf) and reads_stacks(leaf) for leaf in leaves]
     cut = [None if stays else leaf for leaf, stays in zip(leaves, whole, strict=True)]
-    depth = jax.tree.leaves(state)[0].shape[0]
-    numbers = jnp.arange(depth, dtype=jnp.int32) if any(whole) else None
+    numbers = jnp.arange(_depth(leaves), dtype=jnp.int32) if any(whole) else None
     cut, restored = joined(cut) if target().platform == "tpu" else (cut, lambda parts: parts)
 
     def step(carry, layer):
@@ -199,7 +197,7 @@ def _scan(
         ]
         return body(nnx.merge(graphdef, jax.tree.unflatten(tree, parts)), carry), None
 
-    return jax.lax.scan(wrap(step), start, (cut, numbers), unroll=_UNROLLED.get())[0]
+    return jax.lax.scan(wrap(step), start, (cut, numbers))[0]
 
 
 class Runner:

@@ -26,6 +26,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
+from mquant_jax.apart import Apart, by_layer
 from mquant_jax.ops.xla import s8_dot
 from mquant_jax.target import Target
 
@@ -71,13 +72,13 @@ def _as_float(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
     return (apart @ w.T.astype(jnp.float32)).astype(jnp.int32)
 
 
-def _moved(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
+def _moved(x: jax.Array, w: jax.Array | Apart, jaxpr: Any = None) -> jax.Array:
     """Activations are moved up by 128, which adds 128 times its sum to every product with a row of
     ``w``; one more row of nothing but 128 says how much that is. (To sum up the weights would mean
     to read them once more.)"""
     moved = jax.lax.bitcast_convert_type(x, jnp.uint8) ^ jnp.uint8(_OFFSET)
     offset = jnp.full((1, x.shape[1]), _OFFSET, jnp.uint8)
-    sums = _u8_by_s8.bind(jnp.concatenate([moved, offset]), w)
+    sums = by_layer(_u8_by_s8.bind, jnp.concatenate([moved, offset]), w)
     return sums[:-1] - sums[-1:]
 
 
@@ -89,8 +90,10 @@ mlir.register_lowering(_vector_dot, mlir.lower_fun(_as_float, multiple_results=F
 
 
 @jax.jit
-def byte_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def byte_dot(x: jax.Array, w: jax.Array | Apart) -> jax.Array:
     """:func:`~mquant_jax.ops.xla.s8_dot` of int8 ``[rows, in]`` by int8 ``[out, in]``, exact."""
+    if isinstance(w, Apart):
+        return _moved(x, w)  # the branches hold the inner product alone
     return _byte_dot.bind(x, w, jaxpr=jax.make_jaxpr(s8_dot)(x, w))
 
 

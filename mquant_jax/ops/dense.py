@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mquant_jax.apart import Apart
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.ops import cpu, gpu, xla
 from mquant_jax.ops.epilogue import PLAIN, Epilogue
@@ -48,7 +50,8 @@ class Product:
         """The product with one layer of ``w``."""
         parts = w.values.shape[-3] if w.storage == "parts" else 1
         shape = rows, w.out_features, w.in_features
-        return cls(*shape, w.bits, w.groups, w.storage, parts, w.values.size, activations)
+        elements = math.prod(w.values.shape)
+        return cls(*shape, w.bits, w.groups, w.storage, parts, elements, activations)
 
 
 @functools.cache
@@ -201,8 +204,10 @@ def held(w: QWeight) -> QWeight:
     return w.packed() if to.platform == "gpu" and w.groups == 1 else w.native()
 
 
-def reads_stacks(w: QWeight) -> bool:
+def reads_stacks(w: QWeight | Apart) -> bool:
     """Whether products with one layer of the stack ``w [layers, out, in]`` read it in place."""
+    if isinstance(w, Apart) or isinstance(w.values, Apart):
+        return True
     if w.values.ndim != 3:
         return False
     to, product = target(), Product.of(1, w)
@@ -211,7 +216,7 @@ def reads_stacks(w: QWeight) -> bool:
     return w.storage in ("int4", "int8") and _tpu(product, to, few=True) is None
 
 
-def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def float_dot(x: jax.Array, w: jax.Array | Apart) -> jax.Array:
     """``x @ w.T``: float ``[..., in]`` by ``[out, in]`` -> ``[..., out]`` in their type."""
     # Rows are flattened: the gradient of a product with several leading axes is twice as slow.
     flat, to = x.reshape(-1, x.shape[-1]), target()

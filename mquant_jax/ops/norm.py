@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,11 +23,27 @@ class Normed:
     dtype: Any
 
 
+def mean_square(x: jax.Array) -> jax.Array:
+    """float32 ``[..., features]`` -> ``[..., 1]``."""
+    return of_rows(lambda x: jnp.mean(x * x, axis=-1, keepdims=True), x)
+
+
+def of_rows(sums: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """``sums`` of each row of ``x [..., features]``, ``[..., 1]``, with one order of addition for
+    any number of rows: XLA's CPU backend adds up few values in another order than many, so rows of
+    zeros make them many."""
+    rows, least = x.size // x.shape[-1], -(-target().limits.summed // x.shape[-1])
+    if target().platform != "cpu" or rows >= least:
+        return sums(x)
+    flat = jnp.pad(x.reshape(rows, x.shape[-1]), ((0, least - rows), (0, 0)))
+    return sums(flat)[:rows].reshape(*x.shape[:-1], 1)
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, dtype) -> jax.Array:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in float32; ``dtype`` ``[...,
     features]``."""
     x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    x = x * jax.lax.rsqrt(mean_square(x) + eps)
     return (x * along_last(weight, x)).astype(dtype)
 
 

@@ -17,6 +17,8 @@ from mquant_jax.target import Target, target
 
 # Rows that a core's cache holds from the first product to the last; fewer where they do not divide.
 BLOCKS = (64, 32)
+# Rows from which on XLA's CPU products of any number of rows sum in the same order.
+_LEAST_TOGETHER = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +30,8 @@ class Rotated:
     dtype: Any
 
 
-def _no_blocks(r: Rotated, to: Target) -> str | None:
-    return unless(
-        (to.platform == "cpu", "not a CPU"),
-        (_block(r.rows) is not None, f"{r.rows} rows do not make blocks of {BLOCKS[-1]}"),
-    )
+def _no_cpu(r: Rotated, to: Target) -> str | None:
+    return unless((to.platform == "cpu", "not a CPU"))
 
 
 def _no_kernel(r: Rotated, to: Target, platform: str) -> str | None:
@@ -58,13 +57,29 @@ def _rows(x: jax.Array) -> int:
 
 
 def _row_by_row(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """A rotation of ``[rows, inputs]``, without signs, whose outer factor is one small product for
-    each row: as one product for all, XLA would transpose them to it and back."""
+    """A rotation of ``[rows, inputs]``, without signs; a row has the same bits beside any others.
+
+    The outer factor is one small product for each row: as one product for all, XLA would transpose
+    them to it and back. So is the inner one, unless a row alone makes it a large product.
+    """
     x = rotation.padded(x)
     outer, inner = rotation.factors(x.dtype)
-    y = (x.reshape(-1, rotation.inner) @ inner).reshape(-1, rotation.outer, rotation.inner)
-    each = jnp.broadcast_to(outer.T, (len(y), *outer.shape))
-    return jax.lax.dot_general(each, y, (((2,), (1,)), ((0,), (0,)))).reshape(x.shape)
+    of_row = rotation.blocks * rotation.outer
+    if of_row < _LEAST_TOGETHER:
+        y = _each(x.reshape(-1, of_row, rotation.inner), _repeated(inner, len(x)))
+    else:
+        y = x.reshape(-1, rotation.inner) @ inner
+    y = y.reshape(-1, rotation.outer, rotation.inner)
+    return _each(_repeated(outer.T, len(y)), y).reshape(x.shape)
+
+
+def _repeated(factor: jax.Array, times: int) -> jax.Array:
+    return jnp.broadcast_to(factor, (times, *factor.shape))
+
+
+def _each(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``[n, rows, k]`` by ``[n, k, columns]``."""
+    return jax.lax.dot_general(x, y, (((2,), (1,)), ((0,), (0,))))
 
 
 def _by_blocks(x: jax.Array, rotation: Rotation, end: Callable[..., Any], *more: jax.Array) -> Any:
@@ -72,6 +87,9 @@ def _by_blocks(x: jax.Array, rotation: Rotation, end: Callable[..., Any], *more:
     rows of ``more [rows, ...]``."""
     # Before the loop, the signs fuse with the producer of the rows.
     flat, size = rotation.signed(x).reshape(-1, x.shape[-1]), _block(_rows(x))
+    if size is None:
+        y = end(_row_by_row(flat, rotation), *more)
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], y.shape[-1]), y)
     parts = jax.lax.map(
         lambda a: end(_row_by_row(a[0], rotation), *a[1:]),
         tuple(a.reshape(-1, size, *a.shape[1:]) for a in (flat, *more)),
@@ -122,7 +140,7 @@ def _per_row(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 ROTATE: Op[Rotated] = Op(
     "rotation",
-    Form("blocks", _in_blocks, _no_blocks),
+    Form("rows_cpu", _in_blocks, _no_cpu),
     Form("pallas_gpu", _by_kernel, partial(_no_kernel, platform="gpu")),
     Form("pallas_tpu", _by_kernel, partial(_no_kernel, platform="tpu")),
     Form("xla", _whole),

@@ -7,24 +7,31 @@ the byte dot-product instructions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from mquant_jax.apart import Apart, by_layer
 from mquant_jax.numerics import QTensor, QWeight
 
 MANY_ROWS = 64
 _LAST_ON_LAST = (((1,), (1,)), ((), ()))
 
 
-def s8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def s8_dot(x: jax.Array, w: jax.Array | Apart) -> jax.Array:
     """int8 ``[rows, in]`` by int8 or int4 ``[out, in]`` -> int32 ``[rows, out]``."""
-    return jax.lax.dot_general(x, w, _LAST_ON_LAST, preferred_element_type=jnp.int32)
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, w, _LAST_ON_LAST, preferred_element_type=jnp.int32)
+
+    return by_layer(product, x, w)
 
 
-def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, jax.Array]]:
+def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, jax.Array | Apart]]:
     """The operands whose products add up to that of ``x [rows, in]``: one pair, or a pair for each
     of the weight's parts."""
     if w.storage != "parts":
@@ -45,25 +52,36 @@ def int_dot(
     if w.groups == 1:
         acc = functools.reduce(jnp.add, (product(*run) for run in _runs(x.values, w)))
         return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0][None])
-    rows, size = x.values.shape[0], w.in_features // w.groups
+    grouped = partial(_grouped_sums, scale=w.scale, product=product)
+    return by_layer(grouped, x.values, w.values) * x.scale
+
+
+def _grouped_sums(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """:func:`int_dot` for scales by group, those of ``x`` apart."""
+    (rows, features), (out, groups) = x.shape, scale.shape
+    size = features // groups
     if rows >= MANY_ROWS:
 
         def add(total, group):
             at = group * size
-            a = jax.lax.dynamic_slice_in_dim(x.values, at, size, axis=1)
-            b = jax.lax.dynamic_slice_in_dim(w.values, at, size, axis=1)
-            acc = product(a, b)
-            scale = jax.lax.dynamic_index_in_dim(w.scale, group, axis=1, keepdims=False)
-            return total + acc.astype(jnp.float32) * scale[None], None
+            a = jax.lax.dynamic_slice_in_dim(x, at, size, axis=1)
+            b = jax.lax.dynamic_slice_in_dim(w, at, size, axis=1)
+            own = jax.lax.dynamic_index_in_dim(scale, group, axis=1, keepdims=False)
+            return total + product(a, b).astype(jnp.float32) * own[None], None
 
-        start = jnp.zeros((rows, w.out_features), jnp.float32)
-        return jax.lax.scan(add, start, jnp.arange(w.groups, dtype=jnp.int32))[0] * x.scale
-    xg = x.values.reshape(rows, w.groups, size)
-    wg = w.values.reshape(w.out_features, w.groups, size)
+        start = jnp.zeros((rows, out), jnp.float32)
+        return jax.lax.scan(add, start, jnp.arange(groups, dtype=jnp.int32))[0]
+    xg = x.reshape(rows, groups, size)
+    wg = w.reshape(out, groups, size)
     acc = jax.lax.dot_general(
         xg, wg, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.int32
     )  # [groups, rows, out]
-    return jnp.einsum("gro,og->ro", acc.astype(jnp.float32), w.scale) * x.scale
+    return jnp.einsum("gro,og->ro", acc.astype(jnp.float32), scale)
 
 
 def padded_int_dot(x: QTensor, w: QWeight) -> jax.Array:
@@ -115,9 +133,9 @@ def packed_weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     return y * w.scale[:, 0]
 
 
-def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def float_dot(x: jax.Array, w: jax.Array | Apart) -> jax.Array:
     """Float ``[rows, in]`` by float ``[out, in]``, in their type."""
-    return jax.lax.dot_general(x, w, _LAST_ON_LAST)
+    return by_layer(lambda x, w: jax.lax.dot_general(x, w, _LAST_ON_LAST), x, w)
 
 
 def padded_float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -130,19 +148,25 @@ def _float_sums(x: jax.Array, w: QWeight) -> jax.Array:
     """Float ``[rows, in]`` by the integers of a weight, which are exact in any float type ->
     float32."""
     w = w if w.storage == "parts" else w.unpacked()
-    parts = (
-        jax.lax.dot_general(a, b.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32)
-        for a, b in _runs(x, w)
+    return functools.reduce(jnp.add, (by_layer(_widened_dot, *run) for run in _runs(x, w)))
+
+
+def _widened_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Float ``[rows, in]`` by ``[out, in]`` of any type -> float32."""
+    return jax.lax.dot_general(
+        x, w.astype(x.dtype), _LAST_ON_LAST, preferred_element_type=jnp.float32
     )
-    return functools.reduce(jnp.add, parts)
 
 
 def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     """Float activations by quantised weights (W4A16): float ``[rows, in]`` -> float32."""
     if w.groups == 1:
         return _float_sums(x, w) * w.scale[:, 0][None]
-    dense = w.dequantize().astype(x.dtype)
-    return jax.lax.dot_general(x, dense, _LAST_ON_LAST, preferred_element_type=jnp.float32)
+
+    def product(x: jax.Array, values: jax.Array) -> jax.Array:
+        return _widened_dot(x, dataclasses.replace(w, values=values).dequantize())
+
+    return by_layer(product, x, w.values)
 
 
 def simulated_dot(x: QTensor, w: QWeight) -> jax.Array:

@@ -54,12 +54,12 @@ def rows(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def decoding(n: int, most: int, platform: str) -> int:
+def decoding(n: int, most: int, platform: str, alone: bool) -> int:
     """Rows that one step of an engine of ``most`` decodes where ``n`` have a token to come. On CPU
-    one row alone is cheapest, and a few cost nearly as much as eight."""
+    a few cost nearly as much as eight, and one ``alone``, if it may be, costs least."""
     if platform != "cpu":
         return most
-    return min(most, 1 if n == 1 else max(8, rows(n)))
+    return min(most, 1 if alone and n == 1 else max(8, rows(n)))
 
 
 def groups(n: int, size: int, platform: str) -> list[int]:

@@ -7,21 +7,28 @@ as one is free, and leaves it within a step of its end or cancellation.
 What is guaranteed. A request's row is computed from that row alone, by programs whose sizes depend
 on the request and on the engine's options, not on other requests. So
 
-- a greedy answer does not depend on the requests beside it, nor on the order of their arrival;
+- a greedy answer does not depend on the requests beside it, nor on the order of their arrival, on
+  CPU to the bit;
 - the draws of a sampled answer depend on its seed and on the place of the token in the answer; with
   equal seeds, answers are equal;
 - answers with reuse equal those without: the pictures' features and the cache entries of a prompt's
   beginning that are taken from earlier requests are the results of the same programs on the same
   inputs. Entries are kept for whole chunks of prompts, not for answers.
 
-Equality of answers is exact where the programs' sums are, and up to rounding elsewhere. On CPU,
-with W4A8 and a static scale per layer (``w4a8``), a row has the same bits in any company: products
-are of integers, and attention sums the keys of a row in one order, whole or in chunks, in any
-bucket.
-``generate`` computes the same bits there, so its greedy answers are the engine's
-(tests/mquant_jax/test_engine_bits.py). Not so with an int8 cache, from which a later chunk reads
-rounded keys, nor in models with a visual expert, whose tokens ``generate`` rearranges. With float
-products and on accelerators backends may sum the rows of one product in different orders.
+On CPU (jax 0.10.2) a row has the same bits in any company. A prompt is read alone. In a decode step
+attention runs row by row; rotations and norms sum a row in one order for any number of rows, and so
+do products of integers and those of two or more rows of floats. XLA sums a single row of floats in
+another order, so models with float products decode in programs of several rows, alone or not.
+
+Products of integers (``w4a8``, ``w8a8``) also give the same bits in ``generate``: attention sums
+the keys of a row in one order, whole or in chunks, in any bucket. Its greedy answers are then the
+engine's (tests/mquant_jax/test_engine_bits.py). Not so with an int8 cache, from which a later chunk
+reads rounded keys, nor in models with a visual expert, whose tokens ``generate`` rearranges. With
+float products both agree up to rounding.
+
+On accelerators all slots take part in every step, so its program is always the same. A request may
+get another slot in another company, and a backend may sum another row of a product in another
+order; none is known to.
 """
 
 from __future__ import annotations

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from mquant_jax.models.base import VLM, Batch
+from mquant_jax.nn.act_quant import ActQuant
 from mquant_jax.runtime import buckets, slots
 from mquant_jax.runtime.generate import Generator, shape_of
-from mquant_jax.runtime.layers_apart import LayersApart
+from mquant_jax.runtime.layers_apart import layers_apart
 from mquant_jax.runtime.prefill import Chunk
 from mquant_jax.runtime.slots import Columns, Slots, Start
 
@@ -50,8 +52,7 @@ class EnginePrograms:
 
     def _makers(self, prompt: int, picture: int) -> Iterator[Callable[[], Any]]:
         """What makes the programs, those that every request needs first."""
-        steps = {buckets.decoding(n, self.rows, self.generator.platform)
-                 for n in range(1, self.rows + 1)}  # fmt: skip
+        steps = {self._step_rows(n) for n in range(1, self.rows + 1)}
         yield from (partial(self._program, kind) for kind in ("empty", "begin"))
         yield from (partial(self._program, "step", size) for size in sorted(steps))
         for sizes in self._chunk_sizes(prompt):
@@ -80,7 +81,7 @@ class EnginePrograms:
         sizes = (width, reach, len(features), chunk.batch.visual_slots)
         place = np.int32(row), np.int32(chunk.start), np.int32(span)
         program = self._program("chunk", *sizes)
-        return program(self._params, state, chunk.batch, features, *place)
+        return program(self._params_for(width), state, chunk.batch, features, *place)
 
     def reach(self, start: int, width: int) -> int:
         """Columns that the program of a chunk looks at: none in a first chunk, else a size of which
@@ -101,23 +102,34 @@ class EnginePrograms:
 
         On CPU a program takes as many rows as decode, or the next larger number of a few.
         """
-        size = buckets.decoding(len(running), self.rows, self.generator.platform)
-        program = self._program("step", size)
-        params = self._apart.parts if self._takes_layers_apart(size) else self._params
+        size = self._step_rows(len(running))
+        program = partial(self._program("step", size), self._params_for(size), state)
         if size == self.rows:
-            state, tokens = program(params, state, np.isin(np.arange(size), running))
+            state, tokens = program(np.isin(np.arange(size), running))
             return state, np.asarray(tokens)[running]
         others = [row for row in range(self.rows) if row not in running]
         rows = np.asarray([*running, *others][:size], np.int32)
-        state, tokens = program(params, state, np.arange(size) < len(running), rows)
+        state, tokens = program(np.arange(size) < len(running), rows)
         return state, np.asarray(tokens)[: len(running)]
 
-    def _takes_layers_apart(self, size: int) -> bool:
-        return self.generator.platform == "cpu" and size > 1
+    def _step_rows(self, running: int) -> int:
+        """Rows of the program for a step of so many."""
+        return buckets.decoding(running, self.rows, self.generator.platform, self._alone)
 
     @cached_property
-    def _apart(self) -> LayersApart:
-        return LayersApart(self._params)
+    def _alone(self) -> bool:
+        """Whether a row decodes to the same bits alone as beside others: products of integers do,
+        but XLA's CPU backend sums those of one row of floats in another order."""
+        parts = (part for _, part in nnx.iter_modules(self.generator.model.language))
+        return all(part.mode != "none" for part in parts if isinstance(part, ActQuant))
+
+    def _params_for(self, tokens: int) -> Any:
+        """What a program takes whose products have so many rows."""
+        return self._apart if self.generator.platform == "cpu" and tokens > 1 else self._params
+
+    @cached_property
+    def _apart(self) -> Any:
+        return layers_apart(self._params)
 
     def take(self, state: Slots, row: int, start: int) -> Columns:
         """The columns of one whole chunk."""
@@ -164,10 +176,7 @@ class EnginePrograms:
         args = [self._slots, shape_of((size,), bool)]
         if size < self.rows:
             args.append(shape_of((size,), np.int32))
-        if not self._takes_layers_apart(size):
-            return self.generator.compiled(slots.step, *args, donate=1)
-        bound = self._apart.bound(self.generator.bound(slots.step))
-        return jax.jit(bound, donate_argnums=1).lower(self._apart.parts, *args).compile()
+        return self.generator.compiled(slots.step, *args, donate=1, params=self._params_for(size))
 
     def _compile_chunk(self, width: int, reach: int, count: int, visual_slots: int | None) -> Any:
         def read(model: VLM, state: Slots, batch: Batch, features: tuple, row, start, span):
@@ -176,4 +185,4 @@ class EnginePrograms:
 
         batch = self.generator.prompt_shapes(1, width, visual_slots)
         args = self._slots, batch, self.generator.piece_shapes(count), _NUMBER, _NUMBER, _NUMBER
-        return self.generator.compiled(read, *args, donate=1)
+        return self.generator.compiled(read, *args, donate=1, params=self._params_for(width))

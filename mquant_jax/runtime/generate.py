@@ -284,10 +284,18 @@ class Generator:
         """``step(model, ...)`` as a function of ``(params, ...)``."""
         return lambda params, *rest: step(nnx.merge(self.graphdef, params), *rest)
 
-    def compiled(self, step: Callable, *args: Any, donate: int | None = None) -> Any:
+    def compiled(
+        self, step: Callable, *args: Any, donate: int | None = None, params: Any = None
+    ) -> Any:
+        """``step(model, *args)`` as a program of parameters and ``args``.
+
+        Args:
+            donate: number of the argument to donate, counted from the parameters on.
+            params: in the form in which the program takes them; ``None``: as they are held.
+        """
         donated = () if donate is None else (donate,)
         jitted = jax.jit(self.bound(step), donate_argnums=donated)
-        return jitted.lower(self.params, *args).compile()
+        return jitted.lower(self.params if params is None else params, *args).compile()
 
     def _over_rows(
         self,

@@ -75,14 +75,13 @@ def test_plans_fill_the_lanes_where_that_is_cheap() -> None:
 
 
 @pytest.mark.parametrize("lead", [(2, 64), (96,), (1, 40)])
-def test_blocks_of_rows_on_cpu(lead) -> None:
+def test_rows_on_cpu(lead) -> None:
     rotation = Rotation(48, 1, 4, 12, 3, 4)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(*lead, 44)), jnp.float32)
     scale = jnp.asarray(rng.uniform(0.01, 0.05, (*lead, 1)), jnp.float32)
     with on_cpu():
-        form = form_of(rotation, x.size // 44, x.dtype)
-        assert form == ("xla" if lead == (1, 40) else "blocks")
+        assert form_of(rotation, x.size // 44, x.dtype) == "rows_cpu"
         got, whole = rotate(x, rotation), rotation(x)
         np.testing.assert_allclose(got, whole, atol=1e-5)
         for s in (scale, jnp.float32(0.03), None):
@@ -92,6 +91,18 @@ def test_blocks_of_rows_on_cpu(lead) -> None:
             np.testing.assert_allclose(q.scale, ref.scale, rtol=1e-5)
             assert np.abs(q.values.astype(int) - ref.values.astype(int)).max() <= 1
             assert np.mean(np.asarray(q.values) != np.asarray(ref.values)) < 0.01
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what CPUs do")
+@pytest.mark.parametrize("n", [512, 1280, 3420, 4864, 5120, 8960, 11008])
+def test_a_row_on_cpu_has_the_same_bits_beside_any_others(n) -> None:
+    rotation = plan_rotation(n)
+    x = np.random.default_rng(n).standard_normal((256, n)).astype(np.float32)
+    run = jax.jit(lambda x: rotate(x, rotation))
+    alone = np.asarray(run(x[:1]))
+    for rows in (2, 3, 8, 16, 32, 33, 64, 256):
+        np.testing.assert_array_equal(run(x[:rows])[:1], alone)
+        np.testing.assert_array_equal(run(x[rows - 1 :: -1])[-1:], alone)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +117,7 @@ def test_forms_agree(platform, seed, padding) -> None:
     scale = jnp.asarray(rng.uniform(0.02, 0.05, (2, 40, 1)), jnp.float32)
     with on_cpu():
         plain, q = rotate(x, rotation), rotate_quantize(x, rotation, scale)
-        np.testing.assert_array_equal(q.values, quantize_static(rotation(x), scale).values)
+        np.testing.assert_array_equal(q.values, quantize_static(plain, scale).values)
         exact = quantize_static(rotation(x.astype(jnp.float32)), scale)
     with interpreting(platform) as ran:
         theirs, shared = rotate(x, rotation), rotate_quantize(x, rotation, jnp.float32(0.03))
@@ -123,7 +134,7 @@ def test_forms_agree(platform, seed, padding) -> None:
 def test_the_chosen_form() -> None:
     wide, narrow = plan_rotation(18944), plan_rotation(1536)
     with on_cpu():
-        assert form_of(wide, 1024, jnp.bfloat16) == "blocks"
+        assert form_of(wide, 1024, jnp.bfloat16) == "rows_cpu"
     with tracing_for("tpu"):
         assert form_of(wide, 1024, jnp.bfloat16) == "pallas_tpu"
         assert form_of(wide, 1, jnp.bfloat16) == "xla"

@@ -1,0 +1,80 @@
+"""Products with a layer out of arrays of their own: the bits of those with the layer's slice."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.soak import random_weights
+from benchmarks.speed import random_model
+from mquant_jax.apart import Apart
+from mquant_jax.models.qwen2_vl import FAMILY
+from mquant_jax.nn.dense import linear
+from mquant_jax.numerics import QTensor, QWeight, quantize_weight
+from mquant_jax.ops.epilogue import PLAIN
+from mquant_jax.presets import PRESETS
+from mquant_jax.runtime.engine_programs import EnginePrograms
+from mquant_jax.runtime.generate import Generator
+from mquant_jax.runtime.programs import Programs
+from mquant_jax.target import tracing_for
+from tests.helpers import cpu_target
+
+LAYERS, OUT, IN = 3, 32, 64
+
+
+def layer_products(kernels: list, apart, x) -> None:
+    """Each layer's product by both ways."""
+
+    @jax.jit
+    def product(kernel, layer, x):
+        return linear(x, dataclasses.replace(kernel, layer=layer), PLAIN)
+
+    for layer, kernel in enumerate(kernels):
+        expected = jax.jit(lambda x, kernel=kernel: linear(x, kernel, PLAIN))(x)
+        np.testing.assert_array_equal(product(apart, jnp.int32(layer), x), expected)
+
+
+@pytest.mark.parametrize("features", [frozenset(), frozenset({"avx512_vnni"})])
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize(
+    "bits, group, parts, rows", [(4, None, 1, 8), (4, None, 2, 8), (4, 16, 1, 8), (4, 16, 1, 64)]
+)
+def test_quantised_products(bits, group, parts, rows, activations, features) -> None:
+    rng = np.random.default_rng(rows)
+    stack = rng.standard_normal((LAYERS, OUT, IN), np.float32)
+    kernels = [quantize_weight(jnp.asarray(w), bits, group) for w in stack]
+    kernels = [k.in_parts(parts) if parts > 1 else k for k in kernels]
+    values = tuple(tuple(k.values) if parts > 1 else k.values for k in kernels)
+    scale = jnp.stack([k.scale for k in kernels])
+    apart = QWeight(Apart(values), scale, IN, bits, kernels[0].storage)
+    x = jnp.asarray(rng.integers(-99, 99, (rows, IN)), jnp.int8)
+    quantised = activations == "int8"
+    operand = QTensor(x, jnp.float32(0.1)) if quantised else x.astype(jnp.float32)
+    with tracing_for(cpu_target(features)):
+        layer_products(kernels, apart, operand)
+
+
+def test_float_products() -> None:
+    rng = np.random.default_rng(0)
+    stack = jnp.asarray(rng.standard_normal((LAYERS, OUT, IN), np.float32))
+    apart = Apart(tuple(stack))
+    assert apart.shape == stack.shape and apart.of_layer(jnp.int32(0)).shape == stack.shape[1:]
+    layer_products(list(stack), apart, jnp.asarray(rng.standard_normal((8, IN), np.float32)))
+
+
+def test_steps_do_not_grow_with_the_layers() -> None:
+    """Depth adds a branch for each product, and no code that is compiled."""
+
+    def kernels(layers: int) -> int:
+        config = random_weights("demo", 4).config
+        language = dataclasses.replace(config.language, num_layers=layers)
+        config = dataclasses.replace(config, language=language)
+        model = random_model(FAMILY, config, PRESETS["w4a8"], jnp.float32)
+        programs = EnginePrograms(Generator(model, (-1,), programs=Programs()), 8, 256, 64)
+        return programs._program("step", 8).as_text().count("kind=kLoop")
+
+    if jax.default_backend() != "cpu":
+        pytest.skip("says what CPUs do")
+    assert 10 < kernels(8) <= kernels(4)
