@@ -184,8 +184,8 @@ class ViT(nnx.Module):
         windows = Windows.of(vision.coords, classes, cfg.window) if cfg.window else None
         if windows is not None:
             full = jnp.asarray([i in cfg.full_layers for i in range(cfg.num_layers)])
-            x, turn, sorts = jax.tree.map(windows.sort, (x, angles, classes))
-            context = VisionContext(turn, sorts, windows.inside, full)
+            x, turn, own = jax.tree.map(windows.sort, (x, angles, classes))
+            context = VisionContext(turn, own, windows.inside, full)
         x, tapped = yield StackCall("vision/layers", self.layers, x, context, cfg.taps)
         if windows is not None:
             x, *tapped = map(windows.restore, (x, *tapped))

@@ -226,14 +226,14 @@ def _cost(
     return pl.CostEstimate(flops=4 * logits * tile, transcendentals=logits, bytes_accessed=moved)
 
 
-def _kernel(*refs, cut: Plan, windows: bool, turns: bool, gains: bool, rounds: bool):
+def _kernel(*operands, cut: Plan, windows: bool, turns: bool, gains: bool, rounds: bool):
     """All heads of a group, for one block of queries.
 
     ``k_s``, ``v_s`` and ``q_s`` hold each head's rows from the first register's lane on, query
     heads of one kv head on top of each other; ``top_s``, ``total_s`` and ``sum_s`` hold the largest
     logit, the weights' sums lane by lane, and the weighted values so far.
     """
-    refs = list(refs)
+    refs = list(operands)
     skips = [refs.pop(0) for _ in range(5 if windows else 2)]
     q_ref, k_ref, v_ref, *orders = (refs.pop(0) for _ in range(6 if windows else 5))
     tables = [refs.pop(0) for _ in range(5)] if turns else None
