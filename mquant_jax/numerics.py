@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mquant_jax.apart import Apart
+from mquant_jax.per_layer import PerLayer
 
 AnyArray = jax.Array | np.ndarray  # NumPy on the host, jax.Array inside a program
 Storage = Literal["packed", "int8", "parts", "int4"]
@@ -75,7 +75,7 @@ class QWeight:
             ``parts`` runs, each contiguous in memory (per-channel scales only);
             ``storage == "int4"``: int4 ``[..., out, in]`` (4 bits only), which accelerators store
             as two per byte and feed to their matrix units directly.
-            A stack in storage ``int8`` or ``parts`` may be an :class:`Apart`.
+            A stack in storage ``int8`` or ``parts`` may be a :class:`PerLayer`.
         scale: float32 ``[..., out, groups]``; group ``g`` covers columns
             ``[g * in/groups, (g+1) * in/groups)``. One group means per-channel scales.
         in_features: the contraction length, without padding.
@@ -85,7 +85,7 @@ class QWeight:
             the layer with this index, which kernels read in place. ``None``: no stack index.
     """
 
-    values: jax.Array | Apart
+    values: jax.Array
     scale: jax.Array
     in_features: int
     bits: int
@@ -105,12 +105,12 @@ class QWeight:
         ``None``."""
         if self.layer is None:
             return self
-        values, scale = (
-            a.of_layer(self.layer)
-            if isinstance(a, Apart)
-            else jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False)
-            for a in (self.values, self.scale)
-        )
+        scale = jax.lax.dynamic_index_in_dim(self.scale, self.layer, keepdims=False)
+        stack: Any = self.values
+        if isinstance(stack, PerLayer):
+            values: Any = stack.of_layer(self.layer)
+        else:
+            values = jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
         return dataclasses.replace(self, values=values, scale=scale, layer=None)
 
     def unpacked(self) -> QWeight:

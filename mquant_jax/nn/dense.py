@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.apart import Apart
 from mquant_jax.numerics import QTensor, QWeight, along_last, grouped
 from mquant_jax.ops.dense import float_dot, quantized_dot
 from mquant_jax.ops.epilogue import PLAIN, Epilogue
+from mquant_jax.per_layer import PerLayer
 from mquant_jax.recipe import Section, Split
 
 FLOAT = Section()
@@ -26,7 +26,9 @@ def empty_qweight(out_features: int, in_features: int, section: Section) -> QWei
     return QWeight(weight, scale, in_features, section.w_bits, "int8").packed()
 
 
-def linear(x: jax.Array | QTensor, kernel: jax.Array | Apart | QWeight, end: Epilogue) -> jax.Array:
+def linear(
+    x: jax.Array | QTensor, kernel: jax.Array | PerLayer | QWeight, end: Epilogue
+) -> jax.Array:
     """``x @ kernel.T`` with its epilogue; products of float kernels have its dtype before anything
     is added."""
     if isinstance(kernel, QWeight):

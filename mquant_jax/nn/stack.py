@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mquant_jax.apart import Apart
 from mquant_jax.nn.params import first_of, segment_name
 from mquant_jax.nn.side_by_side import joined
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.dense import reads_stacks
+from mquant_jax.per_layer import PerLayer
 from mquant_jax.target import target
 
 
@@ -71,7 +71,7 @@ def num_layers(stack: nnx.Module) -> int:
 
 def _kernel(leaf: Any) -> bool:
     """Whether it is a stack of kernels that is more than an array."""
-    return isinstance(leaf, QWeight | Apart)
+    return isinstance(leaf, QWeight | PerLayer)
 
 
 def _depth(leaves: Sequence[Any]) -> int:

@@ -26,8 +26,8 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
-from mquant_jax.apart import Apart, by_layer
 from mquant_jax.ops.xla import s8_dot
+from mquant_jax.per_layer import PerLayer, by_layer
 from mquant_jax.target import Target
 
 _OFFSET = 128
@@ -65,14 +65,14 @@ def _as_float(x: jax.Array, w: jax.Array, jaxpr: Any) -> jax.Array:
     weights transposed, and the vector produced by an operation that XLA never fuses (a window sum
     of each value and a zero), because a fused producer would be recomputed for every row of
     weights."""
-    apart = jax.lax.reduce_window(
+    spread = jax.lax.reduce_window(
         x.astype(jnp.float32), 0.0, jax.lax.add, (1, 2), (1, 1),
         ((0, 0), (0, x.shape[1])), window_dilation=(1, x.shape[1]),
     )  # fmt: skip
-    return (apart @ w.T.astype(jnp.float32)).astype(jnp.int32)
+    return (spread @ w.T.astype(jnp.float32)).astype(jnp.int32)
 
 
-def _moved(x: jax.Array, w: jax.Array | Apart, jaxpr: Any = None) -> jax.Array:
+def _moved(x: jax.Array, w: jax.Array | PerLayer, jaxpr: Any = None) -> jax.Array:
     """Activations are moved up by 128, which adds 128 times its sum to every product with a row of
     ``w``; one more row of nothing but 128 says how much that is. (To sum up the weights would mean
     to read them once more.)"""
@@ -90,9 +90,9 @@ mlir.register_lowering(_vector_dot, mlir.lower_fun(_as_float, multiple_results=F
 
 
 @jax.jit
-def byte_dot(x: jax.Array, w: jax.Array | Apart) -> jax.Array:
+def byte_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
     """:func:`~mquant_jax.ops.xla.s8_dot` of int8 ``[rows, in]`` by int8 ``[out, in]``, exact."""
-    if isinstance(w, Apart):
+    if isinstance(w, PerLayer):
         return _moved(x, w)  # the branches hold the inner product alone
     return _byte_dot.bind(x, w, jaxpr=jax.make_jaxpr(s8_dot)(x, w))
 

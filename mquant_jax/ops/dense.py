@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mquant_jax.apart import Apart
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.ops import cpu, gpu, xla
 from mquant_jax.ops.epilogue import PLAIN, Epilogue
 from mquant_jax.ops.registry import Form, Op, unless
+from mquant_jax.per_layer import PerLayer
 from mquant_jax.target import Target, target
 
 _log = logging.getLogger(__name__)
@@ -204,9 +204,9 @@ def held(w: QWeight) -> QWeight:
     return w.packed() if to.platform == "gpu" and w.groups == 1 else w.native()
 
 
-def reads_stacks(w: QWeight | Apart) -> bool:
+def reads_stacks(w: QWeight | PerLayer) -> bool:
     """Whether products with one layer of the stack ``w [layers, out, in]`` read it in place."""
-    if isinstance(w, Apart) or isinstance(w.values, Apart):
+    if isinstance(w, PerLayer) or isinstance(w.values, PerLayer):
         return True
     if w.values.ndim != 3:
         return False
@@ -216,7 +216,7 @@ def reads_stacks(w: QWeight | Apart) -> bool:
     return w.storage in ("int4", "int8") and _tpu(product, to, few=True) is None
 
 
-def float_dot(x: jax.Array, w: jax.Array | Apart) -> jax.Array:
+def float_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
     """``x @ w.T``: float ``[..., in]`` by ``[out, in]`` -> ``[..., out]`` in their type."""
     # Rows are flattened: the gradient of a product with several leading axes is twice as slow.
     flat, to = x.reshape(-1, x.shape[-1]), target()

@@ -83,7 +83,7 @@ def _row(x_ref, right_ref, left_ref, *refs) -> None:
     for start, size in blocks:
         y = jnp.zeros((size, LANES), jnp.float32)
         for (behind, depth), part in zip(blocks, half, strict=True):
-            left = left_ref[block_of(start, size), block_of(behind, depth)]
+            left = plgpu.load(left_ref.at[block_of(start, size), block_of(behind, depth)])
             y += jnp.dot(left, part, preferred_element_type=jnp.float32)
         if scale_ref:
             shared = scale_ref[0].shape[0] == 1

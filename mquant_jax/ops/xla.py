@@ -15,14 +15,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from mquant_jax.apart import Apart, by_layer
 from mquant_jax.numerics import QTensor, QWeight
+from mquant_jax.per_layer import PerLayer, by_layer
 
 MANY_ROWS = 64
 _LAST_ON_LAST = (((1,), (1,)), ((), ()))
 
 
-def s8_dot(x: jax.Array, w: jax.Array | Apart) -> jax.Array:
+def s8_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
     """int8 ``[rows, in]`` by int8 or int4 ``[out, in]`` -> int32 ``[rows, out]``."""
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -31,7 +31,7 @@ def s8_dot(x: jax.Array, w: jax.Array | Apart) -> jax.Array:
     return by_layer(product, x, w)
 
 
-def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, jax.Array | Apart]]:
+def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, jax.Array]]:
     """The operands whose products add up to that of ``x [rows, in]``: one pair, or a pair for each
     of the weight's parts."""
     if w.storage != "parts":
@@ -62,7 +62,7 @@ def _grouped_sums(
     scale: jax.Array,
     product: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """:func:`int_dot` for scales by group, those of ``x`` apart."""
+    """:func:`int_dot` for scales by group, without those of ``x``."""
     (rows, features), (out, groups) = x.shape, scale.shape
     size = features // groups
     if rows >= MANY_ROWS:
@@ -133,12 +133,12 @@ def packed_weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     return y * w.scale[:, 0]
 
 
-def float_dot(x: jax.Array, w: jax.Array | Apart) -> jax.Array:
+def float_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
     """Float ``[rows, in]`` by float ``[out, in]``, in their type."""
     return by_layer(lambda x, w: jax.lax.dot_general(x, w, _LAST_ON_LAST), x, w)
 
 
-def padded_float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def padded_float_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
     """:func:`float_dot` for one row by way of two, see :func:`padded_int_dot`; with long rows three
     times as fast on CPU."""
     return float_dot(jnp.pad(x, ((0, 1), (0, 0))), w)[:1]

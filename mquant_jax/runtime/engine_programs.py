@@ -15,9 +15,9 @@ from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import ActQuant
 from mquant_jax.runtime import buckets, slots
 from mquant_jax.runtime.generate import Generator, shape_of
-from mquant_jax.runtime.layers_apart import layers_apart
 from mquant_jax.runtime.prefill import Chunk
 from mquant_jax.runtime.slots import Columns, Slots, Start
+from mquant_jax.runtime.split_layers import split_layers
 
 Progress = Callable[[Iterable, str], Iterable]  # of items with a label
 _NUMBER = shape_of((), np.int32)
@@ -125,11 +125,11 @@ class EnginePrograms:
 
     def _params_for(self, tokens: int) -> Any:
         """What a program takes whose products have so many rows."""
-        return self._apart if self.generator.platform == "cpu" and tokens > 1 else self._params
+        return self._split if self.generator.platform == "cpu" and tokens > 1 else self._params
 
     @cached_property
-    def _apart(self) -> Any:
-        return layers_apart(self._params)
+    def _split(self) -> Any:
+        return split_layers(self._params)
 
     def take(self, state: Slots, row: int, start: int) -> Columns:
         """The columns of one whole chunk."""

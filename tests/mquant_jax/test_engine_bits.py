@@ -11,9 +11,9 @@ import mquant_jax as mq
 from benchmarks.soak import random_request, random_weights
 from mquant_jax.runtime.engine_programs import EnginePrograms
 from mquant_jax.runtime.generate import Generator
-from mquant_jax.runtime.layers_apart import layers_apart
 from mquant_jax.runtime.prefill import plan
 from mquant_jax.runtime.programs import Programs
+from mquant_jax.runtime.split_layers import split_layers
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what CPUs do")
 COLUMNS = 1024
@@ -94,11 +94,11 @@ def test_greedy_answers_are_those_of_generate(model) -> None:
         assert [r.result(300).tokens for r in together] == expected
 
 
-def test_layers_apart_share_the_memory(model) -> None:
-    apart = layers_apart(model.generator.params)
+def test_split_layers_share_the_memory(model) -> None:
+    parts = split_layers(model.generator.params)
     stack = model.module.language.layers.up_proj.kernel.get_value().values
     begin, end = (stack.unsafe_buffer_pointer() + n for n in (0, stack.nbytes))
-    inside = [x for x in jax.tree.leaves(apart) if begin <= x.unsafe_buffer_pointer() < end]
+    inside = [x for x in jax.tree.leaves(parts) if begin <= x.unsafe_buffer_pointer() < end]
     assert len(inside) == len(stack) and sum(x.nbytes for x in inside) == stack.nbytes
 
 

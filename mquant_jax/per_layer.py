@@ -18,12 +18,12 @@ import jax
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "layer"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class Apart:
+class PerLayer:
     """A stack ``[layers, out, in]``, or ``[layers, parts, out, in / parts]``.
 
     Attributes:
         layers: for each layer an array ``[out, in]``, or the tuple of its parts.
-        layer: int32 ``[]``: this layer alone is meant. ``None``: the whole stack.
+        layer: int32 ``[]``: the object stands for this layer alone. ``None``: for the stack.
     """
 
     layers: tuple[Any, ...]
@@ -31,31 +31,31 @@ class Apart:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is meant."""
-        one, parts = self.layers[0], ()
-        if isinstance(one, tuple):
-            one, parts = one[0], (len(one),)
+        """The stack's, or the layer's."""
+        one = self.layers[0]
         stack = (len(self.layers),) if self.layer is None else ()
-        return *stack, *parts, *one.shape
+        if isinstance(one, tuple):
+            return *stack, len(one), *one[0].shape
+        return *stack, *one.shape
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __iter__(self) -> Iterator[Apart]:
+    def __iter__(self) -> Iterator[PerLayer]:
         """The parts of one layer."""
         for part in range(len(self)):
-            yield Apart(tuple(one[part] for one in self.layers), self.layer)
+            yield PerLayer(tuple(one[part] for one in self.layers), self.layer)
 
-    def of_layer(self, layer: jax.Array) -> Apart:
+    def of_layer(self, layer: jax.Array) -> PerLayer:
         """The layer with this index, int32 ``[]``."""
         return dataclasses.replace(self, layer=layer)
 
 
 def by_layer(
-    product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: jax.Array | Apart
+    product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: jax.Array | PerLayer
 ) -> jax.Array:
-    """``product(x, w)``, of an :class:`Apart` with the layer that is meant."""
-    if not isinstance(w, Apart):
+    """``product(x, w)``, of a :class:`PerLayer` with its ``layer``."""
+    if not isinstance(w, PerLayer):
         return product(x, w)
     branches = [lambda x, one=one: product(x, one) for one in w.layers]
     return jax.lax.switch(w.layer, branches, x)

@@ -1,4 +1,4 @@
-"""The weights of a decoder's layers as arrays of their own, without a copy.
+"""The weights of a decoder's layers as separate arrays, without a copy.
 
 On CPU a product of several rows takes an array that is nothing but the layer's weights. Out of a
 stack XLA first copies them, at every step, which costs almost half of the time in which a few rows
@@ -13,22 +13,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from mquant_jax.apart import Apart
 from mquant_jax.numerics import QWeight
+from mquant_jax.per_layer import PerLayer
 
 _LEAST = 1 << 16  # values; smaller stacks cost nothing to copy
 _LAYERS = ("language", "layers")
 
 
-def layers_apart(params: Any) -> Any:
-    """Parameters on CPU with the kernels of the decoder's layers apart; they share the memory of
-    ``params``."""
+def split_layers(params: Any) -> Any:
+    """Parameters on CPU with one array for each kernel of each layer of the decoder; they share the
+    memory of ``params``."""
     return jax.tree_util.tree_map_with_path(
-        _apart, params, is_leaf=lambda leaf: isinstance(leaf, QWeight)
+        _stack_split, params, is_leaf=lambda leaf: isinstance(leaf, QWeight)
     )
 
 
-def _apart(path: tuple, leaf: Any) -> Any:
+def _stack_split(path: tuple, leaf: Any) -> Any:
     names = tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
     if names[:2] != _LAYERS or "kernel" not in names:
         return leaf
@@ -37,7 +37,7 @@ def _apart(path: tuple, leaf: Any) -> Any:
     return dataclasses.replace(leaf, values=_split(leaf.values, leaf.storage == "parts"))
 
 
-def _split(stack: jax.Array, in_parts: bool = False) -> jax.Array | Apart:
+def _split(stack: jax.Array, in_parts: bool = False) -> Any:
     if stack.size < _LEAST:
         return stack
 
@@ -47,5 +47,5 @@ def _split(stack: jax.Array, in_parts: bool = False) -> jax.Array | Apart:
 
     layers = np.asarray(stack)
     if not in_parts:
-        return Apart(tuple(adopted(layer) for layer in layers))
-    return Apart(tuple(tuple(adopted(part) for part in layer) for layer in layers))
+        return PerLayer(tuple(adopted(layer) for layer in layers))
+    return PerLayer(tuple(tuple(adopted(part) for part in layer) for layer in layers))

@@ -9,11 +9,11 @@ import pytest
 
 from benchmarks.soak import random_weights
 from benchmarks.speed import random_model
-from mquant_jax.apart import Apart
 from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.dense import linear
 from mquant_jax.numerics import QTensor, QWeight, quantize_weight
 from mquant_jax.ops.epilogue import PLAIN
+from mquant_jax.per_layer import PerLayer
 from mquant_jax.presets import PRESETS
 from mquant_jax.runtime.engine_programs import EnginePrograms
 from mquant_jax.runtime.generate import Generator
@@ -24,7 +24,7 @@ from tests.helpers import cpu_target
 LAYERS, OUT, IN = 3, 32, 64
 
 
-def layer_products(kernels: list, apart, x) -> None:
+def layer_products(kernels: list, split, x) -> None:
     """Each layer's product by both ways."""
 
     @jax.jit
@@ -33,7 +33,7 @@ def layer_products(kernels: list, apart, x) -> None:
 
     for layer, kernel in enumerate(kernels):
         expected = jax.jit(lambda x, kernel=kernel: linear(x, kernel, PLAIN))(x)
-        np.testing.assert_array_equal(product(apart, jnp.int32(layer), x), expected)
+        np.testing.assert_array_equal(product(split, jnp.int32(layer), x), expected)
 
 
 @pytest.mark.parametrize("features", [frozenset(), frozenset({"avx512_vnni"})])
@@ -48,20 +48,20 @@ def test_quantised_products(bits, group, parts, rows, activations, features) -> 
     kernels = [k.in_parts(parts) if parts > 1 else k for k in kernels]
     values = tuple(tuple(k.values) if parts > 1 else k.values for k in kernels)
     scale = jnp.stack([k.scale for k in kernels])
-    apart = QWeight(Apart(values), scale, IN, bits, kernels[0].storage)
+    split = QWeight(PerLayer(values), scale, IN, bits, kernels[0].storage)
     x = jnp.asarray(rng.integers(-99, 99, (rows, IN)), jnp.int8)
     quantised = activations == "int8"
     operand = QTensor(x, jnp.float32(0.1)) if quantised else x.astype(jnp.float32)
     with tracing_for(cpu_target(features)):
-        layer_products(kernels, apart, operand)
+        layer_products(kernels, split, operand)
 
 
 def test_float_products() -> None:
     rng = np.random.default_rng(0)
     stack = jnp.asarray(rng.standard_normal((LAYERS, OUT, IN), np.float32))
-    apart = Apart(tuple(stack))
-    assert apart.shape == stack.shape and apart.of_layer(jnp.int32(0)).shape == stack.shape[1:]
-    layer_products(list(stack), apart, jnp.asarray(rng.standard_normal((8, IN), np.float32)))
+    split = PerLayer(tuple(stack))
+    assert split.shape == stack.shape and split.of_layer(jnp.int32(0)).shape == stack.shape[1:]
+    layer_products(list(stack), split, jnp.asarray(rng.standard_normal((8, IN), np.float32)))
 
 
 def test_steps_do_not_grow_with_the_layers() -> None:
