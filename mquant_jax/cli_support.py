@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import contextvars
@@ -19,6 +20,7 @@ from mquant_jax.errors import UserError
 
 OK, FAILED, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
+_AGAIN = 2.0  # seconds
 T = TypeVar("T")
 
 
@@ -111,13 +113,26 @@ def _on_main_thread() -> bool:
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP raise ``KeyboardInterrupt`` inside the block, so that clean-up code runs.
-    Ignored signals (``nohup``) stay ignored."""
+    Ignored signals (``nohup``) stay ignored.
+
+    It is raised again every few seconds until the block ends: Python ignores what is raised in a
+    callback of the garbage collector, and JAX has one that often runs after a long computation.
+    """
+    ended = threading.Event()
+
+    def repeat(signum: int) -> None:
+        if not ended.wait(_AGAIN):
+            _thread.interrupt_main(signum)
 
     def interrupt(signum, frame):
+        threading.Thread(target=repeat, args=(signum,), daemon=True).start()
         raise KeyboardInterrupt
 
-    with _handled(_ENDING, interrupt):
-        yield
+    try:
+        with _handled(_ENDING, interrupt):
+            yield
+    finally:
+        ended.set()
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from mquant_jax.cli_support import UNREAD
+from mquant_jax.cli_support import UNREAD, terminate_as_interrupt
 
 PROGRAM = """
 import sys
@@ -32,3 +34,20 @@ def test_a_reader_that_leaves_ends_the_command_quietly(size) -> None:
         child.stdin.write(b"\n")
         child.stdin.close()
         assert child.stderr.read() == b"" and child.wait() == UNREAD
+
+
+class Collected:
+    """Is terminated where Python ignores exceptions, as in JAX's callback of the collector."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_is_lost_comes_again() -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
+        Collected()
+        while time.monotonic() < began + 20:
+            time.sleep(0.01)
+    assert time.monotonic() < began + 10
