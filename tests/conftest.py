@@ -1,5 +1,6 @@
 """What holds for the whole suite."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from tests.chat_cases import folder_of
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
+
+
+# Traces are many objects that live for a file. Python's own thresholds look through all of them
+# again and again, which takes 6 % of the time.
+gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_configure(config) -> None:

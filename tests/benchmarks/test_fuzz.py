@@ -70,6 +70,7 @@ def test_damage_is_undone(tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "scratch"]
 
 
+@pytest.mark.slow
 def test_rehearsal(capsys) -> None:
     assert fuzz._run(["--cases", "200", "--seed", "5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -20,7 +20,7 @@ CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
 # Qwen2-VL-7B and the windows of Qwen2.5-VL; pictures larger than a window, prompts of many blocks.
 QWEN2_5 = MODELS["qwen2_vl-7b"] | {
     "model_type": "qwen2_5_vl",
-    "vision_config": {"model_type": "qwen2_5_vl", "out_hidden_size": 3584},
+    "vision_config": {"model_type": "qwen2_5_vl", "hidden_size": 1280, "out_hidden_size": 3584},
 }
 CASES = [f"{device} {recipe} {program}" for device in ("h100", "tpu-v5e")
          for recipe in ("w4a8", "w4a8-dynamic", "float") for program in PROGRAMS]  # fmt: skip

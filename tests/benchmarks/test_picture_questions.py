@@ -55,7 +55,14 @@ def quantised_model(family, model, config, batch):
     return made
 
 
-@pytest.mark.parametrize(("case", "kind"), [(CLIP, "float"), (DINOV2, "float"), (CLIP, "w4a8")])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        (CLIP, "float"),
+        (DINOV2, "float"),
+        pytest.param(CLIP, "w4a8", marks=pytest.mark.slow),
+    ],
+)
 def test_packed_answers_are_those_of_generation(case, kind, monkeypatch) -> None:
     monkeypatch.setattr(picture_questions, "PICTURES", 2)
     monkeypatch.setattr(picture_questions, "QUESTIONS", 4)  # the last group is part empty
@@ -86,6 +93,7 @@ def test_packed_answers_are_those_of_generation(case, kind, monkeypatch) -> None
     assert list(own[0].answer) == list(answers[0][: answers[0].index(stop) + 1])
 
 
+@pytest.mark.slow
 def test_divergence_is_that_of_whole_prompts() -> None:
     family, model, config, inputs, _ = golden_model(CLIP)
     prompts = prompts_of(config, inputs)

@@ -108,6 +108,7 @@ def test_budgets_that_cannot_be_kept(llama) -> None:
           lambda: choose(family, config, PRESETS["w8a8"], 8.5, params, batch))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys) -> None:
     source, out = str(DEMO_ASSETS / "model"), str(tmp_path / "mixed.json")
     base = tmp_path / "base.json"

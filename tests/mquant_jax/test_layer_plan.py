@@ -44,7 +44,10 @@ def folder_of(path: Path, hf: dict) -> Path:
     return path
 
 
-@pytest.mark.parametrize("changes", [{}, {"rotate": True, "split": {"criterion": "paper"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"rotate": True, "split": {"criterion": "paper"}}, marks=pytest.mark.slow)],
+)
 def test_the_plan_is_what_a_conversion_makes(tmp_path, capsys, changes) -> None:
     rules = [["language/layers/*/o_proj", {"group_size": 32}], ["vision/merger/*", {"w_bits": 4}]]
     (tmp_path / "recipe.json").write_text(json.dumps(QUICK | changes | {"rules": rules}))

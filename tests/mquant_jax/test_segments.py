@@ -107,7 +107,7 @@ def test_a_rule_may_name_one_layer() -> None:
     assert rows["language/layers/*/down_proj", "int4"] == 2
 
 
-@pytest.mark.parametrize("tune", mostly_slow([None, "block", "model"], "model"))
+@pytest.mark.parametrize("tune", mostly_slow([None, "block", "model"], None))
 def test_quantising_such_a_model(tune) -> None:
     brand, model, config, inputs, _ = golden_model("qwen2_vl/public")
     batch = brand.reference_batch(config, inputs)
