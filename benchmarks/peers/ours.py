@@ -46,7 +46,7 @@ def build(source: Source, names: Sequence[str]) -> Iterator[tuple[str, Peer]]:
     quantised = [n for n in names if n in PRESETS]
     if not quantised:
         return
-    config, params = quantised_params(source, PRESETS["w4a8"])
+    _, config, params = quantised_params(source, PRESETS["w4a8"])
     params = {k: held(v) if isinstance(v, QWeight) else v for k, v in params.items()}
     for name in quantised:
         recipe = PRESETS[name]

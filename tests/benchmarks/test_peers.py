@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
+from benchmarks.peers import ours
 from benchmarks.peers.__main__ import GROUPS, OURS, chosen, compare, gather, table
-from benchmarks.peers.base import Group, hf_names, share_equal
+from benchmarks.peers.base import Group, Source, hf_names, share_equal
 from mquant_jax.errors import UserError
+from mquant_jax.models.llama.processing import collate, text_prompt
+from mquant_jax.nn.params import get_params
+from tests.helpers import golden_model
 
 
 class Fake:
@@ -106,3 +111,17 @@ def test_names_of_pytorch() -> None:
 
 def test_share_of_equal_tokens() -> None:
     assert share_equal([1, 2, 3, 4], [1, 0, 3, 0]) == 0.5
+
+
+def test_our_own_models_answer() -> None:
+    family, model, config, _, _ = golden_model("llama/public")
+    prompt = list(range(3, 11))
+    source = Source(family, config, get_params(model), Path("unread.gguf"),
+                    collate([text_prompt(prompt)]), 16, 4, 1)  # fmt: skip
+    names = ("float32", OURS, "w4a8-dynamic")
+    peers = dict(ours.build(source, names))
+    assert tuple(peers) == names
+    for peer in peers.values():
+        peer.prefill(prompt)
+        assert len(peer.decode(4)) == 5
+    assert peers[OURS].weight_bytes < peers["float32"].weight_bytes
