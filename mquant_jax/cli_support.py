@@ -122,7 +122,7 @@ def terminate_as_interrupt() -> Iterator[None]:
 
     def repeat(signum: int) -> None:
         if not ended.wait(_AGAIN):
-            _thread.interrupt_main(signum)
+            _thread.interrupt_main(signal.Signals(signum))
 
     def interrupt(signum, frame):
         threading.Thread(target=repeat, args=(signum,), daemon=True).start()
