@@ -35,6 +35,7 @@ def misbehave(case: int, seed: int, bed: Bed, notes: list[str]) -> None:
         assert (bed.root / "scratch").is_dir()
 
 
+@pytest.mark.slow
 def test_every_outcome_is_told_apart(tmp_path) -> None:
     (tmp_path / "bed" / "scratch").mkdir(parents=True)
     (tmp_path / "bed" / "file").write_bytes(b"whole")

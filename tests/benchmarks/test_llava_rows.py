@@ -124,6 +124,7 @@ class TinyBed:
         return MEASURED | {"kl": apart, "right": "ff"}
 
 
+@pytest.mark.slow
 def test_a_run_measures_rows_and_continues(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("benchmarks.llava_bed.LlavaBed", TinyBed)
     rows = [llava.Row("rtn", "modality+sink"), llava.Row("rtn", "dynamic")]

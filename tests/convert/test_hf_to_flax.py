@@ -251,7 +251,13 @@ def _whole_or_not_at_all(folder):
     assert {p.name for p in folder.iterdir()} <= {"dst", "dst.work"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGHUP, signal.SIGINT)),
+    ],
+)
 def test_a_terminated_conversion_cleans_up(tmp_path, number):
     child = _start(tmp_path / "dst", "result/mquant.json", "-c", HELD)
     child.send_signal(number)

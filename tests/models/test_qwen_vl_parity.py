@@ -30,7 +30,7 @@ from tests.family_checks import (
     verified,
     wider_than_bfloat16,
 )
-from tests.helpers import GOLDENS, forward, golden, relative
+from tests.helpers import GOLDENS, forward, golden, mostly_slow, relative
 from tests.qwen_vl_cases import (
     CASES,
     LONG,
@@ -113,7 +113,7 @@ def plain_decoder(p: dict, x: np.ndarray, first: int, prompt: int, length: int, 
     return dense(norm(x, "language/norm"), "language/head")
 
 
-@pytest.mark.parametrize("length", [15, 40])
+@pytest.mark.parametrize("length", mostly_slow([15, 40], 40))
 def test_beyond_the_training_length(length) -> None:
     """Prompts of 63 columns and 8 further tokens, against a plain reading of the description."""
     config = QwenVLConfig.from_hf(changed_config(seq_length=length))

@@ -76,6 +76,7 @@ def test_every_part_takes_part() -> None:
     assert set(rotated) - set(params) == {"vision/merger/proj/bias"}
 
 
+@pytest.mark.slow
 def test_w4a8_is_close() -> None:
     model, config, _, _ = golden_case(CASES[0])
     error, report = w4a8_error(FAMILY, config, get_params(model), CASES[0])

@@ -17,7 +17,7 @@ from mquant_jax.ops.pallas_tpu_attention import Plan, attend_rows, plan
 from mquant_jax.ops.visibility import NEVER, Visibility
 from mquant_jax.presets import PRESETS
 from mquant_jax.target import tracing_for
-from tests.helpers import golden, interpreting, random_quantised, relative
+from tests.helpers import golden, interpreting, mostly_slow, random_quantised, relative
 
 ROUNDING = 0.005  # of bfloat16 results, relative to their size
 
@@ -136,7 +136,7 @@ def test_the_chosen_form() -> None:
         assert form(2**20, jnp.bfloat16) == SEPARATE
 
 
-@pytest.mark.parametrize("recipe", ["float", "w4a8"])
+@pytest.mark.parametrize("recipe", mostly_slow(["float", "w4a8"], "w4a8"))
 def test_a_whole_model_takes_the_kernel(recipe) -> None:
     """Tower and decoder traced for TPU call it; interpreted, they give what XLA's form gives."""
     hf, inputs, _ = golden("qwen2_vl", "public")

@@ -131,6 +131,7 @@ def test_quantising_such_a_model(tune) -> None:
     assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_such_a_model(tmp_path) -> None:
     """Converted, read back, loaded, answered from, also by the engine."""
     recipe = ruled(

@@ -16,7 +16,7 @@ from mquant_jax.ops.attention import CACHE, HEADS, ROWS, attend, attend_cache, a
 from mquant_jax.ops.band import Band
 from mquant_jax.ops.visibility import NEVER, Visibility
 from mquant_jax.target import tracing_for
-from tests.helpers import cpu_target, interpreting, relative
+from tests.helpers import cpu_target, interpreting, mostly_slow, relative
 
 B, T, HEADS_KV, D = 2, 330, (2, 1), 64
 PADDING = np.array([0, 11])  # of the rows, before the text or after the picture
@@ -129,7 +129,10 @@ def dense(q, k, v, mask) -> np.ndarray:
     return y.swapaxes(1, 2).reshape(len(y), y.shape[2], -1)
 
 
-@pytest.fixture(params=CASES, name="case")
+REPEATED = ("causal, unknown", "sliding over most", "sliding, unknown")
+
+
+@pytest.fixture(params=mostly_slow([*CASES], *CASES.keys() - {*REPEATED}), name="case")
 def _case(request) -> Case:
     return CASES[request.param]
 

@@ -189,6 +189,7 @@ def test_a_float_checkpoint_has_sizes_alone(folders, tmp_path) -> None:
     assert len({before - after for before, after in found.part_bytes.values()}) == 1
 
 
+@pytest.mark.slow
 def test_a_record_of_before_says_what_it_lacks(halved, tmp_path) -> None:
     """The first report.json had errors and points, and nothing of the rest."""
     record = {k: halved.record[k] for k in ("weights", "points", "balance", "sinks")}
