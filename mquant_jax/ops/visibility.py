@@ -122,18 +122,19 @@ class Visibility:
         if self.bounds is not None and queries >= self.top.shape[1]:
             return self.bounds
         top = jnp.max(in_blocks(self.top, queries, -1), axis=-1, keepdims=True)
-        keys, column = self.keys[:, None, :], jnp.arange(self.keys.shape[1], dtype=jnp.int32)
+        keys, size = self.keys[:, None, :], self.keys.shape[1]
+        column = jnp.arange(size, dtype=jnp.int32)[None, None, :]
         some = keys <= top
         if self.low is not None:
             low = jnp.min(in_blocks(self.low, queries, NEVER), axis=-1, keepdims=True)
             some &= low <= keys
-        start = queries * jnp.arange(top.shape[1], dtype=jnp.int32)[:, None]
+        start = queries * jnp.arange(top.shape[1], dtype=jnp.int32)[None, :, None]
         if self.before is not None and self.lifted is None:
             some &= start - self.before <= column
         if self.after is not None and self.lifted is None:
             some &= column < start + queries + self.after
         end = jnp.max(jnp.where(some, column + 1, 1), axis=2)
-        first = jnp.min(jnp.where(some, column, len(column) - 1), axis=2)
+        first = jnp.min(jnp.where(some, column, size - 1), axis=2)
         return jnp.minimum(first, end - 1), end
 
 
