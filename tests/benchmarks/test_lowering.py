@@ -15,6 +15,9 @@ from mquant_jax.presets import PRESETS
 from mquant_jax.target import tracing_for
 from tests.helpers import mostly_slow
 
+# jax 0.12 says so of every kernel for GPU; it still compiles them.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+
 LOWERS_FOR = {"gpu": "cuda", "tpu": "tpu"}
 CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
 # Qwen2-VL-7B and the windows of Qwen2.5-VL; pictures larger than a window, prompts of many blocks.
