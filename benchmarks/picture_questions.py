@@ -148,9 +148,9 @@ def _step(language, group: Group, cache: KVCache, ids, behind, classes):
 
 
 @partial(jax.jit, static_argnames="most")
-def _greedy(module: VLM, group: Group, most: int) -> jax.Array:
-    """``most`` tokens after each question, int32 ``[Q, most]``; what comes after the end of an
-    answer is left to the caller."""
+def _greedy(module: VLM, group: Group, stop: jax.Array, most: int) -> jax.Array:
+    """Up to ``most`` tokens after each question, int32 ``[Q, most]``; ``stop`` ends an answer. What
+    comes after it is left to the caller."""
     language = module.language
     x, cache = _read(module, group, most)
     last = group.positions[:, :1]
@@ -158,14 +158,19 @@ def _greedy(module: VLM, group: Group, most: int) -> jax.Array:
     def likeliest(x: jax.Array) -> jax.Array:
         return language.logits(x).argmax(-1).astype(jnp.int32)
 
-    def step(carry, i):
-        ids, cache = carry
+    def goes_on(carry):
+        i, ended, *_ = carry
+        return (i < most) & ~ended.all()
+
+    def step(carry):
+        i, ended, out, ids, cache = carry
+        out = jax.lax.dynamic_update_slice(out, ids, (jnp.int32(0), i))
         x, cache = _step(language, group, cache, ids, last + 1 + i, jnp.full_like(ids, TEXT))
-        return (likeliest(x), cache), ids[:, 0]
+        return i + 1, ended | (ids[:, 0] == stop), out, likeliest(x), cache
 
     first = likeliest(jnp.take_along_axis(x, last[..., None], axis=1))
-    steps = jnp.arange(most, dtype=jnp.int32)
-    return jax.lax.scan(step, (first, cache), steps)[1].T
+    ended, out = group.labels[:, 0] < 0, jnp.full((len(first), most), stop, jnp.int32)
+    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), ended, out, first, cache))[2]
 
 
 def greedy(
@@ -176,7 +181,7 @@ def greedy(
     open_ = [dataclasses.replace(q, answer=(0,)) for q in questions]  # of one token
     found = []
     for group in groups(open_, collate):
-        tokens = np.asarray(_greedy(module, group, most))
+        tokens = np.asarray(_greedy(module, group, np.int32(stop), most))
         found += tokens[group.labels[:, 0] >= 0].tolist()
     ends = ([*f, stop].index(stop) + 1 for f in found)
     return [
