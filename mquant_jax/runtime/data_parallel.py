@@ -127,6 +127,9 @@ class DataParallel(Generator):
         """The weights on every device."""
         return jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
 
+    def params_for(self, rows: int) -> Any:
+        return self.params
+
     def start(self, batch: Batch, max_new_tokens: int) -> Answers:
         """Run the vision tower and the prefill; padding rows are done from the start."""
         shares = cut(self.model, batch, self.mesh.size, self.platform)

@@ -17,7 +17,6 @@ from mquant_jax.runtime import buckets, slots
 from mquant_jax.runtime.generate import Generator, shape_of
 from mquant_jax.runtime.prefill import Chunk
 from mquant_jax.runtime.slots import Columns, Slots, Start
-from mquant_jax.runtime.split_layers import split_layers
 
 Progress = Callable[[Iterable, str], Iterable]  # of items with a label
 _NUMBER = shape_of((), np.int32)
@@ -81,7 +80,7 @@ class EnginePrograms:
         sizes = (width, reach, len(features), chunk.batch.visual_slots)
         place = np.int32(row), np.int32(chunk.start), np.int32(span)
         program = self._program("chunk", *sizes)
-        return program(self._params_for(width), state, chunk.batch, features, *place)
+        return program(self.generator.params_for(width), state, chunk.batch, features, *place)
 
     def reach(self, start: int, width: int) -> int:
         """Columns that the program of a chunk looks at: none in a first chunk, else a size of which
@@ -103,7 +102,7 @@ class EnginePrograms:
         On CPU a program takes as many rows as decode, or the next larger number of a few.
         """
         size = self._step_rows(len(running))
-        program = partial(self._program("step", size), self._params_for(size), state)
+        program = partial(self._program("step", size), self.generator.params_for(size), state)
         if size == self.rows:
             state, tokens = program(np.isin(np.arange(size), running))
             return state, np.asarray(tokens)[running]
@@ -122,14 +121,6 @@ class EnginePrograms:
         but XLA's CPU backend sums those of one row of floats in another order."""
         parts = (part for _, part in nnx.iter_modules(self.generator.model.language))
         return all(part.mode != "none" for part in parts if isinstance(part, ActQuant))
-
-    def _params_for(self, tokens: int) -> Any:
-        """What a program takes whose products have so many rows."""
-        return self._split if self.generator.platform == "cpu" and tokens > 1 else self._params
-
-    @cached_property
-    def _split(self) -> Any:
-        return split_layers(self._params)
 
     def take(self, state: Slots, row: int, start: int) -> Columns:
         """The columns of one whole chunk."""
@@ -176,7 +167,9 @@ class EnginePrograms:
         args = [self._slots, shape_of((size,), bool)]
         if size < self.rows:
             args.append(shape_of((size,), np.int32))
-        return self.generator.compiled(slots.step, *args, donate=1, params=self._params_for(size))
+        return self.generator.compiled(
+            slots.step, *args, donate=1, params=self.generator.params_for(size)
+        )
 
     def _compile_chunk(self, width: int, reach: int, count: int, visual_slots: int | None) -> Any:
         def read(model: VLM, state: Slots, batch: Batch, features: tuple, row, start, span):
@@ -185,4 +178,6 @@ class EnginePrograms:
 
         batch = self.generator.prompt_shapes(1, width, visual_slots)
         args = self._slots, batch, self.generator.piece_shapes(count), _NUMBER, _NUMBER, _NUMBER
-        return self.generator.compiled(read, *args, donate=1, params=self._params_for(width))
+        return self.generator.compiled(
+            read, *args, donate=1, params=self.generator.params_for(width)
+        )

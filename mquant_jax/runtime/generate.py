@@ -12,6 +12,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from mquant_jax.runtime.buckets import PIECE
 from mquant_jax.runtime.programs import PROGRAMS, Programs
 from mquant_jax.runtime.prompts import Pictures, Prompts, on_host, split_pictures, split_prompts
 from mquant_jax.runtime.sampling import RowSampling, Sampling, per_row
+from mquant_jax.runtime.split_layers import split_layers
 from mquant_jax.runtime.steps import Answers, DecodeState, Entry, decode, extend, prefill
 from mquant_jax.runtime.tokens import uses_aifs
 
@@ -153,7 +155,7 @@ class Generator:
         """Decode every row up to token ``until``; ``answers`` is donated."""
         rows, slots = answers.tokens.shape
         limit = np.full(rows, until, np.int32)
-        return self.program("decode", rows, slots)(self.params, answers, limit, how)
+        return self.program("decode", rows, slots)(self.params_for(rows), answers, limit, how)
 
     def warm_up(
         self,
@@ -216,13 +218,13 @@ class Generator:
     def see(self, group: Pictures) -> Sequence[tuple[jax.Array, ...]]:
         """For each picture of a group, its features in pieces ``[PIECE, feature_width]``."""
         program = self.program("see", *group.vision.valid.shape)
-        return program(self.params, group.vision)
+        return program(self.params_for(group.vision.valid.size), group.vision)
 
     def _read(self, group: Prompts, features: dict) -> Sequence[Entry]:
         rows, width = group.batch.order.shape
         parts = self.filled_up([features[piece] for piece in group.features], rows, width)
         program = self.program("read", rows, width, len(parts), group.batch.visual_slots)
-        return program(self.params, group.batch, parts)
+        return program(self.params_for(rows * width), group.batch, parts)
 
     def filled_up(self, parts: Sequence[jax.Array], rows: int, width: int) -> tuple[jax.Array, ...]:
         """Feature pieces, filled up to the number that a prefill of these sizes takes. No token
@@ -260,7 +262,7 @@ class Generator:
             if i:
                 tokens[: len(answers)] = [a[i - 1] if i <= len(a) else 0 for a in answers]
             force = self.program("force", rows, slots, i == 0)
-            expected, fed = force(self.params, fed, tokens)
+            expected, fed = force(self.params_for(rows), fed, tokens)
             yield np.asarray(expected)[: len(answers)]
 
     def _stream(self, answers: Answers, count: int, limit: int, how: RowSampling, on_tokens):
@@ -279,6 +281,14 @@ class Generator:
         return self.programs.get(
             self.owner, (kind, *sizes), lambda: getattr(self, f"_compile_{kind}")(*sizes)
         )
+
+    def params_for(self, rows: int) -> Any:
+        """The parameters as programs take them whose products have so many rows."""
+        return self._split if rows > 1 and self.platform == "cpu" else self.params
+
+    @cached_property
+    def _split(self) -> Any:
+        return split_layers(self.params)
 
     def bound(self, step: Callable) -> Callable:
         """``step(model, ...)`` as a function of ``(params, ...)``."""
@@ -305,10 +315,11 @@ class Generator:
         donate: int | None = None,
     ) -> Any:
         """``step(model, *arguments(rows))`` as a program for the shapes of ``rows`` rows."""
-        return self.compiled(step, *arguments(rows), donate=donate)
+        return self.compiled(step, *arguments(rows), donate=donate, params=self.params_for(rows))
 
     def _compile_see(self, rows: int, patches: int) -> Any:
-        return self.compiled(steps.see, self._vision_shapes(rows, patches))
+        vision, params = self._vision_shapes(rows, patches), self.params_for(rows * patches)
+        return self.compiled(steps.see, vision, params=params)
 
     def _vision_shapes(self, rows: int, patches: int) -> VisionInput:
         tower, i32 = self.model.vision, np.int32
@@ -328,7 +339,8 @@ class Generator:
             return steps.read(model, batch, features, self.int8_cache)
 
         batch = self.prompt_shapes(rows, width, visual_slots)
-        return self.compiled(read, batch, self.piece_shapes(count))
+        params = self.params_for(rows * width)
+        return self.compiled(read, batch, self.piece_shapes(count), params=params)
 
     def prompt_shapes(self, rows: int, width: int, visual_slots: int | None) -> Batch:
         """Shapes of prompts without pictures."""

@@ -1,4 +1,4 @@
-"""The weights of a decoder's layers as separate arrays, without a copy.
+"""The weights of a model's layers as separate arrays, without a copy.
 
 On CPU a product of several rows takes an array that is nothing but the layer's weights. Out of a
 stack XLA first copies them, at every step, which costs almost half of the time in which a few rows
@@ -17,11 +17,11 @@ from mquant_jax.numerics import QWeight
 from mquant_jax.per_layer import PerLayer
 
 _LEAST = 1 << 16  # values; smaller stacks cost nothing to copy
-_LAYERS = ("language", "layers")
+_STACKS = (("language", "layers"), ("vision", "layers"))
 
 
 def split_layers(params: Any) -> Any:
-    """Parameters on CPU with one array for each kernel of each layer of the decoder; they share the
+    """Parameters on CPU with one array for each kernel of each layer of both towers; they share the
     memory of ``params``."""
     return jax.tree_util.tree_map_with_path(
         _stack_split, params, is_leaf=lambda leaf: isinstance(leaf, QWeight)
@@ -30,7 +30,7 @@ def split_layers(params: Any) -> Any:
 
 def _stack_split(path: tuple, leaf: Any) -> Any:
     names = tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
-    if names[:2] != _LAYERS or "kernel" not in names:
+    if names[:2] not in _STACKS or "kernel" not in names:
         return leaf
     if not isinstance(leaf, QWeight):
         return _split(leaf)
