@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor
-from mquant_jax.ops import attention_xla, rows_cpu
+from mquant_jax.ops import attention_cpu, attention_xla
 from mquant_jax.ops.registry import Form, Op, unless
 from mquant_jax.ops.visibility import Visibility
 from mquant_jax.target import Target, target
@@ -140,7 +140,7 @@ def _separate(*args: Any) -> jax.Array:
 
 ROWS: Op[Rows] = Op(
     "attention of rows",
-    Form("heads_cpu", rows_cpu.attend_rows, _no_cpu_rows),
+    Form("heads_cpu", attention_cpu.attend_rows, _no_cpu_rows),
     Form("pallas_tpu", _rows_on_tpu, _no_tpu_rows),
     Form(SEPARATE, _separate),
 )

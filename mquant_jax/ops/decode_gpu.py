@@ -1,9 +1,8 @@
 """Attention of one token per prompt to the cache, as a Pallas kernel for NVIDIA GPUs.
 
 Keys and values are read from the cache of all layers, from the first block of visible slots to the
-last. Blocks split the
-slots, because there are too few heads to fill a chip; their results are combined after the kernel
-(Flash-Decoding, Dao et al. 2023).
+last. Blocks split the slots, because there are too few heads to fill a chip; their results are
+combined after the kernel (Flash-Decoding, Dao et al. 2023).
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -91,20 +93,25 @@ def picture() -> Case:
     )
 
 
-CASES = {
-    "causal": text(),
-    "causal, unknown": text(hints=False),
-    "sliding": text(40),
-    "sliding over most": text(250),
-    "sliding, unknown": text(40, hints=False),
-    "moved": text(moved=True, hints=False),
-    "moved, sliding": text(40, moved=True, hints=False),
-    "picture in text": picture_in_text(),
-    "windows": windows(),
-    "windows in a loop": one_of_a_loop(False),
-    "full in a loop": one_of_a_loop(True),
-    "picture": picture(),
+CASES: dict[str, Callable[[], Case]] = {
+    "causal": text,
+    "causal, unknown": partial(text, hints=False),
+    "sliding": partial(text, 40),
+    "sliding over most": partial(text, 250),
+    "sliding, unknown": partial(text, 40, hints=False),
+    "moved": partial(text, moved=True, hints=False),
+    "moved, sliding": partial(text, 40, moved=True, hints=False),
+    "picture in text": picture_in_text,
+    "windows": windows,
+    "windows in a loop": partial(one_of_a_loop, False),
+    "full in a loop": partial(one_of_a_loop, True),
+    "picture": picture,
 }
+
+
+@cache
+def case_of(name: str) -> Case:
+    return CASES[name]()
 
 
 def rows_of(rng) -> list[jax.Array]:
@@ -134,7 +141,7 @@ REPEATED = ("causal, unknown", "sliding over most", "sliding, unknown")
 
 @pytest.fixture(params=mostly_slow([*CASES], *CASES.keys() - {*REPEATED}), name="case")
 def _case(request) -> Case:
-    return CASES[request.param]
+    return case_of(request.param)
 
 
 def test_an_interval_is_a_mask(case) -> None:
@@ -159,13 +166,13 @@ def test_no_key_that_is_skipped_is_seen(case, size) -> None:
 
 def test_blocks_of_a_window_are_found() -> None:
     """The skips are real: of 330 patches a block of 64 looks at what is near."""
-    first, end = CASES["windows"].seen.key_range(64)
+    first, end = case_of("windows").seen.key_range(64)
     assert (np.asarray(end - first) <= 64 + 15 + 15).all()
-    first, end = CASES["sliding, unknown"].seen.key_range(64)
+    first, end = case_of("sliding, unknown").seen.key_range(64)
     assert (np.asarray(end - first)[0] <= 64 + 39).all()
-    assert Band.of(T, CASES["windows"].seen) == Band(64, 1, 1)
-    assert Band.of(T, CASES["sliding"].seen) == Band(64, 1, 0)
-    assert Band.of(T, CASES["sliding over most"].seen) is None
+    assert Band.of(T, case_of("windows").seen) == Band(64, 1, 1)
+    assert Band.of(T, case_of("sliding").seen) == Band(64, 1, 0)
+    assert Band.of(T, case_of("sliding over most").seen) is None
 
 
 def test_on_cpu(case) -> None:
@@ -185,7 +192,7 @@ def test_on_cpu(case) -> None:
 @pytest.mark.parametrize("name", ["causal", "sliding", "windows in a loop"])
 def test_gradients(name) -> None:
     q, k, v = rows_of(np.random.default_rng(1))
-    (seen, _), real = CASES[name], CASES[name].real
+    (seen, _), real = case_of(name), case_of(name).real
 
     def slope(form):
         return jax.jit(jax.grad(lambda k: (form(k)[real] ** 2).sum()))(k)
