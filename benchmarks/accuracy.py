@@ -204,6 +204,7 @@ def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[s
     result: dict[str, Any] = head | bed.float_result | {"questions": bed.questions}
     result["rows"] = llava.kept(args.save, head) if args.resume else []
     compared = llava.steps(rows) if rows[0].recipe else llava.pairs()
+    result["gains"] = llava.gains(result, compared)
     last: tuple[Any, ...] = (None,)
     for row in progress(llava.missing(rows, result["rows"]), "rows"):
         began, rounded = time.monotonic(), row.rounded_as()
@@ -320,6 +321,15 @@ def _result(args: Any) -> dict[str, Any]:
 
 
 def _named(rows: list[Any], methods: list[str] | None) -> list[Any]:
+    """The rows of these methods; ``None``: all.
+
+    Raises:
+        UserError: a method has no row.
+    """
+    known = dict.fromkeys(r.method for r in rows)
+    for name in methods or ():
+        if name not in known:
+            raise UserError(f"--method {name}: no row is named so; known: {', '.join(known)}")
     return [r for r in rows if not methods or r.method in methods]
 
 

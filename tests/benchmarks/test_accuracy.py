@@ -1,8 +1,9 @@
 """The accuracy benchmark's plan: which recipes its rows stand for."""
 
-from benchmarks.accuracy import GROUP, Row, ablation_rows, method_rows, table
+from benchmarks.accuracy import GROUP, Row, _run, ablation_rows, method_rows, table
 from mquant_jax.presets import METHODS
 from mquant_jax.recipe import SECTIONS, Recipe
+from tests.helpers import fails
 
 
 def test_every_method_is_measured_static_and_dynamic_in_each_group_size() -> None:
@@ -33,6 +34,11 @@ def test_the_ablation_leads_from_rounding_to_the_whole_method() -> None:
     assert last.modality_scales and last.sink_class and last.split.wanted
     assert not rows["plain Hadamard +rms"].online_signs
     assert len({Recipe.from_json(r.to_json() | {"name": "x"}) for r in rows.values()}) >= 8
+
+
+def test_a_method_without_a_row_is_named() -> None:
+    fails("--method nothing: no row is named so; known: rtn, smoothquant",
+          lambda: _run(["--method", "nothing", "--quick"]))  # fmt: skip
 
 
 def test_tables_show_both_kinds_of_bed() -> None:

@@ -135,6 +135,8 @@ def test_a_run_measures_rows_and_continues(monkeypatch, tmp_path) -> None:
     assert json.loads(args.save.read_text()) == both
     assert all(0 < r["kl"] < 1 for r in both["rows"])
     assert [g["row"] for g in both["gains"]] == ["rtn, dynamic"]
+    assert run_llava(rows, None, args) == both  # nothing is left to measure
+    assert "rtn" in table(both)
 
 
 def test_gains_are_paired_differences_of_rows() -> None:
