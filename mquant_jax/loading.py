@@ -88,7 +88,7 @@ def load_model(
 
 
 def outline(folder: str | Path, verify: Verify = False) -> Loaded:
-    """The same with shapes instead of arrays, in the layout of the platform that is traced for.
+    """A checkpoint with shapes instead of arrays, in the layout of the platform that is traced for.
 
     Args:
         verify: as of :func:`load_model`, which reads all files once; without it only JSON files
