@@ -1,4 +1,4 @@
-"""An interrupted conversion goes on where it was, and makes the same tensors."""
+"""An interrupted conversion resumes where it stopped and makes the same tensors."""
 
 import dataclasses
 import errno
@@ -23,7 +23,7 @@ RECIPE = dataclasses.replace(
 
 
 class Killed(BaseException):
-    """In the place of a kill: nothing that a program does on its way out may matter."""
+    """Simulates a kill: the result must not depend on cleanup code."""
 
 
 def hashes(folder) -> dict[str, str]:
@@ -39,7 +39,7 @@ def undisturbed(tmp_path_factory):
 
 
 def killing(monkeypatch, after: int, before_writing: bool) -> None:
-    """Stop at the ``after``-th record of the journal from now on."""
+    """Raise :class:`Killed` at the ``after``-th journal record from now on."""
     append, count = Journal.append, 0
 
     def counted(self, record):
@@ -68,7 +68,7 @@ def test_a_conversion_that_is_stopped_again_and_again(tmp_path, monkeypatch, und
     assert hashes(dst) == undisturbed
     assert [p.name for p in tmp_path.iterdir()] == ["dst"]
     made = dst.stat().st_ino
-    convert(SOURCE, dst, RECIPE, resume=True)  # killed after the last rename, for all one knows
+    convert(SOURCE, dst, RECIPE, resume=True)  # as after a kill that came after the last rename
     other = dataclasses.replace(RECIPE, seed=5)
     with pytest.raises(UserError, match="exists already and was made from other inputs"):
         convert(SOURCE, dst, other, resume=True)
@@ -76,7 +76,7 @@ def test_a_conversion_that_is_stopped_again_and_again(tmp_path, monkeypatch, und
 
 
 def stopped(tmp_path, monkeypatch, recipe=RECIPE):
-    """What a conversion leaves that was stopped in the middle of its rounding pass."""
+    """The folder of a conversion that was stopped during its rounding pass."""
     dst = tmp_path / "dst"
     with monkeypatch.context() as patch:
         write, count = TensorFileWriter.write, 0

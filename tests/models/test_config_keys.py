@@ -1,4 +1,4 @@
-"""The tables of config.json: published configs, published defaults, hostile values."""
+"""The key tables of config.json: published configs, published defaults, hostile values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOLDEN = {
     str(path.parent.relative_to(GOLDENS)): json.loads(path.read_text(encoding="utf-8"))
     for path in sorted(GOLDENS.glob("*/*/config.json"))
 }
-# As the repository of InternVL3-1B has it, experts that do not exist included.
+# From the repository of InternVL3-1B, with keys for experts that the model does not have.
 INTERNVL3_1B = {
     "architectures": ["InternVLChatModel"], "auto_map": {}, "downsample_ratio": 0.5,
     "dynamic_image_size": True, "force_image_size": 448, "hidden_size": 896, "image_fold": None,
@@ -122,7 +122,7 @@ def test_defaults_of_qwen2_vl_are_those_of_transformers() -> None:
     published = transformers.Qwen2VLConfig()
     assert published.text_config.rope_parameters["rope_theta"] == 1e6
     saved = json.loads(published.to_json_string(use_diff=False))
-    saved["vision_config"]["hidden_size"] = 8192  # the class's own halves do not fit each other
+    saved["vision_config"]["hidden_size"] = 8192  # the default sub-configs do not match
     config = config_of(saved)
     assert family_for(saved).unknown_keys(saved) == []
     assert config.language.rope_theta == 1e6 and config.vision.rope_theta == 10000.0
@@ -139,7 +139,7 @@ def test_defaults_of_qwen2_5_vl_are_those_of_transformers() -> None:
 
     published = transformers.Qwen2_5_VLConfig()
     saved = json.loads(published.to_json_string(use_diff=False))
-    saved["vision_config"]["out_hidden_size"] = 8192  # the class's own halves do not fit each other
+    saved["vision_config"]["out_hidden_size"] = 8192  # the default sub-configs do not match
     config = config_of(saved)
     assert family_for(saved).unknown_keys(saved) == []
     assert config.tokens_per_second == 4 and config.vision.full_layers == (7, 15, 23, 31)
@@ -186,7 +186,7 @@ def test_defaults_of_qwen3_vl_are_those_of_transformers() -> None:
 
     published = transformers.Qwen3VLConfig()
     saved = json.loads(published.to_json_string(use_diff=False))
-    saved["vision_config"]["out_hidden_size"] = 4096  # the class's own halves do not fit each other
+    saved["vision_config"]["out_hidden_size"] = 4096  # the default sub-configs do not match
     config = config_of(saved)
     assert family_for(saved).unknown_keys(saved) == []
     assert config.vision.taps == (8, 16, 24) and config.vision.position_grid == 48
@@ -220,7 +220,7 @@ def test_texts_of_qwen3_vl() -> None:
     assert text().rope_streams[:6] == (0, 1, 2, 0, 1, 2) and text().rope_streams[57:] == (
         0, 1, 2, 0, 0, 0, 0,
     )  # fmt: skip
-    # Version 4 of transformers does not save what is its default.
+    # transformers 4 does not save keys that have their default value.
     assert text(rope_theta=None).rope_theta == 5e6
     assert text({"transformers_version": "5.24.0"}, rope_theta=None).rope_theta == 5e5
     assert text(rope_scaling=None) == text()
@@ -296,7 +296,7 @@ def test_llava_without_a_tower_has_the_published_one() -> None:
 
 
 def test_a_fine_tune_saved_as_differences() -> None:
-    """``vision_config`` of a published Qwen2-VL fine-tune holds four keys."""
+    """The ``vision_config`` of a published Qwen2-VL fine-tune has only four keys."""
     hf = {k: v for k, v in FULL["qwen2_vl-2b"].items() if k != "rope_theta"}
     hf["vision_config"] = {
         "hidden_size": 1536, "in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14,
@@ -386,7 +386,7 @@ def places(data: Any, path: tuple = ()) -> Iterator[tuple]:
 
 @pytest.mark.parametrize("case", [*GOLDEN, "qwen2_vl-7b"])
 def test_hostile_values_are_refused_in_one_line_that_names_the_key(case) -> None:
-    """Each key of each golden with each of many values: a config or one clear line."""
+    """For each key and each hostile value: either a valid config or a one-line error."""
     published = (GOLDEN | FULL)[case]
     refused = 0
     for path in places(published):

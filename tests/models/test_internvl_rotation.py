@@ -1,4 +1,4 @@
-"""InternVL rotated: the function stays, whatever the tower's norms; W4A8 comes out close."""
+"""InternVL: rotation keeps the function for both kinds of norms, and W4A8 logits are close."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def test_a_tower_of_rms_norms_keeps_its_mean(case) -> None:
     got, twin = logits(config, ROTATED, rotated, case)
     assert relative(got, expected) < 1e-4
     assert len([m for _, m in nnx.iter_modules(twin) if isinstance(m, ProjectedNorm)]) == 1
-    # The projection does something here: without it the result is another.
+    # The projection matters here: without it the result differs.
     rotated["vision/merger/norm/weight"] = 0 * rotated["vision/merger/norm/weight"]
     assert relative(logits(config, ROTATED, rotated, case)[0], expected) > 1e-3
 

@@ -1,4 +1,4 @@
-"""Ids outside the vocabulary are refused at the border, by every family."""
+"""Every family refuses token ids outside the vocabulary before the model runs."""
 
 from types import SimpleNamespace
 
@@ -105,7 +105,7 @@ def test_a_prompt_is_text(folder, text) -> None:
 
 @pytest.mark.parametrize("make", ["prompt", "messages"])
 def test_more_pictures_than_the_context_has_tokens(tmp_path, make) -> None:
-    """Refused before any is opened: twenty thousand take minutes."""
+    """Refused before any picture is opened: decoding twenty thousand takes minutes."""
     write_tokenizer(tmp_path, ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved|>"), first=368)
     family, config = family_of(golden("cogvlm2", "public")[0])
     processor = family.processor(tmp_path, config)

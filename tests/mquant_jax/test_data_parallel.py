@@ -1,4 +1,4 @@
-"""Batches cut over devices: eight that XLA makes of one CPU."""
+"""Batches split over devices: eight virtual ones on one CPU."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from mquant_jax.runtime.data_parallel import cut
 from tests.helpers import golden_model
 
 DEVICES = 8
-CASES = {  # pictures in rows of their own; clips, visual experts, towers of one size, text alone
+CASES = {  # one row per picture; clips; visual experts; fixed-size towers; text only
     "qwen2_vl/public": {},
 }
 MORE = {

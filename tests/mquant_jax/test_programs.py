@@ -1,4 +1,4 @@
-"""Compiled programs: bounded in number, and what is padded or alongside does not show."""
+"""Compiled programs: bounded in number; padding and other rows change no answer."""
 
 import gc
 
@@ -25,7 +25,7 @@ def case():
 
 @pytest.fixture(scope="module")
 def prompts(case):
-    """Texts and pictures of several sizes."""
+    """Text-only prompts and pictures of several sizes."""
     config = case[1]
     sizes = [(9, 0), (40, 56), (20, 112), (3, 84), (70, 28)]
     return [FAMILY.example_prompt(config, tokens, side) for tokens, side in sizes]

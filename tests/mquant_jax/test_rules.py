@@ -1,4 +1,4 @@
-"""Rules of a recipe: which layers they reach, what they refuse, and what comes of them."""
+"""Rules of a recipe: matching layers, errors, and effects."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_first_match_wins_and_other_fields_stay() -> None:
     "family", mostly_slow(CASES, "qwen2_vl", "cogvlm2", "minicpmv2_6", "qwen3_vl")
 )
 def test_every_layer_of_every_family_can_be_named(family) -> None:
-    """The modules take their spec from where everybody else does."""
+    """The modules take their specs from the plan."""
     layers = layers_of(Recipe(), family)
     sections = ("vision", "connector", "language", "head", "embedding")
     for name in sections:

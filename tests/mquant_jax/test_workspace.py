@@ -1,4 +1,4 @@
-"""DST appears complete or not at all, and nothing of anybody else's is touched."""
+"""DST appears complete or not at all, and other people's files are never touched."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _names(folder):
 
 @pytest.fixture(params=["kernel", "two renames"])
 def renaming(request, monkeypatch):
-    """With what Linux offers, and without it."""
+    """With Linux's atomic rename, and without it."""
     if request.param != "kernel":
         monkeypatch.setattr(rename, "_renameat2", lambda *args: False)
 
@@ -80,7 +80,7 @@ def test_bad_places(tmp_path):
 
 
 def test_a_parent_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *args: False)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda *args: False)  # because root may write anywhere
     with pytest.raises(UserError, match="cannot be written; choose another DST"):
         _publish(tmp_path / "dst")
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_changes_meanwhile(tmp_path, renaming, change):
 
 
 def test_a_change_between_check_and_exchange(tmp_path, renaming, monkeypatch):
-    """Somebody publishes at the last moment: what was swapped out goes back."""
+    """If DST was replaced at the last moment, the exchange is undone."""
     dst = tmp_path / "dst"
     _publish(dst, "old")
     check, seen = module.identity, []
@@ -156,7 +156,7 @@ def test_a_change_between_check_and_exchange(tmp_path, renaming, monkeypatch):
     def late(folder, marker):
         found = check(folder, marker)
         seen.append(folder)
-        if len(seen) == 2:  # the first was at the start
+        if len(seen) == 2:  # the first call is at the start
             dst.rename(tmp_path / "away")
             dst.mkdir()
             (dst / "mark").write_text("theirs")
@@ -210,7 +210,7 @@ def test_a_failure_leaves_things_as_they_were(tmp_path, stop, overwrite, keep):
 
 @pytest.mark.parametrize("renamed", [1, 2])
 def test_an_interrupt_between_two_renames(tmp_path, monkeypatch, renamed):
-    """The old checkpoint comes back; the new one is not lost where it is to be kept."""
+    """An interrupt restores the old checkpoint, and keeps the new one if ``keep`` says so."""
     dst, plain, seen = tmp_path / "dst", Path.rename, []
     _publish(dst, "old")
 
@@ -225,7 +225,7 @@ def test_an_interrupt_between_two_renames(tmp_path, monkeypatch, renamed):
         m.setattr(Path, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _publish(dst, overwrite=True, keep=lambda: True)
-    if not dst.exists():  # as after a kill: the next start puts it back
+    if not dst.exists():  # as after a kill: the next start restores it
         with pytest.raises(UserError, match="exists already"):
             _publish(dst)
     assert (dst / "mark").read_text() in ("old", "new")
@@ -248,7 +248,7 @@ def test_stale_work(tmp_path):
     ):
         assert second.resumed and _names(second.result) == ["part"]
         raise UserError("other inputs")
-    assert (work / "result" / "part").read_text() == "finished"  # it may be somebody's hours
+    assert (work / "result" / "part").read_text() == "finished"  # it may be hours of work
     with workspace(dst, "mark", resume=True) as third:
         (third.result / "mark").write_text("new")
         third.publish()
@@ -298,7 +298,7 @@ def test_one_conversion_at_a_time(tmp_path):
 
 
 def test_a_kill_after_the_last_rename(tmp_path, monkeypatch):
-    """The result is DST, and only the work folder was not removed: resuming finds it done."""
+    """DST is complete and only the work folder remains: resuming finds the result."""
     dst = tmp_path / "dst"
     with monkeypatch.context() as m:
         m.setattr(module, "_remove", lambda folder: None)
@@ -311,7 +311,7 @@ def test_a_kill_after_the_last_rename(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("left", [(), ("lock",), ("lock", "journal.jsonl", "states/x")])
 def test_a_kill_while_the_work_folder_is_removed(tmp_path, left):
-    """Whatever was removed by then, the result is known by what it was made from."""
+    """Whatever remains of the work folder, resuming recognises the result by its inputs."""
     dst, folder = tmp_path / "dst", tmp_path / "dst.work"
     _publish(dst)
     folder.mkdir()
@@ -408,7 +408,7 @@ sys.exit(run_cli(main))
 """
 
 
-# Signals count even where the shell that started the tests ignores them.
+# Restores the default handlers, because the shell that runs the tests may ignore signals.
 HEARS = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)

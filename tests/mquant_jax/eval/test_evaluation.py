@@ -33,7 +33,7 @@ VOCABULARY = 129
 
 
 class Processor:
-    """Characters are tokens."""
+    """Each character is a token."""
 
     def prompt(self, text, images=(), videos=()):
         if text == "bad":
@@ -49,7 +49,7 @@ class Processor:
 
 @dataclasses.dataclass
 class Parrot:
-    """Says what its table has for a question; stops after some batches."""
+    """Replies from a table; raises KeyboardInterrupt after ``stops_after`` batches."""
 
     replies: dict
     stops_after: int = 10**9
@@ -70,7 +70,8 @@ class Parrot:
         return prompts
 
     def force(self, prompts, answers):
-        """Expects its own reply's character with probability 1/2, of ``VOCABULARY``."""
+        """Gives its own reply's next character probability 1/2; the rest of ``VOCABULARY`` shares
+        the other half."""
         said = [self.replies["".join(map(chr, p.input_ids))] for p in prompts]
         for i in range(max(map(len, answers)) + 1):
             rows = np.full((len(said), VOCABULARY), np.log(0.5 / (VOCABULARY - 1)), np.float32)
@@ -119,7 +120,7 @@ def test_batches_are_cut_from_the_full_list() -> None:
     assert [a.text for a in answers] == [s.answer for s in samples()]
     assert sorted(len(b) for b in model.batches) == [1, 2, 2, 2, 2, 2]
     first = [len(q) for b in model.batches[:4] for q in b]
-    assert first == sorted(first)  # the eight questions of the first window, by length
+    assert first == sorted(first)  # the first window's eight questions are sorted by length
     fails("no samples", lambda: ask(model, [], Options()))
     fails("f.jsonl:3: no prompt", lambda: ask(
         model, questions_from([Sample((), "bad", where="f.jsonl:3")]), Options()))  # fmt: skip
@@ -137,7 +138,7 @@ def test_a_run_that_goes_on_makes_the_same_batches(models, data, tmp_path, stop)
     models["a/float"].stops_after = 10**9
     (folder,) = (tmp_path / "parts").iterdir()
     with (folder / "answers.jsonl").open("ab") as file:
-        file.write(b'{"id": "3", "text": "ans')  # the line that a kill cut
+        file.write(b'{"id": "3", "text": "ans')  # a line truncated by a kill
     again = evaluate(["a/float"], task, data, options, tmp_path / "parts")
     assert models["a/float"].batches == batches and again.to_json() == whole.to_json()
     results = [json.loads((tmp_path / p / folder.name / "result.json").read_text())
@@ -147,7 +148,7 @@ def test_a_run_that_goes_on_makes_the_same_batches(models, data, tmp_path, stop)
     assert results[0] == results[1]
     asked = len(models["a/float"].batches)
     evaluate(["a/float"], task, data, options, tmp_path / "parts")
-    assert len(models["a/float"].batches) == asked  # nothing is left to ask
+    assert len(models["a/float"].batches) == asked  # all questions are answered
 
 
 def test_the_record_of_a_run(models, data, tmp_path) -> None:

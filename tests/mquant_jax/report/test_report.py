@@ -1,4 +1,4 @@
-"""The report of a checkpoint: its numbers against direct computation, its page, its pictures."""
+"""The report of a checkpoint: numbers against direct computation, page, figures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.helpers import GOLDENS, fails
 
 SOURCE = DEMO_ASSETS / "model"
 SAMPLES = 4
-# Half of the range is cut off, so that some values saturate for certain.
+# Clip half of the range, so that some values saturate.
 HALVED = dataclasses.replace(
     PRESETS["w4a8"],
     name="halved",
@@ -91,7 +91,7 @@ def test_output_error_is_that_of_the_layers_outputs() -> None:
 
 
 def test_saturation_is_the_share_of_values_beyond_the_clip(halved, prompts) -> None:
-    """The first point's inputs are the pictures' patches, which need no model to know."""
+    """The first point's inputs are the patches, which are known without running a model."""
     values = np.abs(np.concatenate([np.ravel(p.patches) for p in prompts]))
     seen = halved.record["points"]["vision/patch_embed/patch_in"]["text"]
     assert seen["amax"] == pytest.approx(values.max(), rel=1e-6)
@@ -131,7 +131,7 @@ def test_candidates_come_by_error_and_their_rules_fit(halved) -> None:
     assert [r.error for r in rows] == sorted((r.error for r in rows), reverse=True)
     assert {r.measure for r in rows} == {"output"}
     kinds = {r.kind for r in rows}
-    assert "language/layers/*/v_proj" not in kinds  # it has 8 bits by a rule
+    assert "language/layers/*/v_proj" not in kinds  # a rule gives it 8 bits
     assert "language/head" not in kinds and "language/layers/*/down_proj" in kinds
     config_json = json.loads((SOURCE / "config.json").read_text())
     family = family_for(config_json, "config.json")
@@ -191,7 +191,7 @@ def test_a_float_checkpoint_has_sizes_alone(folders, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_record_of_before_says_what_it_lacks(halved, tmp_path) -> None:
-    """The first report.json had errors and points, and nothing of the rest."""
+    """report.json first had only errors and points; a page made from one names what is missing."""
     record = {k: halved.record[k] for k in ("weights", "points", "balance", "sinks")}
     found = dataclasses.replace(halved, record=record)
     page, *drawn = write_report(found, tmp_path)
@@ -245,7 +245,7 @@ def test_without_matplotlib(halved, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("depth", [1, 28, 80])
 def test_pictures_of_any_depth_fit_a_page(depth) -> None:
     rng = np.random.default_rng(0)
-    by_name = sorted(range(depth), key=str)  # as a manifest has them
+    by_name = sorted(range(depth), key=str)  # the order in a manifest
     values = {f"language/layers/{i}/{n}": float(rng.uniform(1, 9)) for i in by_name
               for n in ("attn_in", "attn_out", "mlp_in", "mlp_hidden")}  # fmt: skip
     stacks = by_stack(values)
@@ -258,7 +258,7 @@ def test_pictures_of_any_depth_fit_a_page(depth) -> None:
 
 
 def test_coverage_without_pictures(prompts) -> None:
-    """Text-only prompts have no patches."""
+    """Text-only prompts count no patches."""
 
     class Text:
         token_class = np.asarray([[0, 0, -1], [0, 0, 0]])
