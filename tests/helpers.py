@@ -61,6 +61,12 @@ def golden(family: str, case: str) -> tuple[dict[str, Any], Arrays, Arrays]:
     return config, inputs, outputs
 
 
+def has_pictures(case: str) -> bool:
+    """Whether the inputs of ``family/case`` include pixels, which are their only floats."""
+    inputs = load_file(GOLDENS / case / "inputs.safetensors")
+    return any(np.issubdtype(value.dtype, np.floating) for value in inputs.values())
+
+
 def golden_pictures(case: str) -> list[np.ndarray]:
     """The raw pictures of ``family/case``, before preprocessing."""
     inputs = golden(*case.split("/"))[1]
