@@ -2,6 +2,8 @@
 ``JAX_ENABLE_X64=1`` and with ``JAX_NUMPY_RANK_PROMOTION=raise``.
 
     JAX_ENABLE_X64=1 python -m pytest -m core
+
+Tests marked slow repeat, with JAX's default configuration, what other files test.
 """
 
 import subprocess
@@ -55,6 +57,7 @@ def wide_floats(program: Any) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen2_vl/public", "minicpmv2_6/public", "cogvlm2/public"])
 def test_answers_equal_the_reference(case) -> None:
     family, model, config, inputs, outputs = golden_model(case)
@@ -76,6 +79,7 @@ def test_no_array_is_float64(case) -> None:
     assert not wide_floats(jax.make_jaxpr(mq.decode)(model, tokens, state))
 
 
+@pytest.mark.slow
 def test_sampling() -> None:
     family, model, config, inputs, _ = golden_model("qwen2_vl/public")
     batch = family.reference_batch(config, inputs)
@@ -85,6 +89,7 @@ def test_sampling() -> None:
     assert once == again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["w4a8-rtn", "w4a8"])
 def test_quantisation(preset) -> None:
     family, model, config, inputs, _ = golden_model("qwen2_vl/public")
@@ -153,6 +158,7 @@ def test_tpu_kernels() -> None:
     assert y.dtype == jnp.int8
 
 
+@pytest.mark.slow
 def test_a_command_converts_and_a_model_answers(tmp_path) -> None:
     convert(DEMO_ASSETS / "model", tmp_path / "float", mq.PRESETS["float"])
     model = mq.load(tmp_path / "float")
