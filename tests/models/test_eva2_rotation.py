@@ -24,7 +24,7 @@ from tests.family_cases import (
     rotated_twin,
 )
 from tests.family_checks import w4a8_error
-from tests.helpers import mostly_slow, quantised, relative
+from tests.helpers import quantised, relative
 
 _TOWER = ("q_proj", "k_proj", "v_proj", "fc1")
 check = partial(rotated_twin, rtol=1e-5)
@@ -100,7 +100,8 @@ def test_rotating_what_is_read_pays_where_channels_stand_out() -> None:
     assert error[True] < 0.6 * error[False], error
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, CASES[0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_w4a8_is_close(case) -> None:
     family, config = family_of(changed_config(case))
     error, report = w4a8_error(family, config, golden_params(case), case)

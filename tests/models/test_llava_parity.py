@@ -27,7 +27,7 @@ from tests.family_checks import (
     verified,
     wider_than_bfloat16,
 )
-from tests.helpers import GOLDENS, fails, golden
+from tests.helpers import GOLDENS, fails, golden, mostly_slow
 from tests.llava_cases import CLIP, DINOV2, GOLDEN_CASES, VARIED
 
 
@@ -37,7 +37,7 @@ def test_every_array_and_the_greedy_tokens(case, tmp_path, capsys) -> None:
     assert {"vision_pre", "vision", "embeds", "hidden_3", "logits"} <= arrays
 
 
-@pytest.mark.parametrize("case", GOLDEN_CASES)
+@pytest.mark.parametrize("case", mostly_slow(GOLDEN_CASES, CLIP))
 def test_greedy_tokens_in_both_layouts(case) -> None:
     model, config, _, outputs = golden_case(case)
     batch = batch_of(FAMILY, config, case)

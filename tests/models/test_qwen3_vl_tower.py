@@ -53,7 +53,7 @@ def test_positions_are_stretched_over_each_picture(side) -> None:
 
 
 def test_cells_are_inside_and_weights_add_up() -> None:
-    for n in (1, 2, 3, 6, 7, 8, 13, 49, 99):
+    for n in (1, 2, 6, 7, 8, 99):
         coords = np.stack([np.arange(n), np.arange(n)[::-1]], -1)[None]
         cells, weights = map(np.asarray, bilinear_cells(coords, 7))
         assert cells.min() >= 0 and cells.max() < 49 and weights.min() >= 0

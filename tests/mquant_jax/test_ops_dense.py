@@ -33,6 +33,7 @@ from tests.helpers import (
     forward,
     golden,
     integer_dots,
+    mostly_slow,
     random_quantised,
     relative,
 )
@@ -279,7 +280,10 @@ def test_the_helper_sees_floats() -> None:
     assert not integer_dots(lambda x: x @ x.T, jnp.ones((3, 24))).integer_only
 
 
-@pytest.fixture(scope="module", params=["w4a8", "w4a8-v8", "w8a8", "w4a8-dynamic", "groups"])
+RECIPES = ["w4a8", "w4a8-v8", "w8a8", "w4a8-dynamic", "groups"]
+
+
+@pytest.fixture(scope="module", params=mostly_slow(RECIPES, "w4a8", "w4a8-dynamic", "groups"))
 def quantised(request):
     hf, inputs, _ = golden("qwen2_vl", "public")
     config = Qwen2VLConfig.from_hf(hf)

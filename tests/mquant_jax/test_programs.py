@@ -53,9 +53,9 @@ def test_dropped_programs_are_freed(case) -> None:
     client = jax.devices()[0].client
     generator = Generator(model, NEVER_STOP, programs=Programs(limit=4))
     alive = []
-    for tokens in (10, 40, 100, 150, 200, 300):
+    for tokens in (10, 100, 200, 300):
         prompt = FAMILY.example_prompt(config, tokens, 0)
-        generator.generate(FAMILY.collate(config, [prompt] * (1 + tokens % 3)), 2)
+        generator.generate(FAMILY.collate(config, [prompt]), 2)
         gc.collect()
         alive.append(len(client.live_executables()))
     assert len(generator.programs) == 4 < generator.programs.compiled

@@ -75,7 +75,7 @@ def test_every_point_is_seen_and_padding_is_not(golden) -> None:
 def test_chunks_are_calibrated_as_one_batch_is(golden) -> None:
     """Calibration in one batch or several, with any padding, gives the same scales and weights."""
     _, config, _, _, _ = golden
-    prompts = [FAMILY.example_prompt(config, n, side) for n, side in ((5, 56), (9, 56), (7, 0))]
+    prompts = [FAMILY.example_prompt(config, n, side) for n, side in ((9, 56), (7, 0))]
     recipe = dataclasses.replace(PRESETS["w8a8"], calibration=Calibration(observer="minmax"))
     params = get_params(golden[0])
     together, _ = quantize_params(FAMILY, config, recipe, params, FAMILY.collate(config, prompts))

@@ -22,7 +22,7 @@ CASES = [
     if has_pictures(case)
 ]
 # Experts, taps, a resampler, three position axes and one.
-FAST = [f"{name}/public" for name in ("cogvlm2", "qwen3_vl", "qwen_vl", "qwen2_vl", "internvl2")]
+FAST = [f"{name}/public" for name in ("cogvlm2", "qwen3_vl", "qwen_vl")]
 SLOTS = 256
 RTOL = 1e-5
 

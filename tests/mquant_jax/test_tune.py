@@ -24,7 +24,7 @@ from mquant_jax.ptq.states import States
 from mquant_jax.ptq.tune import Recomputing, _shown
 from mquant_jax.ptq.tune_block import relative_error
 from mquant_jax.recipe import Tuning
-from tests.helpers import forward, golden_model, golden_qwen2_vl, relative
+from tests.helpers import forward, golden_model, golden_qwen2_vl, mostly_slow, relative
 
 PLAIN = PRESETS["w4a8"]
 TUNED = dataclasses.replace(PLAIN, tune=Tuning(epochs=6, rate=3e-3))
@@ -157,7 +157,7 @@ def test_an_interrupted_conversion_learns_the_same(source, blocks, tmp_path) -> 
         jax.tree.map(np.testing.assert_array_equal, kept[name], value)
 
 
-@pytest.mark.parametrize("form", ["model", "block"])
+@pytest.mark.parametrize("form", mostly_slow(["model", "block"], "block"))
 def test_bfloat16_weights_learn_and_stay(source, form) -> None:
     model, config, params, batch = source
     narrow = {k: np.asarray(v).astype(jnp.bfloat16) for k, v in params.items()}

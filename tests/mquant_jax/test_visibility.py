@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -222,11 +223,15 @@ def test_on_accelerators(case, platform, op, form) -> None:
     assert np.isfinite(got).all() and relative(got[case.real], expected[case.real]) < 0.01
 
 
-@pytest.mark.parametrize("tokens", [1, 70])
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("window", [None, 40])
-def test_a_cache(window, narrow, tokens) -> None:
+# Sliding window, int8 entries, number of queries.
+CACHES = [*itertools.product((None, 40), (False, True), (1, 70))]
+PAIRS = [(None, False, 1), (None, True, 70), (40, False, 70), (40, True, 1)]
+
+
+@pytest.mark.parametrize("options", mostly_slow(CACHES, *PAIRS), ids=str)
+def test_a_cache(options) -> None:
     """The last tokens of a prompt attend to a cache with some empty slots."""
+    window, narrow, tokens = options
     whole, rng, slots = text(window), np.random.default_rng(3), T + 20
     q, k, v = rows_of(rng)
     q, mask = q[:, -tokens:], whole.mask[:, -tokens:]
