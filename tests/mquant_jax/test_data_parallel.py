@@ -13,10 +13,8 @@ from mquant_jax.runtime.data_parallel import cut
 from tests.helpers import golden_model
 
 DEVICES = 8
-CASES = {  # one row per picture; clips; visual experts; fixed-size towers; text only
-    "qwen2_vl/public": {},
-}
-MORE = {
+CASES = {"qwen2_vl/public": {}}
+MORE = {  # clips; visual experts; towers of fixed size; text only; taps
     "qwen2_vl/public_video": {"kv_cache": "int8"},
     "cogvlm2/public": {"layout": "aifs"},
     "internvl/public": {},
