@@ -27,10 +27,11 @@ from mquant_jax.models.streams import Hidden, ValueOutput
 from mquant_jax.models.text import collate as collate_text
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
+from mquant_jax.nn.mlp import gelu
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import VisionInput, ViT
-from mquant_jax.nn.vit_block import ViTConfig, gelu
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.recipe import Recipe
 
 VISUAL = -1  # placeholder in a prompt for each vector of a picture, including its ends

@@ -12,9 +12,10 @@ from mquant_jax.models.base import VLM
 from mquant_jax.models.internvl.config import InternVLConfig
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
+from mquant_jax.nn.mlp import gelu
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import VisionInput, ViT
-from mquant_jax.nn.vit_block import gelu, tower_norm
+from mquant_jax.nn.vit_block import tower_norm
 from mquant_jax.recipe import Recipe
 
 NORM_EPS = 1e-5  # not in the config: the default of the reference's LayerNorm

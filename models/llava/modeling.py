@@ -11,9 +11,9 @@ from mquant_jax.models.base import VLM
 from mquant_jax.models.llava.config import LlavaConfig
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
+from mquant_jax.nn.mlp import ACTIVATIONS
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import VisionInput, ViT
-from mquant_jax.nn.vit_block import ACTIVATIONS
 from mquant_jax.recipe import Recipe
 
 

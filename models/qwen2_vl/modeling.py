@@ -11,9 +11,10 @@ from mquant_jax.models.base import VLM
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.flow import Flow, ModuleCall
+from mquant_jax.nn.mlp import gelu
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import Features, VisionInput, ViT
-from mquant_jax.nn.vit_block import gelu, tower_norm
+from mquant_jax.nn.vit_block import tower_norm
 from mquant_jax.recipe import Recipe
 
 

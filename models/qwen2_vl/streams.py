@@ -13,7 +13,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 def streams(config: Qwen2VLConfig) -> Streams:
     """The tower's stream ends in the merger's norm; the decoder's begins with its output."""
     vision, language = config.vision, config.language
-    gated = vision.gated_mlp
+    gated = "gate_proj" in vision.block.POINTS["mlp_in"]
     reads_mlp = ("gate_proj", "up_proj") if gated else ("fc1",)
     last = f"{_V}/down_proj" if gated else f"{_V}/fc2"
     return Streams(

@@ -40,13 +40,10 @@ def norm_rules(dst: str, src: str, width: int, bias: bool = True) -> Iterator[We
 
 def _mlp(dst: str, src: str, v: ViTConfig) -> Iterator[WeightRule]:
     d, inner = v.hidden_size, v.intermediate_size
-    if not v.gated_mlp:
-        yield from dense_rules(f"{dst}/fc1", f"{src}.fc1", inner, d)
-        yield from dense_rules(f"{dst}/fc2", f"{src}.fc2", d, inner)
-        return
-    yield from dense_rules(f"{dst}/gate_proj", f"{src}.gate_proj", inner, d)
-    yield from dense_rules(f"{dst}/up_proj", f"{src}.up_proj", inner, d)
-    yield from dense_rules(f"{dst}/down_proj", f"{src}.down_proj", d, inner)
+    for name in v.block.POINTS["mlp_in"]:
+        yield from dense_rules(f"{dst}/{name}", f"{src}.{name}", inner, d)
+    for name in v.block.POINTS["mlp_hidden"]:
+        yield from dense_rules(f"{dst}/{name}", f"{src}.{name}", d, inner)
 
 
 def patch_rule(config: Qwen2VLConfig, src: str) -> WeightRule:
