@@ -110,7 +110,7 @@ def decoder_stream(c: DecoderConfig, *writers: str, tables: tuple[str, ...] = ()
 def decoder_attention(c: DecoderConfig) -> ValueOutput:
     """Return values and output projections of the decoder, of both experts if there are two."""
     pairs = [(f"{expert}/v_proj", f"{expert}/o_proj") for expert in _experts(c)]
-    return ValueOutput(*pairs[0], c.head_dim, pairs[1] if c.visual_expert else None)
+    return ValueOutput(*pairs[0], c.head_dim, pairs[1] if len(pairs) > 1 else None)
 
 
 def decoder_hidden(c: DecoderConfig) -> Hidden:
@@ -126,4 +126,4 @@ def decoder_hiddens(c: DecoderConfig) -> tuple[Hidden, ...]:
 
 def _experts(c: DecoderConfig) -> tuple[str, ...]:
     """Return the prefixes of a block's dense layers: its own, and those for visual tokens only."""
-    return (_L, f"{_L}/visual") if c.visual_expert else (_L,)
+    return tuple(f"{_L}/{expert}".rstrip("/") for expert in c.block.EXPERTS)

@@ -22,7 +22,8 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.eva2 import EVA2Config
 from mquant_jax.models.eva2_config import VISION, eva2_config
-from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.decoder_block import DecoderConfig, ExpertBlock
+from mquant_jax.nn.rope import StoredFrequencies
 from mquant_jax.schema import Refused, choice, flag, table
 
 _BASE = 500000.0  # base of the rotary positions; not in the config
@@ -110,6 +111,6 @@ def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
         max_positions=hf["max_position_embeddings"],
         qkv_bias=False,
         tied_head=hf["tie_word_embeddings"],
-        stored_rope=True,
-        visual_expert=True,
+        rope_scaling=StoredFrequencies(),
+        block=ExpertBlock,
     )

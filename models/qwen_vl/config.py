@@ -29,7 +29,7 @@ from mquant_jax.models.config_keys import (
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.resampler import ResamplerConfig
-from mquant_jax.nn.rope import SteppedScaling
+from mquant_jax.nn.rope import LogGain, SteppedScaling
 from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.schema import REQUIRED, Refused, flag, real, table, whole
 
@@ -177,7 +177,7 @@ def _language(hf: Mapping[str, Any]) -> DecoderConfig:
         o_bias=bias,
         mlp_bias=bias,
         rope_scaling=SteppedScaling(hf["seq_length"]) if hf["use_dynamic_ntk"] else None,
-        logn_length=hf["seq_length"] if hf["use_logn_attn"] else None,
+        query_gain=LogGain(hf["seq_length"]) if hf["use_logn_attn"] else None,
     )
 
 

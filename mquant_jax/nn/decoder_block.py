@@ -18,7 +18,7 @@ from mquant_jax.nn.deepstack import DeepFeatures
 from mquant_jax.nn.mlp import GatedMLP
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.rope import Scaling, YarnScaling
+from mquant_jax.nn.rope import LogGain, Scaling, StoredFrequencies, YarnScaling
 from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import attend_cache
@@ -33,10 +33,8 @@ class DecoderConfig:
 
     ``rope_streams`` is the position stream that each rotary slot follows: of ordinary rope, 0
     everywhere. There are ``head_dim / 2`` slots or fewer; the other channels are not rotated.
-    ``stored_rope``: the checkpoint holds each layer's frequencies. ``qk_norm``: queries and keys
-    pass an RMSNorm per head before rope. ``logn_length``: from this position on, queries are scaled
-    by the logarithm of their position; ``None``: they are not. ``visual_expert``: visual tokens
-    have their own dense layers, with biases on queries, keys and values.
+    ``qk_norm``: queries and keys pass an RMSNorm per head before rope. ``query_gain``: scales
+    the rotated queries by their positions. ``block``: the kind of its blocks.
     """
 
     hidden_size: int
@@ -56,9 +54,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     rope_scaling: Scaling | None = None
     qk_norm: bool = False
-    logn_length: int | None = None
-    stored_rope: bool = False
-    visual_expert: bool = False
+    query_gain: LogGain | None = None
+    block: type[DecoderBlock] = dataclasses.field(default_factory=lambda: DecoderBlock)
 
     @property
     def rotary_dim(self) -> int:
@@ -164,7 +161,13 @@ class Projections(Attention, GatedMLP):
 
 
 class DecoderBlock(Projections):
-    """Pre-norm attention, then a gated MLP, each added to the residual stream."""
+    """Pre-norm attention, then a gated MLP, each added to the residual stream.
+
+    Attributes:
+        EXPERTS: what precedes the names of the dense layers, of every set that there is.
+    """
+
+    EXPERTS: ClassVar[tuple[str, ...]] = ("",)
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -180,7 +183,8 @@ class DecoderBlock(Projections):
             shape = (cfg.num_kv_heads, place.prefix, cfg.head_dim)
             self.prefix_k = nnx.Param(jnp.zeros(shape, place.dtype))
             self.prefix_v = nnx.Param(jnp.zeros(shape, place.dtype))
-        if cfg.stored_rope:  # positions times these are too large for a narrower type
+        self.stores_rope = isinstance(cfg.rope_scaling, StoredFrequencies)
+        if self.stores_rope:  # positions times these are too large for a narrower type
             self.frequencies = nnx.Param(jnp.zeros((cfg.rotary_dim // 2,), jnp.float32))
 
     def run(self, phase: Phase, h: Any, ctx: DecoderContext, tap: Tap | None) -> Any:
@@ -196,9 +200,8 @@ class DecoderBlock(Projections):
         """The normed stream, quantised if one scale per token is known."""
         return norm.into(point, x, ctx.token_class, tap)
 
-    def angles(self, ctx: AttentionContext) -> jax.Array:
-        """Rotary angles float32 ``[B, T, rotary slots]``."""
-        if not self.cfg.stored_rope:
+    def angles(self, ctx: AttentionContext) -> jax.Array | None:
+        if ctx.angles is None or not self.stores_rope:
             return ctx.angles
         return ctx.angles * along_last(self.frequencies.get_value(), ctx.angles)
 
@@ -251,18 +254,23 @@ class DecoderBlock(Projections):
         return self.rest(x, attended, ctx, None), cache
 
 
+_EXPERTS = ("", "visual/")
+
+
 class ExpertBlock(DecoderBlock):
     """A block whose visual tokens have dense layers of their own; all tokens share the attention.
 
     Where the visual tokens form one slice (``ctx.visual_slots``), each expert runs on its own
-    slice; without visual tokens only the text expert runs. Otherwise both run on all tokens.
+    slice; without visual tokens only the text expert runs. Otherwise both run on all tokens. The
+    visual expert's queries, keys and values have biases.
     """
 
     POINTS: ClassVar[Points] = {
         f"{expert}{point}": tuple(f"{expert}{reader}" for reader in readers)
         for point, readers in Projections.POINTS.items()
-        for expert in ("", "visual/")
+        for expert in _EXPERTS
     }
+    EXPERTS = _EXPERTS
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         super().__init__(cfg, place, rngs=rngs)
