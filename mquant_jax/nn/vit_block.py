@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mquant_jax.hadamard import Rotation
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
 from mquant_jax.nn.attention import Attention, AttentionContext, Heads, HeadShape
 from mquant_jax.nn.dense import Dense
@@ -151,10 +150,18 @@ class _Wiring(Attention, MLP):
     ``x += attention(norm(x))``, then ``x += mlp(norm(x))``. With layer scale, what is added is
     multiplied by ``attn_gain`` and ``mlp_gain [hidden]``; in a rotated tower the layers that write
     have absorbed them.
+
+    Attributes:
+        FUSES_NORMS: the norms commute with a rotation once their readers have absorbed their
+            weights, so that a rotated tower has a rotated stream. Else the stream takes none, and
+            is rotated online where it is read.
     """
 
+    FUSES_NORMS: ClassVar[bool] = True
+
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
-        d, reading = cfg.hidden_size, self.reading(cfg, place)
+        d = cfg.hidden_size
+        reading = None if self.FUSES_NORMS else place.read_rotation(d)
         self.attn_norm, self.mlp_norm = self.norm(cfg, place), self.norm(cfg, place)
         # A norm that lost its bias to a rotation has left it in the layers that read it.
         moved = not cfg.rms_norm and not isinstance(self.attn_norm, LayerNorm)
@@ -172,11 +179,6 @@ class _Wiring(Attention, MLP):
             self.mlp_gain = nnx.Param(jnp.ones((d,), place.dtype))
         self.activation = cfg.activation
         self.init_mlp(d, cfg.intermediate_size, place, reading=reading, rngs=rngs)
-
-    @staticmethod
-    def reading(cfg: ViTConfig, place: Placement) -> Rotation | None:
-        """The online rotation of what the halves read."""
-        return None
 
     @staticmethod
     def norm(cfg: ViTConfig, place: Placement) -> TowerNorm:
@@ -223,15 +225,9 @@ class GatedViTBlock(_Wiring, GatedMLP):
 
 
 class PostNormViTBlock(ViTBlock):
-    """``x += norm(attention(x))``, then ``x += norm(mlp(x))``.
+    """``x += norm(attention(x))``, then ``x += norm(mlp(x))``."""
 
-    No rotation commutes with the norms' weights, so they stay unfused in a rotated tower, whose
-    stream is rotated online where it is read.
-    """
-
-    @staticmethod
-    def reading(cfg: ViTConfig, place: Placement) -> Rotation | None:
-        return place.read_rotation(cfg.hidden_size)
+    FUSES_NORMS = False
 
     @staticmethod
     def norm(cfg: ViTConfig, place: Placement) -> TowerNorm:
