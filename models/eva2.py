@@ -19,7 +19,7 @@ from flax import nnx
 
 from mquant_jax.errors import PromptError
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.language import dense_rules, direct
+from mquant_jax.models.language import dense_rules, direct, norm_rules
 from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.models.squares import pack_vision
@@ -201,8 +201,8 @@ def eva2_rules(c: EVA2Config, prefix: str) -> Iterator[WeightRule]:
     for i in range(v.num_layers):
         dst, src = f"vision/layers/{i}", f"{prefix}transformer.layers.{i}"
         # The published names suggest pre-norm blocks, but these norms come after.
-        yield from _norm(f"{dst}/attn_norm", f"{src}.input_layernorm", d)
-        yield from _norm(f"{dst}/mlp_norm", f"{src}.post_attention_layernorm", d)
+        yield from norm_rules(f"{dst}/attn_norm", f"{src}.input_layernorm", d)
+        yield from norm_rules(f"{dst}/mlp_norm", f"{src}.post_attention_layernorm", d)
         for leaf, hf, tail in (("kernel", "weight", (d,)), ("bias", "bias", ())):
             for k, name in enumerate(_QKV):
                 yield WeightRule(f"{dst}/{name}/{leaf}", f"{src}.attention.query_key_value.{hf}",
@@ -222,14 +222,9 @@ def eva2_rules(c: EVA2Config, prefix: str) -> Iterator[WeightRule]:
         ("down_proj", "dense_4h_to_h", out, c.inner),
     ):
         yield from dense_rules(f"{dst}/{name}", f"{src}.{hf}", rows, columns, bias=False)
-    yield from _norm(f"{dst}/norm", f"{src}.norm1", out)
+    yield from norm_rules(f"{dst}/norm", f"{src}.norm1", out)
     for end in ("boi", "eoi"):
         yield WeightRule(f"vision/ends/{end}", f"{prefix}{end}", (1, out), (1, 1, out))
-
-
-def _norm(dst: str, src: str, width: int) -> Iterator[WeightRule]:
-    for leaf in ("weight", "bias"):
-        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
 
 
 def eva2_streams(c: EVA2Config, language: DecoderConfig) -> Streams:

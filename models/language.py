@@ -20,6 +20,12 @@ def dense_rules(dst: str, src: str, out: int, into: int, bias: bool = True) -> I
         yield direct(f"{dst}/bias", f"{src}.bias", out)
 
 
+def norm_rules(dst: str, src: str, width: int, bias: bool = True) -> Iterator[WeightRule]:
+    """Yield the rules of a norm: weight and bias ``[width]``."""
+    for leaf in ("weight", "bias") if bias else ("weight",):
+        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
+
+
 def decoder_rules(c: DecoderConfig, prefix: str = "", body: str = "model") -> Iterator[WeightRule]:
     """Return the rules of a decoder under Llama's names, which most others kept.
 

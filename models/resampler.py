@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mquant_jax.errors import UserError
-from mquant_jax.models.language import dense_rules, direct
+from mquant_jax.models.language import dense_rules, direct, norm_rules
 from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.models.streams import Hidden, Read, Stream, Streams, ValueOutput
 from mquant_jax.nn.resampler import ResamplerConfig
-
-
-def norm_rules(dst: str, src: str, width: int) -> Iterator[WeightRule]:
-    """Weight and bias of a LayerNorm."""
-    for leaf in ("weight", "bias"):
-        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
 
 
 def resampler_rules(c: ResamplerConfig, src: str, last: str) -> Iterator[WeightRule]:

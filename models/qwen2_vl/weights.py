@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mquant_jax.models.language import decoder_rules, dense_rules, direct
+from mquant_jax.models.language import decoder_rules, dense_rules, norm_rules
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.nn.params import Params
@@ -29,13 +29,6 @@ def canonical_name(name: str) -> str:
 def ignored(name: str) -> bool:
     """Whether a tensor is unused: tables in older checkpoints that are computed here."""
     return name.endswith("rotary_emb.inv_freq") or name.endswith("rotary_pos_emb.inv_freq")
-
-
-def norm_rules(dst: str, src: str, width: int, bias: bool = True) -> Iterator[WeightRule]:
-    """Weight and bias of a norm."""
-    yield direct(f"{dst}/weight", f"{src}.weight", width)
-    if bias:
-        yield direct(f"{dst}/bias", f"{src}.bias", width)
 
 
 def _mlp(dst: str, src: str, v: ViTConfig) -> Iterator[WeightRule]:
