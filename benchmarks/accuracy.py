@@ -203,16 +203,18 @@ def run_llava(rows: list[llava.Row], questions: int | None, args: Any) -> dict[s
     head |= {"fingerprint": bed.fingerprint}
     result: dict[str, Any] = head | bed.float_result | {"questions": bed.questions}
     result["rows"] = llava.kept(args.save, head) if args.resume else []
-    compared = llava.steps(rows) if rows[0].recipe else llava.pairs()
+    compared = llava.steps(rows) if args.ablation else [*llava.pairs(), *llava.budget_pairs(rows)]
     result["gains"] = llava.gains(result, compared)
     last: tuple[Any, ...] = (None,)
     for row in progress(llava.missing(rows, result["rows"]), "rows"):
         began, rounded = time.monotonic(), row.rounded_as()
         if last[0] != rounded:
             last = (None,)  # frees its tensors
-            last = rounded, *quantised_params(bed, replace(rounded.plan(), seed=args.seed))
+            plan = replace(rounded.plan(), seed=args.seed)
+            last = rounded, *quantised_params(bed, plan, row.budget)
         seconds = time.monotonic() - began
-        module = built(bed, last[2], replace(row.plan(), seed=args.seed), last[3])
+        recipe = replace(row.plan(), seed=args.seed, rules=last[1].rules)
+        module = built(bed, last[2], recipe, last[3])
         found = bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
         result["rows"].append(row.key() | found)
         result["gains"] = llava.gains(result, compared)
@@ -295,8 +297,6 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.resume and not args.save:
         raise UserError("--resume continues a file: name it with --save FILE")
-    if args.budget and args.bed == "llava":
-        raise UserError("--budget is not measured on the llava bed; name another with --bed")
     result = {"bed": args.bed, "seed": args.seed} | _result(args)
     deliver(result, args, table)
     return OK
@@ -336,6 +336,10 @@ def _named(rows: list[Any], methods: list[str] | None) -> list[Any]:
 def _llava_rows(args: Any) -> list[llava.Row]:
     if args.ablation:
         return [llava.Row(r.method, _scales(r.recipe), recipe=r.recipe) for r in ablation_rows()]
+    if args.budget:
+        return [
+            llava.Row(r.method, recipe=r.recipe, budget=r.budget) for r in budget_rows(args.budget)
+        ]
     return llava.quick_rows() if args.quick else llava.rows()
 
 

@@ -32,6 +32,7 @@ class Row:
         scope: what is quantised: ``all``, ``tower`` (with the connector) or ``language``.
         weights: a key of :data:`WEIGHTS`.
         recipe: of an ablation's step; it decides about activations itself.
+        budget: mean stored bits per weight, chosen for each layer (``mquant_jax allocate``).
     """
 
     method: str
@@ -40,6 +41,7 @@ class Row:
     group_size: int | None = None
     weights: str = "w4a8"
     recipe: Recipe | None = None
+    budget: float | None = None
 
     def key(self) -> dict[str, Any]:
         """The row's columns that say what was measured."""
@@ -140,6 +142,11 @@ def pairs() -> list[tuple[Row, Row]]:
         (Row(m), Row("quarot", SINK)),
         (Row(m, group_size=64), Row(m)),
     ]
+
+
+def budget_pairs(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """Bits chosen for each layer against four bits in groups of 64 everywhere."""
+    return [(row, Row("mquant", group_size=64)) for row in rows if row.budget]
 
 
 def steps(rows: list[Row]) -> list[tuple[Row, Row]]:

@@ -128,7 +128,8 @@ class TinyBed:
 def test_a_run_measures_rows_and_continues(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("benchmarks.llava_bed.LlavaBed", TinyBed)
     rows = [llava.Row("rtn", "modality+sink"), llava.Row("rtn", "dynamic")]
-    args = SimpleNamespace(folder=None, seed=0, save=tmp_path / "result.json", resume=True)
+    file = tmp_path / "result.json"
+    args = SimpleNamespace(folder=None, seed=0, save=file, resume=True, ablation=False)
     first = run_llava(rows[:1], None, args)
     both = run_llava(rows, None, args)
     assert both["rows"][0] == first["rows"][0] and len(both["rows"]) == 2
@@ -137,6 +138,10 @@ def test_a_run_measures_rows_and_continues(monkeypatch, tmp_path) -> None:
     assert [g["row"] for g in both["gains"]] == ["rtn, dynamic"]
     assert run_llava(rows, None, args) == both  # nothing is left to measure
     assert "rtn" in table(both)
+    chosen = llava.Row("rtn, 7 bits", recipe=METHODS["rtn"], budget=7.0)
+    assert llava.budget_pairs([chosen]) == [(chosen, llava.Row("mquant", group_size=64))]
+    best = run_llava([*rows, chosen], None, args)["rows"][-1]
+    assert best["method"] == "rtn, 7 bits" and best["kl"] < both["rows"][0]["kl"]
 
 
 def test_gains_are_paired_differences_of_rows() -> None:
