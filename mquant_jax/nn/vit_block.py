@@ -160,6 +160,7 @@ class _Wiring(Attention, MLP):
     FUSES_NORMS: ClassVar[bool] = True
 
     def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
+        assert self.FUSES_NORMS or not cfg.layer_scale, "a norm comes between layer and gain"
         d = cfg.hidden_size
         reading = None if self.FUSES_NORMS else place.read_rotation(d)
         self.attn_norm, self.mlp_norm = self.norm(cfg, place), self.norm(cfg, place)
