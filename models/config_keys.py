@@ -165,8 +165,8 @@ def check_groups(where: str, count: int, kv: int) -> None:
         UserError: ``kv`` key heads do not share ``count`` heads evenly.
     """
     if count % kv:
-        raise UserError(f"{where}: {count} heads do not divide into {kv} groups of equal "
-                        "size")  # fmt: skip
+        raise UserError(f"{where}: {count} heads do not divide into {kv} groups of equal size, "
+                        f"one for each of {kv} key heads")  # fmt: skip
 
 
 def check_grid(where: str, image: int, patch: int, most: int = 1024) -> int:

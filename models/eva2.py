@@ -19,18 +19,21 @@ from flax import nnx
 
 from mquant_jax.errors import PromptError
 from mquant_jax.models.base import Batch, Prompt
-from mquant_jax.models.language import dense_rules, direct
+from mquant_jax.models.language import dense_rules, direct, norm_rules
 from mquant_jax.models.prompts import check_prompts
 from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.models.squares import pack_vision
-from mquant_jax.models.streams import Hidden, ValueOutput
+from mquant_jax.models.stack_streams import decoder_streams, tower_streams
+from mquant_jax.models.streams import Hidden, Streams
 from mquant_jax.models.text import collate as collate_text
 from mquant_jax.nn.act_quant import Points, Tap
+from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.flow import Flow, ModuleCall
+from mquant_jax.nn.mlp import gelu
 from mquant_jax.nn.norm import LayerNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import VisionInput, ViT
-from mquant_jax.nn.vit_block import ViTConfig, gelu
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.recipe import Recipe
 
 VISUAL = -1  # placeholder in a prompt for each vector of a picture, including its ends
@@ -38,7 +41,6 @@ NORM_EPS = (
     1e-5  # of the connector's norm; not in the config: the default of the reference's LayerNorm
 )
 MERGE = 2  # side of the convolution
-_V = "vision/layers/*"
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -199,8 +201,8 @@ def eva2_rules(c: EVA2Config, prefix: str) -> Iterator[WeightRule]:
     for i in range(v.num_layers):
         dst, src = f"vision/layers/{i}", f"{prefix}transformer.layers.{i}"
         # The published names suggest pre-norm blocks, but these norms come after.
-        yield from _norm(f"{dst}/attn_norm", f"{src}.input_layernorm", d)
-        yield from _norm(f"{dst}/mlp_norm", f"{src}.post_attention_layernorm", d)
+        yield from norm_rules(f"{dst}/attn_norm", f"{src}.input_layernorm", d)
+        yield from norm_rules(f"{dst}/mlp_norm", f"{src}.post_attention_layernorm", d)
         for leaf, hf, tail in (("kernel", "weight", (d,)), ("bias", "bias", ())):
             for k, name in enumerate(_QKV):
                 yield WeightRule(f"{dst}/{name}/{leaf}", f"{src}.attention.query_key_value.{hf}",
@@ -220,45 +222,34 @@ def eva2_rules(c: EVA2Config, prefix: str) -> Iterator[WeightRule]:
         ("down_proj", "dense_4h_to_h", out, c.inner),
     ):
         yield from dense_rules(f"{dst}/{name}", f"{src}.{hf}", rows, columns, bias=False)
-    yield from _norm(f"{dst}/norm", f"{src}.norm1", out)
+    yield from norm_rules(f"{dst}/norm", f"{src}.norm1", out)
     for end in ("boi", "eoi"):
         yield WeightRule(f"vision/ends/{end}", f"{prefix}{end}", (1, out), (1, 1, out))
 
 
-def _norm(dst: str, src: str, width: int) -> Iterator[WeightRule]:
-    for leaf in ("weight", "bias"):
-        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
+def eva2_streams(c: EVA2Config, language: DecoderConfig) -> Streams:
+    """Return the decoder's stream, and what is rotated online.
 
-
-# Writers and readers of the decoder's stream in the tower and its connector.
-STREAM_WRITERS = ("vision/merger/down_proj",)
-STREAM_TABLES = ("vision/ends/boi", "vision/ends/eoi")
-
-
-def eva2_attentions(c: EVA2Config) -> tuple[ValueOutput, ...]:
-    """Return values and outputs of the tower."""
-    return (ValueOutput(f"{_V}/v_proj", f"{_V}/o_proj", c.tower.head_dim),)
-
-
-def eva2_hiddens(c: EVA2Config) -> tuple[Hidden, ...]:
-    """Return what is rotated online.
-
-    That is MLPs before their last layers, and the tower's stream wherever it is read, because that
-    stream takes no rotation itself.
+    That is MLPs before their last layers, and the tower's stream wherever it is read: its norms are
+    inside the stream, which therefore takes no rotation itself.
 
     A rotation between the convolution and the projection would cost nothing at run time. But
     outlier channels would then determine the scales of all rows of the convolution: with a few
     channels 30 times larger, the error was twice that of an online rotation.
     """
-    width = c.tower.hidden_size
+    merger = "vision/merger"
+    connector = (
+        Hidden("vision/conv/proj", MERGE * MERGE * c.tower.hidden_size, reads_stream=True),
+        Hidden(f"{merger}/linear_proj", c.conv_width),
+        Hidden(f"{merger}/gate_proj", c.hidden_size),
+        Hidden(f"{merger}/up_proj", c.hidden_size),
+        Hidden(f"{merger}/down_proj", c.inner, f"{merger}/up_proj"),
+    )
+    ends = ("vision/ends/boi", "vision/ends/eoi")
     return (
-        *(Hidden(f"{_V}/{name}", width, reads_stream=True) for name in (*_QKV, "fc1")),
-        Hidden(f"{_V}/fc2", c.tower.intermediate_size),
-        Hidden("vision/conv/proj", MERGE * MERGE * width, reads_stream=True),
-        Hidden("vision/merger/linear_proj", c.conv_width),
-        Hidden("vision/merger/gate_proj", c.hidden_size),
-        Hidden("vision/merger/up_proj", c.hidden_size),
-        Hidden("vision/merger/down_proj", c.inner, "vision/merger/up_proj"),
+        tower_streams(c.tower)
+        + Streams(hiddens=connector)
+        + decoder_streams(language, f"{merger}/down_proj", tables=ends)
     )
 
 

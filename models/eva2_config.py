@@ -20,8 +20,9 @@ from mquant_jax.models.config_keys import (
     width,
 )
 from mquant_jax.models.eva2 import MERGE, EVA2Config
+from mquant_jax.nn.mlp import ACTIVATIONS
 from mquant_jax.nn.positions import PositionTable
-from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.vit_block import PostNormViTBlock, ViTConfig
 from mquant_jax.schema import REQUIRED, choice, whole
 
 VISION = common(
@@ -71,7 +72,7 @@ def eva2_config(
         norm_eps=vision["layer_norm_eps"],
         positions=PositionTable(side),
         class_token=True,
-        post_norm=True,
         patch_bias=True,
+        block=PostNormViTBlock,
     )
     return EVA2Config(tower, patch, conv_width or size, hidden, inner)

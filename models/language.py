@@ -1,14 +1,11 @@
-"""Shared by families' language models: published tensor names and residual stream."""
+"""Shared by families' language models: published tensor names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from mquant_jax.models.rules import Rows, WeightRule
-from mquant_jax.models.streams import Hidden, Read, Stream, ValueOutput
 from mquant_jax.nn.decoder_block import DecoderConfig
-
-_L = "language/layers/*"
 
 
 def direct(dst: str, src: str, *shape: int) -> WeightRule:
@@ -21,6 +18,12 @@ def dense_rules(dst: str, src: str, out: int, into: int, bias: bool = True) -> I
     yield direct(f"{dst}/kernel", f"{src}.weight", out, into)
     if bias:
         yield direct(f"{dst}/bias", f"{src}.bias", out)
+
+
+def norm_rules(dst: str, src: str, width: int, bias: bool = True) -> Iterator[WeightRule]:
+    """Yield the rules of a norm: weight and bias ``[width]``."""
+    for leaf in ("weight", "bias") if bias else ("weight",):
+        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
 
 
 def decoder_rules(c: DecoderConfig, prefix: str = "", body: str = "model") -> Iterator[WeightRule]:
@@ -86,44 +89,3 @@ def internlm2_rules(c: DecoderConfig, prefix: str = "") -> Iterator[WeightRule]:
     yield direct("language/norm/weight", f"{prefix}model.norm.weight", d)
     if not c.tied_head:
         yield direct("language/head/kernel", f"{prefix}output.weight", c.vocab_size, d)
-
-
-def decoder_stream(c: DecoderConfig, *writers: str, tables: tuple[str, ...] = ()) -> Stream:
-    """Return the decoder's residual stream; ``writers`` and ``tables`` add visual tokens."""
-
-    def layers(*names: str) -> tuple[str, ...]:
-        return tuple(f"{expert}/{name}" for expert in _experts(c) for name in names)
-
-    return Stream(
-        "language",
-        c.hidden_size,
-        tables=(*tables, "language/embedding"),
-        writers=(*writers, *layers("o_proj", "down_proj")),
-        reads=(
-            Read(f"{_L}/attn_norm", layers("q_proj", "k_proj", "v_proj")),
-            Read(f"{_L}/mlp_norm", layers("gate_proj", "up_proj")),
-            Read("language/norm", ("language/head",)),
-        ),
-    )
-
-
-def decoder_attention(c: DecoderConfig) -> ValueOutput:
-    """Return values and output projections of the decoder, of both experts if there are two."""
-    pairs = [(f"{expert}/v_proj", f"{expert}/o_proj") for expert in _experts(c)]
-    return ValueOutput(*pairs[0], c.head_dim, pairs[1] if c.visual_expert else None)
-
-
-def decoder_hidden(c: DecoderConfig) -> Hidden:
-    """Return the decoder's MLP layer that follows an online rotation."""
-    return decoder_hiddens(c)[0]
-
-
-def decoder_hiddens(c: DecoderConfig) -> tuple[Hidden, ...]:
-    """Return each expert's MLP layer that follows an online rotation."""
-    inner = c.intermediate_size
-    return tuple(Hidden(f"{e}/down_proj", inner, f"{e}/up_proj") for e in _experts(c))
-
-
-def _experts(c: DecoderConfig) -> tuple[str, ...]:
-    """Return the prefixes of a block's dense layers: its own, and those for visual tokens only."""
-    return (_L, f"{_L}/visual") if c.visual_expert else (_L,)

@@ -1,6 +1,7 @@
 """The config.json of Llama, Qwen2, Qwen3 and InternLM2 decoders -> the shape of ours.
 
-The same keys describe a text-only model (top level) and the decoder of a multimodal model.
+The same keys describe a text-only model (top level) and the decoder of a multimodal model. Dialects
+with other names of keys are read through :func:`renamed`.
 """
 
 from __future__ import annotations
@@ -71,6 +72,16 @@ SCHEMAS = {
         _LLAMA | {"vocab_size": vocabulary(103168), "bias": flag(True)}, **_PARTIAL
     ),
 }
+
+
+def renamed(hf: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return typed keys of another dialect for :func:`decoder_config`.
+
+    Args:
+        names: the dialect's names of keys that have others here.
+    """
+    absent = dict.fromkeys(("head_dim", "num_key_value_heads", *rope_config.FIELDS))
+    return {**absent, **hf, **{key: hf[name] for key, name in names.items()}}
 
 
 def decoder_config(

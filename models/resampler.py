@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mquant_jax.errors import UserError
-from mquant_jax.models.language import dense_rules, direct
+from mquant_jax.models.language import dense_rules, direct, norm_rules
 from mquant_jax.models.rules import Rows, WeightRule
-from mquant_jax.models.streams import Hidden, Read, Stream, ValueOutput
+from mquant_jax.models.streams import Hidden, Read, Stream, Streams, ValueOutput
 from mquant_jax.nn.resampler import ResamplerConfig
-
-
-def norm_rules(dst: str, src: str, width: int) -> Iterator[WeightRule]:
-    """Weight and bias of a LayerNorm."""
-    for leaf in ("weight", "bias"):
-        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
 
 
 def resampler_rules(c: ResamplerConfig, src: str, last: str) -> Iterator[WeightRule]:
@@ -39,8 +33,9 @@ def resampler_rules(c: ResamplerConfig, src: str, last: str) -> Iterator[WeightR
     yield WeightRule("vision/merger/proj/kernel", f"{last}.proj", (d, d), (d, d), transposed=True)
 
 
-def resampler_streams(c: ResamplerConfig) -> Iterator[Stream]:
-    """Return the streams inside a resampler that end in a norm.
+def resampler_streams(c: ResamplerConfig) -> Streams:
+    """Return the streams inside a resampler that end in a norm, its attention, and the layers that
+    follow online rotations.
 
     A resampler has no residual stream, so its queries and its output have their own bases (as in
     the paper's code). Inputs of its keys and values, and of queries with positions, are rotated
@@ -54,31 +49,25 @@ def resampler_streams(c: ResamplerConfig) -> Iterator[Stream]:
             f"the tower is as wide as the decoder ({c.width}): the resampler has no kv_proj, which "
             "rotation and quantisation need; use recipe float (no released model is like this)"
         )
-    if not c.stored_positions:
-        yield Stream(
-            "queries",
-            c.width,
-            tables=("vision/query",),
-            writers=(),
-            reads=(Read("vision/queries/norm", ("vision/queries/q_proj",)),),
-            centred=True,
-        )
-    yield Stream(
+    query = "vision/queries/q_proj"
+    queries = Stream(
+        "queries",
+        c.width,
+        tables=("vision/query",),
+        writers=(),
+        reads=(Read("vision/queries/norm", (query,)),),
+        centred=True,
+    )
+    resampled = Stream(
         "resampled",
         c.width,
         writers=("vision/merger/out_proj",),
         reads=(Read("vision/merger/norm", ("vision/merger/proj",)),),
         centred=True,
     )
-
-
-def resampler_attention(c: ResamplerConfig) -> ValueOutput:
-    """Values and output projection."""
-    return ValueOutput("vision/keys/v_proj", "vision/merger/out_proj", c.width // c.heads)
-
-
-def resampler_hiddens(c: ResamplerConfig) -> tuple[Hidden, ...]:
-    """The layers that follow online rotations."""
-    readers = ["vision/keys/k_proj", "vision/keys/v_proj"]
-    readers += ["vision/queries/q_proj"] if c.stored_positions else []
-    return tuple(Hidden(reader, c.width) for reader in readers)
+    placed = ("vision/keys/k_proj", "vision/keys/v_proj", *(query,) * c.stored_positions)
+    return Streams(
+        (resampled,) if c.stored_positions else (queries, resampled),
+        (ValueOutput("vision/keys/v_proj", "vision/merger/out_proj", c.width // c.heads),),
+        tuple(Hidden(reader, c.width) for reader in placed),
+    )

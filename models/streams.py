@@ -112,6 +112,13 @@ class Hidden:
 class Streams:
     """Everything that rotation needs to know of a model."""
 
-    streams: tuple[Stream, ...]
-    attentions: tuple[ValueOutput, ...]
-    hiddens: tuple[Hidden, ...]
+    streams: tuple[Stream, ...] = ()
+    attentions: tuple[ValueOutput, ...] = ()
+    hiddens: tuple[Hidden, ...] = ()
+
+    def __add__(self, other: Streams) -> Streams:
+        return Streams(
+            self.streams + other.streams,
+            self.attentions + other.attentions,
+            self.hiddens + other.hiddens,
+        )

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
@@ -22,7 +21,9 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.eva2 import EVA2Config
 from mquant_jax.models.eva2_config import VISION, eva2_config
-from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.models.language_config import decoder_config, renamed
+from mquant_jax.nn.decoder_block import DecoderConfig, ExpertBlock
+from mquant_jax.nn.rope import StoredFrequencies
 from mquant_jax.schema import Refused, choice, flag, table
 
 _BASE = 500000.0  # base of the rotary positions; not in the config
@@ -87,29 +88,6 @@ def config_tables(hf: dict[str, Any]) -> Tables:
 
 
 def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
-    hidden, count, kv = (
-        hf["hidden_size"], hf["num_attention_heads"], hf["num_multi_query_heads"]
-    )  # fmt: skip
-    if hidden % (2 * count) or count % kv:
-        raise UserError(
-            f"{FILE}: width {hidden}, {count} heads and {kv} key heads do not fit: key heads "
-            "must divide the heads, and heads the width into even widths"
-        )
-    head_dim = hidden // count
-    return DecoderConfig(
-        hidden_size=hidden,
-        num_layers=hf["num_hidden_layers"],
-        num_heads=count,
-        num_kv_heads=kv,
-        head_dim=head_dim,
-        intermediate_size=hf["intermediate_size"],
-        vocab_size=hf["vocab_size"],
-        norm_eps=hf["rms_norm_eps"],
-        rope_theta=_BASE,
-        rope_streams=(0,) * (head_dim // 2),
-        max_positions=hf["max_position_embeddings"],
-        qkv_bias=False,
-        tied_head=hf["tie_word_embeddings"],
-        stored_rope=True,
-        visual_expert=True,
-    )
+    hf = renamed(hf, {"num_key_value_heads": "num_multi_query_heads"})
+    language = decoder_config(hf, "llama", FILE, _BASE)
+    return dataclasses.replace(language, rope_scaling=StoredFrequencies(), block=ExpertBlock)

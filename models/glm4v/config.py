@@ -10,7 +10,6 @@ from mquant_jax.errors import UserError
 from mquant_jax.models.config_keys import (
     FILE,
     Tables,
-    check_groups,
     common,
     heads,
     layers,
@@ -23,6 +22,7 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.eva2 import EVA2Config
 from mquant_jax.models.eva2_config import VISION, eva2_config
+from mquant_jax.models.language_config import decoder_config, renamed
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.schema import REQUIRED, Refused, flag, real, table, whole
 
@@ -59,6 +59,13 @@ _TOP = common(
     rmsnorm=Refused((True,)),
     rope_scaling=Refused(reason="GLM-4 scales by rope_ratio; remove it"),
 )
+_NAMES = {
+    "head_dim": "kv_channels",
+    "intermediate_size": "ffn_hidden_size",
+    "vocab_size": "padded_vocab_size",
+    "rms_norm_eps": "layernorm_epsilon",
+    "max_position_embeddings": "seq_length",
+}
 _VISION = VISION | common({"scaling_factor": real(REQUIRED, 0.0, 1e6, above=True)})
 
 
@@ -115,24 +122,16 @@ def config_tables(hf: dict[str, Any]) -> Tables:
 
 
 def _decoder(hf: Mapping[str, Any]) -> DecoderConfig:
-    count, head_dim = hf["num_attention_heads"], hf["kv_channels"]
-    kv = hf["multi_query_group_num"] if hf["multi_query_attention"] else count
-    check_groups(FILE, count, kv)
+    head_dim, groups = hf["kv_channels"], hf["multi_query_group_num"]
     if head_dim % 4:
         raise UserError(f"{FILE}: kv_channels {head_dim} is not a multiple of 4: "
                         "a quarter of a head is rotary pairs")  # fmt: skip
-    return DecoderConfig(
-        hidden_size=hf["hidden_size"],
-        num_layers=hf["num_layers"] or hf["num_hidden_layers"],
-        num_heads=count,
-        num_kv_heads=kv,
-        head_dim=head_dim,
-        intermediate_size=hf["ffn_hidden_size"],
-        vocab_size=hf["padded_vocab_size"],
-        norm_eps=hf["layernorm_epsilon"],
-        rope_theta=_BASE * hf["rope_ratio"],
+    keys = renamed(hf, _NAMES) | {
+        "num_hidden_layers": hf["num_layers"] or hf["num_hidden_layers"],
+        "num_key_value_heads": groups if hf["multi_query_attention"] else None,
+    }
+    return dataclasses.replace(
+        decoder_config(keys, "llama", FILE, _BASE * hf["rope_ratio"]),
         rope_streams=(0,) * (head_dim // 4),  # the first half of a head is rotated
-        max_positions=hf["seq_length"],
         qkv_bias=hf["add_qkv_bias"],
-        tied_head=hf["tie_word_embeddings"],
     )

@@ -26,8 +26,9 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.mlp import ACTIVATIONS
 from mquant_jax.nn.positions import PositionTable
-from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.schema import Refused, Schema, choice, flag, real, square, table, text, whole
 from mquant_jax.validate import shown
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from math import isqrt
-from typing import ClassVar
 
 import jax
 from flax import nnx
 
 from mquant_jax.models.base import VLM
 from mquant_jax.models.internvl.config import InternVLConfig
-from mquant_jax.nn.act_quant import Points, Tap
+from mquant_jax.nn.act_quant import Tap
+from mquant_jax.nn.connector import Connector
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import VisionInput, ViT
-from mquant_jax.nn.vit_block import gelu, tower_norm
+from mquant_jax.nn.vit_block import tower_norm
 from mquant_jax.recipe import Recipe
 
 NORM_EPS = 1e-5  # not in the config: the default of the reference's LayerNorm
@@ -33,27 +33,18 @@ def pixel_shuffle(x: jax.Array, merge: int, transposed: bool = False) -> jax.Arr
     return x.transpose(axes).reshape(n, side * side, merge * merge * d)
 
 
-class Projector(nnx.Module):
+class Projector(Connector):
     """Pixel shuffle, LayerNorm over all patches of a token, then a two-layer MLP."""
-
-    POINTS: ClassVar[Points] = {"merger_in": ("fc1",), "merger_hidden": ("fc2",)}
 
     def __init__(self, config: InternVLConfig, place: Placement, *, rngs: nnx.Rngs):
         self.merge, self.transposed = config.merge, config.transposed
         merged, out = config.vision.hidden_size * self.merge**2, config.language.hidden_size
         self.norm = tower_norm(merged, NORM_EPS, place, keeps_mean=True)
-        self.merger_in = place.point("merger_in", self.POINTS)
-        self.fc1 = place.dense("fc1", merged, out, rngs=rngs)
-        rotation = place.online_rotation(out)
-        self.merger_hidden = place.point("merger_hidden", self.POINTS, rotation)
-        hidden = rotation.n if rotation else out
-        self.fc2 = place.dense("fc2", hidden, out, rngs=rngs)
+        super().__init__((merged, out, out), place, rngs=rngs)
 
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """Features ``[N, P, width]`` -> tokens ``[N, P/merge^2, hidden]`` of the decoder."""
-        x = self.norm(pixel_shuffle(x, self.merge, self.transposed))
-        x = gelu(self.fc1(self.merger_in(x, None, tap)))
-        return self.fc2(self.merger_hidden(x, None, tap))
+        return super().__call__(self.norm(pixel_shuffle(x, self.merge, self.transposed)), tap)
 
 
 class InternVLVision(ViT):

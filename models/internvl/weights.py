@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mquant_jax.models.internvl.config import CHAT, InternVLConfig
-from mquant_jax.models.language import decoder_rules, dense_rules, direct, internlm2_rules
+from mquant_jax.models.language import (
+    decoder_rules,
+    dense_rules,
+    direct,
+    internlm2_rules,
+    norm_rules,
+)
 from mquant_jax.models.rules import Rows, WeightRule
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -50,12 +56,6 @@ def _embeddings(
     yield direct("vision/patch_embed/proj/bias", f"{src}.{patch}.bias", d)
 
 
-def _norm(config: InternVLConfig, dst: str, src: str) -> Iterator[WeightRule]:
-    """A norm of the tower."""
-    for leaf in ("weight",) if config.vision.rms_norm else ("weight", "bias"):
-        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", config.vision.hidden_size)
-
-
 def _qk_norms(config: InternVLConfig, dst: str, src: str) -> Iterator[WeightRule]:
     for name in ("q_norm", "k_norm") if config.vision.qk_norm_eps else ():
         yield direct(f"{dst}/{name}/weight", f"{src}.{name}.weight", config.vision.hidden_size)
@@ -65,8 +65,7 @@ def _projector(
     config: InternVLConfig, src: str, norm: str, fc1: str, fc2: str
 ) -> Iterator[WeightRule]:
     merged, out = config.vision.hidden_size * config.merge**2, config.language.hidden_size
-    for leaf in ("weight", "bias"):
-        yield direct(f"vision/merger/norm/{leaf}", f"{src}.{norm}.{leaf}", merged)
+    yield from norm_rules("vision/merger/norm", f"{src}.{norm}", merged)
     yield from dense_rules("vision/merger/fc1", f"{src}.{fc1}", out, merged)
     yield from dense_rules("vision/merger/fc2", f"{src}.{fc2}", out, out)
 
@@ -94,8 +93,8 @@ def _chat_vision(config: InternVLConfig) -> Iterator[WeightRule]:
         yield from dense_rules(f"{dst}/fc2", f"{src}.mlp.fc2", d, inner)
         yield direct(f"{dst}/attn_gain", f"{src}.ls1", d)
         yield direct(f"{dst}/mlp_gain", f"{src}.ls2", d)
-        yield from _norm(config, f"{dst}/attn_norm", f"{src}.norm1")
-        yield from _norm(config, f"{dst}/mlp_norm", f"{src}.norm2")
+        yield from norm_rules(f"{dst}/attn_norm", f"{src}.norm1", d, not v.rms_norm)
+        yield from norm_rules(f"{dst}/mlp_norm", f"{src}.norm2", d, not v.rms_norm)
     yield from _projector(config, "mlp1", "0", "1", "3")
 
 
@@ -114,6 +113,6 @@ def _native_vision(config: InternVLConfig) -> Iterator[WeightRule]:
         yield from dense_rules(f"{dst}/fc2", f"{src}.mlp.fc2", d, inner)
         yield direct(f"{dst}/attn_gain", f"{src}.lambda_1", d)
         yield direct(f"{dst}/mlp_gain", f"{src}.lambda_2", d)
-        yield from _norm(config, f"{dst}/attn_norm", f"{src}.layernorm_before")
-        yield from _norm(config, f"{dst}/mlp_norm", f"{src}.layernorm_after")
+        yield from norm_rules(f"{dst}/attn_norm", f"{src}.layernorm_before", d, not v.rms_norm)
+        yield from norm_rules(f"{dst}/mlp_norm", f"{src}.layernorm_after", d, not v.rms_norm)
     yield from _projector(config, "multi_modal_projector", "layer_norm", "linear_1", "linear_2")

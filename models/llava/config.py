@@ -22,8 +22,9 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.mlp import ACTIVATIONS
 from mquant_jax.nn.positions import PositionTable
-from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.schema import (
     Field,
     Refused,
@@ -121,7 +122,7 @@ class LlavaConfig:
         tower: its model_type: ``clip_vision_model``, ``siglip_vision_model`` or ``dinov2``.
         tower_layers: layers of the checkpoint's tower; those after the feature layer are unused.
         image_size: side in pixels of the square that a picture is resized to.
-        projector_act: a key of :data:`~mquant_jax.nn.vit_block.ACTIVATIONS`.
+        projector_act: a key of :data:`~mquant_jax.nn.mlp.ACTIVATIONS`.
         image_token_id: the placeholder.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from mquant_jax.models.language import decoder_rules, dense_rules, direct
+from mquant_jax.models.language import decoder_rules, dense_rules, direct, norm_rules
 from mquant_jax.models.llava.config import CLIP, DINOV2, LlavaConfig
 from mquant_jax.models.rules import WeightRule
 
@@ -66,11 +66,6 @@ def unused(config: LlavaConfig, name: str) -> bool:
     return layer is not None and config.vision.num_layers <= int(layer[2]) < config.tower_layers
 
 
-def _norm(dst: str, src: str, width: int) -> Iterator[WeightRule]:
-    for leaf in ("weight", "bias"):
-        yield direct(f"{dst}/{leaf}", f"{src}.{leaf}", width)
-
-
 def _patch_embed(config: LlavaConfig, src: str) -> Iterator[WeightRule]:
     v, p = config.vision, config.patch_size
     kernel = (v.hidden_size, v.patch_dim // p**2, p, p)
@@ -88,13 +83,13 @@ def _clip(config: LlavaConfig) -> Iterator[WeightRule]:
     yield from _patch_embed(config, f"{src}.embeddings.patch_embedding")
     if config.tower == CLIP:
         yield WeightRule("vision/class_token", f"{src}.embeddings.class_embedding", (1, d), (d,))
-        yield from _norm("vision/input/norm", f"{src}.pre_layrnorm", d)
+        yield from norm_rules("vision/input/norm", f"{src}.pre_layrnorm", d)
     rows = v.position_grid**2 + v.class_token
     yield direct("vision/positions", f"{src}.embeddings.position_embedding.weight", rows, d)
     for i in range(v.num_layers):
         dst, layer = f"vision/layers/{i}", f"{src}.encoder.layers.{i}"
-        yield from _norm(f"{dst}/attn_norm", f"{layer}.layer_norm1", d)
-        yield from _norm(f"{dst}/mlp_norm", f"{layer}.layer_norm2", d)
+        yield from norm_rules(f"{dst}/attn_norm", f"{layer}.layer_norm1", d)
+        yield from norm_rules(f"{dst}/mlp_norm", f"{layer}.layer_norm2", d)
         for name in _QKV:
             yield from dense_rules(f"{dst}/{name}", f"{layer}.self_attn.{name}", d, d)
         yield from dense_rules(f"{dst}/o_proj", f"{layer}.self_attn.out_proj", d, d)
@@ -110,8 +105,8 @@ def _dinov2(config: LlavaConfig) -> Iterator[WeightRule]:
     yield WeightRule("vision/positions", f"{src}.position_embeddings", (rows, d), (1, rows, d))
     for i in range(v.num_layers):
         dst, layer = f"vision/layers/{i}", f"vision_tower.encoder.layer.{i}"
-        yield from _norm(f"{dst}/attn_norm", f"{layer}.norm1", d)
-        yield from _norm(f"{dst}/mlp_norm", f"{layer}.norm2", d)
+        yield from norm_rules(f"{dst}/attn_norm", f"{layer}.norm1", d)
+        yield from norm_rules(f"{dst}/mlp_norm", f"{layer}.norm2", d)
         for name, hub in _QKV.items():
             yield from dense_rules(
                 f"{dst}/{name}", f"{layer}.attention.attention.{hub}", d, d, v.qkv_bias

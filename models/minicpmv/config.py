@@ -24,9 +24,10 @@ from mquant_jax.models.config_keys import (
 )
 from mquant_jax.models.language_config import SCHEMAS, decoder_config
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.mlp import ACTIVATIONS
 from mquant_jax.nn.positions import ChosenRows
 from mquant_jax.nn.resampler import ResamplerConfig
-from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.schema import Field, Refused, choice, flag, square, table, whole
 from mquant_jax.validate import shown
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mquant_jax.models.language import decoder_rules, dense_rules, direct
+from mquant_jax.models.language import decoder_rules, dense_rules, direct, norm_rules
 from mquant_jax.models.minicpmv.config import MiniCPMVConfig
-from mquant_jax.models.resampler import norm_rules, resampler_rules
+from mquant_jax.models.resampler import resampler_rules
 from mquant_jax.models.rules import WeightRule
 
 

@@ -14,6 +14,7 @@ from mquant_jax.models.qwen2_vl.config import (
     tower_shape,
 )
 from mquant_jax.models.qwen2_vl.config import config_tables as tables_with
+from mquant_jax.nn.vit_block import GatedViTBlock
 from mquant_jax.schema import Refused, choice, items, real, table, whole
 
 _VISION = common(
@@ -62,7 +63,7 @@ def config_from_hf(hf: dict[str, Any]) -> Qwen2VLConfig:
         vision["hidden_size"],
         vision["intermediate_size"],
         rms_norm=True,
-        gated_mlp=True,
+        block=GatedViTBlock,
         window=0 if every else _window(vision),
         full_layers=() if every else tuple(i for i in sorted(set(full)) if i < depth),
     )

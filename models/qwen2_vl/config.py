@@ -27,7 +27,8 @@ from mquant_jax.models.language_config import SCHEMAS, decoder_config, decoder_f
 from mquant_jax.models.rope_config import FIELDS as ROPE_FIELDS
 from mquant_jax.models.rope_config import MRope, read_rope
 from mquant_jax.nn.decoder_block import DecoderConfig
-from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.mlp import ACTIVATIONS
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.schema import Refused, Schema, choice, real, table, whole
 from mquant_jax.validate import shown
 

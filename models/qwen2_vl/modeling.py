@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax
 from flax import nnx
 
 from mquant_jax.models.base import VLM
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.nn.act_quant import Points, Tap
+from mquant_jax.nn.act_quant import Tap
+from mquant_jax.nn.connector import Connector
 from mquant_jax.nn.flow import Flow, ModuleCall
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.vit import Features, VisionInput, ViT
-from mquant_jax.nn.vit_block import gelu, tower_norm
+from mquant_jax.nn.vit_block import tower_norm
 from mquant_jax.recipe import Recipe
 
 
-class PatchMerger(nnx.Module):
+class PatchMerger(Connector):
     """A norm, then a two-layer MLP over each 2x2 block of patches."""
-
-    POINTS: ClassVar[Points] = {"merger_in": ("fc1",), "merger_hidden": ("fc2",)}
 
     def __init__(self, config: Qwen2VLConfig, place: Placement, normed: int = 1, *, rngs: nnx.Rngs):
         """``normed``: how many patches are normed as one vector."""
@@ -30,20 +27,13 @@ class PatchMerger(nnx.Module):
         self.norm = tower_norm(
             vision.hidden_size * normed, vision.norm_eps, place, vision.rms_norm, vision.keeps_mean
         )
-        self.merger_in = place.point("merger_in", self.POINTS)
-        self.fc1 = place.dense("fc1", merged, merged, rngs=rngs)
-        rotation = place.online_rotation(merged)
-        self.merger_hidden = place.point("merger_hidden", self.POINTS, rotation)
-        hidden = rotation.n if rotation else merged
-        self.fc2 = place.dense("fc2", hidden, out, rngs=rngs)
+        super().__init__((merged, merged, out), place, rngs=rngs)
 
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """Features ``[N, P, width]`` in merge-block order -> tokens ``[N, P/4, hidden]``."""
         n, p, width = x.shape
         x = self.norm(x.reshape(n, p // self.normed, width * self.normed))
-        x = x.reshape(n, p // self.block, width * self.block)
-        x = gelu(self.fc1(self.merger_in(x, None, tap)))
-        return self.fc2(self.merger_hidden(x, None, tap))
+        return super().__call__(x.reshape(n, p // self.block, width * self.block), tap)
 
 
 class Qwen2VLVision(ViT):

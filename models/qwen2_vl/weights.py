@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mquant_jax.models.language import decoder_rules, dense_rules, direct
+from mquant_jax.models.language import decoder_rules, dense_rules, norm_rules
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.nn.params import Params
@@ -31,22 +31,12 @@ def ignored(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name.endswith("rotary_pos_emb.inv_freq")
 
 
-def norm_rules(dst: str, src: str, width: int, bias: bool = True) -> Iterator[WeightRule]:
-    """Weight and bias of a norm."""
-    yield direct(f"{dst}/weight", f"{src}.weight", width)
-    if bias:
-        yield direct(f"{dst}/bias", f"{src}.bias", width)
-
-
 def _mlp(dst: str, src: str, v: ViTConfig) -> Iterator[WeightRule]:
     d, inner = v.hidden_size, v.intermediate_size
-    if not v.gated_mlp:
-        yield from dense_rules(f"{dst}/fc1", f"{src}.fc1", inner, d)
-        yield from dense_rules(f"{dst}/fc2", f"{src}.fc2", d, inner)
-        return
-    yield from dense_rules(f"{dst}/gate_proj", f"{src}.gate_proj", inner, d)
-    yield from dense_rules(f"{dst}/up_proj", f"{src}.up_proj", inner, d)
-    yield from dense_rules(f"{dst}/down_proj", f"{src}.down_proj", d, inner)
+    for name in v.block.POINTS["mlp_in"]:
+        yield from dense_rules(f"{dst}/{name}", f"{src}.{name}", inner, d)
+    for name in v.block.POINTS["mlp_hidden"]:
+        yield from dense_rules(f"{dst}/{name}", f"{src}.{name}", d, inner)
 
 
 def patch_rule(config: Qwen2VLConfig, src: str) -> WeightRule:

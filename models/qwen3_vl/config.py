@@ -23,9 +23,10 @@ from mquant_jax.models.language_config import SCHEMAS, decoder_config, decoder_f
 from mquant_jax.models.qwen2_vl.config import AXIAL, Qwen2VLConfig, shared_fields, tower_shape
 from mquant_jax.models.rope_config import MRope
 from mquant_jax.nn.decoder_block import DecoderConfig
+from mquant_jax.nn.mlp import ACTIVATIONS
 from mquant_jax.nn.positions import StretchedTable
 from mquant_jax.nn.rope import interleaved
-from mquant_jax.nn.vit_block import ACTIVATIONS, ViTConfig
+from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.schema import Refused, choice, flag, items, table, whole
 
 TEXT = SCHEMAS["qwen3"] | common(

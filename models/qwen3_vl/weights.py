@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mquant_jax.models.language import decoder_rules, dense_rules, direct
+from mquant_jax.models.language import decoder_rules, dense_rules, direct, norm_rules
 from mquant_jax.models.qwen2_vl.config import Qwen2VLConfig
-from mquant_jax.models.qwen2_vl.weights import block_rules, norm_rules, patch_rule
+from mquant_jax.models.qwen2_vl.weights import block_rules, patch_rule
 from mquant_jax.models.qwen3_vl.config import tap_mergers
 from mquant_jax.models.rules import WeightRule
 

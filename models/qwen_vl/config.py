@@ -26,10 +26,11 @@ from mquant_jax.models.config_keys import (
     vocabulary,
     width,
 )
+from mquant_jax.models.language_config import decoder_config, renamed
 from mquant_jax.nn.decoder_block import DecoderConfig
 from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.resampler import ResamplerConfig
-from mquant_jax.nn.rope import SteppedScaling
+from mquant_jax.nn.rope import LogGain, SteppedScaling
 from mquant_jax.nn.vit_block import ViTConfig
 from mquant_jax.schema import REQUIRED, Refused, flag, real, table, whole
 
@@ -60,6 +61,11 @@ _TOP = common(
     scale_attn_weights=Refused((True,)),
     rope_scaling=Refused(reason="Qwen scales by use_dynamic_ntk; remove it"),
 )
+_NAMES = {
+    "head_dim": "kv_channels",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "rope_theta": "rotary_emb_base",
+}
 _VISUAL = common(
     {
         "width": width(REQUIRED),
@@ -160,24 +166,13 @@ def _language(hf: Mapping[str, Any]) -> DecoderConfig:
     if hf["seq_length"] is None and (hf["use_dynamic_ntk"] or hf["use_logn_attn"]):
         raise UserError(f"{FILE}: seq_length is missing; use_dynamic_ntk and use_logn_attn need it")
     bias = not hf["no_bias"]  # for all layers but the fused one, which always has one
-    return DecoderConfig(
-        hidden_size=hidden,
-        num_layers=hf["num_hidden_layers"],
-        num_heads=count,
-        num_kv_heads=count,
-        head_dim=head_dim,
-        intermediate_size=inner // 2,
-        vocab_size=hf["vocab_size"],
-        norm_eps=hf["layer_norm_epsilon"],
-        rope_theta=hf["rotary_emb_base"],
-        rope_streams=(0,) * (head_dim // 2),
-        max_positions=hf["max_position_embeddings"],
-        qkv_bias=True,
-        tied_head=hf["tie_word_embeddings"],
-        o_bias=bias,
-        mlp_bias=bias,
+    keys = renamed(hf, _NAMES) | {
+        "intermediate_size": inner // 2, "attention_bias": bias, "mlp_bias": bias,
+    }  # fmt: skip
+    return dataclasses.replace(
+        decoder_config(keys, "qwen2", FILE),
         rope_scaling=SteppedScaling(hf["seq_length"]) if hf["use_dynamic_ntk"] else None,
-        logn_length=hf["seq_length"] if hf["use_logn_attn"] else None,
+        query_gain=LogGain(hf["seq_length"]) if hf["use_logn_attn"] else None,
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mquant_jax.models.language import dense_rules, direct
+from mquant_jax.models.language import dense_rules, direct, norm_rules
 from mquant_jax.models.qwen_vl.config import QwenVLConfig
-from mquant_jax.models.resampler import norm_rules, resampler_rules
+from mquant_jax.models.resampler import resampler_rules
 from mquant_jax.models.rules import Rows, WeightRule
 from mquant_jax.nn.decoder_block import DecoderConfig
 

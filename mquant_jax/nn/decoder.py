@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -12,13 +11,13 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order, write_order
-from mquant_jax.nn.decoder_block import DecoderBlock, DecoderConfig, DecoderContext, ExpertBlock
+from mquant_jax.nn.decoder_block import DecoderConfig, DecoderContext
 from mquant_jax.nn.deepstack import DeepFeatures
 from mquant_jax.nn.dense import empty_qweight, linear
 from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.rope import multi_axis_angles, slot_positions
+from mquant_jax.nn.rope import multi_axis_angles
 from mquant_jax.nn.stack import (
     SCAN,
     Runner,
@@ -62,9 +61,8 @@ class Decoder(nnx.Module):
         if rows.quantised:
             own = empty_qweight(cfg.vocab_size, cfg.hidden_size, rows)
         self.embedding = nnx.Param(own)
-        block = ExpertBlock if cfg.visual_expert else DecoderBlock
         self.layers = place.stack(
-            "layers", cfg.num_layers, lambda where, r: block(cfg, where, rngs=r), rngs
+            "layers", cfg.num_layers, lambda where, r: cfg.block(cfg, where, rngs=r), rngs
         )
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
         if place.sink_class:
@@ -73,6 +71,11 @@ class Decoder(nnx.Module):
         self.head_in = ActQuant("head_in", place.section("head"))
         if not cfg.tied_head:
             self.head = place.dense("head", cfg.hidden_size, cfg.vocab_size, bias=False, rngs=rngs)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether visual tokens have dense layers of their own."""
+        return len(self.cfg.block.EXPERTS) > 1
 
     def embed(self, ids: AnyArray) -> jax.Array:
         """int32 ``[B, T]`` -> ``[B, T, hidden]``."""
@@ -121,28 +124,24 @@ class Decoder(nnx.Module):
             span: as in the cache; by default, of the same tokens.
         """
         cfg = self.cfg
-        if cfg.stored_rope:
-            angles = slot_positions(positions, cfg.rope_streams)
-        else:
-            angles = multi_axis_angles(
-                positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_streams, cfg.rope_scaling, span
-            )
+        angles = multi_axis_angles(
+            positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_streams, cfg.rope_scaling, span
+        )
         # Only visual tokens are ever moved.
         if keys is None:
             own = key_order(order, token_class)
             seen = Visibility(order, own, after=None if visual_slots else 0)
         else:
             seen = Visibility(order, keys).bounded()
-        visual = visual if cfg.visual_expert else None
+        visual = visual if self.has_experts else None
         gain = self._query_gain(positions, order)
         return DecoderContext(angles, seen, token_class, gain, visual, visual_slots, added=added)
 
     def _query_gain(self, positions, order) -> jax.Array | None:
         """Factor on the queries, see :class:`DecoderContext`."""
         cfg, gain = self.cfg, None
-        if cfg.logn_length is not None:
-            length = jnp.maximum(jnp.max(positions, axis=0), 0).astype(jnp.float32) + 1
-            gain = jnp.maximum(jnp.log(length) / math.log(cfg.logn_length), 1.0)
+        if cfg.query_gain is not None:
+            gain = cfg.query_gain(positions)
         if cfg.score_gain != 1:
             gain = jnp.ones(order.shape, jnp.float32) if gain is None else gain
             gain = gain * cfg.score_gain

@@ -12,24 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
+from mquant_jax.nn.attention import Attention, AttentionContext, Heads, HeadShape, Prefix
 from mquant_jax.nn.cache import Store, write
 from mquant_jax.nn.deepstack import DeepFeatures
+from mquant_jax.nn.mlp import GatedMLP
 from mquant_jax.nn.norm import RMSNorm
 from mquant_jax.nn.placement import Placement
-from mquant_jax.nn.rope import Scaling, YarnScaling, apply_rope
+from mquant_jax.nn.rope import LogGain, Scaling, StoredFrequencies, YarnScaling
 from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import QTensor, along_last
-from mquant_jax.ops.attention import (
-    Rows,
-    attend,
-    attend_cache,
-    attend_rows,
-    fused,
-    split_heads,
-)
-from mquant_jax.ops.visibility import Visibility
+from mquant_jax.ops.attention import attend_cache
 
-Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values
 # One of the methods of Projections; its second argument is one or several arrays ``[B, T, ...]``.
 Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
 
@@ -40,10 +33,8 @@ class DecoderConfig:
 
     ``rope_streams`` is the position stream that each rotary slot follows: of ordinary rope, 0
     everywhere. There are ``head_dim / 2`` slots or fewer; the other channels are not rotated.
-    ``stored_rope``: the checkpoint holds each layer's frequencies. ``qk_norm``: queries and keys
-    pass an RMSNorm per head before rope. ``logn_length``: from this position on, queries are scaled
-    by the logarithm of their position; ``None``: they are not. ``visual_expert``: visual tokens
-    have their own dense layers, with biases on queries, keys and values.
+    ``qk_norm``: queries and keys pass an RMSNorm per head before rope. ``query_gain``: scales
+    the rotated queries by their positions. ``block``: the kind of its blocks.
     """
 
     hidden_size: int
@@ -63,9 +54,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     rope_scaling: Scaling | None = None
     qk_norm: bool = False
-    logn_length: int | None = None
-    stored_rope: bool = False
-    visual_expert: bool = False
+    query_gain: LogGain | None = None
+    block: type[DecoderBlock] = dataclasses.field(default_factory=lambda: DecoderBlock)
 
     @property
     def rotary_dim(self) -> int:
@@ -94,15 +84,10 @@ class DecoderConfig:
     meta_fields=["visual_slots"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
-class DecoderContext(LayeredContext):
+class DecoderContext(AttentionContext, LayeredContext):
     """What every block needs beside the residual stream.
 
     Attributes:
-        angles: rotary angles float32 ``[B, T, rotary slots]``; positions where each layer has
-            frequencies of its own.
-        seen: which keys each token sees.
-        token_class: int32 ``[B, T]``, sinks marked.
-        query_gain: float32 ``[B, T]``, factor on the rotated queries; ``None``: there is none.
         visual_slots: how many columns hold the visual tokens, and nothing but them and padding;
             ``None``: they may be anywhere.
         visual: bool ``[B, T]``, which tokens are the visual expert's (sinks among them are no
@@ -113,10 +98,6 @@ class DecoderContext(LayeredContext):
             gives it; for a single layer ``[B, T, hidden]``. ``None``: nothing.
     """
 
-    angles: jax.Array
-    seen: Visibility
-    token_class: jax.Array
-    query_gain: jax.Array | None = None
     visual: jax.Array | None = None
     visual_slots: int | None = None
     used: jax.Array | None = None
@@ -141,15 +122,10 @@ class DecoderContext(LayeredContext):
         return dataclasses.replace(self, added=own)
 
 
-class Projections(nnx.Module):
-    """The dense layers of a block and their quantisation points."""
+class Projections(Attention, GatedMLP):
+    """Both halves' dense layers and quantisation points."""
 
-    POINTS: ClassVar[Points] = {
-        "attn_in": ("q_proj", "k_proj", "v_proj"),
-        "attn_out": ("o_proj",),
-        "mlp_in": ("gate_proj", "up_proj"),
-        "mlp_hidden": ("down_proj",),
-    }
+    POINTS: ClassVar[Points] = {**Attention.POINTS, **GatedMLP.POINTS}
 
     def __init__(
         self,
@@ -161,31 +137,15 @@ class Projections(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """``prefix``: of the points' names."""
-        dense = partial(place.dense, rngs=rngs)
-
-        def point(name: str, rotation=None) -> ActQuant:
-            return place.point(name, Projections.POINTS, rotation, prefix)
-
-        d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        self.attn_in = point("attn_in")
-        self.q_proj = dense("q_proj", d, q, bias=qkv_bias)
-        self.k_proj = dense("k_proj", d, kv, bias=qkv_bias)
-        self.v_proj = dense("v_proj", d, kv, bias=qkv_bias)
-        self.attn_out = point("attn_out")
-        self.o_proj = dense("o_proj", q, d, bias=cfg.o_bias)
-        self.mlp_in = point("mlp_in")
-        self.gate_proj = dense("gate_proj", d, cfg.intermediate_size, bias=cfg.mlp_bias)
-        self.up_proj = dense("up_proj", d, cfg.intermediate_size, bias=cfg.mlp_bias)
-        # The signs of the rotation are folded into up_proj.
-        rotation = place.online_rotation(cfg.intermediate_size)
-        self.mlp_hidden = point("mlp_hidden", rotation and rotation.without_signs())
-        hidden = rotation.n if rotation else cfg.intermediate_size
-        self.down_proj = dense("down_proj", hidden, d, bias=cfg.mlp_bias, split=place.split)
-
-    def project(self, h: jax.Array, cls: jax.Array, tap: Tap | None) -> Heads:
-        """Queries, keys and values ``[B, T, heads * d]`` of the normed stream."""
-        x = self.attn_in(h, cls, tap)
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        heads = HeadShape(cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
+        self.init_attention(
+            cfg.hidden_size, heads, place, qkv_bias=qkv_bias, o_bias=cfg.o_bias, prefix=prefix,
+            rngs=rngs,
+        )  # fmt: skip
+        self.init_mlp(
+            cfg.hidden_size, cfg.intermediate_size, place, bias=cfg.mlp_bias, prefix=prefix,
+            rngs=rngs,
+        )  # fmt: skip
 
     def output(self, parts: tuple[jax.Array, jax.Array], cls: jax.Array, tap: Tap | None):
         """The stream with what attention adds to it; ``parts`` are the heads' results and the
@@ -197,20 +157,25 @@ class Projections(nnx.Module):
         """The stream with what the MLP adds to it; ``parts`` are the normed stream and the
         stream."""
         normed, x = parts
-        h = self.mlp_in(normed, cls, tap)
-        hidden = self.up_proj(h, gate=self.gate_proj(h))
-        return self.down_proj(self.mlp_hidden(hidden, cls, tap), x)
+        return self.mlp_last(self.hidden(normed, cls, tap), x)
 
 
 class DecoderBlock(Projections):
-    """Pre-norm attention, then a gated MLP, each added to the residual stream."""
+    """Pre-norm attention, then a gated MLP, each added to the residual stream.
+
+    Attributes:
+        EXPERTS: what precedes the names of the dense layers, of every set that there is.
+    """
+
+    EXPERTS: ClassVar[tuple[str, ...]] = ("",)
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg
         super().__init__(cfg, place, cfg.qkv_bias, rngs=rngs)
         self.attn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
-        if cfg.qk_norm:
+        self.norms_heads = cfg.qk_norm
+        if self.norms_heads:
             self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place.dtype)
         self.prefixed = place.prefix > 0
@@ -218,7 +183,8 @@ class DecoderBlock(Projections):
             shape = (cfg.num_kv_heads, place.prefix, cfg.head_dim)
             self.prefix_k = nnx.Param(jnp.zeros(shape, place.dtype))
             self.prefix_v = nnx.Param(jnp.zeros(shape, place.dtype))
-        if cfg.stored_rope:  # positions times these are too large for a narrower type
+        self.stores_rope = isinstance(cfg.rope_scaling, StoredFrequencies)
+        if self.stores_rope:  # positions times these are too large for a narrower type
             self.frequencies = nnx.Param(jnp.zeros((cfg.rotary_dim // 2,), jnp.float32))
 
     def run(self, phase: Phase, h: Any, ctx: DecoderContext, tap: Tap | None) -> Any:
@@ -231,56 +197,18 @@ class DecoderBlock(Projections):
         return self.run(Projections.project, h, ctx, tap)
 
     def into(self, norm: RMSNorm, point: ActQuant, x: jax.Array, ctx: DecoderContext, tap):
-        """The normed stream, quantised if one scale per token is known for all experts."""
-        return norm(x) if self.cfg.visual_expert else norm.into(point, x, ctx.token_class, tap)
+        """The normed stream, quantised if one scale per token is known."""
+        return norm.into(point, x, ctx.token_class, tap)
 
-    def normed(self, x: jax.Array, norm: str) -> jax.Array:
-        """Queries or keys ``[..., heads, d]`` after their norm, if there is one."""
-        return getattr(self, norm)(x) if self.cfg.qk_norm else x
-
-    def angles(self, ctx: DecoderContext) -> jax.Array:
-        """Rotary angles float32 ``[B, T, rotary slots]``."""
-        if not self.cfg.stored_rope:
+    def angles(self, ctx: AttentionContext) -> jax.Array | None:
+        if ctx.angles is None or not self.stores_rope:
             return ctx.angles
         return ctx.angles * along_last(self.frequencies.get_value(), ctx.angles)
 
-    def heads(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext) -> Heads:
-        """Normed and rotated ``q [B, heads, T, d]``, ``k [B, kv, d, T]``; and ``v [B, kv, T, d]``,
-        of what :meth:`qkv` gives."""
-        q, k, v = (split_heads(y, self.cfg.head_dim) for y in (q, k, v))
-        q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
-        angles = self.angles(ctx)
-        q, k = apply_rope(q, angles), apply_rope(k, angles)
-        if ctx.query_gain is not None:
-            q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
-        return q, jnp.swapaxes(k, 2, 3), v
+    def fuses(self, q: jax.Array, k: jax.Array, ctx: AttentionContext) -> bool:
+        return not self.prefixed and super().fuses(q, k, ctx)  # no such form knows of a prefix
 
-    def fuses(self, q: jax.Array, k: jax.Array, ctx: DecoderContext) -> bool:
-        """Whether :meth:`attend_rows` runs for queries and keys ``[B, T, heads * d]``."""
-        rows = Rows.of(q, k, self.cfg.head_dim, ctx.seen, self.attn_out.simulated)
-        return not self.prefixed and fused(rows)  # none of the forms knows of a prefix
-
-    def attend_rows(self, q, k, v, ctx: DecoderContext, tap: Tap | None) -> jax.Array | QTensor:
-        """Attention of one call's tokens among each other, of what :meth:`qkv` gives; quantised if
-        one scale per token is known for all of them."""
-        if self.cfg.qk_norm:
-            q, k = (
-                self.normed(y.reshape(*y.shape[:-1], -1, self.cfg.head_dim), name).reshape(y.shape)
-                for y, name in ((q, "q_norm"), (k, "k_norm"))
-            )
-        scale = None
-        if not self.cfg.visual_expert:
-            scale = self.attn_out.known_scale(ctx.token_class, tap)
-        return attend_rows(
-            q, k, v, self.cfg.head_dim, ctx.seen, self.angles(ctx), ctx.query_gain, scale
-        )
-
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: DecoderContext) -> jax.Array:
-        """Attention to the keys given and to the prefix, if there is one."""
-        return attend(q, k, v, ctx.seen, self.prefix())
-
-    def prefix(self) -> tuple[jax.Array, jax.Array] | None:
-        """Keys and values ``[kv_heads, P, d]`` that every token sees."""
+    def prefix(self) -> Prefix | None:
         return (self.prefix_k.get_value(), self.prefix_v.get_value()) if self.prefixed else None
 
     def rest(
@@ -298,11 +226,7 @@ class DecoderBlock(Projections):
 
     def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
         """Without a cache: queries see the keys of the same call only."""
-        q, k, v = self.qkv(x, ctx, tap)
-        if self.fuses(q, k, ctx):
-            return self.rest(x, self.attend_rows(q, k, v, ctx, tap), ctx, tap)
-        q, k, v = self.heads(q, k, v, ctx)
-        return self.rest(x, self.attend(q, k, v, ctx), ctx, tap)
+        return self.rest(x, self.among(*self.qkv(x, ctx, tap), ctx, tap), ctx, tap)
 
     def cached(
         self, x, ctx: DecoderContext, cache: tuple[Store, Store], layer, cursor, fresh: bool
@@ -330,22 +254,33 @@ class DecoderBlock(Projections):
         return self.rest(x, attended, ctx, None), cache
 
 
+_EXPERTS = ("", "visual/")
+
+
 class ExpertBlock(DecoderBlock):
     """A block whose visual tokens have dense layers of their own; all tokens share the attention.
 
     Where the visual tokens form one slice (``ctx.visual_slots``), each expert runs on its own
-    slice; without visual tokens only the text expert runs. Otherwise both run on all tokens.
+    slice; without visual tokens only the text expert runs. Otherwise both run on all tokens. The
+    visual expert's queries, keys and values have biases.
     """
 
     POINTS: ClassVar[Points] = {
         f"{expert}{point}": tuple(f"{expert}{reader}" for reader in readers)
         for point, readers in Projections.POINTS.items()
-        for expert in ("", "visual/")
+        for expert in _EXPERTS
     }
+    EXPERTS = _EXPERTS
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         super().__init__(cfg, place, rngs=rngs)
         self.visual = Projections(cfg, place.within("visual"), True, "visual/", rngs=rngs)
+
+    def into(self, norm: RMSNorm, point: ActQuant, x: jax.Array, ctx: DecoderContext, tap):
+        return norm(x)  # the experts' scales differ
+
+    def known_scale(self, ctx: AttentionContext, tap: Tap | None) -> None:
+        return None
 
     @staticmethod
     def _visual(ctx: DecoderContext) -> jax.Array:

@@ -133,8 +133,25 @@ class SteppedScaling:
         return jnp.asarray(table)[step]
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredFrequencies:
+    """Each layer has frequencies of its own, a parameter."""
+
+
 FixedScaling = Llama3Scaling | LinearScaling | YarnScaling
-Scaling = FixedScaling | DynamicScaling | SteppedScaling
+Scaling = FixedScaling | DynamicScaling | SteppedScaling | StoredFrequencies
+
+
+@dataclasses.dataclass(frozen=True)
+class LogGain:
+    """From position ``length`` on, queries grow with the logarithm of their position."""
+
+    length: int
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        """int32 ``[streams, B, T]`` -> factors float32 ``[B, T]``."""
+        count = jnp.maximum(jnp.max(positions, axis=0), 0).astype(jnp.float32) + 1
+        return jnp.maximum(jnp.log(count) / math.log(self.length), 1.0)
 
 
 def frequencies(dim: int, theta: float, scaling: FixedScaling | None = None) -> np.ndarray:
@@ -163,9 +180,11 @@ def multi_axis_angles(
             default those of ``positions``.
 
     Returns:
-        float32 ``[B, T, dim/2]``.
+        float32 ``[B, T, dim/2]``; the positions themselves for :class:`StoredFrequencies`.
     """
     per_slot = slot_positions(positions, streams)
+    if isinstance(scaling, StoredFrequencies):
+        return per_slot
     freq: AnyArray
     if isinstance(scaling, DynamicScaling | SteppedScaling):
         used = jnp.max(positions, axis=(0, 2)) + 1

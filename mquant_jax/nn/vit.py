@@ -20,7 +20,6 @@ from mquant_jax.nn.vit_block import (
     VisionContext,
     ViTConfig,
     tower_norm,
-    vit_block,
 )
 from mquant_jax.nn.windows import Windows
 from mquant_jax.numerics import AnyArray, along_last
@@ -125,7 +124,7 @@ class ViT(nnx.Module):
             rows = cfg.positions.side**2 + cfg.class_token
             self.positions = nnx.Param(jnp.zeros((rows, cfg.hidden_size), place.dtype))
         self.layers = place.stack(
-            "layers", cfg.num_layers, lambda where, r: vit_block(cfg, where, rngs=r), rngs
+            "layers", cfg.num_layers, lambda where, r: cfg.block(cfg, where, rngs=r), rngs
         )
         if cfg.input_norm:
             self.input = InputNorm(cfg, place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,37 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
+from mquant_jax.nn.attention import Attention, AttentionContext, Heads, HeadShape
 from mquant_jax.nn.dense import Dense
+from mquant_jax.nn.mlp import MLP, GatedMLP, PlainMLP
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm, RMSNorm
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.positions import PositionTable
-from mquant_jax.nn.rope import apply_rope
 from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import QTensor, along_last
-from mquant_jax.ops.attention import Rows, attend, attend_rows, fused, split_heads
 from mquant_jax.ops.visibility import Visibility
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """``x * sigmoid(1.702 x)``."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """GELU by its tanh approximation."""
-    return jax.nn.gelu(x, approximate=True)
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": gelu,
-    "gelu_pytorch_tanh": gelu_tanh,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +28,10 @@ class ViTConfig:
 
     Attributes:
         patch_dim: values per patch.
-        activation: a key of :data:`ACTIVATIONS`, or of a gated MLP ``silu``.
+        activation: of a plain MLP, a key of :data:`~mquant_jax.nn.mlp.ACTIVATIONS`.
         rope_theta: base of the 2-D rotary positions; ``None``: the tower has none.
         positions: table of learned positions; ``None``: there is none.
         class_token: a learned token, with its own position, precedes the patches.
-        post_norm: norms follow the sub-layers: each normalises what its sub-layer adds to the
-            stream. No rotation commutes with their weights, so they stay unfused in a rotated
-            tower.
         layer_scale: a learned vector multiplies what a sub-layer adds to the stream.
         rms_norm: RMSNorms in place of LayerNorms.
         qk_norm_eps: epsilon of an RMSNorm over all heads' queries, and one over their keys;
@@ -69,11 +43,11 @@ class ViTConfig:
             keep.
         drops_first: the features leave the first token out, whatever it is: the class token, or in
             a tower without one the first patch.
-        gated_mlp: ``down(act(gate(x)) * up(x))`` in place of ``fc2(act(fc1(x)))``.
         window: side, in patches, of the square windows that a picture is cut into from its first
             patch; attention stays inside a window. 0: patches see their whole picture.
         full_layers: layers whose patches see their whole picture all the same.
         taps: layers, in rising order, whose whole outputs the connector gets as well.
+        block: the kind of its blocks.
     """
 
     hidden_size: int
@@ -86,7 +60,6 @@ class ViTConfig:
     rope_theta: float | None = None
     positions: PositionTable | None = None
     class_token: bool = False
-    post_norm: bool = False
     layer_scale: bool = False
     rms_norm: bool = False
     qk_norm_eps: float | None = None
@@ -96,10 +69,10 @@ class ViTConfig:
     final_norm: bool = False
     keeps_mean: bool = False
     drops_first: bool = False
-    gated_mlp: bool = False
     window: int = 0
     full_layers: tuple[int, ...] = ()
     taps: tuple[int, ...] = ()
+    block: type[ViTBlock] = dataclasses.field(default_factory=lambda: ViTBlock)
 
     @property
     def head_dim(self) -> int:
@@ -171,197 +144,100 @@ def tower_norm(
     return kind(width, eps, place.dtype)
 
 
-def reading_point(
-    name: str, points: Points, cfg: ViTConfig, place: Placement
-) -> tuple[ActQuant, int]:
-    """The point where half a block reads the stream, and the width of what its layers get.
+class _Wiring(Attention, MLP):
+    """Norms, layer scale and residual stream around an attention and an MLP half.
 
-    A post-norm tower reads the stream itself, which it rotates online.
+    ``x += attention(norm(x))``, then ``x += mlp(norm(x))``. With layer scale, what is added is
+    multiplied by ``attn_gain`` and ``mlp_gain [hidden]``; in a rotated tower the layers that write
+    have absorbed them.
+
+    Attributes:
+        FUSES_NORMS: the norms commute with a rotation once their readers have absorbed their
+            weights, so that a rotated tower has a rotated stream. Else the stream takes none, and
+            is rotated online where it is read.
     """
-    rotation = place.read_rotation(cfg.hidden_size) if cfg.post_norm else None
-    width = rotation.n if rotation else cfg.hidden_size
-    return place.point(name, points, rotation), width
 
+    FUSES_NORMS: ClassVar[bool] = True
 
-class AttentionPart(nnx.Module):
-    """The attention half of a block: dense layers, quantisation points, attention itself."""
-
-    POINTS: ClassVar[Points] = {"attn_in": ("q_proj", "k_proj", "v_proj"), "attn_out": ("o_proj",)}
-    cfg: ViTConfig
-
-    def init_attention(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> None:
-        dense, d = partial(place.dense, rngs=rngs), cfg.hidden_size
-        self.attn_in, into = reading_point("attn_in", self.POINTS, cfg, place)
-        # A rotated LayerNorm has left its bias in the layers that read it.
-        bias = cfg.qkv_bias or (place.rotated and not cfg.rms_norm and not cfg.post_norm)
-        self.q_proj = dense("q_proj", into, d, bias=bias)
-        self.k_proj = dense("k_proj", into, d, bias=bias)
-        self.v_proj = dense("v_proj", into, d, bias=bias)
+    def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
+        assert self.FUSES_NORMS or not cfg.layer_scale, "a norm comes between layer and gain"
+        d = cfg.hidden_size
+        reading = None if self.FUSES_NORMS else place.read_rotation(d)
+        self.attn_norm, self.mlp_norm = self.norm(cfg, place), self.norm(cfg, place)
+        # A norm that lost its bias to a rotation has left it in the layers that read it.
+        moved = not cfg.rms_norm and not isinstance(self.attn_norm, LayerNorm)
+        self.init_attention(
+            d, HeadShape(cfg.num_heads, cfg.num_heads, cfg.head_dim), place,
+            qkv_bias=cfg.qkv_bias or moved, o_bias=True, reading=reading, rngs=rngs,
+        )  # fmt: skip
+        self.norms_rows = cfg.qk_norm_eps is not None
         if cfg.qk_norm_eps is not None:
             self.q_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
             self.k_norm = RMSNorm(d, cfg.qk_norm_eps, place.dtype)
-        self.attn_out = place.point("attn_out", self.POINTS)
-        self.o_proj = dense("o_proj", d, d)
-
-    def attended(
-        self, h: jax.Array | QTensor, ctx: VisionContext, tap: Tap | None
-    ) -> jax.Array | QTensor:
-        """The stream as the block reads it ``[N, P, hidden]`` -> the input of ``o_proj``."""
-        h = self.attn_in(h, None, tap)
-        q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
-        if self.cfg.qk_norm_eps is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.attn_out(self._attend(q, k, v, ctx, tap), None, tap)
-
-    def _attend(self, q, k, v, ctx: VisionContext, tap: Tap | None) -> jax.Array | QTensor:
-        """Attention inside each picture or window: ``[N, P, hidden]`` each -> the same."""
-        d, seen = self.cfg.head_dim, ctx.seen
-        if fused(Rows.of(q, k, d, seen, self.attn_out.simulated)):
-            scale = self.attn_out.known_scale(None, tap)
-            return attend_rows(q, k, v, d, seen, ctx.angles, scale=scale)
-        q, k, v = (split_heads(y, d) for y in (q, k, v))
-        if ctx.angles is not None:
-            q, k = apply_rope(q, ctx.angles), apply_rope(k, ctx.angles)
-        return attend(q, jnp.swapaxes(k, 2, 3), v, seen)
-
-
-class MLPPart(nnx.Module):
-    """The MLP half of a block.
-
-    Attributes:
-        mlp_in: the point where the half reads the stream.
-        mlp_last: its last layer, which writes to the stream.
-    """
-
-    cfg: ViTConfig
-    mlp_in: ActQuant
-
-    @property
-    def mlp_last(self) -> Dense:
-        raise NotImplementedError
-
-    def init_mlp(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> None:
-        raise NotImplementedError
-
-    def hidden(self, h: jax.Array | QTensor, tap: Tap | None) -> jax.Array | QTensor:
-        """The stream as the block reads it ``[N, P, hidden]`` -> the input of :attr:`mlp_last`."""
-        raise NotImplementedError
-
-
-class PlainMLP(MLPPart):
-    """The MLP half of a block: ``fc2(act(fc1(x)))``."""
-
-    POINTS: ClassVar[Points] = {"mlp_in": ("fc1",), "mlp_hidden": ("fc2",)}
-
-    def init_mlp(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> None:
-        self.mlp_in, into = reading_point("mlp_in", self.POINTS, cfg, place)
-        self.fc1 = place.dense("fc1", into, cfg.intermediate_size, rngs=rngs)
-        rotation = place.online_rotation(cfg.intermediate_size)
-        self.mlp_hidden = place.point("mlp_hidden", self.POINTS, rotation)
-        hidden = rotation.n if rotation else cfg.intermediate_size
-        self.fc2 = place.dense("fc2", hidden, cfg.hidden_size, split=place.split, rngs=rngs)
-
-    @property
-    def mlp_last(self) -> Dense:
-        return self.fc2
-
-    def hidden(self, h: jax.Array | QTensor, tap: Tap | None) -> jax.Array | QTensor:
-        h = self.fc1(self.mlp_in(h, None, tap))
-        return self.mlp_hidden(ACTIVATIONS[self.cfg.activation](h), None, tap)
-
-
-class GatedMLP(MLPPart):
-    """The MLP half of a block: ``down_proj(silu(gate_proj(x)) * up_proj(x))``, all with biases."""
-
-    POINTS: ClassVar[Points] = {"mlp_in": ("gate_proj", "up_proj"), "mlp_hidden": ("down_proj",)}
-
-    def init_mlp(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> None:
-        dense, inner = partial(place.dense, rngs=rngs), cfg.intermediate_size
-        self.mlp_in, into = reading_point("mlp_in", self.POINTS, cfg, place)
-        self.gate_proj = dense("gate_proj", into, inner)
-        self.up_proj = dense("up_proj", into, inner)
-        # The signs of the rotation are folded into up_proj.
-        rotation = place.online_rotation(inner)
-        self.mlp_hidden = place.point(
-            "mlp_hidden", self.POINTS, rotation and rotation.without_signs()
-        )
-        hidden = rotation.n if rotation else inner
-        self.down_proj = dense("down_proj", hidden, cfg.hidden_size, split=place.split)
-
-    @property
-    def mlp_last(self) -> Dense:
-        return self.down_proj
-
-    def hidden(self, h: jax.Array | QTensor, tap: Tap | None) -> jax.Array | QTensor:
-        h = self.mlp_in(h, None, tap)
-        return self.mlp_hidden(self.up_proj(h, gate=self.gate_proj(h)), None, tap)
-
-
-class _Wiring(AttentionPart, MLPPart):
-    """Norms, layer scale and residual stream around an attention and an MLP half.
-
-    ``x += attention(norm(x))``, then ``x += mlp(norm(x))``. Post-norm, ``x += norm(attention(x))``
-    and ``x += norm(mlp(x))``; a rotated tower then rotates ``x`` online where it is read. With
-    layer scale, what is added is multiplied by ``attn_gain`` and ``mlp_gain [hidden]``; in a
-    rotated tower the output projections have absorbed them.
-    """
-
-    def __init__(self, cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs):
-        self.cfg = cfg
-        d = cfg.hidden_size
-        self.attn_norm = self._norm(place)
-        self.init_attention(cfg, place, rngs=rngs)
         self.has_gains = cfg.layer_scale and not place.rotated
         if self.has_gains:
             self.attn_gain = nnx.Param(jnp.ones((d,), place.dtype))
             self.mlp_gain = nnx.Param(jnp.ones((d,), place.dtype))
-        self.mlp_norm = self._norm(place)
-        self.init_mlp(cfg, place, rngs=rngs)
+        self.activation = cfg.activation
+        self.init_mlp(d, cfg.intermediate_size, place, reading=reading, rngs=rngs)
 
-    def _norm(self, place: Placement) -> TowerNorm:
-        cfg = self.cfg
-        if cfg.post_norm:
-            return (RMSNorm if cfg.rms_norm else LayerNorm)(
-                cfg.hidden_size, cfg.norm_eps, place.dtype
-            )
+    @staticmethod
+    def norm(cfg: ViTConfig, place: Placement) -> TowerNorm:
+        """A norm of the block."""
         return tower_norm(cfg.hidden_size, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
 
+    def project(self, h: jax.Array | QTensor, token_class: jax.Array, tap: Tap | None) -> Heads:
+        q, k, v = super().project(h, token_class, tap)
+        return (self.q_norm(q), self.k_norm(k), v) if self.norms_rows else (q, k, v)
+
     def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:
-        h = self.attended(self._read(self.attn_norm, self.attn_in, x, tap), ctx, tap)
-        x = self._add(x, self.o_proj, h, "attn")
-        h = self.hidden(self._read(self.mlp_norm, self.mlp_in, x, tap), tap)
-        return self._add(x, self.mlp_last, h, "mlp")
+        cls = ctx.token_class
+        rows = self.project(self.read(self.attn_norm, self.attn_in, x, cls, tap), cls, tap)
+        seen = AttentionContext(ctx.angles, ctx.seen, cls)
+        h = self.attn_out(self.among(*rows, seen, tap), cls, tap)
+        x = self.add(x, self.o_proj, h, "attn")
+        h = self.hidden(self.read(self.mlp_norm, self.mlp_in, x, cls, tap), cls, tap)
+        return self.add(x, self.mlp_last, h, "mlp")
 
-    def _read(self, norm: TowerNorm, point: ActQuant, x: jax.Array, tap: Tap | None):
-        """The stream as a half of the block reads it."""
-        if self.cfg.post_norm:
-            return x
-        return norm.into(point, x, None, tap) if isinstance(norm, RMSNorm) else norm(x)
+    def read(
+        self, norm: TowerNorm, point: ActQuant, x: jax.Array, cls: jax.Array, tap: Tap | None
+    ) -> jax.Array | QTensor:
+        """The stream as a half reads it."""
+        return norm.into(point, x, cls, tap) if isinstance(norm, RMSNorm) else norm(x)
 
-    def _add(self, x: jax.Array, dense: Dense, h: jax.Array | QTensor, half: str) -> jax.Array:
-        """The stream with what one half of the block adds to it."""
-        if not (self.cfg.post_norm or self.has_gains):
+    def add(self, x: jax.Array, dense: Dense, h: jax.Array | QTensor, half: str) -> jax.Array:
+        """The stream with what a half adds to it."""
+        if not self.has_gains:
             return dense(h, x)
         y = dense(h)
-        if self.cfg.post_norm:
-            y = getattr(self, f"{half}_norm")(y)
-        if self.has_gains:
-            y = y * along_last(getattr(self, f"{half}_gain").get_value(), y)
-        return x + y
+        return x + y * along_last(getattr(self, f"{half}_gain").get_value(), y)
 
 
 class ViTBlock(_Wiring, PlainMLP):
-    """A block with a plain MLP."""
+    """A pre-norm block with a plain MLP."""
 
-    POINTS: ClassVar[Points] = {**AttentionPart.POINTS, **PlainMLP.POINTS}
+    POINTS: ClassVar[Points] = {**Attention.POINTS, **PlainMLP.POINTS}
 
 
 class GatedViTBlock(_Wiring, GatedMLP):
-    """A block with a gated MLP."""
+    """A pre-norm block with a gated MLP."""
 
-    POINTS: ClassVar[Points] = {**AttentionPart.POINTS, **GatedMLP.POINTS}
+    POINTS: ClassVar[Points] = {**Attention.POINTS, **GatedMLP.POINTS}
 
 
-def vit_block(cfg: ViTConfig, place: Placement, *, rngs: nnx.Rngs) -> ViTBlock | GatedViTBlock:
-    """A block of the tower's kind."""
-    return (GatedViTBlock if cfg.gated_mlp else ViTBlock)(cfg, place, rngs=rngs)
+class PostNormViTBlock(ViTBlock):
+    """``x += norm(attention(x))``, then ``x += norm(mlp(x))``."""
+
+    FUSES_NORMS = False
+
+    @staticmethod
+    def norm(cfg: ViTConfig, place: Placement) -> TowerNorm:
+        return (RMSNorm if cfg.rms_norm else LayerNorm)(cfg.hidden_size, cfg.norm_eps, place.dtype)
+
+    def read(
+        self, norm: TowerNorm, point: ActQuant, x: jax.Array, cls: jax.Array, tap: Tap | None
+    ) -> jax.Array | QTensor:
+        return x
+
+    def add(self, x: jax.Array, dense: Dense, h: jax.Array | QTensor, half: str) -> jax.Array:
+        return x + getattr(self, f"{half}_norm")(dense(h))

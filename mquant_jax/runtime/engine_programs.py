@@ -65,7 +65,7 @@ class EnginePrograms:
         """Sizes of the programs for prompts of up to so many tokens, first chunks first."""
         starts = range(0, prompt, self.chunk)
         widths = list(buckets.up_to(min(prompt, self.chunk), buckets.prompt))
-        layouts = (None, 0) if self.generator.model.language.cfg.visual_expert else (None,)
+        layouts = (None, 0) if self.generator.model.language.has_experts else (None,)
         for reach in sorted({self.reach(start, self.chunk) for start in starts}):
             for width in widths:
                 count = self.generator.feature_pieces(0, 1, width)

@@ -101,7 +101,7 @@ def _chunks(model: VLM, batch: Batch, size: int, keys: list[bytes], key: bytes) 
         key = digest(key, *_content(part, keys, row_tokens))
         tokens = part.order.shape[1]
         padded = right_padded(part, min(size, buckets.prompt(tokens)))
-        if model.language.cfg.visual_expert and not (part.token_class == VISUAL).any():
+        if model.language.has_experts and not (part.token_class == VISUAL).any():
             padded = dataclasses.replace(padded, visual_slots=0)
         group = regrouped(padded, [0], row_tokens)
         yield Chunk(i * size, tokens, group.batch, group.features, key)

@@ -33,7 +33,7 @@ def uses_aifs(model: VLM, layout: str) -> bool:
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    return layout == "aifs" or (layout == "auto" and model.language.cfg.visual_expert)
+    return layout == "aifs" or (layout == "auto" and model.language.has_experts)
 
 
 def arrange(
