@@ -39,7 +39,7 @@ from mquant_jax.errors import UserError
 from mquant_jax.models.base import abstract_model
 from mquant_jax.nn.params import set_params
 from mquant_jax.presets import METHODS
-from mquant_jax.ptq.budget import choose
+from mquant_jax.ptq.budget import choose, mean_bits
 from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.recipe import Recipe, Section, Split, Tuning
 
@@ -109,8 +109,10 @@ def ablation_rows() -> list[Row]:
 
 
 def budget_rows(budgets: list[float]) -> list[Row]:
-    """Return a static row of ``mquant`` for each budget."""
-    return [Row(f"mquant, {bits:g} bits", METHODS["mquant"], budget=bits) for bits in budgets]
+    """Return static rows of ``mquant``: 4 bits in groups everywhere, then one for each budget."""
+    recipe = METHODS["mquant"]
+    chosen = [Row(f"mquant, {bits:g} bits", recipe, budget=bits) for bits in budgets]
+    return [Row("mquant", recipe, GROUP), *chosen]
 
 
 def quantised_params(
@@ -150,6 +152,7 @@ def measured(bed: Any, rows: list[Row], float_head: bool) -> Iterator[dict[str, 
         rules = last[1].rules if row.budget else recipe.rules
         module = built(bed, last[2], replace(recipe, rules=rules), last[3])
         head = {k: getattr(row, k) for k in ("method", "group_size", "activations")}
+        head["bits"] = mean_bits(bed.family, last[2], last[1])
         yield head | bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
         del module
         gc.collect()
@@ -261,7 +264,9 @@ def table(result: dict[str, Any]) -> str:
         score = result["float_exact_match"]
         lines = [f"float {score:.1%} ({low:.1%} to {high:.1%}) of {result['n']}"]
         titles = f"{'exact match':>12} {'95 % interval':>16}"
-    lines.append(f"{'method':<20} {'group':>5} {'activations':<11} {titles} {'KL':>9} {'s':>6}")
+    lines.append(
+        f"{'method':<20} {'group':>5} {'activations':<11} {'bits':>5} {titles} {'KL':>9} {'s':>6}"
+    )
     for r in result["rows"]:
         if text:
             middle = f"{r['ppl']:>12.3f} {r['ratio']:>8.4f}"
@@ -269,7 +274,8 @@ def table(result: dict[str, Any]) -> str:
             low, high = r["ci95"]
             middle = f"{r['exact_match']:>12.1%} {low:>8.1%} {high:>7.1%}"
         lines.append(
-            f"{r['method']:<20} {r['group_size'] or '-':>5} {r['activations']:<11} {middle} "
+            f"{r['method']:<20} {r['group_size'] or '-':>5} {r['activations']:<11} "
+            f"{r['bits']:>5.2f} {middle} "
             f"{r['kl']:>9.4f} {r['quantise_seconds']:>6.0f}"
         )
     return "\n".join(lines)
@@ -283,8 +289,8 @@ def _run(argv: list[str]) -> int:
     add("--draws", type=int, default=4, metavar="N", help="random draws of the outlier bed "
         "(default 4)")  # fmt: skip
     add("--ablation", action="store_true", help="add the method's parts one by one")
-    add("--budget", type=float, action="append", metavar="BITS", help="only mquant with bits "
-        "chosen for each layer, so many in the mean; repeatable")  # fmt: skip
+    add("--budget", type=float, action="append", metavar="BITS", help="only mquant in groups of "
+        "64, and with bits chosen for each layer, so many in the mean; repeatable")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the rotations (default 0)")
     add("--method", action="append", metavar="NAME", help="only this method's rows; repeatable")
     add("--quick", action="store_true", help="about a minute: 100 questions, one draw, per-channel "
@@ -338,7 +344,8 @@ def _llava_rows(args: Any) -> list[llava.Row]:
         return [llava.Row(r.method, _scales(r.recipe), recipe=r.recipe) for r in ablation_rows()]
     if args.budget:
         return [
-            llava.Row(r.method, recipe=r.recipe, budget=r.budget) for r in budget_rows(args.budget)
+            llava.Row(r.method, group_size=r.group_size, recipe=r.recipe, budget=r.budget)
+            for r in budget_rows(args.budget)
         ]
     return llava.quick_rows() if args.quick else llava.rows()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +191,28 @@ def check_budget(family: Family, config: Config, recipe: Recipe, budget: float) 
         )
 
 
+def mean_bits(family: Family, config: Config, recipe: Recipe) -> float:
+    """Stored bits per weight of a recipe: over all quantised layers and the head, scales included,
+    the embedding not counted."""
+    weights, bits = _totals(recipe, _counted(family, config, recipe))
+    return bits / max(weights, 1)
+
+
+def _totals(recipe: Recipe, layers: Iterable[tuple[str, int, int]]) -> tuple[int, float]:
+    """Weights and stored bits of layers, as :func:`_counted` yields them."""
+    weights, bits = 0, 0.0
+    for path, count, k in layers:
+        weights += count
+        bits += count * stored_bits(recipe.section_for(path), k)
+    return weights, bits
+
+
 def _fixed(
     family: Family, config: Config, recipe: Recipe, measured: Mapping[str, Any]
 ) -> tuple[int, float]:
     """Weights and stored bits of the quantised layers that were not measured."""
-    count, bits = 0, 0.0
-    for path, size, k in _counted(family, config, recipe):
-        if path not in measured:
-            count += size
-            bits += size * stored_bits(recipe.section_for(path), k)
-    return count, bits
+    layers = _counted(family, config, recipe)
+    return _totals(recipe, (layer for layer in layers if layer[0] not in measured))
 
 
 def _open(recipe: Recipe, path: str) -> bool:

@@ -1,6 +1,14 @@
 """The plan of the accuracy benchmark: the recipe of each row."""
 
-from benchmarks.accuracy import GROUP, Row, _run, ablation_rows, method_rows, table
+from benchmarks.accuracy import (
+    GROUP,
+    Row,
+    _run,
+    ablation_rows,
+    budget_rows,
+    method_rows,
+    table,
+)
 from mquant_jax.presets import METHODS
 from mquant_jax.recipe import SECTIONS, Recipe
 from tests.helpers import fails
@@ -43,9 +51,16 @@ def test_a_method_without_a_row_is_named() -> None:
 
 def test_tables_show_both_kinds_of_bed() -> None:
     head = {"method": "rtn", "group_size": None, "activations": "static", "kl": 0.5,
-            "quantise_seconds": 3.0}  # fmt: skip
+            "bits": 4.25, "quantise_seconds": 3.0}  # fmt: skip
     match = head | {"exact_match": 0.875, "ci95": [0.8, 0.9]}
     shown = table({"float_exact_match": 0.9, "float_ci95": [0.88, 0.92], "n": 40, "rows": [match]})
     assert "87.5%" in shown and "of 40" in shown
     text = table({"float_ppl": 20.0, "rows": [head | {"ppl": 25.0, "ratio": 1.25}]})
-    assert "25.000" in text and "1.2500" in text
+    assert "25.000" in text and "1.2500" in text and " 4.25 " in text
+
+
+def test_budgets_are_compared_with_groups_everywhere() -> None:
+    uniform, chosen = budget_rows([4.5])
+    assert (uniform.group_size, uniform.budget) == (GROUP, None)
+    assert (chosen.group_size, chosen.budget) == (None, 4.5)
+    assert uniform.recipe == chosen.recipe == METHODS["mquant"]

@@ -12,7 +12,7 @@ import pytest
 from mquant_jax.cli import main
 from mquant_jax.nn.params import get_params
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.budget import allocate, choose
+from mquant_jax.ptq.budget import allocate, choose, mean_bits
 from mquant_jax.ptq.pipeline import quantize_params, untied
 from mquant_jax.ptq.sensitivity import Cost, stored_bits
 from mquant_jax.recipe import Recipe
@@ -87,6 +87,7 @@ def test_a_model(llama) -> None:
     sizes = {n: v.out_features * v.in_features for n, v in stored.items()}
     bits = sum(sizes[n] * (v.bits + 32 * v.groups / v.in_features) for n, v in stored.items())
     assert bits / sum(sizes.values()) == pytest.approx(chosen.bits)
+    assert mean_bits(family, config, chosen.recipe) == pytest.approx(chosen.bits)
 
 
 def test_rules_of_the_base_stay(llama) -> None:
