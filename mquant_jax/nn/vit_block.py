@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.attention import Attention, AttentionContext, Heads, HeadShape
+from mquant_jax.nn.attention import Attention, AttentionContext, HeadShape, Projected
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.mlp import MLP, GatedMLP, PlainMLP
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm, RMSNorm
@@ -20,6 +20,7 @@ from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.visibility import Visibility
+from mquant_jax.shapes import Array, Float, Int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +187,18 @@ class _Wiring(Attention, MLP):
         """A norm of the block."""
         return tower_norm(cfg.hidden_size, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
 
-    def project(self, h: jax.Array | QTensor, token_class: jax.Array, tap: Tap | None) -> Heads:
+    def project(
+        self,
+        h: Float[Array, "N P hidden"] | QTensor,
+        token_class: Int32[Array, "N P"],
+        tap: Tap | None,
+    ) -> Projected:
         q, k, v = super().project(h, token_class, tap)
         return (self.q_norm(q), self.k_norm(k), v) if self.norms_rows else (q, k, v)
 
-    def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "N P hidden"], ctx: VisionContext, tap: Tap | None = None
+    ) -> Float[Array, "N P hidden"]:
         cls = ctx.token_class
         rows = self.project(self.read(self.attn_norm, self.attn_in, x, cls, tap), cls, tap)
         seen = AttentionContext(ctx.angles, ctx.seen, cls)
@@ -200,12 +208,23 @@ class _Wiring(Attention, MLP):
         return self.add(x, self.mlp_last, h, "mlp")
 
     def read(
-        self, norm: TowerNorm, point: ActQuant, x: jax.Array, cls: jax.Array, tap: Tap | None
-    ) -> jax.Array | QTensor:
+        self,
+        norm: TowerNorm,
+        point: ActQuant,
+        x: Float[Array, "N P hidden"],
+        cls: Int32[Array, "N P"],
+        tap: Tap | None,
+    ) -> Float[Array, "N P hidden"] | QTensor:
         """The stream as a half reads it."""
         return norm.into(point, x, cls, tap) if isinstance(norm, RMSNorm) else norm(x)
 
-    def add(self, x: jax.Array, dense: Dense, h: jax.Array | QTensor, half: str) -> jax.Array:
+    def add(
+        self,
+        x: Float[Array, "N P hidden"],
+        dense: Dense,
+        h: Float[Array, "N P K"] | QTensor,
+        half: str,
+    ) -> Float[Array, "N P hidden"]:
         """The stream with what a half adds to it."""
         if not self.has_gains:
             return dense(h, x)
@@ -235,9 +254,20 @@ class PostNormViTBlock(ViTBlock):
         return (RMSNorm if cfg.rms_norm else LayerNorm)(cfg.hidden_size, cfg.norm_eps, place.dtype)
 
     def read(
-        self, norm: TowerNorm, point: ActQuant, x: jax.Array, cls: jax.Array, tap: Tap | None
-    ) -> jax.Array | QTensor:
+        self,
+        norm: TowerNorm,
+        point: ActQuant,
+        x: Float[Array, "N P hidden"],
+        cls: Int32[Array, "N P"],
+        tap: Tap | None,
+    ) -> Float[Array, "N P hidden"]:
         return x
 
-    def add(self, x: jax.Array, dense: Dense, h: jax.Array | QTensor, half: str) -> jax.Array:
+    def add(
+        self,
+        x: Float[Array, "N P hidden"],
+        dense: Dense,
+        h: Float[Array, "N P K"] | QTensor,
+        half: str,
+    ) -> Float[Array, "N P hidden"]:
         return x + getattr(self, f"{half}_norm")(dense(h))
