@@ -10,13 +10,20 @@ import jax.numpy as jnp
 from mquant_jax.numerics import QTensor
 from mquant_jax.ops.band import LEAST_QUERIES, Band, block_in_order
 from mquant_jax.ops.visibility import NEVER, Visibility
+from mquant_jax.shapes import Array, Float, Float32
 from mquant_jax.target import target
 
 Keys = jax.Array | QTensor
 
 
-def attend_heads(q: jax.Array, k: Keys, v: Keys, seen: Visibility | None, prefix) -> jax.Array:
-    """Queries ``[B, kv_heads, g, T, d]`` -> what each sees, in the same shape.
+def attend_heads(
+    q: Float[Array, "B kv_heads g T d"],
+    k: Float[Array, "B kv_heads d S"] | QTensor,
+    v: Float[Array, "B kv_heads S d"] | QTensor,
+    seen: Visibility | None,
+    prefix: tuple[Float[Array, "kv_heads P d"], Float[Array, "kv_heads P d"]] | None,
+) -> Float[Array, "B kv_heads g T d"]:
+    """What each query sees.
 
     Args:
         k, v, prefix: see :func:`mquant_jax.ops.attention.attend`.
@@ -61,9 +68,13 @@ def most_dividing(count: int, limit: int) -> int:
     return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, limit))
 
 
-def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """``x [..., T, d]`` with its first ``r`` channels, as two halves, turned by angles of ``cos``
-    and ``sin [..., T, r/2]``; in float32, keeps ``x.dtype``."""
+def turned(
+    x: Float[Array, "*rows d"],
+    cos: Float32[Array, "*#rows slots"],
+    sin: Float32[Array, "*#rows slots"],
+) -> Float[Array, "*rows d"]:
+    """``x`` with its first ``2 * slots`` channels, as two halves, turned by angles of ``cos`` and
+    ``sin``; in float32, keeps ``x.dtype``."""
     half = cos.shape[-1]
     a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
     pair = [a * cos - b * sin, b * cos + a * sin]
@@ -75,7 +86,13 @@ def _keys(k: Keys) -> int:
     return (k.values if isinstance(k, QTensor) else k).shape[-1]
 
 
-def in_parts(q, k, v, seen: Visibility | None, prefix) -> jax.Array:
+def in_parts(
+    q: Float[Array, "B kv_heads g T d"],
+    k: Float[Array, "B kv_heads d S"] | QTensor,
+    v: Float[Array, "B kv_heads S d"] | QTensor,
+    seen: Visibility | None,
+    prefix: tuple[Float[Array, "kv_heads P d"], Float[Array, "kv_heads P d"]] | None,
+) -> Float[Array, "B kv_heads g T d"]:
     """:func:`attend_heads` with keys of any order: row by row, then by groups of kv heads, then by
     queries, as long as there are too many logits."""
     b, kv_heads, g, t, d = q.shape
