@@ -1,4 +1,4 @@
-"""Once this is imported, every call to a function of ``ops`` or ``nn`` is checked against its
+"""Once this is imported, each call of a function of ``ops`` or ``nn`` is checked against its
 annotations. It is also a plugin:
 
     python -m pytest -p tests.checked_shapes FILES
@@ -7,8 +7,14 @@ annotations. It is also a plugin:
 import sys
 
 import jaxtyping
+import pytest
 
 PACKAGES = ("mquant_jax.ops", "mquant_jax.nn")
-assert not any(m.startswith(PACKAGES) for m in sys.modules), "import this first"
-sys.modules["mquant_jax.shapes"] = jaxtyping  # see there
+assert not any(name.startswith(PACKAGES) for name in sys.modules), "to be imported before them"
+sys.modules["mquant_jax.shapes"] = jaxtyping
 jaxtyping.install_import_hook(PACKAGES, "beartype.beartype")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    own = "beartype.roar.BeartypeDecorHintPep585DeprecationWarning"  # about hints that flax uses
+    config.addinivalue_line("filterwarnings", f"ignore::{own}")

@@ -48,7 +48,7 @@ class Band:
         return band if band.keys < others else None
 
     def blocks(
-        self, x: Num[Array, B * rest], axis: int, before: int = 0, after: int = 0, fill: int = 0
+        self, x: Num[Array, " B *rest"], axis: int, before: int = 0, after: int = 0, fill: int = 0
     ) -> Num[Array, "rows ..."]:
         """``x`` with its tokens along ``axis``, a negative number, as rows of a block each and as
         many more as asked for; ``fill`` beyond the ends."""
