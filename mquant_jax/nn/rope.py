@@ -248,7 +248,7 @@ def grid_angles(
         Row angles, then column angles.
     """
     freq = frequencies(dim // 2, theta)
-    places = coords.astype(jnp.float32)[..., None]
+    places = jnp.asarray(coords, jnp.float32)[..., None]
     angles = places * along_last(freq, places)  # [N, P, 2, dim/4]
     return angles.reshape(*coords.shape[:-1], dim // 2)
 

@@ -76,9 +76,9 @@ class PatchEmbed(nnx.Module):
         )
 
     def __call__(
-        self, patches: Float[Array, "N P patch_dim"], tap: Tap | None = None
+        self, patches: Float[AnyArray, "N P patch_dim"], tap: Tap | None = None
     ) -> Float[Array, "N P hidden"]:
-        return self.proj(self.patch_in(patches, None, tap))
+        return self.proj(self.patch_in(jnp.asarray(patches), None, tap))
 
 
 class InputNorm(nnx.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import AnyArray
 from mquant_jax.ops.visibility import NEVER, Visibility
-from mquant_jax.shapes import Array, Int32, Num
+from mquant_jax.shapes import Array, Int32, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Windows:
         keys, near = jnp.where(ids < ids.shape[1], ids, NEVER), side**2 - 1
         return cls(order, Visibility(ids, keys, ids, near, near))
 
-    def sort(self, x: Num[Array, "N P *rest"]) -> Num[Array, "N P *rest"]:
+    def sort(self, x: Shaped[AnyArray, "N P *rest"]) -> Shaped[Array, "N P *rest"]:
         """Patches window by window."""
         return _taken(x, self.order)
 
-    def restore(self, x: Any) -> Num[Array, "N P *rest"]:
+    def restore(self, x: Any) -> Shaped[Array, "N P *rest"]:
         """The inverse of :meth:`sort`; ``x`` may be a handle that loads an array."""
         return _taken(jnp.asarray(x), jnp.argsort(self.order, axis=1))
 
 
-def _taken(x: jax.Array, order: jax.Array) -> jax.Array:
+def _taken(x: AnyArray, order: jax.Array) -> jax.Array:
     """Rows of ``x [N, P, ...]`` in an order ``[N, P]``."""
     return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mquant_jax.hadamard import LANES
 from mquant_jax.numerics import QTensor
 from mquant_jax.ops.epilogue import Epilogue
-from mquant_jax.shapes import Array, Float, Float32, Int, Int4, Int32
+from mquant_jax.shapes import Array, Float, Float32, Int, Int32
 
 NAME, NAME_FEW = "int4_dot", "few_dot"
 LONGEST = 10240  # input channels: so many rows' worth of them stay on the chip, twice
@@ -49,7 +49,7 @@ def suits_few(in_features: int, out_features: int) -> bool:
 
 def int4_dot(
     x: QTensor,
-    stack: Int4[Array, "layers out in"],
+    stack: Int[Array, "layers out in"],
     layer: Int32[Array, ""],
     w_scale: Float32[Array, "layers out"],
     end: Epilogue,
@@ -60,7 +60,7 @@ def int4_dot(
 
     Args:
         x: int8 ``[rows, in]``; its scale is one number or ``[rows, 1]``.
-        stack: ``out`` and ``in`` are multiples of 128.
+        stack: of 4-bit values; ``out`` and ``in`` are multiples of 128.
         layer: slicing it out before the kernel would copy it.
         end: without a gate: layers with one widen, and those are left to XLA where there are many
             rows.

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def s8_dot(
     return by_layer(product, x, w)
 
 
-def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, jax.Array]]:
+def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, Any]]:
     """The operands whose products add up to that of ``x [rows, in]``: one pair, or a pair for each
     of the weight's parts."""
     if w.storage != "parts":
