@@ -13,7 +13,7 @@ from mquant_jax.numerics import AnyArray, QTensor, quantize_dynamic
 from mquant_jax.ops.visibility import NEVER
 from mquant_jax.shapes import Array, Float, Int32, Num
 
-Store = jax.Array | QTensor
+Store = Float[Array, "layers rows kv_heads _ _"] | QTensor
 
 
 @partial(

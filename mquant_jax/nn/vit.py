@@ -201,6 +201,6 @@ class ViT(nnx.Module):
             x = yield ModuleCall("vision/final", self.final, x, classes)
         return self.selected(x), tuple(tapped)
 
-    def selected(self, x: Shaped[Array, "N P *rest"]) -> Shaped[Array, "N _ *rest"]:
+    def selected(self, x: Shaped[Any, "N P *rest"]) -> Shaped[Any, "N _ *rest"]:
         """Of each row's tokens those that are features."""
         return x[:, int(self.cfg.drops_first) :]

@@ -13,8 +13,6 @@ from mquant_jax.ops.visibility import NEVER, Visibility
 from mquant_jax.shapes import Array, Float, Float32
 from mquant_jax.target import target
 
-Keys = jax.Array | QTensor
-
 
 def attend_heads(
     q: Float[Array, "B kv_heads g T d"],
@@ -81,7 +79,7 @@ def turned(
     return jnp.concatenate([*pair, rest], axis=-1).astype(x.dtype)
 
 
-def _keys(k: Keys) -> int:
+def _keys(k: jax.Array | QTensor) -> int:
     """How many there are."""
     return (k.values if isinstance(k, QTensor) else k).shape[-1]
 
