@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import AnyArray, QTensor, quantize_dynamic
 from mquant_jax.ops.visibility import NEVER
-from mquant_jax.shapes import Array, Float, Int32, Num
+from mquant_jax.shapes import Array, Float, Int32, Shaped
 
 Store = Float[Array, "layers rows kv_heads _ _"] | QTensor
 
@@ -104,8 +104,8 @@ def _rows(cursor: jax.Array) -> jax.Array:
 
 
 def put_at(
-    old: Num[Array, "*shape"], new: Num[Array, "*part"], at: tuple[Any, ...]
-) -> Num[Array, "*shape"]:
+    old: Shaped[Array, "*shape"], new: Shaped[Array, "*part"], at: tuple[Any, ...]
+) -> Shaped[Array, "*shape"]:
     """``old`` with ``new`` from index ``at`` on, in the type of ``old``."""
     # One index type, whatever JAX makes of a Python number.
     at = tuple(jnp.asarray(i, jnp.int32) for i in at)

@@ -29,7 +29,7 @@ def cubic_weights(old: int, new: int) -> Float64[np.ndarray, "{new} {old}"]:
 
 
 def resample_grid(
-    table: Float[Array, "{old**2} d"], old: int, new: int
+    table: Float[AnyArray, "{old**2} d"], old: int, new: int
 ) -> Float[Array, "{new**2} d"]:
     """A square grid of vectors on another square."""
     weights = jnp.asarray(cubic_weights(old, new), table.dtype)

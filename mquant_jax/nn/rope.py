@@ -109,7 +109,7 @@ class DynamicScaling:
     original: int
 
     def __call__(
-        self, length: Int32[Array, " B"], dim: int, theta: float
+        self, length: Int32[AnyArray, " B"], dim: int, theta: float
     ) -> Float32[Array, "B {dim//2}"]:
         """Frequencies of sequences of ``length``."""
         growth = self.factor * length.astype(jnp.float32) / self.original - (self.factor - 1)
@@ -132,7 +132,7 @@ class SteppedScaling:
     original: int
 
     def __call__(
-        self, length: Int32[Array, " B"], dim: int, theta: float
+        self, length: Int32[AnyArray, " B"], dim: int, theta: float
     ) -> Float32[Array, "B {dim//2}"]:
         """Frequencies for prompts of ``length``."""
         doublings = 31 - self.original.bit_length()  # as many as int32 can count
@@ -178,7 +178,7 @@ def multi_axis_angles(
     theta: float,
     streams: tuple[int, ...],
     scaling: Scaling | None = None,
-    length: Int32[Array, " B"] | None = None,
+    length: Int32[AnyArray, " B"] | None = None,
 ) -> Float32[Array, "B T {dim//2}"]:
     """Angles of M-RoPE: each frequency slot follows one of several position streams.
 
