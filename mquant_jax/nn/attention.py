@@ -19,10 +19,10 @@ from mquant_jax.ops.attention import Rows, attend, attend_rows, fused, split_hea
 from mquant_jax.ops.visibility import Visibility
 from mquant_jax.shapes import Array, Float, Float32, Int32
 
+QRows = Float[Array, "B T q_width"]  # queries as projections give them
+KVRows = Float[Array, "B T kv_width"]  # keys or values as projections give them
 # Queries, keys and values, as rows and as heads.
-Projected = tuple[
-    Float[Array, "B T q_width"], Float[Array, "B T kv_width"], Float[Array, "B T kv_width"]
-]
+Projected = tuple[QRows, KVRows, KVRows]
 Heads = tuple[
     Float[Array, "B heads T d"], Float[Array, "B kv_heads d T"], Float[Array, "B kv_heads T d"]
 ]
@@ -123,13 +123,7 @@ class Attention(nnx.Module):
         """See :meth:`~mquant_jax.nn.act_quant.ActQuant.known_scale` of ``attn_out``."""
         return self.attn_out.known_scale(ctx.token_class, tap)
 
-    def heads(
-        self,
-        q: Float[Array, "B T q_width"],
-        k: Float[Array, "B T kv_width"],
-        v: Float[Array, "B T kv_width"],
-        ctx: AttentionContext,
-    ) -> Heads:
+    def heads(self, q: QRows, k: KVRows, v: KVRows, ctx: AttentionContext) -> Heads:
         """Heads of rows, queries and keys normed and rotated."""
         q, k, v = (split_heads(y, self.head_dim) for y in (q, k, v))
         q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
@@ -140,20 +134,13 @@ class Attention(nnx.Module):
             q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
         return q, jnp.swapaxes(k, 2, 3), v
 
-    def fuses(
-        self, q: Float[Array, "B T q_width"], k: Float[Array, "B T kv_width"], ctx: AttentionContext
-    ) -> bool:
+    def fuses(self, q: QRows, k: KVRows, ctx: AttentionContext) -> bool:
         """Whether :meth:`attend_rows` runs for such rows."""
         return fused(Rows.of(q, k, self.head_dim, ctx.seen, self.attn_out.simulated))
 
     def attend_rows(
-        self,
-        q: Float[Array, "B T q_width"],
-        k: Float[Array, "B T kv_width"],
-        v: Float[Array, "B T kv_width"],
-        ctx: AttentionContext,
-        tap: Tap | None,
-    ) -> Float[Array, "B T q_width"] | QTensor:
+        self, q: QRows, k: KVRows, v: KVRows, ctx: AttentionContext, tap: Tap | None
+    ) -> QRows | QTensor:
         """Attention of rows; quantised if one scale per token is known for all of them."""
         if self.norms_heads:
             q, k = (
@@ -176,13 +163,8 @@ class Attention(nnx.Module):
         return attend(q, k, v, ctx.seen, self.prefix())
 
     def among(
-        self,
-        q: Float[Array, "B T q_width"],
-        k: Float[Array, "B T kv_width"],
-        v: Float[Array, "B T kv_width"],
-        ctx: AttentionContext,
-        tap: Tap | None,
-    ) -> Float[Array, "B T q_width"] | QTensor:
+        self, q: QRows, k: KVRows, v: KVRows, ctx: AttentionContext, tap: Tap | None
+    ) -> QRows | QTensor:
         """Attention of rows in whichever form runs: the input of ``attn_out``."""
         if self.fuses(q, k, ctx):
             return self.attend_rows(q, k, v, ctx, tap)

@@ -31,6 +31,10 @@ from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.ops.visibility import Visibility
 from mquant_jax.shapes import Array, Bool, Float, Float32, Int32
 
+Stream = Float[Array, "B T hidden"]
+Tokens = Int32[AnyArray, "B T"]  # what there is one of per token
+Positions = Int32[AnyArray, "streams B T"]
+
 
 class SinkRule(nnx.Module):
     """Which tokens of a prompt are sinks: places in the sequence, and token ids.
@@ -45,10 +49,7 @@ class SinkRule(nnx.Module):
         self.ids = nnx.Param(jnp.full((self.IDS,), -1, jnp.int32))
 
     def __call__(
-        self,
-        input_ids: Int32[AnyArray, "B T"],
-        order: Int32[AnyArray, "B T"],
-        token_class: Int32[AnyArray, "B T"],
+        self, input_ids: Tokens, order: Tokens, token_class: Tokens
     ) -> Int32[Array, "B T"]:
         """Token classes with sinks marked; padding stays -1."""
         sink = jnp.isin(order, self.positions.get_value())
@@ -83,7 +84,7 @@ class Decoder(nnx.Module):
         """Whether visual tokens have dense layers of their own."""
         return len(self.cfg.block.EXPERTS) > 1
 
-    def embed(self, ids: Int32[AnyArray, "B T"]) -> Float[Array, "B T hidden"]:
+    def embed(self, ids: Tokens) -> Stream:
         """The rows of tokens."""
         table = self.embedding.get_value()
         if isinstance(table, QWeight):
@@ -91,12 +92,7 @@ class Decoder(nnx.Module):
             return rows.reshape(*ids.shape, -1).astype(self.dtype)
         return table[ids]
 
-    def classes(
-        self,
-        input_ids: Int32[AnyArray, "B T"],
-        order: Int32[AnyArray, "B T"],
-        token_class: Int32[AnyArray, "B T"],
-    ) -> Int32[AnyArray, "B T"]:
+    def classes(self, input_ids: Tokens, order: Tokens, token_class: Tokens) -> Tokens:
         """Classes of a prompt's tokens, with sinks marked."""
         if not hasattr(self, "sinks"):
             return token_class
@@ -120,9 +116,9 @@ class Decoder(nnx.Module):
 
     def context(
         self,
-        positions: Int32[AnyArray, "streams B T"],
-        order: Int32[AnyArray, "B T"],
-        token_class: Int32[AnyArray, "B T"],
+        positions: Positions,
+        order: Tokens,
+        token_class: Tokens,
         keys: Int32[Array, "B S"] | None = None,
         visual_slots: int | None = None,
         visual: Bool[AnyArray, "B T"] | None = None,
@@ -163,13 +159,13 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T hidden"],
-        positions: Int32[AnyArray, "streams B T"],
-        order: Int32[AnyArray, "B T"],
-        token_class: Int32[AnyArray, "B T"],
+        x: Stream,
+        positions: Positions,
+        order: Tokens,
+        token_class: Tokens,
         runner: Runner = SCAN,
         **layout: Any,
-    ) -> Float[Array, "B T hidden"]:
+    ) -> Stream:
         """Embeddings -> residual stream before the final norm; no cache.
 
         ``layout``: as in :meth:`flow`.
@@ -177,13 +173,8 @@ class Decoder(nnx.Module):
         return run(self.flow(x, positions, order, token_class, **layout), runner)
 
     def flow(
-        self,
-        x: Float[Array, "B T hidden"],
-        positions: Int32[AnyArray, "streams B T"],
-        order: Int32[AnyArray, "B T"],
-        token_class: Int32[AnyArray, "B T"],
-        **layout: Any,
-    ) -> Flow[Float[Array, "B T hidden"]]:
+        self, x: Stream, positions: Positions, order: Tokens, token_class: Tokens, **layout: Any
+    ) -> Flow[Stream]:
         """The same as a flow.
 
         ``layout``: ``visual_slots``, ``visual`` and ``added`` of :class:`DecoderContext`.
@@ -201,15 +192,15 @@ class Decoder(nnx.Module):
 
     def step(
         self,
-        x: Float[Array, "B T hidden"],
-        positions: Int32[AnyArray, "streams B T"],
-        order: Int32[AnyArray, "B T"],
-        token_class: Int32[AnyArray, "B T"],
+        x: Stream,
+        positions: Positions,
+        order: Tokens,
+        token_class: Tokens,
         cache: KVCache,
         *,
         fresh: bool = False,
         **layout: Any,
-    ) -> tuple[Float[Array, "B T hidden"], KVCache]:
+    ) -> tuple[Stream, KVCache]:
         """Run ``T`` new tokens against the cache.
 
         Args:

@@ -24,6 +24,8 @@ from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import attend_cache
 from mquant_jax.shapes import Array, Float, Float32, Int32
 
+Stream = Float[Array, "B T hidden"]
+Classes = Int32[Array, "B T"]
 # One of the methods of Projections; its second argument is one or several arrays ``[B, T, ...]``.
 Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
 
@@ -150,21 +152,16 @@ class Projections(Attention, GatedMLP):
 
     def output(
         self,
-        parts: tuple[Float[Array, "B T attended"] | QTensor, Float[Array, "B T hidden"]],
-        cls: Int32[Array, "B T"],
+        parts: tuple[Float[Array, "B T attended"] | QTensor, Stream],
+        cls: Classes,
         tap: Tap | None,
-    ) -> Float[Array, "B T hidden"]:
+    ) -> Stream:
         """The stream with what attention adds to it; ``parts`` are the heads' results and the
         stream."""
         attended, x = parts
         return self.o_proj(self.attn_out(attended, cls, tap), x)
 
-    def mlp(
-        self,
-        parts: tuple[Float[Array, "B T hidden"] | QTensor, Float[Array, "B T hidden"]],
-        cls: Int32[Array, "B T"],
-        tap: Tap | None,
-    ) -> Float[Array, "B T hidden"]:
+    def mlp(self, parts: tuple[Stream | QTensor, Stream], cls: Classes, tap: Tap | None) -> Stream:
         """The stream with what the MLP adds to it; ``parts`` are the normed stream and the
         stream."""
         normed, x = parts
@@ -202,19 +199,14 @@ class DecoderBlock(Projections):
         """One of the :class:`Projections`' methods, on all tokens."""
         return phase(self, h, ctx.token_class, tap)
 
-    def qkv(self, x: Float[Array, "B T hidden"], ctx: DecoderContext, tap: Tap | None) -> Projected:
+    def qkv(self, x: Stream, ctx: DecoderContext, tap: Tap | None) -> Projected:
         """Queries, keys and values, not turned yet."""
         h = self.into(self.attn_norm, self.attn_in, x, ctx, tap)
         return self.run(Projections.project, h, ctx, tap)
 
     def into(
-        self,
-        norm: RMSNorm,
-        point: ActQuant,
-        x: Float[Array, "B T hidden"],
-        ctx: DecoderContext,
-        tap: Tap | None,
-    ) -> Float[Array, "B T hidden"] | QTensor:
+        self, norm: RMSNorm, point: ActQuant, x: Stream, ctx: DecoderContext, tap: Tap | None
+    ) -> Stream | QTensor:
         """The normed stream, quantised if one scale per token is known."""
         return norm.into(point, x, ctx.token_class, tap)
 
@@ -233,11 +225,11 @@ class DecoderBlock(Projections):
 
     def rest(
         self,
-        x: Float[Array, "B T hidden"],
+        x: Stream,
         attended: Float[Array, "B T attended"] | QTensor,
         ctx: DecoderContext,
         tap: Tap | None,
-    ) -> Float[Array, "B T hidden"]:
+    ) -> Stream:
         """Output projection and MLP, each added to the residual stream ``x``, and what the context
         adds."""
         x = self.run(Projections.output, (attended, x), ctx, tap)
@@ -248,21 +240,19 @@ class DecoderBlock(Projections):
         assert not isinstance(ctx.added, DeepFeatures), "a block is given the context of its layer"
         return x + ctx.added.astype(x.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B T hidden"], ctx: DecoderContext, tap: Tap | None = None
-    ) -> Float[Array, "B T hidden"]:
+    def __call__(self, x: Stream, ctx: DecoderContext, tap: Tap | None = None) -> Stream:
         """Without a cache: queries see the keys of the same call only."""
         return self.rest(x, self.among(*self.qkv(x, ctx, tap), ctx, tap), ctx, tap)
 
     def cached(
         self,
-        x: Float[Array, "B T hidden"],
+        x: Stream,
         ctx: DecoderContext,
         cache: tuple[Store, Store],
         layer: Int32[Array, ""],
         cursor: Int32[Array, ""] | Int32[Array, " B"],
         fresh: bool,
-    ) -> tuple[Float[Array, "B T hidden"], tuple[Store, Store]]:
+    ) -> tuple[Stream, tuple[Store, Store]]:
         """With a cache: writes this call's keys and values at ``cursor`` of ``layer``.
 
         Args:
@@ -309,13 +299,8 @@ class ExpertBlock(DecoderBlock):
         self.visual = Projections(cfg, place.within("visual"), True, "visual/", rngs=rngs)
 
     def into(
-        self,
-        norm: RMSNorm,
-        point: ActQuant,
-        x: Float[Array, "B T hidden"],
-        ctx: DecoderContext,
-        tap: Tap | None,
-    ) -> Float[Array, "B T hidden"]:
+        self, norm: RMSNorm, point: ActQuant, x: Stream, ctx: DecoderContext, tap: Tap | None
+    ) -> Stream:
         return norm(x)  # the experts' scales differ
 
     def known_scale(self, ctx: AttentionContext, tap: Tap | None) -> None:
@@ -326,7 +311,7 @@ class ExpertBlock(DecoderBlock):
         assert ctx.visual is not None, "a decoder with experts is told which tokens are visual"
         return ctx.visual
 
-    def classes_at(self, point: str, ctx: DecoderContext) -> Int32[Array, "B T"]:
+    def classes_at(self, point: str, ctx: DecoderContext) -> Classes:
         """Token classes, -1 for tokens that are not of the point's expert."""
         visual = self._visual(ctx)
         own = visual if point.startswith("visual/") else ~visual

@@ -13,6 +13,8 @@ from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.norm import mean_square, of_rows, rms_norm, rms_quantize
 from mquant_jax.shapes import Array, Float, Int32
 
+Rows = Float[Array, "*batch features"]
+
 
 class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis."""
@@ -21,7 +23,7 @@ class RMSNorm(nnx.Module):
         self.eps, self.dtype = eps, dtype
         self.weight = nnx.Param(jnp.ones((features,), dtype))
 
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+    def __call__(self, x: Rows) -> Rows:
         return rms_norm(x, self.weight.get_value(), self.eps, self.dtype)
 
     def into(
@@ -50,7 +52,7 @@ class ProjectedNorm(nnx.Module):
         self.eps, self.dtype = eps, dtype
         self.weight = nnx.Param(jnp.full((features,), features**-0.5, dtype))
 
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+    def __call__(self, x: Rows) -> Rows:
         x = x.astype(jnp.float32)
         weight = self.weight.get_value().astype(jnp.float32)
 
@@ -70,7 +72,7 @@ class LayerNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((features,), dtype))
         self.bias = nnx.Param(jnp.zeros((features,), dtype))
 
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+    def __call__(self, x: Rows) -> Rows:
         x = x.astype(jnp.float32)
         x = x - of_rows(lambda x: jnp.mean(x, axis=-1, keepdims=True), x)
         x = x * jax.lax.rsqrt(mean_square(x) + self.eps)

@@ -12,6 +12,10 @@ from mquant_jax.nn.resample import bilinear_cells, resample_grid
 from mquant_jax.numerics import AnyArray
 from mquant_jax.shapes import Array, Float, Int32
 
+Table = Float[Array, "entries hidden"]
+Coords = Int32[AnyArray, "N {patches} 2"]  # row and column of each patch
+Chosen = Int32[AnyArray, "N {patches}"]  # entries of the table
+
 
 @dataclasses.dataclass(frozen=True)
 class PositionTable:
@@ -28,11 +32,7 @@ class PositionTable:
     any_size: ClassVar[bool] = False
 
     def at(
-        self,
-        table: Float[Array, "entries hidden"],
-        patches: int,
-        coords: Int32[AnyArray, "N {patches} 2"],
-        rows: Int32[AnyArray, "N {patches}"] | None,
+        self, table: Table, patches: int, coords: Coords, rows: Chosen | None
     ) -> Float[Array, "*N tokens hidden"]:
         """The positions of pictures.
 
@@ -66,11 +66,7 @@ class ChosenRows(PositionTable):
     any_size: ClassVar[bool] = True
 
     def at(
-        self,
-        table: Float[Array, "entries hidden"],
-        patches: int,
-        coords: Int32[AnyArray, "N {patches} 2"],
-        rows: Int32[AnyArray, "N {patches}"] | None,
+        self, table: Table, patches: int, coords: Coords, rows: Chosen | None
     ) -> Float[Array, "N {patches} hidden"]:
         assert rows is not None, "the family names the rows of each picture"
         return table[rows]
@@ -84,11 +80,7 @@ class StretchedTable(PositionTable):
     any_size: ClassVar[bool] = True
 
     def at(
-        self,
-        table: Float[Array, "entries hidden"],
-        patches: int,
-        coords: Int32[AnyArray, "N {patches} 2"],
-        rows: Int32[AnyArray, "N {patches}"] | None,
+        self, table: Table, patches: int, coords: Coords, rows: Chosen | None
     ) -> Float[Array, "N {patches} hidden"]:
         cells, weights = bilinear_cells(coords, self.side)
         parts = (

@@ -28,6 +28,8 @@ from mquant_jax.per_layer import PerLayer
 from mquant_jax.shapes import Array, Float, Int32
 from mquant_jax.target import target
 
+Stream = Float[Array, "*tokens width"]
+
 
 def stack_layers(
     make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs
@@ -115,20 +117,18 @@ def scanned(context: Any) -> Any:
 Step = Callable[[Any, Any], tuple[Any, None]]
 
 
-def scan_blocks(
-    stack: nnx.Module, x: Float[Array, "*tokens width"], context: Any
-) -> Float[Array, "*tokens width"]:
+def scan_blocks(stack: nnx.Module, x: Stream, context: Any) -> Stream:
     """``x = block(x, context)`` for each block of a stack, by ``lax.scan``."""
     return scan_tapped(stack, x, context)[0]
 
 
 def scan_tapped(
     stack: nnx.Module,
-    x: Float[Array, "*tokens width"],
+    x: Stream,
     context: Any,
     taps: Sequence[int] = (),
     wrap: Callable[[Step], Step] = lambda step: step,
-) -> tuple[Float[Array, "*tokens width"], tuple[Float[Array, "*tokens width"], ...]]:
+) -> tuple[Stream, tuple[Stream, ...]]:
     """:func:`scan_blocks`, and outputs of single blocks.
 
     Args:
@@ -206,9 +206,7 @@ def _scan(
 class Runner:
     """Runs blocks by scan and single modules directly."""
 
-    def layers(
-        self, name: str, stack: nnx.Module, x: Float[Array, "*tokens width"], context: Any
-    ) -> Float[Array, "*tokens width"]:
+    def layers(self, name: str, stack: nnx.Module, x: Stream, context: Any) -> Stream:
         """Feed ``x`` through every block: ``x = block(x, context)``.
 
         ``context.token_class`` holds the class of each token of ``x``; -1 marks padding. A
@@ -217,13 +215,8 @@ class Runner:
         return self.tapped(name, stack, x, context)[0]
 
     def tapped(
-        self,
-        name: str,
-        stack: nnx.Module,
-        x: Float[Array, "*tokens width"],
-        context: Any,
-        taps: tuple[int, ...] = (),
-    ) -> tuple[Float[Array, "*tokens width"], tuple[Float[Array, "*tokens width"], ...]]:
+        self, name: str, stack: nnx.Module, x: Stream, context: Any, taps: tuple[int, ...] = ()
+    ) -> tuple[Stream, tuple[Stream, ...]]:
         """:meth:`layers`, and the outputs of the blocks ``taps``."""
         return scan_tapped(stack, x, context, taps)
 

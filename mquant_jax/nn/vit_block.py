@@ -22,6 +22,9 @@ from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.visibility import Visibility
 from mquant_jax.shapes import Array, Float, Int32
 
+Stream = Float[Array, "N P hidden"]
+Classes = Int32[Array, "N P"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -187,18 +190,11 @@ class _Wiring(Attention, MLP):
         """A norm of the block."""
         return tower_norm(cfg.hidden_size, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
 
-    def project(
-        self,
-        h: Float[Array, "N P hidden"] | QTensor,
-        token_class: Int32[Array, "N P"],
-        tap: Tap | None,
-    ) -> Projected:
+    def project(self, h: Stream | QTensor, token_class: Classes, tap: Tap | None) -> Projected:
         q, k, v = super().project(h, token_class, tap)
         return (self.q_norm(q), self.k_norm(k), v) if self.norms_rows else (q, k, v)
 
-    def __call__(
-        self, x: Float[Array, "N P hidden"], ctx: VisionContext, tap: Tap | None = None
-    ) -> Float[Array, "N P hidden"]:
+    def __call__(self, x: Stream, ctx: VisionContext, tap: Tap | None = None) -> Stream:
         cls = ctx.token_class
         rows = self.project(self.read(self.attn_norm, self.attn_in, x, cls, tap), cls, tap)
         seen = AttentionContext(ctx.angles, ctx.seen, cls)
@@ -208,23 +204,12 @@ class _Wiring(Attention, MLP):
         return self.add(x, self.mlp_last, h, "mlp")
 
     def read(
-        self,
-        norm: TowerNorm,
-        point: ActQuant,
-        x: Float[Array, "N P hidden"],
-        cls: Int32[Array, "N P"],
-        tap: Tap | None,
-    ) -> Float[Array, "N P hidden"] | QTensor:
+        self, norm: TowerNorm, point: ActQuant, x: Stream, cls: Classes, tap: Tap | None
+    ) -> Stream | QTensor:
         """The stream as a half reads it."""
         return norm.into(point, x, cls, tap) if isinstance(norm, RMSNorm) else norm(x)
 
-    def add(
-        self,
-        x: Float[Array, "N P hidden"],
-        dense: Dense,
-        h: Float[Array, "N P K"] | QTensor,
-        half: str,
-    ) -> Float[Array, "N P hidden"]:
+    def add(self, x: Stream, dense: Dense, h: Float[Array, "N P K"] | QTensor, half: str) -> Stream:
         """The stream with what a half adds to it."""
         if not self.has_gains:
             return dense(h, x)
@@ -254,20 +239,9 @@ class PostNormViTBlock(ViTBlock):
         return (RMSNorm if cfg.rms_norm else LayerNorm)(cfg.hidden_size, cfg.norm_eps, place.dtype)
 
     def read(
-        self,
-        norm: TowerNorm,
-        point: ActQuant,
-        x: Float[Array, "N P hidden"],
-        cls: Int32[Array, "N P"],
-        tap: Tap | None,
-    ) -> Float[Array, "N P hidden"]:
+        self, norm: TowerNorm, point: ActQuant, x: Stream, cls: Classes, tap: Tap | None
+    ) -> Stream:
         return x
 
-    def add(
-        self,
-        x: Float[Array, "N P hidden"],
-        dense: Dense,
-        h: Float[Array, "N P K"] | QTensor,
-        half: str,
-    ) -> Float[Array, "N P hidden"]:
+    def add(self, x: Stream, dense: Dense, h: Float[Array, "N P K"] | QTensor, half: str) -> Stream:
         return x + getattr(self, f"{half}_norm")(dense(h))
