@@ -1,4 +1,4 @@
-"""A folder with a tokenizer for every family, for tests of chats."""
+"""Model folders with a tokenizer, one per family, for the chat tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHATML = (
 _IM = ("<|im_start|>", "<|im_end|>")
 _QWEN2_VL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unused|>", "<|vision_start|>",
              "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
-# Case -> its special tokens, the first one's id, and what tokenizer_config.json says.
+# Case -> special tokens, id of the first one, contents of tokenizer_config.json.
 TOKENS: dict[str, tuple[tuple[str, ...], int, dict[str, str]]] = {
     "qwen2_vl/public": (_QWEN2_VL, 384, {"eos_token": "<|im_end|>"}),
     "qwen2_5_vl/public": (_QWEN2_VL, 384, {"eos_token": "<|im_end|>"}),
@@ -58,7 +58,7 @@ _MERGES = ((b"<", b"|"), (b"|", b">"), (b"h", b"e"), (b"l", b"l"), (b"he", b"ll"
 
 
 def folder_of(case: str, to: Path) -> Path:
-    """The golden's config and weights with a tokenizer of bytes and a few merges."""
+    """A folder with the golden's config and weights, and a byte tokenizer with a few merges."""
     to.mkdir(parents=True, exist_ok=True)
     for path in (GOLDENS / case).iterdir():
         if path.suffix == ".json" or path.name == "model.safetensors":
@@ -83,7 +83,7 @@ def folder_of(case: str, to: Path) -> Path:
 
 
 def processor_of(case: str, to: Path) -> tuple[Family, Any]:
-    """The family of a case, and its processor of :func:`folder_of`."""
+    """The family of a case, and its processor made from :func:`folder_of`."""
     folder = folder_of(case, to)
     family, config = family_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     return family, family.processor(folder, config)

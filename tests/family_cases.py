@@ -1,4 +1,4 @@
-"""Models of any family for tests: the goldens, variations with random weights, rotated twins."""
+"""Models of any family for tests: goldens, variants with random weights, rotated copies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def golden_case(case: str) -> tuple[VLM, Any, Arrays, Arrays]:
 
 
 def golden_params(case: str) -> Arrays:
-    """A golden's tensors under our names."""
+    """A golden's tensors, by the package's names."""
     return get_params(golden_case(case)[0])
 
 
@@ -41,7 +41,7 @@ def family_of(hf: dict[str, Any]) -> tuple[Family, Any]:
 
 
 def changed_config(case: str, **changes: Any) -> dict[str, Any]:
-    """A golden's config.json; dictionaries among ``changes`` are merged into its own."""
+    """A golden's config.json with ``changes``; dictionaries are merged key by key."""
     hf = golden(*case.split("/"))[0]
     for key, value in changes.items():
         hf[key] = hf[key] | value if isinstance(value, dict) else value
@@ -49,7 +49,7 @@ def changed_config(case: str, **changes: Any) -> dict[str, Any]:
 
 
 def random_params(family: Family, config: Any, seed: int = 0) -> Arrays:
-    """Tensors of the right shapes: norms and gains away from one, means and biases everywhere."""
+    """Random tensors with norm weights and gains unlike one, and nonzero means and biases."""
     rng = np.random.default_rng(seed)
     out = {}
     for rule in family.weight_rules(config):
@@ -64,12 +64,12 @@ def random_params(family: Family, config: Any, seed: int = 0) -> Arrays:
     return out
 
 
-# Tables and kernels that write to a stream: what a test of rotations gives a mean.
+# Tables and kernels that write to a stream: rotation tests give them a nonzero mean.
 _WRITERS = ("class_token", "positions", "query", "patch_embed/proj/kernel", "fc2/kernel")
 
 
 def hardened(params: Arrays, seed: int = 0) -> Arrays:
-    """Norm weights far from one, biases and means everywhere: what rotation must survive."""
+    """Tensors that stress rotation: norm weights far from one, nonzero biases and means."""
     rng = np.random.default_rng(seed)
     out = {}
     for name, value in params.items():
@@ -85,7 +85,7 @@ def hardened(params: Arrays, seed: int = 0) -> Arrays:
 
 
 def batch_of(family: Family, config: Any, case: str) -> Batch:
-    """A golden's inputs."""
+    """A golden's inputs as a batch."""
     inputs = golden(*case.split("/"))[1]
     return jax.tree.map(jax.numpy.asarray, family.reference_batch(config, inputs))
 
@@ -93,7 +93,8 @@ def batch_of(family: Family, config: Any, case: str) -> Batch:
 def float_logits(
     family: Family, config: Any, recipe: Recipe, params: Arrays, case: str
 ) -> tuple[np.ndarray, VLM]:
-    """Logits of a golden's real tokens by an unquantised model, rotated or not; and the model."""
+    """Logits of a golden's unpadded tokens from an unquantised model (rotated or not), and the
+    model."""
     batch = batch_of(family, config, case)
     model = float_model(family, config, recipe, params)
     return np.asarray(forward(model, batch))[np.asarray(batch.token_class) >= 0], model
@@ -107,7 +108,7 @@ def rotated_twin(
     recipe: Recipe = ROTATED,
     rtol: float = 1e-4,
 ) -> VLM:
-    """The rotated model, once it was found to equal the original."""
+    """Check that rotation keeps the logits; return the rotated model."""
     expected, _ = float_logits(family, config, Recipe(), params, case)
     rotated, _ = quantize_params(family, config, recipe, params)
     got, twin = float_logits(family, config, recipe, rotated, case)

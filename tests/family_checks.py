@@ -1,4 +1,4 @@
-"""Checks that the tests of several families share."""
+"""Checks shared by the tests of several families."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.family_cases import batch_of
 from tests.helpers import GOLDENS, Arrays, forward, golden, quantised, relative
 
 RTOL = 1e-5  # float32 noise of a few layers; families measure 8e-7 to 2.5e-6
-# What of the resampler that MiniCPM-V and Qwen-VL share is quantised, patch embedding included.
+# Quantised layers around the resampler that MiniCPM-V and Qwen-VL share, with the patch embedding.
 RESAMPLER_WEIGHTS = (
     "keys/kv_proj", "keys/k_proj", "keys/v_proj", "queries/q_proj", "merger/out_proj",
     "merger/proj", "patch_embed/proj",
@@ -36,10 +36,10 @@ _embed = jax.jit(lambda model, batch: model.embed(batch))
 
 
 def verified(folder: Path, dst: Path, capsys: Any, rtol: float = RTOL) -> set[str]:
-    """Through the converter and the verifier, as users go.
+    """Convert and verify from the command line; all greedy tokens must match.
 
     Returns:
-        The arrays that agree with the reference beside the checkpoint, as all greedy tokens do.
+        Names of the arrays that agree with the reference in ``folder``.
     """
     assert hf_to_flax.main([str(folder), str(dst)]) == 0
     capsys.readouterr()
@@ -51,9 +51,9 @@ def verified(folder: Path, dst: Path, capsys: Any, rtol: float = RTOL) -> set[st
 
 
 def unused_tensors(case: str) -> set[str]:
-    """Tensors of a golden's checkpoint that the family ignores.
+    """Names of the tensors in a golden's checkpoint that the family ignores.
 
-    All others must be used whole: written back through the rules they are as they were.
+    Checks that all others are used completely: the inverted rules restore them.
     """
     hf = golden(*case.split("/"))[0]
     family = family_for(hf)
@@ -72,7 +72,7 @@ def unused_tensors(case: str) -> set[str]:
 def rows_stand_alone(
     model: VLM, collate: Callable[..., Batch], prompts: Sequence[Prompt], pad_to: int | None = None
 ) -> None:
-    """Logits of a prompt depend neither on the others of its batch nor on padding.
+    """Check that the logits of a prompt depend neither on the rest of its batch nor on padding.
 
     ``collate``: ``(prompts, pad_to=) -> Batch``.
     """
@@ -84,9 +84,9 @@ def rows_stand_alone(
 
 
 def cached_logits(model: VLM, batch: Batch, tokens: np.ndarray) -> np.ndarray:
-    """``[B, steps, vocab]``: what each of the given tokens was, or could have been, taken from."""
+    """Logits ``[B, steps, vocab]`` that predict each of the given tokens, by cached decoding."""
     rows, width = batch.input_ids.shape
-    cache = model.language.init_cache(rows, width + tokens.shape[1] + 3)  # more than is needed
+    cache = model.language.init_cache(rows, width + tokens.shape[1] + 3)  # three spare slots
     logits, cache = _prefill(model, batch, cache)
     out = [logits]
     order, position = np.asarray(batch.lengths), np.asarray(batch.next_position)
@@ -97,7 +97,7 @@ def cached_logits(model: VLM, batch: Batch, tokens: np.ndarray) -> np.ndarray:
 
 
 def greedy_with_the_cache(model: VLM, batch: Batch, outputs: Arrays) -> np.ndarray:
-    """The logits behind a golden's greedy tokens, once they were found right step by step."""
+    """Check cached decoding against a golden's greedy tokens and logits; return our logits."""
     got, expected = cached_logits(model, batch, outputs["greedy"]), outputs["greedy_logits"]
     for i in range(expected.shape[1]):
         assert relative(got[:, i], expected[:, i]) < RTOL
@@ -106,7 +106,7 @@ def greedy_with_the_cache(model: VLM, batch: Batch, outputs: Arrays) -> np.ndarr
 
 
 def wider_than_bfloat16(family: Family, config: Any, case: str) -> set[str]:
-    """What a bfloat16 model holds or computes in another type: names of tensors and steps."""
+    """Names of the tensors and steps of a bfloat16 model that have another dtype."""
     model = abstract_model(family, config, Recipe(), jnp.bfloat16)
     held = {name: value.dtype for name, value in abstract_params(model).items()}
     batch = batch_of(family, config, case)
@@ -116,7 +116,8 @@ def wider_than_bfloat16(family: Family, config: Any, case: str) -> set[str]:
 
 
 def example_prompt(family: Family, config: Any, model: VLM, side: int) -> Prompt:
-    """An invented prompt with a picture, once it was embedded beside one without: no tokenizer."""
+    """A synthetic prompt with a picture, which needs no tokenizer. Checks that it can be embedded
+    in one batch with a text-only prompt."""
     prompt = family.example_prompt(config, 10, side)
     batch = family.collate(config, [prompt, family.example_prompt(config, 7, 0)])
     assert np.isfinite(_embed(model, batch)).all()
@@ -126,8 +127,7 @@ def example_prompt(family: Family, config: Any, model: VLM, side: int) -> Prompt
 def w4a8_error(
     family: Family, config: Any, params: Arrays, case: str
 ) -> tuple[float, dict[str, Any]]:
-    """Relative error of a golden's W4A8 logits, calibrated on the golden's own prompts, and the
-    report."""
+    """Relative error of W4A8 logits, calibrated on the golden's own prompts, and the report."""
     batch, recipe = batch_of(family, config, case), PRESETS["w4a8"]
     real = np.asarray(batch.token_class) >= 0
     made, report = quantize_params(family, config, recipe, params, batch)
@@ -137,7 +137,7 @@ def w4a8_error(
 
 
 def drawn(tokenizer: Any, ids: list[int], visual: int, n: int) -> str:
-    """A prompt's text, each run of ``n`` ids ``visual`` drawn as one star."""
+    """A prompt's text with one star for each run of ``n`` ids ``visual``."""
     out, i = "", 0
     while i < len(ids):
         picture = ids[i : i + n] == [visual] * n
@@ -147,7 +147,7 @@ def drawn(tokenizer: Any, ids: list[int], visual: int, n: int) -> str:
 
 
 def cheap_w4a8(folder: Path, **changes: Any) -> Path:
-    """A recipe file: the preset, but cheaper to make."""
+    """A recipe file: the W4A8 preset with few samples and round-to-nearest weights."""
     recipe = PRESETS["w4a8"].to_json() | changes
     recipe["calibration"]["max_samples"] = 3
     recipe["weights"]["method"] = "rtn"
@@ -157,7 +157,8 @@ def cheap_w4a8(folder: Path, **changes: Any) -> Path:
 
 
 def answers(folder: Path, pictures: list[np.ndarray], tokens: int = 2) -> None:
-    """A checkpoint folder answers a question about pictures and one without, side by side."""
+    """Check that a checkpoint answers, in one batch, a question about pictures and a text-only
+    one."""
     model = mq.load(folder)
     got = model.generate([pictures, []], ["What?", "Text alone"], max_new_tokens=tokens)
     assert len(got) == 2 and all(isinstance(text, str) for text in got)

@@ -1,4 +1,4 @@
-"""Published models in full size, as shapes: nothing is computed."""
+"""Published models in full size, as abstract shapes: nothing is computed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mquant_jax.presets import PRESETS
 
 
 def w4a8(family: Family, config: Any) -> tuple[VLM, Params, int]:
-    """The W4A8 model, its tensors, and the bytes they take."""
+    """The abstract W4A8 model, its tensors, and their size in bytes."""
     model = abstract_model(family, config, PRESETS["w4a8"], jnp.bfloat16)
     held = abstract_params(model)
     return model, held, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
 
 
 def quantised_count(held: Params) -> int:
-    """Tensors held as integers."""
+    """Number of quantised tensors."""
     return sum(isinstance(value, QWeight) for value in held.values())
 
 
@@ -36,12 +36,12 @@ def prefill_and_decode(
     slots: int | None = None,
     position_rows: bool = False,
 ) -> KVCache:
-    """The cache between a prompt of ``tokens`` with ``pictures`` rows of patches and a further
-    token, once both steps were found to give logits of ``vocab``.
+    """Check the shapes of the logits of a prefill (``tokens``, ``pictures`` rows of ``patches``)
+    and of a decode step; return the cache after the prefill.
 
     Args:
         slots: ``Batch.visual_slots``.
-        position_rows: the family chooses the rows of its table of positions.
+        position_rows: the family selects rows of its position table.
     """
 
     def ints(*shape):

@@ -1,4 +1,4 @@
-"""What several tests need: goldens, tiny models, and a look inside traced programs."""
+"""Helpers of many tests: goldens, tiny models, and inspection of traced programs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from mquant_jax.target import CPU_LIMITS, Target, tracing_for
 
 GOLDENS = Path(__file__).parent / "goldens"
 Arrays = dict[str, np.ndarray]
-# One for all, so that models of one structure share their programs within a test file.
+# Shared, so that models of the same structure share compiled programs within a test file.
 forward = jax.jit(lambda model, batch: model(batch))
 
 
 def mostly_slow(cases: Sequence[Any], *fast: Any) -> list[Any]:
-    """The cases as parameters of a test, all but some of them marked as slow."""
+    """The cases as parameters of a test; all except ``fast`` are marked slow."""
     assert set(fast) <= set(cases)
     return [c if c in fast else pytest.param(c, marks=pytest.mark.slow) for c in cases]
 
@@ -61,29 +61,35 @@ def golden(family: str, case: str) -> tuple[dict[str, Any], Arrays, Arrays]:
     return config, inputs, outputs
 
 
+def has_pictures(case: str) -> bool:
+    """Whether the inputs of ``family/case`` include pixels, which are their only floats."""
+    inputs = load_file(GOLDENS / case / "inputs.safetensors")
+    return any(np.issubdtype(value.dtype, np.floating) for value in inputs.values())
+
+
 def golden_pictures(case: str) -> list[np.ndarray]:
-    """The pictures, before preprocessing, of ``family/case``."""
+    """The raw pictures of ``family/case``, before preprocessing."""
     inputs = golden(*case.split("/"))[1]
     return [inputs[name] for name in sorted(inputs) if inputs[name].dtype == np.uint8]
 
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """What runs inside runs on the CPU, as it does there: the reference for an accelerator's
-    kernels, on a machine that has one."""
+    """Run on the CPU with its own implementations: the reference for accelerator kernels, on
+    machines that have an accelerator."""
     with jax.default_device(jax.devices("cpu")[0]), tracing_for("cpu"):
         yield
 
 
 def form_of(rows: int, w: QWeight, activations: str = "int8") -> str:
-    """The form that a product with ``w`` runs on the current target."""
+    """The implementation chosen for a product with ``w`` on the current target."""
     return DENSE.choose(Product.of(rows, w, activations)).name
 
 
 @contextlib.contextmanager
 def interpreting(platform: str, **limits: int) -> Iterator[list[Choice]]:
-    """Trace for an accelerator whose kernels are interpreted if it is not here; the list tells
-    which forms ran."""
+    """Trace for an accelerator; without one, kernels run in interpret mode. Yields the list of
+    implementations chosen so far."""
     to = Target.named(platform)
     to = dataclasses.replace(
         to, interpret=jax.default_backend() != platform,
@@ -96,13 +102,13 @@ def interpreting(platform: str, **limits: int) -> Iterator[list[Choice]]:
 def cpu_target(
     features: frozenset[str] = frozenset(), jax_version: tuple[int, ...] = (0, 10), **limits: int
 ) -> Target:
-    """A CPU; by default without byte products, and weights are never read in place."""
+    """A CPU target; by default without byte products and without reading weights in place."""
     changed = dataclasses.replace(CPU_LIMITS, **{"short_row": 0} | limits)
     return Target("cpu", features=features, jax_version=jax_version, limits=changed)
 
 
 def fails(word: str, call: Callable[[], Any]) -> None:
-    """``call()`` raises a ``UserError`` that matches ``word``."""
+    """Check that ``call()`` raises a ``UserError`` that matches ``word``."""
     with pytest.raises(UserError, match=word):
         call()
 
@@ -130,14 +136,14 @@ def golden_qwen2_vl(case: str) -> tuple[Qwen2VL, Qwen2VLConfig, Arrays, Arrays]:
 
 
 def looked(family: Family, config: Any, params: dict[str, Any], batches: Any) -> Statistics:
-    """Return what the float model shows at its points, statistics of columns included."""
+    """Statistics of the float model at its quantisation points, column statistics included."""
     seen = Statistics(columns=True)
     Conversion(family, config, Recipe(), params, batches).walk("look", Recipe(), seen)
     return seen
 
 
 def quantised(family, config, recipe: Recipe, params: dict[str, Any], batch) -> np.ndarray:
-    """Logits of a model built from the tensors that ``quantize_params`` returned."""
+    """Logits of a model built from the tensors returned by ``quantize_params``."""
     model = abstract_model(family, config, recipe)
     set_params(model, dict(params))
     return np.asarray(forward(model, batch))
@@ -146,8 +152,8 @@ def quantised(family, config, recipe: Recipe, params: dict[str, Any], batch) -> 
 def golden_llama(family: str, **changes: Any) -> tuple[Llama, LlamaConfig, Arrays, Arrays]:
     """The float model of a text-only golden (``llama`` or ``qwen2``), config, inputs, outputs.
 
-    ``changes`` to config.json keep the golden's weights where the names still exist; weights that
-    are new are random.
+    ``changes`` are made to config.json. Tensors that exist in the golden keep its weights; new
+    ones are random.
     """
     hf, inputs, outputs = golden(family, "public")
     config = LlamaConfig.from_hf(hf | changes)
@@ -166,7 +172,7 @@ def golden_llama(family: str, **changes: Any) -> tuple[Llama, LlamaConfig, Array
 def random_quantised(
     config: Qwen2VLConfig, recipe: Recipe, seed: int = 0, dtype=jnp.float32
 ) -> Qwen2VL:
-    """A model quantised as ``recipe`` says, with random integer weights."""
+    """A model quantised by ``recipe``, with random integer weights."""
     model = Qwen2VL(config, recipe, dtype, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     params = get_params(model)
@@ -183,11 +189,11 @@ def random_quantised(
 
 @dataclasses.dataclass
 class WeightUse:
-    """What a traced program does with its 8-bit inputs, that is, with quantised weights.
+    """How a traced program uses its 8-bit inputs, which are the quantised weights.
 
     Attributes:
-        dots: of each dot_general that sees a weight, the dtypes ``(left, right, result)``.
-        float_copies: each operation that turns a weight matrix into floats.
+        dots: dtypes ``(left, right, result)`` of each dot_general with a weight operand.
+        float_copies: operations that convert a weight matrix to floats.
     """
 
     dots: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
@@ -195,7 +201,7 @@ class WeightUse:
 
     @property
     def integer_only(self) -> bool:
-        """Every product with a weight is s8 x s8 -> s32, and no weight is copied to float."""
+        """Every product with a weight is s8 x s8 -> s32, and no weight is converted to float."""
         wanted = ("int8", "int8", "int32")
         return bool(self.dots) and set(self.dots) == {wanted} and not self.float_copies
 
@@ -203,8 +209,8 @@ class WeightUse:
 def integer_dots(fn: Callable[..., Any], *args: Any) -> WeightUse:
     """Trace ``fn(*args)`` and follow every int8 or uint8 input to the products that use it.
 
-    Goes into the bodies of jit, scan, while, cond and custom derivatives. A body of a scan counts
-    once, however many layers it runs.
+    Descends into jit, scan, while, cond and custom derivatives. A scan body counts once, for any
+    number of iterations.
     """
     closed = jax.make_jaxpr(fn)(*args)
     use = WeightUse()
@@ -214,7 +220,8 @@ def integer_dots(fn: Callable[..., Any], *args: Any) -> WeightUse:
 
 
 def _follow(jaxpr: Any, marks: Sequence[bool], use: WeightUse) -> list[bool]:
-    """Walk one jaxpr; ``marks`` says which inputs derive from weights. Returns it for outputs."""
+    """Walk one jaxpr. ``marks`` tells which inputs derive from weights; the result tells the same
+    of the outputs."""
     marked = {v for v, mark in zip(jaxpr.invars, marks, strict=True) if mark}
 
     def is_marked(v: Any) -> bool:
@@ -228,7 +235,7 @@ def _follow(jaxpr: Any, marks: Sequence[bool], use: WeightUse) -> list[bool]:
 
 
 def _step(eqn: Any, ins: list[bool], use: WeightUse) -> list[bool]:
-    """Which outputs of one operation derive from weights (a product's result does not)."""
+    """Whether each output of one operation derives from weights (a product's result does not)."""
     p, name = eqn.params, eqn.primitive.name
     if name == "dot_general":
         if any(ins):
@@ -253,7 +260,7 @@ def _step(eqn: Any, ins: list[bool], use: WeightUse) -> list[bool]:
 def dot_flops(fn: Callable[..., Any], *args: Any) -> int:
     """Floating-point operations of all matrix products in the trace of ``fn(*args)``.
 
-    A scan's body counts once per turn.
+    A scan body counts once per iteration.
     """
     return _flops(jax.make_jaxpr(fn)(*args).jaxpr)
 

@@ -1,4 +1,4 @@
-"""Small Hugging Face folders made from a golden, whole or broken on purpose."""
+"""Small Hugging Face folders made from a golden, valid or deliberately broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def hf_folder(to: Path, change: Callable[[Arrays], None] | None = None, **config) -> Path:
-    """A copy of the public golden with changed tensors and config keys."""
+    """A copy of the public golden with some tensors and config keys changed."""
     to.mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         shutil.copyfile(GOLDENS / "public" / name, to / name)

@@ -1,4 +1,4 @@
-"""InternVL models for tests: the goldens, and variations of them with random weights."""
+"""InternVL models for tests: the goldens, and variants with random weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from functools import partial
 
 from mquant_jax.models.internvl import FAMILY
 from tests import family_cases
-from tests.family_cases import changed_config, golden_case  # noqa: F401  (for the tests)
+from tests.family_cases import changed_config, golden_case  # noqa: F401  (re-exported)
 
 CASES = ("internvl2/public", "internvl2/public_qwen2", "internvl/public", "internvl/public_qwen3")
 model_of = partial(family_cases.model_of, FAMILY)
 random_params = partial(family_cases.random_params, FAMILY)
-# InternViT-6B in small, in both layouts: RMSNorms, normed queries and keys, no qkv biases.
+# A small InternViT-6B in both layouts: RMSNorm, query and key norms, no qkv biases.
 BIG_TOWER = {
     "internvl2/public": {
         "norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False,

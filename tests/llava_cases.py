@@ -1,4 +1,4 @@
-"""LLaVA models for tests: the goldens, and variations of them with random weights."""
+"""LLaVA models for tests: the goldens, and variants with random weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 CLIP, DINOV2 = "llava/public", "llava/public_dinov2"
 GOLDEN_CASES = (CLIP, DINOV2)
-# SigLIP in front of a Llama with a stretched context: no class token, every patch is kept.
+# SigLIP with a Llama of extended context: no class token, every patch is kept.
 SIGLIP: dict[str, Any] = {
     "vision_feature_select_strategy": "full",
     "vision_feature_layer": -1,
@@ -21,7 +21,7 @@ SIGLIP: dict[str, Any] = {
         },
     },
 }  # fmt: skip
-# Name -> the golden whose inputs it takes, and changes to its config.json.
+# Name -> the golden whose inputs it uses, and changes to its config.json.
 VARIED: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": (CLIP, SIGLIP),
     "clip, last layer": (CLIP, {"vision_feature_layer": [-1]}),

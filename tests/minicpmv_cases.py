@@ -1,4 +1,4 @@
-"""MiniCPM-V models for tests: the goldens, and variations of them with random weights."""
+"""MiniCPM-V models for tests: the goldens, and variants with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ FOLDER = "minicpmv2_6"
 CASES = ("public", "quirk_zero_token")
 model_of = partial(family_cases.model_of, FAMILY)
 random_params = partial(family_cases.random_params, FAMILY)
-# Two resampler heads that are no power of two, an MLP that the online rotation pads, three layers.
+# Two resampler heads whose width is no power of two, an MLP padded by the online rotation, three
+# layers.
 ODD = {
     "hidden_size": 264, "num_attention_heads": 11, "num_key_value_heads": 11,
     "vision_config": {
@@ -28,5 +29,5 @@ def golden_case(case: str):
 
 
 def changed_config(case: str = "public", **changes: Any) -> dict[str, Any]:
-    """A golden's config.json; dictionaries among ``changes`` are merged into its own."""
+    """A golden's config.json with ``changes``; dictionaries are merged key by key."""
     return family_cases.changed_config(f"{FOLDER}/{case}", **changes)

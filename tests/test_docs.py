@@ -1,5 +1,5 @@
-"""The documentation: its commands exist and take their options, those of some pages run, its error
-messages are those of the code, and every page is in the site."""
+"""The documentation: its commands and options exist, the commands of some pages run, the quoted
+error messages occur in the code, and every page is in the site."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mquant_jax.cli import COMMANDS, main
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-# Pages whose commands run one after the other in one folder; those with a placeholder are left out.
+# Pages whose commands run in order in one folder; commands with placeholders are skipped.
 RUN = ("quick_start.md", "choosing_a_recipe.md", "calibration_data.md", "performance.md")
 PLACEHOLDER = re.compile(r"\b(SRC|DST|CKPT|FILE|DIR|mine\.json)\b|\[")
-OTHERS = {"git", "source", "pre-commit", "ruff", "mkdocs", "cd", "curl"}  # programs of others
+OTHERS = {"git", "source", "pre-commit", "ruff", "mkdocs", "cd", "curl"}  # external programs
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Each command of a page's bash blocks, continued lines joined, comments taken off."""
+    """The commands in a page's bash blocks, with continuation lines joined and comments removed."""
     for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text("utf-8"), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             for command in re.sub(r"\s#.*", "", line).split("&&"):
@@ -39,7 +39,7 @@ ALL = [(page, command) for page in PAGES for command in commands(page)]
 
 
 def words_of(command: str) -> list[str]:
-    """The words, brackets of optional ones and settings of the environment taken off."""
+    """The command's words, without brackets around optional ones and without variable settings."""
     words = [word.strip("[]") for word in shlex.split(command)]
     return [w for i, w in enumerate(words) if not (i == 0 and re.match(r"[A-Z_]+=", w))]
 
@@ -49,7 +49,7 @@ def options_of(words: list[str]) -> list[str]:
 
 
 def source_of(module: str) -> str:
-    """The text of a module, or of all modules of a package, and of what they share."""
+    """The source of a module, or of all modules of a package, and of their shared modules."""
     path = ROOT / module.replace(".", "/")
     files = [path.with_suffix(".py")] if path.with_suffix(".py").is_file() else path.rglob("*.py")
     shared = (ROOT / "benchmarks" / "output.py", ROOT / "mquant_jax" / "cli_support.py")
@@ -57,7 +57,7 @@ def source_of(module: str) -> str:
 
 
 def check_module(module: str, words: list[str], capsys) -> None:
-    """``python -m MODULE WORDS``."""
+    """Check ``python -m MODULE WORDS``: the module exists and its source names the options."""
     if module == "mquant_jax":
         assert words[0] in COMMANDS, words
         with pytest.raises(SystemExit):
@@ -73,7 +73,7 @@ def check_module(module: str, words: list[str], capsys) -> None:
 
 
 def check_install(words: list[str]) -> None:
-    """``pip install -e ".[extra]"``: the extra exists."""
+    """Check ``pip install -e ".[extra]"``: the extra exists."""
     known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     for word in words:
         for extra in re.findall(r"\[([a-z,-]+)", word):
@@ -88,7 +88,7 @@ def test_commands_exist_and_take_their_options(page: Path, command: str, capsys)
         if words[1] != "venv":
             check_module(words[1], words[2:], capsys)
     elif program == "pip":
-        # In shlex's words the brackets of ".[extra]" are whole.
+        # shlex keeps the brackets of ".[extra]".
         check_install(shlex.split(command))
     elif program == "bash":
         script = re.sub(r"^DIR/tree/", "", words[0])
@@ -102,7 +102,7 @@ def test_commands_exist_and_take_their_options(page: Path, command: str, capsys)
 
 @pytest.mark.slow
 def test_commands_run(tmp_path) -> None:
-    """Pages in the order of :data:`RUN`: the first makes the checkpoints that the others use."""
+    """Pages run in the order of :data:`RUN`: the first makes the checkpoints that others use."""
     (tmp_path / "docs").mkdir()
     for page in RUN:
         for command in commands(DOCS / page):
@@ -120,7 +120,7 @@ def test_error_messages_are_those_of_the_code() -> None:
     table = re.findall(r"^\| (`.*?) \|", (DOCS / "errors.md").read_text("utf-8"), re.M)
     assert len(table) > 8
     sources = "\n".join(
-        re.sub(r'"\s*\n\s*f?"', "", p.read_text("utf-8"))  # strings over several lines
+        re.sub(r'"\s*\n\s*f?"', "", p.read_text("utf-8"))  # joins adjacent string literals
         for top in ("mquant_jax", "models", "convert")
         for p in (ROOT / top).rglob("*.py")
     )

@@ -1,4 +1,4 @@
-"""The package as a whole: light to import, imports that run one way, no torch, no pickle."""
+"""The whole package: light to import, imports in one direction only, no torch, no pickle."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [p for top in ("mquant_jax", "models", "convert") for p in (ROOT / top).rglob("*.py")]
 USERS = [p for top in ("benchmarks", "examples", "tests") for p in (ROOT / top).rglob("*.py")]
 
-# Lower floors first; a module may import its own floor and those below.
+# Lowest floor first; a module may import from its own floor and those below it.
 FLOORS = (
     ("mquant_jax.shapes", "mquant_jax.per_layer", "mquant_jax.numerics", "mquant_jax.hadamard",
      "mquant_jax.recipe", "mquant_jax.recipe_fields",
@@ -69,8 +69,8 @@ def test_imports_run_downward() -> None:
 
 
 def test_one_namespace() -> None:
-    """``models`` is no import name of ours: it would load each class a second time, and a user's
-    own ``models.py`` would hide it. ``convert`` holds command lines, which nothing else needs."""
+    """The package must not import ``models``: that would load every class twice, and a user's own
+    ``models.py`` would shadow it. Nor ``convert``, which only holds command lines."""
     for path in SOURCES + USERS:
         tops = {m.split(".")[0] for m in imports(path)}
         assert "models" not in tops, path
@@ -91,7 +91,7 @@ def test_no_torch_and_no_pickle() -> None:
 
 
 def _text_without_encoding(node: ast.AST) -> bool:
-    """A call that reads or writes text in whatever encoding the user's locale has."""
+    """Whether a call reads or writes text in the locale's encoding."""
     if not isinstance(node, ast.Call):
         return False
     name = getattr(node.func, "attr", getattr(node.func, "id", None))

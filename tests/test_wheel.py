@@ -1,4 +1,4 @@
-"""The wheel, built from the sdist, in a folder whose own files have the names of our folders."""
+"""The wheel, built from the sdist, used in a folder whose files share names with our folders."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(*command: str, cwd: Path, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The wheel, unpacked."""
+    """The unpacked wheel."""
     work = tmp_path_factory.mktemp("wheel")
     tree, site = work / "tree", work / "site"
     for name in SOURCES:
@@ -77,8 +77,7 @@ def test_the_wheel_holds_every_module(site) -> None:
 
 @pytest.mark.slow
 def test_it_works_among_files_of_the_same_names(site, tmp_path) -> None:
-    """Conversion, loading and an answer; neither a user's ``models`` nor ``convert`` is taken for
-    ours."""
+    """Convert, load and generate; a user's ``models`` and ``convert`` are not taken for ours."""
     (tmp_path / "convert.py").write_text("MINE = True\n")
     (tmp_path / "models.py").write_text("MINE = True\n")
     (tmp_path / "mine.py").write_text(USES_IT)

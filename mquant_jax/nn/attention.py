@@ -16,6 +16,7 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import apply_rope
 from mquant_jax.numerics import QTensor, Scale
 from mquant_jax.ops.attention import Rows, attend, attend_rows, fused, split_heads
+from mquant_jax.ops.attention_xla import Keys, Prefix, Values
 from mquant_jax.ops.visibility import Visibility
 from mquant_jax.shapes import Array, Float, Float32, Int32
 
@@ -26,7 +27,6 @@ Projected = tuple[QRows, KVRows, KVRows]
 Heads = tuple[
     Float[Array, "B heads T d"], Float[Array, "B kv_heads d T"], Float[Array, "B kv_heads T d"]
 ]
-Prefix = tuple[Float[Array, "kv_heads P d"], Float[Array, "kv_heads P d"]]  # keys and values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +153,7 @@ class Attention(nnx.Module):
         )
 
     def attend(
-        self,
-        q: Float[Array, "B heads T d"],
-        k: Float[Array, "B kv_heads d S"],
-        v: Float[Array, "B kv_heads S d"],
-        ctx: AttentionContext,
+        self, q: Float[Array, "B heads T d"], k: Keys, v: Values, ctx: AttentionContext
     ) -> Float[Array, "B T heads*d"]:
         """Attention of heads to the keys given and to the prefix, if there is one."""
         return attend(q, k, v, ctx.seen, self.prefix())

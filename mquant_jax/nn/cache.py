@@ -14,6 +14,7 @@ from mquant_jax.ops.visibility import NEVER
 from mquant_jax.shapes import Array, Float, Int32, Shaped
 
 Store = Float[Array, "layers rows kv_heads _ _"] | QTensor
+Cursor = Int32[Array, ""] | Int32[Array, " B"]
 
 
 @partial(
@@ -59,7 +60,7 @@ def write(
     k: Float[Array, "B kv_heads d T"],
     v: Float[Array, "B kv_heads T d"],
     layer: Int32[Array, ""],
-    cursor: Int32[Array, ""] | Int32[Array, " B"],
+    cursor: Cursor,
     rows: Int32[Array, " B"] | None = None,
 ) -> tuple[Store, Store]:
     """The keys and values of a :class:`KVCache` with new ones, from slot ``cursor`` of a layer on;
@@ -90,7 +91,7 @@ def write(
 def write_order(
     slots: Int32[Array, "rows slots"],
     new: Int32[Array, "B T"],
-    cursor: Int32[Array, ""] | Int32[Array, " B"],
+    cursor: Cursor,
     rows: Int32[Array, " B"] | None = None,
 ) -> Int32[Array, "rows slots"]:
     """``order`` of a :class:`KVCache` with that of new keys."""

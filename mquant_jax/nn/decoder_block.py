@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.attention import Attention, AttentionContext, HeadShape, Prefix, Projected
-from mquant_jax.nn.cache import Store, write
+from mquant_jax.nn.attention import (
+    Attention,
+    AttentionContext,
+    HeadShape,
+    KVRows,
+    Projected,
+    QRows,
+)
+from mquant_jax.nn.cache import Cursor, Store, write
 from mquant_jax.nn.deepstack import DeepFeatures
 from mquant_jax.nn.mlp import GatedMLP
 from mquant_jax.nn.norm import RMSNorm
@@ -22,6 +29,7 @@ from mquant_jax.nn.rope import LogGain, Scaling, StoredFrequencies, YarnScaling
 from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import attend_cache
+from mquant_jax.ops.attention_xla import Prefix
 from mquant_jax.shapes import Array, Float, Float32, Int32
 
 Stream = Float[Array, "B T hidden"]
@@ -215,9 +223,7 @@ class DecoderBlock(Projections):
             return ctx.angles
         return ctx.angles * along_last(self.frequencies.get_value(), ctx.angles)
 
-    def fuses(
-        self, q: Float[Array, "B T q_width"], k: Float[Array, "B T kv_width"], ctx: AttentionContext
-    ) -> bool:
+    def fuses(self, q: QRows, k: KVRows, ctx: AttentionContext) -> bool:
         return not self.prefixed and super().fuses(q, k, ctx)  # no such form knows of a prefix
 
     def prefix(self) -> Prefix | None:
@@ -250,7 +256,7 @@ class DecoderBlock(Projections):
         ctx: DecoderContext,
         cache: tuple[Store, Store],
         layer: Int32[Array, ""],
-        cursor: Int32[Array, ""] | Int32[Array, " B"],
+        cursor: Cursor,
         fresh: bool,
     ) -> tuple[Stream, tuple[Store, Store]]:
         """With a cache: writes this call's keys and values at ``cursor`` of ``layer``.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor
 from mquant_jax.ops import attention_cpu, attention_xla
+from mquant_jax.ops.attention_xla import Keys, Prefix, Values
 from mquant_jax.ops.registry import Form, Op, unless
 from mquant_jax.ops.visibility import Visibility
 from mquant_jax.shapes import Array, Float, Float32, Int32
@@ -236,10 +237,10 @@ HEADS: Op[Heads] = Op(
 
 def attend(
     q: Float[Array, "B heads T d"],
-    k: Float[Array, "B kv_heads d S"] | QTensor,
-    v: Float[Array, "B kv_heads S d"] | QTensor,
+    k: Keys,
+    v: Values,
     seen: Visibility,
-    prefix: tuple[Float[Array, "kv_heads P d"], Float[Array, "kv_heads P d"]] | None = None,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "B T heads*d"]:
     """Scaled dot-product attention, for a few heads or queries at a time where there are many.
 
@@ -324,7 +325,7 @@ def attend_cache(
     ],
     layer: Int32[Array, ""],
     seen: Visibility,
-    prefix: tuple[Float[Array, "kv_heads P d"], Float[Array, "kv_heads P d"]] | None = None,
+    prefix: Prefix | None = None,
     used: Int32[Array, " B"] | None = None,
     rows: Int32[Array, " B"] | None = None,
 ) -> Float[Array, "B T heads*d"]:

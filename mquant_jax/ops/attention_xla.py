@@ -13,14 +13,15 @@ from mquant_jax.ops.visibility import NEVER, Visibility
 from mquant_jax.shapes import Array, Float, Float32
 from mquant_jax.target import target
 
+Queries = Float[Array, "B kv_heads g T d"]
+Keys = Float[Array, "B kv_heads d S"] | QTensor
+Values = Float[Array, "B kv_heads S d"] | QTensor
+Prefix = tuple[Float[Array, "kv_heads P d"], Float[Array, "kv_heads P d"]]  # keys and values
+
 
 def attend_heads(
-    q: Float[Array, "B kv_heads g T d"],
-    k: Float[Array, "B kv_heads d S"] | QTensor,
-    v: Float[Array, "B kv_heads S d"] | QTensor,
-    seen: Visibility | None,
-    prefix: tuple[Float[Array, "kv_heads P d"], Float[Array, "kv_heads P d"]] | None,
-) -> Float[Array, "B kv_heads g T d"]:
+    q: Queries, k: Keys, v: Values, seen: Visibility | None, prefix: Prefix | None
+) -> Queries:
     """What each query sees.
 
     Args:
@@ -85,12 +86,8 @@ def _keys(k: jax.Array | QTensor) -> int:
 
 
 def in_parts(
-    q: Float[Array, "B kv_heads g T d"],
-    k: Float[Array, "B kv_heads d S"] | QTensor,
-    v: Float[Array, "B kv_heads S d"] | QTensor,
-    seen: Visibility | None,
-    prefix: tuple[Float[Array, "kv_heads P d"], Float[Array, "kv_heads P d"]] | None,
-) -> Float[Array, "B kv_heads g T d"]:
+    q: Queries, k: Keys, v: Values, seen: Visibility | None, prefix: Prefix | None
+) -> Queries:
     """:func:`attend_heads` with keys of any order: row by row, then by groups of kv heads, then by
     queries, as long as there are too many logits."""
     b, kv_heads, g, t, d = q.shape

@@ -16,6 +16,7 @@ from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime import buckets, steps
 from mquant_jax.runtime.generate import Generator
+from mquant_jax.runtime.input_shapes import prompt_shapes, vision_shapes
 from mquant_jax.runtime.programs import PROGRAMS, Programs
 from mquant_jax.runtime.prompts import padded
 from mquant_jax.runtime.steps import Answers
@@ -187,7 +188,7 @@ class DataParallel(Generator):
         def see(model: VLM, vision: VisionInput) -> jax.Array:
             return model.vision(vision).astype(model.language.dtype)
 
-        return self._over_rows(see, lambda n: (self._vision_shapes(n, patches),), rows)
+        return self._over_rows(see, lambda n: (vision_shapes(self.model, n, patches),), rows)
 
     def _compile_begin(
         self, rows: int, width: int, slots: int, features: tuple, visual_slots: int | None
@@ -197,7 +198,7 @@ class DataParallel(Generator):
         def arguments(n: int) -> tuple:
             found = [(s[0] * n // rows, *s[1:]) for s in features]
             held = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in found)
-            return self.prompt_shapes(n, width, visual_slots), held
+            return prompt_shapes(self.model, n, width, visual_slots), held
 
         def begin(model: VLM, batch: Batch, features: tuple) -> Answers:
             flat = [f.reshape(-1, f.shape[-1]) for f in features]

@@ -14,7 +14,8 @@ from flax import nnx
 from mquant_jax.models.base import VLM, Batch
 from mquant_jax.nn.act_quant import ActQuant
 from mquant_jax.runtime import buckets, slots
-from mquant_jax.runtime.generate import Generator, shape_of
+from mquant_jax.runtime.generate import Generator
+from mquant_jax.runtime.input_shapes import piece_shapes, prompt_shapes, shape_of
 from mquant_jax.runtime.prefill import Chunk
 from mquant_jax.runtime.slots import Columns, Slots, Start
 
@@ -176,8 +177,9 @@ class EnginePrograms:
             int8 = self.generator.int8_cache
             return slots.read_chunk(model, state, batch, features, row, start, span, reach, int8)
 
-        batch = self.generator.prompt_shapes(1, width, visual_slots)
-        args = self._slots, batch, self.generator.piece_shapes(count), _NUMBER, _NUMBER, _NUMBER
+        model = self.generator.model
+        batch, features = prompt_shapes(model, 1, width, visual_slots), piece_shapes(model, count)
+        args = self._slots, batch, features, _NUMBER, _NUMBER, _NUMBER
         return self.generator.compiled(
             read, *args, donate=1, params=self.generator.params_for(width)
         )

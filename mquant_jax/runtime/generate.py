@@ -21,10 +21,15 @@ from flax import nnx
 
 from mquant_jax.errors import UserError
 from mquant_jax.models.base import VLM, Batch
-from mquant_jax.nn.positions import ChosenRows
-from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime import buckets, steps
 from mquant_jax.runtime.buckets import PIECE
+from mquant_jax.runtime.input_shapes import (
+    piece_shapes,
+    prompt_shapes,
+    shape_of,
+    shapes_of,
+    vision_shapes,
+)
 from mquant_jax.runtime.programs import PROGRAMS, Programs
 from mquant_jax.runtime.prompts import Pictures, Prompts, on_host, split_pictures, split_prompts
 from mquant_jax.runtime.sampling import RowSampling, Sampling, per_row
@@ -318,41 +323,16 @@ class Generator:
         return self.compiled(step, *arguments(rows), donate=donate, params=self.params_for(rows))
 
     def _compile_see(self, rows: int, patches: int) -> Any:
-        vision, params = self._vision_shapes(rows, patches), self.params_for(rows * patches)
+        vision, params = vision_shapes(self.model, rows, patches), self.params_for(rows * patches)
         return self.compiled(steps.see, vision, params=params)
-
-    def _vision_shapes(self, rows: int, patches: int) -> VisionInput:
-        tower, i32 = self.model.vision, np.int32
-        shape = (rows, patches)
-        positions = None
-        if isinstance(tower.cfg.positions, ChosenRows):
-            positions = shape_of(shape, i32)
-        return VisionInput(
-            shape_of((*shape, tower.cfg.patch_dim), np.float32),
-            shape_of((*shape, 2), i32),
-            shape_of(shape, bool),
-            positions,
-        )
 
     def _compile_read(self, rows: int, width: int, count: int, visual_slots: int | None) -> Any:
         def read(model: VLM, batch: Batch, features: tuple) -> tuple[Entry, ...]:
             return steps.read(model, batch, features, self.int8_cache)
 
-        batch = self.prompt_shapes(rows, width, visual_slots)
+        batch = prompt_shapes(self.model, rows, width, visual_slots)
         params = self.params_for(rows * width)
-        return self.compiled(read, batch, self.piece_shapes(count), params=params)
-
-    def prompt_shapes(self, rows: int, width: int, visual_slots: int | None) -> Batch:
-        """Shapes of prompts without pictures."""
-        ids = shape_of((rows, width), np.int32)
-        streams = self.model.language.cfg.position_streams
-        positions = shape_of((streams, rows, width), np.int32)
-        return Batch(ids, ids, positions, ids, ids, None, visual_slots)
-
-    def piece_shapes(self, count: int) -> tuple[Any, ...]:
-        """Shapes of so many pieces of features."""
-        model = self.model
-        return (shape_of((PIECE, model.feature_width), model.language.dtype),) * count
+        return self.compiled(read, batch, piece_shapes(self.model, count), params=params)
 
     def _empty(self, rows: int, slots: int) -> Callable[[VLM], Answers]:
         return lambda model: steps.empty(model, rows, slots, self.int8_cache, self.cursors)
@@ -377,7 +357,7 @@ class Generator:
             return steps.run(model, answers, until, how, self.stop_ids)
 
         def arguments(n: int) -> tuple[Answers, Any, RowSampling]:
-            how = steps.shapes_of(per_row(Sampling(), None, n))
+            how = shapes_of(per_row(Sampling(), None, n))
             return self._answers(n, slots), shape_of((n,), np.int32), how
 
         return self._over_rows(run, arguments, rows, donate=1)
@@ -389,11 +369,6 @@ class Generator:
         return self._over_rows(
             force, lambda n: (self._answers(n, slots), shape_of((n,), np.int32)), rows, donate=1
         )
-
-
-def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
-    """The shape and dtype that a program is compiled for."""
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _held_pieces(batch: Batch) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The accuracy benchmark's plan: which recipes its rows stand for."""
+"""The plan of the accuracy benchmark: the recipe of each row."""
 
 from benchmarks.accuracy import GROUP, Row, _run, ablation_rows, method_rows, table
 from mquant_jax.presets import METHODS

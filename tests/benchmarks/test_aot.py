@@ -1,4 +1,4 @@
-"""Ahead-of-time gates: reading and summing of compiled text, roofline, ratios; one real compile."""
+"""Ahead-of-time cost model: HLO parser, roofline, ratios; and one real compilation."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from mquant_jax.models.registry import family_for
 V5E = DEVICES["tpu-v5e"]
 PER_CYCLE = 819e9 / 1.5e9  # bytes
 
-# Two layers by a loop: a product with one layer's slice of the weights, a layout change without an
-# estimate, an in-place update of a cache; before it a transfer and a kernel.
+# A transfer and a kernel, then a loop over two layers: a product with one layer's slice of the
+# weights, a layout change without a cost estimate, and an in-place cache update.
 TEXT = """\
 HloModule jit_f, is_scheduled=true
 
@@ -113,13 +113,13 @@ def test_trip_counts() -> None:
 def test_sums(trips) -> None:
     n = 28 if trips else 2
     total = cost.program_cost(hlo.parse(TEXT), V5E, trips)
-    # 394e6 operations take a microsecond in int8, 1500 cycles.
+    # 394e6 int8 operations take one microsecond: 1500 cycles.
     kernel, turned = 1500, (8 * 64 * 4 + 64 * 4096 * 4) / PER_CYCLE
     assert total.kernel_cycles == pytest.approx(kernel)
     assert total.charged == pytest.approx(n * turned)
     assert total.cycles == pytest.approx(kernel + n * (1000 + 10 + turned))
-    # One layer of int4 weights, its index, the cache's new slot in and out, the condition's
-    # scalars; the input once.
+    # Per layer: int4 weights, the layer index, the new cache slot read and written, the scalars of
+    # the loop condition. Once: the input.
     layer = 64 * 128 // 2 + 4 + (64 * 2 + 64 * 2 + 4) + (4 + 4 + 1)
     assert total.bytes == 8 * 128 + n * layer
     assert total.top[0][1] == "turned" and len(total.top) == 4
@@ -133,7 +133,8 @@ def test_a_kernel_must_tell_what_it_costs() -> None:
 
 
 def test_kernels_are_charged_as_scheduled_and_read_what_they_say() -> None:
-    """The kernel's 1500 cycles times its factor; of its operand no more bytes than it says."""
+    """The kernel's 1500 cycles are scaled by its factor, and its operand counts only the bytes that
+    the kernel's estimate claims."""
     text = TEXT.replace("%kernel", "%attend_rows.3")
     text = text.replace("s8[8,128]{1,0:S(1)} custom-call", "s8[8,128]{1,0} custom-call")
     for target, factors in (("tpu-v5e", cost.SCHEDULES), ("tpu-v6e", cost.SCHEDULES_V6E)):
@@ -146,7 +147,7 @@ def test_kernels_are_charged_as_scheduled_and_read_what_they_say() -> None:
     assert saved == 8 * 128 - 100
 
 
-# One layer: it is cut out of the stack, a fused product reads it, a kernel reads another stack.
+# One layer: a slice of the stack is copied, a fused product reads it, a kernel reads another stack.
 GPU_TEXT = """\
 HloModule jit_f, is_scheduled=true
 
@@ -183,7 +184,7 @@ def test_targets_without_cycles_add_up_kernels() -> None:
     total = cost.program_cost(module, h100)
     layer, product = 64 * 128, 32 * 128 + 64 * 128 + 32 * 64 * 4
     assert total.cycles == 0 and total.bytes == 2 * layer + 4 + product + 3352
-    # The kernel is bound by its operations, a microsecond's, the rest by bytes.
+    # The kernel is compute-bound (one microsecond); the rest is memory-bound.
     assert total.copying == pytest.approx((2 * layer + 4) / 3352e9)
     assert total.seconds == pytest.approx(total.copying + product / 3352e9 + 1e-6)
     fused = module.entry.instructions["product"]
@@ -209,7 +210,7 @@ def test_copies_are_told_apart() -> None:
 
 
 def test_a_kernels_figures(monkeypatch, tmp_path) -> None:
-    """What is read from the assembler's words, and what it makes of a block's fate."""
+    """Registers and spills come from the assembler's log, and occupancy follows from them."""
     said = "0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\nUsed 100 registers"
     monkeypatch.setattr(
         occupancy.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "", said)
@@ -321,7 +322,7 @@ def test_a_compiler_of_another_jax(monkeypatch) -> None:
     backend.missing(V5E) is not None, reason=f"no TPU compiler: {backend.missing(V5E)}"
 )
 def test_a_real_compile(tmp_path) -> None:
-    """The smallest program of the smallest model, in a process of its own: JAX starts anew."""
+    """Compile the smallest program of the smallest model, in a new process with a fresh JAX."""
     saved = tmp_path / "result.json"
     command = [
         sys.executable, "-m", "benchmarks.aot", "--target", "tpu-v5e", "--model", "qwen2_vl-2b",
@@ -333,7 +334,7 @@ def test_a_real_compile(tmp_path) -> None:
     assert result["compiled"] and result["ratios"]["fits_one_chip"]
     assert result["ratios"]["decode_bytes_static_vs_bf16"] < 0.4
     ours = result["variants"]["w4a8-static"]["decode"]
-    # All weights but the embedding are read once; the cache's keys and values, too.
+    # All weights except the embedding, and the cache, are read once.
     held = ours["memory"]["arguments"]
     assert 0.3 * held < ours["bytes"] < held
 
@@ -365,8 +366,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     reason=f"no CUDA compiler: {backend.missing(DEVICES['h100'])}",
 )
 def test_real_gpu_kernels() -> None:
-    """Both kernels reach the int8 tensor cores of an H100, and nothing spills, in the cuts that
-    shapes without an entry get."""
+    """With the default block sizes, both kernels use the int8 tensor cores of an H100 and spill
+    no registers."""
     program = """
 import json
 from benchmarks.aot.backend import prepare, sharding

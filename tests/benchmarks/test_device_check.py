@@ -1,4 +1,4 @@
-"""The device check without a device: steps that pass, fail, hang; reports; a tiny rehearsal."""
+"""The device check without a device: steps that pass, fail or hang; the report; a rehearsal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAILS = "import sys; print('one'); sys.exit('no such kernel')"
 def test_the_plan() -> None:
     assert [s.name for s in STEPS] == ["kernels", "product", "speed", "tune", "conversion"]
     assert sum(s.limit for s in STEPS) <= device_check.WHOLE < 480
-    assert len(STEPS) + 2 <= 8  # files of OUT: the steps' own, report, log
+    assert len(STEPS) + 2 <= 8  # files of OUT: one per step, report, log
     for s in STEPS:
         assert any("{out}/" + s.file in part for part in s.command)
         assert any("{out}/" + s.file in part for part in s.tiny)
@@ -53,7 +53,7 @@ def test_one_bad_step_does_not_stop_the_others(tmp_path, capsys) -> None:
     assert works["outcome"] == "ok" and works["result"] == "a.json"
     assert sorted(os.listdir(tmp_path)) == ["a.json", "log.txt", "report.json"]
     assert "no such kernel" in capsys.readouterr().out
-    # From a step on: what is known of earlier ones stays.
+    # --from keeps the results of the earlier steps.
     again = check(tmp_path, steps, "works")
     assert again["steps"][:2] == [fails, hangs] and again["steps"][2]["outcome"] == "ok"
     log = (tmp_path / "log.txt").read_text()
@@ -100,7 +100,7 @@ def test_usage(tmp_path, capsys) -> None:
 
 
 def test_the_bundle_names_what_the_package_needs() -> None:
-    """Every requirement of pyproject.toml comes along or with jax."""
+    """Every requirement of pyproject.toml is in the bundle or comes with jax."""
     import tomllib
 
     listed = (ROOT / "benchmarks" / "device_wheels.txt").read_text().splitlines()
@@ -112,7 +112,7 @@ def test_the_bundle_names_what_the_package_needs() -> None:
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path) -> None:
-    """All steps with the smallest sizes, as they run on a device, from another folder."""
+    """All steps run at the smallest sizes, from another folder, as on a device."""
     script = ROOT / "benchmarks" / "device_check.sh"
     env = os.environ | {"PYTHON": sys.executable}
     command = ["bash", str(script), "out", "--tiny"]

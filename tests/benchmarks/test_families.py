@@ -1,4 +1,4 @@
-"""The comparison of families: every family with pictures has a wide form that quantises."""
+"""The comparison of families: every multimodal family has a wide variant that can be quantised."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The fuzzing command: a rehearsal, and that nothing which goes wrong escapes it."""
+"""The fuzzing command: a short run, and how it classifies each kind of failure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mquant_jax.errors import UserError
 
 
 def misbehave(case: int, seed: int, bed: Bed, notes: list[str]) -> None:
-    """Cases whose outcome is known; run in the pool's process."""
+    """Cases with known outcomes, run in a worker process of the pool."""
     bed.put(bed.root / "file", b"damaged")
     notes.append(f"seed {seed}")
     if case == 1:

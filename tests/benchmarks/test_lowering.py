@@ -1,5 +1,5 @@
-"""Whole models with the kernels of accelerators lower without one: what interpreting the kernels
-cannot tell, and a user with an accelerator would be the first to see."""
+"""Whole models with accelerator kernels lower on a machine without an accelerator. Interpret mode
+does not cover lowering; without these tests, users would be the first to see its errors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from tests.helpers import mostly_slow
 
 LOWERS_FOR = {"gpu": "cuda", "tpu": "tpu"}
 CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
-# Qwen2-VL-7B and the windows of Qwen2.5-VL; pictures larger than a window, prompts of many blocks.
+# Qwen2-VL-7B, and Qwen2.5-VL for its windows: pictures larger than a window, prompts of many
+# blocks.
 QWEN2_5 = MODELS["qwen2_vl-7b"] | {
     "model_type": "qwen2_5_vl",
     "vision_config": {"model_type": "qwen2_5_vl", "hidden_size": 1280, "out_hidden_size": 3584},
 }
 CASES = [f"{device} {recipe} {program}" for device in ("h100", "tpu-v5e")
          for recipe in ("w4a8", "w4a8-dynamic", "float") for program in PROGRAMS]  # fmt: skip
-CASES.remove("tpu-v5e float decode")  # runs no kernel of ours
+CASES.remove("tpu-v5e float decode")  # runs none of our kernels
 FAST = [case for case in CASES if " w4a8 " in case] + ["h100 float prefill", "h100 float decode"]
 
 
 def lowered(hf: dict, device: str, recipe: str, program: str) -> set[tuple[str, str]]:
-    """Lower a program, with kernels in it; the operations that it runs, each with its form."""
+    """Lower a program that contains kernels; return ``(operation, implementation)`` pairs."""
     family = family_for(hf, "config.json")
     config = family.config_from_hf(hf)
     chip = DEVICES[device]

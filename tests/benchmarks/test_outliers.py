@@ -1,4 +1,4 @@
-"""The outlier bed changes what a quantiser sees, and not the function."""
+"""The outlier benchmark adds outliers to activations without changing the function."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def test_outliers_keep_the_function() -> None:
         gain = params[name] / np.asarray(plain[name])
         moved = gain[gain > 1.5]
         assert 1 <= moved.size <= 3 and moved.min() > 0.9 * LOW and moved.max() < 1.1 * HIGH
-    # The tower has biases to shift and to make up for it; the decoder's norms have none.
+    # The tower's norms have biases, which are shifted and compensated; the decoder's have none.
     moved = np.abs(
         params["vision/layers/0/attn_norm/bias"] - plain["vision/layers/0/attn_norm/bias"]
     )

@@ -1,4 +1,4 @@
-"""The comparison with other runtimes, without any of them: choice, skips, turns, table."""
+"""The comparison with other runtimes, with fakes: selection, skips, interleaving, table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers import golden_model
 
 
 class Fake:
-    """Says a fixed answer and notes when it was run."""
+    """Returns a fixed answer and logs each run."""
 
     settings = "none"
 
@@ -44,7 +44,7 @@ def result():
 def test_everyone_takes_turns(result) -> None:
     question = ["float32 2", "w4a8 2", "other 2"]
     turn = ["float32 5", "w4a8 5", "other 5"]
-    assert result["log"] == question + 3 * turn  # one to warm up
+    assert result["log"] == question + 3 * turn  # one warm-up run
 
 
 def test_answers_are_held_against_the_float_model(result) -> None:
@@ -66,7 +66,7 @@ def test_table_has_every_peer_and_what_is_left_out(result) -> None:
     head = {"prompt_tokens": 5, "new_tokens": 3, "threads": 1, "machine": {"processor": "x"}}
     lines = table(head | result | {"skipped": {"absent": "no such package"}}).splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["float32", OURS, "other"]
-    assert lines[3].split().count("1.00") == 2  # our own ratios
+    assert lines[3].split().count("1.00") == 2  # our ratio to ourselves
     assert lines[4].split()[1] == "-"  # bytes unknown
     assert lines[4].endswith("25%")
     assert lines[5] == "left out absent: no such package"

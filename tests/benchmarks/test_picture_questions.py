@@ -1,4 +1,4 @@
-"""Questions that share a picture: packed, they are answered as if each had been asked alone."""
+"""Several questions about one picture: packing them changes no answer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mquant_jax.runtime.generate import Generator
 from tests.helpers import golden_model
 from tests.llava_cases import CLIP, DINOV2
 
-TOKENS = 3  # of an answer, its end included
+TOKENS = 3  # per answer, including the stop token
 
 
 def prompts_of(config, inputs) -> list[Prompt]:
-    """Two pictures, and three questions of different lengths about each."""
+    """Two pictures with three questions of different lengths each."""
     token, rng = config.image_token_id, np.random.default_rng(0)
     out = []
     tokens, side = config.image_tokens, config.vision.position_grid
@@ -44,7 +44,7 @@ def questions_of(prompts: list[Prompt], answers: list[list[int]], token: int) ->
 
 
 def quantised_model(family, model, config, batch):
-    """W4A8 with a scale of its own for every class of tokens."""
+    """W4A8 with one activation scale per token class."""
     recipe = dataclasses.replace(
         PRESETS["w4a8"], head=Section(), rotate=False, balance=False,
         weights=Recipe().weights, modality_scales=True,
@@ -65,7 +65,7 @@ def quantised_model(family, model, config, batch):
 )
 def test_packed_answers_are_those_of_generation(case, kind, monkeypatch) -> None:
     monkeypatch.setattr(picture_questions, "PICTURES", 2)
-    monkeypatch.setattr(picture_questions, "QUESTIONS", 4)  # the last group is part empty
+    monkeypatch.setattr(picture_questions, "QUESTIONS", 4)  # the last group is not full
     family, model, config, inputs, _ = golden_model(case)
     prompts = prompts_of(config, inputs)
 

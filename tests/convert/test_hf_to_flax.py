@@ -1,4 +1,4 @@
-"""The converter's command line: good folders convert, bad ones leave nothing behind."""
+"""The converter's command line: valid folders convert, invalid ones leave no files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_weight_only_conversion(tmp_path, capsys):
         assert {k.storage for k in kernels.values()} == {storage}
     capsys.readouterr()
     args = [str(dst), "--reference", str(GOLDENS / "public"), "--json"]
-    assert verify.main(args) == 0  # a quantised checkpoint is only measured
+    assert verify.main(args) == 0  # no tolerance applies to a quantised checkpoint
     assert 1e-3 < json.loads(capsys.readouterr().out)["arrays"]["vision"]["rel"] < 0.3
 
 
@@ -167,8 +167,8 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# A conversion that stays where all is written and nothing yet renamed.
-# Signals count even where the shell that started the tests ignores them.
+# A conversion that pauses after writing everything, before the rename. It restores the default
+# signal handlers, because the shell that runs the tests may ignore signals.
 HELD = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -181,7 +181,7 @@ sys.exit(main())
 
 
 def _start(dst: Path, marker: str = "", *program: str) -> subprocess.Popen:
-    """A conversion, when ``marker`` is in the folder that it fills (or it has ended)."""
+    """Start a conversion; return when ``marker`` exists in its work folder or it has ended."""
     command = [sys.executable, *(program or ("-m", "convert.hf_to_flax"))]
     command += [str(GOLDENS / "public"), str(dst)]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -201,7 +201,7 @@ sys.exit(main())
 
 @pytest.mark.parametrize("limit", [10, 30_000, 300_000])
 def test_files_may_not_grow_beyond_a_limit(tmp_path, limit):
-    """The lock does not fit, a middle part does not, the largest does not."""
+    """Limits below the size of the lock file, of a middle part, and of the largest part."""
     args = [str(GOLDENS / "public"), str(tmp_path / "dst"), str(limit)]
     child = subprocess.run([sys.executable, "-c", LIMITED, *args], cwd=ROOT, capture_output=True,
                            text=True)  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_killed_conversion_leaves_no_half_checkpoint(tmp_path, delay):
 
 @pytest.mark.slow
 def test_kills_at_random_points(tmp_path):
-    """From the first file on, which takes a second or so."""
+    """Kill after random delays, counted from the first file, which appears after about a second."""
     rng = np.random.default_rng(0)
     for i in range(30):
         folder = tmp_path / str(i)
@@ -274,7 +274,7 @@ def test_a_conversion_terminated_at_any_time_leaves_all_or_nothing(tmp_path):
     left = list(tmp_path.iterdir())
     if child.returncode == 130:
         assert left in ([], [dst])
-    else:  # it was done before the signal, or on its way out
+    else:  # it finished before the signal, or while exiting
         assert child.returncode in (0, -signal.SIGTERM) and left == [dst]
     if left:
         load_params(dst)

@@ -1,4 +1,4 @@
-"""An interrupted conversion goes on where it was, and makes the same tensors."""
+"""An interrupted conversion resumes where it stopped and makes the same tensors."""
 
 import dataclasses
 import errno
@@ -13,9 +13,8 @@ from mquant_jax.checkpoint.workspace import work_folder
 from mquant_jax.errors import UserError
 from mquant_jax.presets import PRESETS
 from mquant_jax.ptq.convert import convert
-from mquant_jax.samples import DEMO_ASSETS
+from tests.chat_cases import folder_of
 
-SOURCE = DEMO_ASSETS / "model"
 RECIPE = dataclasses.replace(
     PRESETS["w4a8"],
     calibration=dataclasses.replace(PRESETS["w4a8"].calibration, max_samples=3),
@@ -23,7 +22,7 @@ RECIPE = dataclasses.replace(
 
 
 class Killed(BaseException):
-    """In the place of a kill: nothing that a program does on its way out may matter."""
+    """Simulates a kill: the result must not depend on cleanup code."""
 
 
 def hashes(folder) -> dict[str, str]:
@@ -32,14 +31,20 @@ def hashes(folder) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def source(tmp_path_factory):
+    """A tiny Qwen2-VL with random weights."""
+    return folder_of("qwen2_vl/public", tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory):
     dst = tmp_path_factory.mktemp("undisturbed") / "dst"
-    convert(SOURCE, dst, RECIPE)
+    convert(source, dst, RECIPE)
     return hashes(dst)
 
 
 def killing(monkeypatch, after: int, before_writing: bool) -> None:
-    """Stop at the ``after``-th record of the journal from now on."""
+    """Raise :class:`Killed` at the ``after``-th journal record from now on."""
     append, count = Journal.append, 0
 
     def counted(self, record):
@@ -54,13 +59,15 @@ def killing(monkeypatch, after: int, before_writing: bool) -> None:
     monkeypatch.setattr(Journal, "append", counted)
 
 
-def test_a_conversion_that_is_stopped_again_and_again(tmp_path, monkeypatch, undisturbed) -> None:
+def test_a_conversion_that_is_stopped_again_and_again(
+    source, tmp_path, monkeypatch, undisturbed
+) -> None:
     dst, stops = tmp_path / "dst", 0
     while not dst.exists():
         with monkeypatch.context() as patch:
-            killing(patch, 7 if stops else 2, before_writing=stops % 2 == 1)
+            killing(patch, 5 if stops else 2, before_writing=stops % 2 == 1)
             try:
-                convert(SOURCE, dst, RECIPE, resume=True)
+                convert(source, dst, RECIPE, resume=True)
             except Killed:
                 stops += 1
         assert {p.name for p in tmp_path.iterdir()} <= {"dst", "dst.work"}
@@ -68,15 +75,15 @@ def test_a_conversion_that_is_stopped_again_and_again(tmp_path, monkeypatch, und
     assert hashes(dst) == undisturbed
     assert [p.name for p in tmp_path.iterdir()] == ["dst"]
     made = dst.stat().st_ino
-    convert(SOURCE, dst, RECIPE, resume=True)  # killed after the last rename, for all one knows
+    convert(source, dst, RECIPE, resume=True)  # as after a kill that came after the last rename
     other = dataclasses.replace(RECIPE, seed=5)
     with pytest.raises(UserError, match="exists already and was made from other inputs"):
-        convert(SOURCE, dst, other, resume=True)
+        convert(source, dst, other, resume=True)
     assert dst.stat().st_ino == made and [p.name for p in tmp_path.iterdir()] == ["dst"]
 
 
-def stopped(tmp_path, monkeypatch, recipe=RECIPE):
-    """What a conversion leaves that was stopped in the middle of its rounding pass."""
+def stopped(source, tmp_path, monkeypatch, recipe=RECIPE):
+    """The folder of a conversion that was stopped during its rounding pass."""
     dst = tmp_path / "dst"
     with monkeypatch.context() as patch:
         write, count = TensorFileWriter.write, 0
@@ -90,31 +97,31 @@ def stopped(tmp_path, monkeypatch, recipe=RECIPE):
 
         patch.setattr(TensorFileWriter, "write", failing)
         with pytest.raises(UserError, match="the disk is full.*--resume continues"):
-            convert(SOURCE, dst, recipe)
+            convert(source, dst, recipe)
     assert not dst.exists()
     return dst
 
 
 @pytest.mark.slow
-def test_a_full_disk_and_other_inputs(tmp_path, monkeypatch, undisturbed) -> None:
-    dst = stopped(tmp_path, monkeypatch)
+def test_a_full_disk_and_other_inputs(source, tmp_path, monkeypatch, undisturbed) -> None:
+    dst = stopped(source, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="--resume continues it, --restart begins anew"):
-        convert(SOURCE, dst, RECIPE, overwrite=True)
+        convert(source, dst, RECIPE, overwrite=True)
     other = dataclasses.replace(RECIPE, seed=5)
     with pytest.raises(UserError, match="recipe.seed .there 0, now 5."):
-        convert(SOURCE, dst, other, resume=True)
+        convert(source, dst, other, resume=True)
     part = next((work_folder(dst) / "result" / "params").glob("*.safetensors"))
     kept = part.read_bytes()
     part.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     with pytest.raises(UserError, match="is not as it was written.*--restart"):
-        convert(SOURCE, dst, RECIPE, resume=True)
+        convert(source, dst, RECIPE, resume=True)
     part.write_bytes(kept)
-    convert(SOURCE, dst, RECIPE, resume=True)
+    convert(source, dst, RECIPE, resume=True)
     assert hashes(dst) == undisturbed
 
 
-def test_lost_states_are_named(tmp_path, monkeypatch) -> None:
-    dst = stopped(tmp_path, monkeypatch)
+def test_lost_states_are_named(source, tmp_path, monkeypatch) -> None:
+    dst = stopped(source, tmp_path, monkeypatch)
     shutil.rmtree(work_folder(dst) / "states")
     with pytest.raises(UserError, match="states after .* are missing.*--restart"):
-        convert(SOURCE, dst, RECIPE, resume=True)
+        convert(source, dst, RECIPE, resume=True)

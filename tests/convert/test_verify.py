@@ -1,4 +1,4 @@
-"""The verifier: what it measures, and when it says no."""
+"""The verifier: what it measures, and when it fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def converted(tmp_path_factory):
 
 
 def _reference(to, **changes):
-    """A copy of the golden's recordings; ``changes`` replace outputs, None removes one."""
+    """A copy of the golden's recorded arrays; ``changes`` replace outputs, ``None`` removes one."""
     to.mkdir()
     shutil.copyfile(GOLDENS / "public" / "inputs.safetensors", to / "inputs.safetensors")
     out = load_file(GOLDENS / "public" / "outputs.safetensors") | changes

@@ -1,4 +1,4 @@
-"""The demonstration tasks and their tokenizer."""
+"""The tasks of the demonstration model, and its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a small LLaVA: its own form of the language model, pictures and questions."""
+"""Training a small LLaVA: the training form of the language model, pictures and questions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.llava_cases import CLIP
 
 
 def updates_of(frozen: low_rank.Tree, rank: int) -> low_rank.Tree:
-    """Random factors, large enough to be seen."""
+    """Random LoRA factors, large enough to change the outputs."""
     fresh = low_rank.fresh_updates(frozen, rank, seed=1)
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.1, jnp.float32), fresh)
 
 
 def test_questions_see_the_picture_and_themselves_alone() -> None:
-    """The training form with its updates is the package's model with the updates merged."""
+    """The training form with LoRA updates equals the package's model with the updates merged."""
     family, model, config, inputs, _ = golden_model(CLIP)
     source = load_file(GOLDENS / CLIP / "model.safetensors")
     shape = low_rank.shape_of(golden(*CLIP.split("/"))[0]["text_config"])
@@ -95,6 +95,6 @@ def test_places_are_named_row_by_row() -> None:
 def test_only_answers_and_their_ends_are_learned() -> None:
     ids, at, labels = row_of([11, 12, 13], [7, 2])
     assert ids.tolist() == [11, 12, 13, 7, 2] + [0] * (LENGTH - 5)
-    assert at.tolist() == [2, 3] + [-1] * (ANSWER - 2)  # the last token asked predicts the first
+    assert at.tolist() == [2, 3] + [-1] * (ANSWER - 2)  # 2 predicts 7, 3 predicts 2
     assert labels.tolist() == [7, 2] + [-1] * (ANSWER - 2)
     assert row_of([1] * LENGTH, [2]) is None and row_of([1], [2] * (ANSWER + 1)) is None

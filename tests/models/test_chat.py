@@ -1,4 +1,4 @@
-"""Chats that hold their pictures, by every family; what users type stays text."""
+"""Chats with inline pictures in every family; text typed by users never becomes a special token."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_clean_chat_is_the_prompt_of_its_messages(made) -> None:
                                for p in m["content"]]} for m in chat]  # fmt: skip
     expected = processor.messages(plain, [PIXELS] if family.pictures else [])
     same(processor.chat(chat), expected)
-    # What hides nothing changes nothing, though another tokenizer encodes it.
+    # The literal tokenizer encodes text without special spellings as the plain one does.
     ids = processor.rendered_ids(HELLO, True)
     assert processor.literal.encode(HELLO, True) == ids or not processor.SPELLED
     assert processor.literal.encode(HELLO) == processor.rendered_ids(HELLO)
@@ -151,7 +151,7 @@ def spellings(processor: Any) -> list[str]:
 
 
 def test_what_a_user_types_stays_text(made) -> None:
-    """Its ids are those of its letters, whatever it spells and wherever it stands."""
+    """Text that spells special tokens is encoded letter by letter, anywhere in a message."""
     family, processor = made
     pictures = [image_part()] if family.pictures else []
 
@@ -200,7 +200,7 @@ def test_generate_still_places_pictures(made) -> None:
 
 
 def test_a_trained_tokenizer() -> None:
-    """The demonstration model's: the copy that knows no spellings gives the same ids."""
+    """The demonstration model's tokenizer, and its copy without special tokens, give equal ids."""
     family, config = family_of(json.loads((DEMO_ASSETS / "model" / "config.json").read_text()))
     processor = family.processor(DEMO_ASSETS / "model", config)
     for sample in read_samples(BUNDLED_HELDOUT, 40):
@@ -223,7 +223,7 @@ def test_malformed_parts() -> None:
     fails("both image and path", chat({"type": "image", "image": "a", "path": "b"}))
     fails("expected frames", chat({"type": "video"}))
     fails("not base64", chat({"type": "image", "base64": "!"}))
-    # Others are the families' to judge.
+    # Parts of other types are left to the families.
     for other in ("audio", ["image"], None):
         assert take_media([{"role": "user", "content": [{"type": other}]}])[1:] == ([], [])
 
@@ -239,7 +239,7 @@ def test_sampling_defaults(tmp_path) -> None:
     assert read(do_sample=True, temperature=None) == {
         "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
     }  # fmt: skip
-    # Qwen2-VL's
+    # as published for Qwen2-VL
     assert read(do_sample=True, temperature=0.01, top_k=1, top_p=0.001)["temperature"] == 0.01
     assert read(do_sample=True, temperature=0) == greedy
     assert read(do_sample=True, top_p=0)["top_p"] == 1e-6
@@ -255,7 +255,7 @@ def tokenizer(kind: Any, *tokens: AddedToken) -> Tokenizer:
 
 
 def test_tokens_of_a_vocabulary_that_merges_would_make() -> None:
-    """As in vocabularies from SentencePiece, where special tokens are pieces."""
+    """Special tokens may be ordinary pieces, as in SentencePiece vocabularies."""
     letters = {c: i for i, c in enumerate("<s>/abc")}
     kind = models.BPE({**letters, "<s": 7, "<s>": 8, "ab": 9}, [("<", "s"), ("<s", ">"),
                       ("a", "b")])  # fmt: skip
@@ -290,7 +290,8 @@ def test_text_that_becomes_a_token_when_it_is_normalised() -> None:
 
 
 def test_what_an_answer_shows_may_be_told_again() -> None:
-    """Tokens that are not special, such as those around thoughts; white space is text."""
+    """Answers in the history may spell visible added tokens, such as the marks around thoughts;
+    user text may not. White space is always text."""
     letters = {c: i for i, c in enumerate("<t>h ")}
     made = tokenizer(models.BPE(letters, []), AddedToken("<th>"), AddedToken("  "))
     text = LiteralText(made, (), ["<th>"])

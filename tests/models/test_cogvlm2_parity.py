@@ -1,4 +1,4 @@
-"""The float CogVLM2 against the published code's own numbers (tests/goldens/cogvlm2)."""
+"""The float CogVLM2 against outputs of the published code (tests/goldens/cogvlm2)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_positions_and_experts_of_the_reference() -> None:
 
 
 def by_the_letter(types: list[int]) -> list[int]:
-    """Positions of one row, step by step as the description has them."""
+    """Positions of one row, step by step as the family's description defines them."""
     kinds = list(types)
     for i, t in enumerate(types):
         if t == 1:
@@ -78,7 +78,7 @@ def test_positions_of_any_layout() -> None:
 
 
 def test_rows_do_not_depend_on_their_company() -> None:
-    """Pictures first, last, side by side; text alone. Padding changes nothing."""
+    """Pictures first, last and adjacent, and text-only rows; padding changes nothing."""
     model, config, inputs, _ = golden_case(CASE)
     first = next(reference_prompts(config, inputs))
     picture, n = [VISUAL] * config.vision.tokens, config.vision.side**2
@@ -97,16 +97,16 @@ def test_rows_do_not_depend_on_their_company() -> None:
     ]
     rows_stand_alone(model, partial(collate, config), prompts, pad_to=64)
     alone = collate(config, prompts[-1:])
-    # The last vector of a run is the language expert's, also at the very end.
+    # The last token of a visual run uses the language expert, even at the end of the prompt.
     assert alone.token_class[0].tolist() == [0, *[1] * 21, 0, 0, *[1] * 10, 0]
     middle = alone.positions[0, 0, 1:23].tolist()
-    assert middle == [1, *[2] * 20, 3]  # side by side, two pictures share their position
+    assert middle == [1, *[2] * 20, 3]  # adjacent pictures share one position
     assert alone.next_position.tolist() == [8]
     assert collate(config, prompts[1:2]).positions[0, 0].tolist() == [0, *[1] * 9, 2, 3, 4]
 
 
 def test_stored_frequencies_are_used() -> None:
-    """They are not those of the formula, which shows."""
+    """The stored frequencies differ from the formula's, and the logits depend on them."""
     model, config, inputs, outputs = golden_case(CASE)
     stored = np.asarray(model.language.layers.frequencies.get_value())
     computed = 500000.0 ** -(np.arange(8) / 8)

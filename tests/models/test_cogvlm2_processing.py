@@ -21,7 +21,7 @@ from tests.hf_folders import write_tokenizer
 
 CASE = "cogvlm2/public"
 TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>")
-BOS = 368  # as the goldens number it
+BOS = 368  # id in the goldens
 
 
 def make_folder(folder: Path, **config) -> Path:
@@ -72,7 +72,7 @@ def test_conversations(processor, tmp_path) -> None:
     ]
     prompt = processor.messages(chat, golden_pictures(CASE)[:1])
     n = processor.config.vision.tokens
-    assert prompt.input_ids[1 : n + 1] == [VISUAL] * n  # in front, wherever it was shown
+    assert prompt.input_ids[1 : n + 1] == [VISUAL] * n  # always first
     said = "Question: A? Answer: B.\nQuestion: C? Answer:"
     assert processor.tokenizer.decode(prompt.input_ids[n + 1 :]) == said
     short = processor_of(make_folder(tmp_path / "vqa", template_version="vqa"))
@@ -98,7 +98,7 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
-    """With the bundled pictures; the recipe is the preset, but cheaper to make."""
+    """Uses the bundled pictures and a cheap variant of the preset."""
     src = make_folder(tmp_path / "src")
     recipe = cheap_w4a8(tmp_path, vision={})
     args = [str(src), str(tmp_path / "dst"), "--recipe", str(recipe), "--json"]

@@ -1,4 +1,4 @@
-"""The published CogVLM2-Llama3-19B in full size, as shapes: its count, W4A8 prefill and decode."""
+"""The published CogVLM2-Llama3-19B, as abstract shapes: parameter count, W4A8 steps."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_full_size_w4a8(aifs) -> None:
     frequencies = sum(math.prod(r.shape) for r in rules if r.src.endswith("inv_freq"))
     total = sum(math.prod(r.shape) for r in rules)
     assert frequencies == 32 * 64 and total - frequencies == 19_503_105_280
-    assert 2 * total == 39_006_214_656  # bytes that the published index counts
+    assert 2 * total == 39_006_214_656  # bytes, by the published index
     assert config.vision.tokens == 2306 and config.placeholder == 128002
     model, held, size = w4a8(family, config)
     assert quantised_count(held) == 32 * 14 + 63 * 6 + 1 + 1 + 4 + 1
     assert 10.0 < size / 2**30 < 10.2  # int4, int8 head, bf16 embedding; 36.3 in bf16
-    slots = 2305 if aifs else None  # the last vector is the language expert's
+    slots = 2305 if aifs else None  # the last one uses the language expert
     cache = prefill_and_decode(model, 128256, 2306 + 62, 1, 9216, slots)
     assert cache.v.shape == (32, 1, 8, 2306 + 62 + 32, 128)

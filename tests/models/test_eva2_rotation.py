@@ -1,4 +1,4 @@
-"""GLM-4V and CogVLM2 rotated: the function stays; W4A8 comes out close."""
+"""GLM-4V and CogVLM2: rotation keeps the function, and W4A8 logits are close."""
 
 import dataclasses
 from functools import partial
@@ -24,7 +24,7 @@ from tests.family_cases import (
     rotated_twin,
 )
 from tests.family_checks import w4a8_error
-from tests.helpers import mostly_slow, quantised, relative
+from tests.helpers import quantised, relative
 
 _TOWER = ("q_proj", "k_proj", "v_proj", "fc1")
 check = partial(rotated_twin, rtol=1e-5)
@@ -39,11 +39,11 @@ def test_the_rotated_model_equals_the_original(case) -> None:
     norms = [m for _, m in nnx.iter_modules(twin) if isinstance(m, LayerNorm)]
     layer = twin.vision.layers
     kept = [twin.vision.merger.norm, layer.attn_norm, layer.mlp_norm]
-    assert {id(n) for n in norms} == {id(n) for n in kept}  # no rotated stream runs through those
+    assert {id(n) for n in norms} == {id(n) for n in kept}  # these are not on a rotated stream
     same = {n for n, x in params.items() if np.array_equal(x, rotated[n])}
     same = {n for n in same if not n.endswith("frequencies")}
     language = {n for n in same if n.startswith("language/")}
-    # Neither rope nor what stands between a stream and its norms can be rotated.
+    # Rope prevents rotating q and k; tensors between a stream and its norms are not rotated either.
     assert {n.split("/")[-2] for n in language} <= {"q_proj", "k_proj"}
     writers = {"vision/class_token", "vision/positions", "vision/patch_embed/proj/kernel"}
     assert all("norm/" in n or n.endswith("bias") for n in same - language - writers)
@@ -58,7 +58,7 @@ def test_the_recipe_chooses_the_tower_reads(case) -> None:
     recipe = dataclasses.replace(ROTATED, online_reads=False)
     twin = check(family, config, params, case, recipe)
     rotated = get_params(twin)
-    for name in _TOWER[:2] + _TOWER[3:]:  # values are rotated head by head all the same
+    for name in _TOWER[:2] + _TOWER[3:]:  # values are rotated per head in any case
         kernel = f"vision/layers/0/{name}/kernel"
         np.testing.assert_array_equal(rotated[kernel], params[kernel])
     assert twin.vision.layers.attn_in.rotation is None
@@ -75,7 +75,7 @@ def test_odd_widths_and_a_padded_mlp(case) -> None:
 
 
 def spiky(params):
-    """A channel of the tower's stream far above the others, which its readers know."""
+    """Scale up one channel of the tower's stream; its readers compensate."""
     out = {name: np.array(value) for name, value in params.items()}
     for name, value in out.items():
         if name.startswith("vision/layers/"):
@@ -100,7 +100,8 @@ def test_rotating_what_is_read_pays_where_channels_stand_out() -> None:
     assert error[True] < 0.6 * error[False], error
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, CASES[0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_w4a8_is_close(case) -> None:
     family, config = family_of(changed_config(case))
     error, report = w4a8_error(family, config, golden_params(case), case)

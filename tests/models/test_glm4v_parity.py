@@ -1,4 +1,4 @@
-"""The float GLM-4V against the published code's own numbers (tests/goldens/glm4v)."""
+"""The float GLM-4V against outputs of the published code (tests/goldens/glm4v)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_what_only_the_golden_records() -> None:
 
 
 def test_a_picture_anywhere_and_rows_without() -> None:
-    """Rows do not depend on their company; the published code cannot mix such rows."""
+    """Rows with pictures at any position and text-only rows share a batch, which the published code
+    does not support, without changing each other's logits."""
     model, config, inputs, _ = golden_case(CASE)
     first, second = reference_prompts(config, inputs)
     text = dataclasses.replace(first, input_ids=[5, 6, 7], grids=[], patches=np.zeros((0, 0)))
@@ -82,7 +83,7 @@ def test_a_picture_anywhere_and_rows_without() -> None:
 
 
 def test_a_second_batch_of_text_is_verified(tmp_path, capsys) -> None:
-    """Recorded as ``text_*`` beside the pictures; here from our own numbers."""
+    """Arrays named ``text_*`` hold a second, text-only batch; here recorded from our own model."""
     model, config, inputs, outputs = golden_case(CASE)
     ids = inputs["input_ids"][:, -7:].copy()
     ids[0, :2] = config.boi - 10
@@ -120,7 +121,7 @@ def test_bad_references_are_said() -> None:
 
 
 def test_partial_rope_turns_neighbouring_pairs() -> None:
-    """The published form, computed by complex numbers, on queries as published."""
+    """Compared with the published definition in complex numbers, on the published channel order."""
     rng, d = np.random.default_rng(0), 24
     published = rng.normal(size=(2, 5, d)).astype(np.float32)  # [B, T, d]
     angles = np.arange(5)[:, None] * frequencies(d // 2, 30000.0)  # [T, d/4]
@@ -156,7 +157,7 @@ def test_other_sizes_and_settings() -> None:
 
 
 def test_the_language_model_alone() -> None:
-    """GLM-4 is published under the same model_type."""
+    """GLM-4, without a tower, is published under the same model_type."""
     hf = changed_config(CASE)
     del hf["vision_config"]
     assert family_for(hf) is TEXT_FAMILY and family_for(changed_config(CASE)) is FAMILY

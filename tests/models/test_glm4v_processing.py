@@ -22,11 +22,11 @@ from tests.family_checks import answers, cheap_w4a8, drawn
 from tests.helpers import GOLDENS, fails, golden, golden_pictures
 
 CASE = "glm4v/public"
-FIRST = 370  # id of the first special token, as the goldens number them
+FIRST = 370  # id of the first special token in the goldens
 
 
 def make_folder(folder: Path, config: dict | None = None) -> Path:
-    """Bytes and fillers, so that special tokens follow as in the published vocabulary."""
+    """A tokenizer of bytes and filler tokens, with the special tokens in their published order."""
     folder.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(GOLDENS / CASE / name, folder / name)
@@ -67,7 +67,7 @@ def test_a_turn_as_the_reference_has_it(processor) -> None:
     assert text == "[gMASK]<sop><|user|>\n*What?<|assistant|>"
     reference = inputs["input_ids"][0].tolist()
     begin = reference.index(processor.config.boi)
-    # The goldens have another stand-in for a line break.
+    # The goldens use another id in place of a line break.
     assert prompt.input_ids[:3] == reference[:3] and begin == 4
     assert prompt.grids == [(1, 6, 6)] and prompt.patches.shape == (36, 588)
     batch = processor.collate([prompt, processor.prompt("Text alone")])
@@ -129,7 +129,7 @@ def test_a_converted_folder_answers(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_w4a8_from_the_command_line(tmp_path, capsys) -> None:
-    """With the bundled pictures; the recipe is the preset, but cheaper to make."""
+    """Uses the bundled pictures and a cheap variant of the preset."""
     src = make_folder(tmp_path / "src")
     recipe = cheap_w4a8(tmp_path)
     args = [str(src), str(tmp_path / "dst"), "--recipe", str(recipe), "--json"]

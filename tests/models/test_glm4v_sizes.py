@@ -1,4 +1,4 @@
-"""The published GLM-4V-9B in full size, as shapes: its count, and W4A8 prefill and decode."""
+"""The published GLM-4V-9B, as abstract shapes: parameter count, W4A8 prefill and decode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PUBLISHED = {
         "num_hidden_layers": 63, "num_positions": 6401, "patch_size": 14, "scaling_factor": 8,
     },
 }  # fmt: skip
-LAYERS = {"language": 8_158_433_280, "tower": 4_279_387_392}  # as users report them
+LAYERS = {"language": 8_158_433_280, "tower": 4_279_387_392}  # as reported by users
 
 
 def test_full_size_w4a8() -> None:

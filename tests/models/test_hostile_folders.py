@@ -1,4 +1,4 @@
-"""Folders of every family with hostile values in their JSON: a processor, or one clear line."""
+"""Folders of every family with hostile JSON values: a processor, or a one-line error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.models import (
 )
 from tests.models.test_config_keys import HOSTILE
 
-# File -> keys that are worth a try: those that we read, those that transformers reads.
+# File -> keys to change: those that we or transformers read.
 KEYS = {
     "config.json": ("eos_token_id", "template", "template_version", "slice_config", "model_type"),
     "generation_config.json": ("eos_token_id", "chat_format", "max_window_size", "temperature"),
@@ -99,7 +99,7 @@ def check(folder: Path) -> None:
 
 
 def try_values(made: Path, seed: int, count: int) -> int:
-    """Refusals among ``count`` single changes; anything but a :class:`UserError` is a failure."""
+    """Number of refusals among ``count`` single changes; only :class:`UserError` may be raised."""
     rng, refused = random.Random(seed), 0
     for _ in range(count):
         name = rng.choice(list(KEYS))
@@ -108,7 +108,7 @@ def try_values(made: Path, seed: int, count: int) -> int:
         before = path.read_bytes() if path.exists() else None
         data = json.loads(before) if before else {}
         if isinstance(value, int) and value.bit_length() > 1000:
-            continue  # such numbers are no JSON that Python would write
+            continue  # json cannot write such numbers
         path.write_text(json.dumps(data | {key: value}), encoding="utf-8")
         try:
             check(made)

@@ -1,4 +1,4 @@
-"""Pictures of every mode and form become the same 8-bit RGB, or one clear error."""
+"""Pictures of every mode and input type become the same 8-bit RGB, or raise one clear error."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(depth: int, colour: int, rows: list[bytes], width: int, *extra: bytes) -> bytes:
-    """A PNG of these packed rows, the chunks ``extra`` before its data."""
+    """A PNG with these packed rows; the chunks ``extra`` come before its data."""
     header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     chunks = (chunk(b"IHDR", header), *extra, chunk(b"IDAT", data), chunk(b"IEND", b""))
@@ -45,7 +45,7 @@ def png(depth: int, colour: int, rows: list[bytes], width: int, *extra: bytes) -
 
 
 def tiff(bits: int, data: bytes, width: int, photometric: int = 1, sample_format: int = 1) -> bytes:
-    """A little-endian grey TIFF of one row."""
+    """A little-endian greyscale TIFF with one row."""
     tags = [(256, 3, width), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
             (273, 4, 8), (277, 3, 1), (278, 3, 1), (279, 4, len(data)),
             (339, 3, sample_format)]  # fmt: skip
@@ -56,14 +56,14 @@ def tiff(bits: int, data: bytes, width: int, photometric: int = 1, sample_format
 
 
 def on_white(image: Image.Image) -> np.ndarray:
-    """By hand: ``alpha * colour + (1 - alpha) * 255``."""
+    """Composite on white: ``alpha * colour + (1 - alpha) * 255``."""
     rgba = np.asarray(image.convert("RGBA"), np.float64)
     alpha = rgba[..., 3:] / 255
     return alpha * rgba[..., :3] + (1 - alpha) * 255
 
 
 def transparent(mode: str) -> Image.Image:
-    """A picture of colours under every opacity."""
+    """A picture with many colours and opacities."""
     rgba = Image.fromarray(np.dstack([RGB, GREY]), "RGBA")
     if mode in ("LA", "La"):
         return rgba.convert("LA").convert(mode)
@@ -72,7 +72,7 @@ def transparent(mode: str) -> Image.Image:
     return rgba.convert(mode)
 
 
-# --- the same picture, however it is given --------------------------------------------------
+# --- input types ----------------------------------------------------------------------------
 
 
 def test_every_form_of_one_picture(tmp_path) -> None:
@@ -81,7 +81,7 @@ def test_every_form_of_one_picture(tmp_path) -> None:
     (tmp_path / "a.png").write_bytes(data)
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     stream = io.BytesIO(data)
-    stream.read(3)  # where it was left does not matter
+    stream.read(3)  # the file position does not matter
     forms = [
         image, tmp_path / "a.png", str(tmp_path / "a.png"), data, bytearray(data),
         memoryview(data), stream, stream, url, url.replace("data:image/png", "DATA:"), RGB,
@@ -109,7 +109,7 @@ def test_floats_between_0_and_1(dtype) -> None:
 
 
 class Arraylike:
-    """An array of another library."""
+    """Stands in for another library's array."""
 
     dtype, shape = "its own", (5, 7, 3)
 
@@ -238,7 +238,7 @@ def test_exif_orientation(turn, tmp_path) -> None:
                  Image.open(io.BytesIO(data)).convert("RGB")):  # fmt: skip
         np.testing.assert_array_equal(pixels(form), expected)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    np.testing.assert_array_equal(pixels(upright), expected)  # and not turned again
+    np.testing.assert_array_equal(pixels(upright), expected)  # not rotated twice
 
 
 def test_orientation_of_deep_greys_and_of_tiff() -> None:
@@ -263,7 +263,7 @@ def test_the_first_frame_of_an_animation() -> None:
         assert pixels(data).min() == 255, kind
 
 
-# --- what is refused ------------------------------------------------------------------------
+# --- refused input --------------------------------------------------------------------------
 
 
 def test_no_other_program_is_started(tmp_path, monkeypatch) -> None:

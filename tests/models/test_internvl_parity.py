@@ -1,4 +1,4 @@
-"""The float InternVL against the published code's own numbers (tests/goldens/internvl*)."""
+"""The float InternVL against outputs of the published code (tests/goldens/internvl*)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_counts_that_do_not_match() -> None:
 
 
 def test_pixel_shuffle_by_hand() -> None:
-    patches = np.arange(16.0).reshape(1, 16, 1)  # a 4 x 4 picture whose values are its numbers
+    patches = np.arange(16.0).reshape(1, 16, 1)  # a 4 x 4 picture; each value is its patch's index
     rows = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     np.testing.assert_array_equal(pixel_shuffle(patches, 2)[0], rows)
     columns = [rows[0], rows[2], rows[1], rows[3]]
@@ -65,7 +65,7 @@ def test_pixel_shuffle_by_hand() -> None:
 
 
 def test_grouped_rows_by_hand_and_back() -> None:
-    # Two key/value heads of width 1, each shared by three query heads.
+    # Two key/value heads of width 1, three query heads per key/value head.
     source = np.array([0, 1, 2, 100, 200, 3, 4, 5, 101, 201])[:, None]
     parts = {"q": Rows(0, 3, 5, 2), "k": Rows(3, 4, 5, 2), "v": Rows(4, 5, 5, 2)}
     got = {name: rows.view(source).reshape(-1).tolist() for name, rows in parts.items()}
@@ -82,10 +82,10 @@ def test_grouped_rows_by_hand_and_back() -> None:
 
 
 def test_positions_are_resampled_for_other_tiles() -> None:
-    """A linear ramp stays one away from the border; the same size changes nothing."""
+    """A linear ramp stays linear away from the border; an unchanged size changes nothing."""
     np.testing.assert_array_equal(cubic_weights(7, 7), np.eye(7))
     assert cubic_weights(8, 5).sum(1) == pytest.approx(1)
-    # The four weights that double a picture's size with a = -0.75, of the second of four points.
+    # Cubic weights (a = -0.75) for the second of four points when the size doubles.
     far, near, beside, beyond = -0.03515625, 0.26171875, 0.87890625, -0.10546875
     expected = [beyond, near, beside, beside, near, beyond, far, 0]
     assert cubic_weights(4, 8)[:, 1] == pytest.approx(expected, abs=1e-12)

@@ -19,7 +19,7 @@ from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer
 from tests.internvl_cases import CASES
 
-ORDERS = {  # special tokens as the goldens number them, from the first id on
+ORDERS = {  # special tokens in the goldens' order, with the first id
     "internvl2/public": ("<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<|im_end|>"),
     "internvl/public": (
         "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<video>", "<IMG_CONTEXT>",
@@ -54,7 +54,7 @@ def processor(request, tmp_path_factory) -> InternVLProcessor:
 
 
 def text_of(processor: InternVLProcessor, ids: list[int]) -> str:
-    """The prompt's text with runs of placeholders drawn together."""
+    """The prompt's text, with each run of placeholders as one."""
     token = processor.image_token_id
     once = [t for i, t in enumerate(ids) if t != token or ids[i - 1] != t]
     return processor.tokenizer.decode(once)

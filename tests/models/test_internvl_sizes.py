@@ -1,4 +1,4 @@
-"""Published InternVL models in full size, as shapes: counts, and W4A8 prefill and decode."""
+"""Published InternVL models, as abstract shapes: parameter counts, W4A8 prefill and decode."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ INTERNVL3_38B = native(
 
 
 def qwen_count(hf: dict) -> int:
-    """Parameters of a Qwen2 with its own head, by the book."""
+    """Parameter count of a Qwen2 with an untied head, from its definition."""
     t = hf["text_config"]
     d, inner = t["hidden_size"], t["intermediate_size"]
     kv = d // t["num_attention_heads"] * t["num_key_value_heads"]

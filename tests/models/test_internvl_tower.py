@@ -1,6 +1,6 @@
 """InternViT and the projector against the family's description in plain NumPy, float64.
 
-The goldens hold the small tower alone; this is the large one, whose norms differ.
+The goldens cover only the small tower; this tests the large one, which has other norms.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def rms(x, weight, eps):
 
 
 def layer(x, p, heads, eps):
-    """One block of the tower of RMSNorms: ``x [1 + P, d]``."""
+    """One block of the tower with RMSNorm: ``x [1 + P, d]``."""
 
     def dense(x, name):
         return x @ p[f"{name}/kernel"].T + p.get(f"{name}/bias", 0)
 
     h = rms(x, p["attn_norm/weight"], eps)
-    q = rms(dense(h, "q_proj"), p["q_norm/weight"], eps)  # all heads together
+    q = rms(dense(h, "q_proj"), p["q_norm/weight"], eps)  # over all heads
     k = rms(dense(h, "k_proj"), p["k_norm/weight"], eps)
     split = [y.reshape(len(x), heads, -1).swapaxes(0, 1) for y in (q, k, dense(h, "v_proj"))]
     q, k, v = split
@@ -89,7 +89,7 @@ def test_the_tower_of_rms_norms(case) -> None:
 
 
 def test_bfloat16_stays_bfloat16() -> None:
-    """No parameter or constant lifts the stream to float32 on its way."""
+    """No parameter or constant promotes the stream to float32."""
     case = "internvl/public"
     config = InternVLConfig.from_hf(changed_config(case))
     params = random_params(config)

@@ -1,4 +1,4 @@
-"""The text-only families against transformers' own numbers, before and after rotation."""
+"""The text-only families against outputs of transformers, before and after rotation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mquant_jax.recipe import Recipe
 from tests.family_checks import RTOL, greedy_with_the_cache, rows_stand_alone
 from tests.helpers import forward, golden_llama, relative
 
-# What the published goldens do not use: every bias, an odd head width, one stretched context.
+# Features that the goldens lack: all biases and a scaled context.
 RICH = {
     "attention_bias": True,
     "mlp_bias": True,

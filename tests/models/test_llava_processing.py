@@ -20,17 +20,17 @@ from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer
 from tests.llava_cases import CLIP, DINOV2, GOLDEN_CASES, SIGLIP
 
-SPECIAL = ("<s>", "</s>", "<image>")  # the placeholder is 391, as in the goldens
+SPECIAL = ("<s>", "</s>", "<image>")  # the placeholder has id 391, as in the goldens
 PARTS = (
     "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'image' %}"
     "[<image>]{% else %}{{ c.text }}{% endif %}{% endfor %};{% endfor %}answer:"
 )
-# Of a language model: contents are texts.
+# A language model's template: contents are plain text.
 TEXTS = "<s>{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
 
 
 def make_folder(folder: Path, case: str = CLIP, files: Any = (), **tokenizer: str) -> Path:
-    """A golden's model with a tokenizer; ``files`` replace JSON files, or remove them (None)."""
+    """A golden's model with a tokenizer; ``files`` replace JSON files, ``None`` removes one."""
     for path in (GOLDENS / case).iterdir():
         if path.suffix == ".json" or path.name == "model.safetensors":
             shutil.copyfile(path, folder / path.name)
@@ -56,7 +56,7 @@ def text_of(p: LlavaProcessor, prompt: Any) -> str:
 def test_pixels_match_the_reference_bit_by_bit(case, saved, tmp_path) -> None:
     settings = json.loads((GOLDENS / case / "preprocessor_config.json").read_text())
     files = {}
-    if saved == "whole":  # as transformers 5 saves it
+    if saved == "whole":  # as saved by transformers 5
         settings["image_processor_type"] += "Fast"
         files = {"preprocessor_config.json": None,
                  "processor_config.json": {"image_processor": settings}}  # fmt: skip
@@ -79,7 +79,7 @@ def test_siglip_squeezes_and_older_files_give_numbers(tmp_path) -> None:
     settings = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 56, "width": 56},
                 "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}  # fmt: skip
     squeezed = by_hand(image, (56, 56), 0.5, 0.5)
-    for given in (settings, {}):  # the tower tells where the file does not
+    for given in (settings, {}):  # the tower's size is the default
         files = {"config.json": hf, "preprocessor_config.json": given}
         got = processor_of(make_folder(tmp_path, CLIP, files)).pictures.pixels(image, "x")
         np.testing.assert_allclose(got, squeezed, atol=1e-5)
@@ -126,7 +126,7 @@ def test_the_published_template(tmp_path) -> None:
     [(PARTS, "user:[*]What?;answer:"), (TEXTS, "<s><user>*\nWhat?<answer>")],
 )
 def test_the_folder_s_template(template, expected, tmp_path) -> None:
-    """Of a multimodal model, or of a language model that knows texts alone."""
+    """The folder's template may be multimodal or text-only."""
     p = processor_of(make_folder(tmp_path, DINOV2, chat_template=template))
     assert text_of(p, p.prompt("What?", golden_pictures(DINOV2)[:1])) == expected
     assert "Hello" in text_of(p, p.prompt("Hello"))

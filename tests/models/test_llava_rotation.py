@@ -1,4 +1,4 @@
-"""LLaVA rotated: the function stays, for every tower; W4A8 comes out close."""
+"""LLaVA: rotation keeps the function for every tower, and W4A8 logits are close."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.llava_cases import CLIP, DINOV2, GOLDEN_CASES, VARIED
 
 
 def kinds(twin) -> list[str]:
-    """The norms of a tower that carry more than a weight of ones."""
+    """Kinds of the tower's norms other than plain RMSNorm."""
     found = [type(m).__name__ for _, m in nnx.iter_modules(twin.vision)]
     return sorted({n for n in found if n in (LayerNorm.__name__, ProjectedNorm.__name__)})
 
@@ -41,7 +41,7 @@ def test_the_rotated_model_equals_the_original(case) -> None:
     _, config = family_of(changed_config(case))
     config, params = untied(config, hardened(golden_params(case)))
     twin = rotated_twin(FAMILY, config, params, case)
-    # CLIP's first norm writes the stream and stays what it is.
+    # CLIP's first norm writes the stream, so it stays a LayerNorm.
     assert kinds(twin) == (["LayerNorm", "ProjectedNorm"] if case == CLIP else ["ProjectedNorm"])
     held = get_params(twin)
     assert not [name for name in held if name.endswith("gain")]
@@ -62,7 +62,8 @@ def test_other_towers_and_layers(name) -> None:
 
 @pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_the_projector_needs_the_mean_of_the_stream(case) -> None:
-    """Taking it out of all writers, as before a last norm, is another function."""
+    """Removing the mean from all writers, as is done for a stream with a final norm, changes the
+    function."""
     _, config = family_of(changed_config(case))
     config, params = untied(config, hardened(golden_params(case)))
     streams = FAMILY.streams(config)

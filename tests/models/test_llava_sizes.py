@@ -1,4 +1,4 @@
-"""Published LLaVA models in full size, as shapes: counts, and W4A8 prefill and decode."""
+"""Published LLaVA models, as abstract shapes: parameter counts, W4A8 prefill and decode."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def llava(vision: dict[str, Any], text: dict[str, Any], **top: Any) -> dict[str,
     } | top  # fmt: skip
 
 
-# As on the hub: most keys of the language model are the defaults of its class.
+# As on the hub, which omits most keys of the language model: they have default values.
 LLAVA_7B = llava(
     CLIP_L,
     {
@@ -65,7 +65,7 @@ DINO_QWEN = llava(
 
 
 def text_count(t: dict[str, Any], biases: bool = False) -> int:
-    """Parameters of a language model with its own head, by the book."""
+    """Parameter count of a language model with an untied head, from its definition."""
     d, inner = t.get("hidden_size", 4096), t.get("intermediate_size", 11008)
     h = t.get("num_attention_heads", 32)
     kv = d // h * t.get("num_key_value_heads", h)
@@ -75,7 +75,7 @@ def text_count(t: dict[str, Any], biases: bool = False) -> int:
 
 
 def tower_count(d: int, inner: int, layers: int, tokens: int, extra: int) -> int:
-    """Layers in use, patch kernel, positions, and what else the tower has."""
+    """Parameter count of the tower's used layers, patch kernel, positions and other tensors."""
     layer = 4 * (d * d + d) + 2 * d * inner + inner + d + 4 * d
     return layers * layer + 588 * d + tokens * d + extra
 

@@ -1,6 +1,6 @@
 """Towers and projector against the family's description in plain NumPy, float64.
 
-The goldens hold CLIP and DINOv2; this covers SigLIP, both strategies and every feature layer.
+The goldens cover CLIP and DINOv2; this adds SigLIP, both strategies and every feature layer.
 """
 
 from __future__ import annotations

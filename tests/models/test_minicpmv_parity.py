@@ -1,4 +1,4 @@
-"""The float MiniCPM-V 2.6 against the published code's own numbers (tests/goldens/minicpmv2_6)."""
+"""The float MiniCPM-V 2.6 against outputs of the published code (tests/goldens/minicpmv2_6)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.minicpmv_cases import (
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_array_and_the_greedy_tokens(case, tmp_path, capsys) -> None:
-    """The last prompt token of one row is masked and predicts the next all the same."""
+    """One row's last prompt token is masked, but still predicts the next one."""
     arrays = verified(GOLDENS / FOLDER / case, tmp_path / "dst", capsys)
     assert {"vision_pre", "vision", "embeds", "hidden_2", "logits"} <= arrays
 
@@ -70,7 +70,7 @@ def test_position_buckets_of_the_published_code() -> None:
     table = load_file(GOLDENS / FOLDER / "pos_bucket_table.safetensors")["bucket_N70"]
     for n in range(1, 129):
         np.testing.assert_array_equal(position_buckets(n, 70), table[n - 1, :n])
-    assert position_buckets(25, 70)[5] == 13  # rounding: 5 * 70 / 25 is 14
+    assert position_buckets(25, 70)[5] == 13  # floating-point rounding: 5 * 70 / 25 is 14
 
 
 def test_rows_do_not_depend_on_their_company() -> None:
@@ -113,7 +113,7 @@ def test_every_tensor_of_the_checkpoint_is_used_whole() -> None:
 
 
 def test_other_sizes_of_the_published_layout() -> None:
-    """Odd widths, fewer layers, and features that need no projection run in float."""
+    """Odd widths, fewer layers and features without a projection run in float."""
     inputs = golden(FOLDER, "public")[1]
     for changes in (ODD, {"vision_config": {"hidden_size": 256}}, {"drop_vision_last_layer": True}):
         config = MiniCPMVConfig.from_hf(changed_config(**changes))

@@ -20,7 +20,7 @@ from tests.helpers import GOLDENS, fails, golden, golden_pictures
 from tests.hf_folders import write_tokenizer
 from tests.minicpmv_cases import CASES, FOLDER
 
-# Special tokens as the goldens number them, from the twentieth-last id on.
+# Special tokens in the goldens' order, starting at the twentieth id from the end.
 TOKENS = (
     "<image>", "</image>", "<slice>", "</slice>", "<unk>", "<image_id>", "</image_id>",
     "<newline>", *(f"<digit {i}>" for i in range(10)), "<|im_start|>", "<|im_end|>",
@@ -89,7 +89,7 @@ def test_pixels_match_the_reference_bit_by_bit(case) -> None:
 
 
 def test_pictures_stand_in_prompts_as_in_the_reference(processor) -> None:
-    """Slices, markers and numbers; the goldens' stand-in tokenizer has digits of its own."""
+    """Slices, markers and numbers; the goldens' tokenizer has special ids for digits."""
     _, inputs, _ = golden(FOLDER, "public")
     for row, images in ((0, raw_images()[:2]), (1, raw_images()[2:])):
         reference = list(reference_prompts(inputs, processor.config))[row]

@@ -1,4 +1,4 @@
-"""MiniCPM-V rotated: the function stays, resampler included; W4A8 comes out close."""
+"""MiniCPM-V: rotation keeps the function, resampler included, and W4A8 logits are close."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ def test_the_rotated_model_equals_the_original(case) -> None:
     model, config, _, _ = golden_case(case)
     twin = check(config, hardened(get_params(model)), case)
     norms = [m for _, m in nnx.iter_modules(twin) if isinstance(m, LayerNorm)]
-    assert norms == [twin.vision.keys.norm]  # no rotated stream runs through that one
+    assert norms == [twin.vision.keys.norm]  # this one is not on a rotated stream
 
 
 def test_odd_widths_and_a_padded_mlp() -> None:
@@ -38,14 +38,14 @@ def test_odd_widths_and_a_padded_mlp() -> None:
 
 
 def test_every_part_takes_part() -> None:
-    """Each rotated tensor differs from the original."""
+    """Rotation changes every tensor that it should."""
     model, config, _, _ = golden_case("public")
     params = hardened(get_params(model))
     rotated, _ = quantize_params(FAMILY, config, ROTATED, params)
     same = [n for n, x in params.items() if n in rotated and np.array_equal(x, rotated[n])]
     keys = {"vision/keys/norm/weight", "vision/keys/norm/bias", "vision/keys/k_proj/bias"}
     language = {n for n in same if n.startswith("language/") and n.endswith("bias")}
-    assert set(same) == keys | language  # rope forbids to touch q and k
+    assert set(same) == keys | language  # rope prevents rotating q and k
     assert {n.split("/")[-2] for n in language} == {"q_proj", "k_proj"}
     assert {"vision/merger/proj/bias", "vision/keys/kv_proj/bias"} <= set(rotated) - set(params)
 

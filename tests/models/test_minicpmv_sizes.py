@@ -1,4 +1,4 @@
-"""The published MiniCPM-V 2.6 in full size, as shapes: its count, and W4A8 prefill and decode."""
+"""The published MiniCPM-V 2.6, as abstract shapes: parameter count, W4A8 prefill and decode."""
 
 from __future__ import annotations
 

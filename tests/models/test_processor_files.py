@@ -1,4 +1,4 @@
-"""Every form in which folders hold a processor's files; what is wrong in them is said by name."""
+"""All layouts of processor files in model folders; errors name the file and key."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ def test_all_forms_of_size(folder, size, bare) -> None:
     write(path, settings | (dict(zip(("min_pixels", "max_pixels"), size.values(), strict=True))
                             if bare else {"size": size}))  # fmt: skip
     _, h, w = prompt_of(folder).grids[0]
-    assert (h, w) == (4, 6)  # of 5 x 6.4 patches
+    assert (h, w) == (4, 6)  # rounded from 5 x 6.4 patches
     edit(
         path, size={"min_pixels": 1, "max_pixels": 10**7}, min_pixels=28 * 28 * 30, max_pixels=10**6
     )
     _, h, w = prompt_of(folder).grids[0]
-    assert h * w >= 120  # keys of their own go first
+    assert h * w >= 120  # separate keys take precedence
 
 
 def test_only_vocabulary_and_merges(folder, made, tmp_path) -> None:
@@ -148,7 +148,7 @@ def test_only_vocabulary_and_merges(folder, made, tmp_path) -> None:
 
 
 def test_merges_are_applied(folder) -> None:
-    """The same ids as a tokenizer.json of the same merges gives."""
+    """Merges from merges.txt are applied in order."""
     (folder / "tokenizer.json").unlink()
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "hell", "Ġw"]
     write(folder / "vocab.json", {piece: i for i, piece in enumerate(pieces)})
@@ -295,7 +295,7 @@ def test_a_tokenizer_that_was_forgotten(folder, tmp_path, capsys) -> None:
     assert hf_to_flax.main([str(folder), str(tmp_path / "dst")]) == 2
     assert "tokenizer_config.json, but no tokenizer" in capsys.readouterr().err
     (folder / "tokenizer_config.json").unlink()
-    assert hf_to_flax.main([str(folder), str(tmp_path / "dst")]) == 0  # weights alone
+    assert hf_to_flax.main([str(folder), str(tmp_path / "dst")]) == 0  # weights only
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_said(folder, tmp_path, capsys) -> None:
@@ -309,14 +309,14 @@ def test_a_tokenizer_larger_than_the_embedding_is_said(folder, tmp_path, capsys)
 @pytest.mark.parametrize("key", ["eos_token", "added_tokens_decoder"])
 @pytest.mark.parametrize("name", ["bpe", "sentencepiece", "glm4v", "qwen2_vl"])
 def test_what_the_tokenizers_library_raises_is_one_error(tmp_path, name, key) -> None:
-    """Half a surrogate pair cannot be handed to it, whatever the tokenizer is built from."""
+    """The library rejects a lone surrogate; the error is the same for every kind of tokenizer."""
     processor_folder(tmp_path / "src", name)
     path = tmp_path / "src" / "tokenizer_config.json"
     data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     data[key] = "\ud800" if key == "eos_token" else {"370": {"content": "\ud800"}}
     write(path, data)
     family, config = family_of(tmp_path / "src")
-    if (name, key) in (("glm4v", "eos_token"),):  # its end is fixed
+    if (name, key) in (("glm4v", "eos_token"),):  # its stop token is fixed
         family.check_processor(tmp_path / "src", config)
         return
     with pytest.raises(UserError, match=r"src.*(cannot be loaded|has the id)"):

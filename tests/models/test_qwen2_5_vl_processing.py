@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's pictures, prompts and temporal positions; the rest is Qwen2-VL's."""
+"""Qwen2.5-VL's pictures, prompts and temporal positions; the rest is shared with Qwen2-VL."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_positions_follow_the_frame_rate_of_the_folder(folder, fps, step) -> Non
 
 @pytest.mark.slow
 def test_a_converted_folder_answers(folder, tmp_path_factory) -> None:
-    """Conversion, W4A8, and an answer about a clip and pictures; names as in memory."""
+    """Convert to W4A8 from a folder with in-memory parameter names, then answer about a clip and
+    pictures."""
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(GOLDENS / "qwen2_5_vl" / "public" / "model.safetensors")
@@ -90,7 +91,7 @@ def test_frame_rates_that_cannot_be(folder, fps) -> None:
 
 
 def test_a_clip_by_hand() -> None:
-    """2 temporal patches of 2 x 3 merged tokens, 1.3 seconds apart, 2 positions a second."""
+    """2 temporal patches of 2 x 3 merged tokens, 1.3 seconds apart, at 2 positions per second."""
     ids = [1, 2, *[VIDEO] * 12, 3]
     positions, owner = mrope_positions(ids, [(2, 4, 6)], CONFIG, [1.3])
     assert positions[0].tolist() == [0, 1, *[2] * 6, *[4] * 6, 5]

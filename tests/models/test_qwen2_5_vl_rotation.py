@@ -1,4 +1,4 @@
-"""Qwen2.5-VL rotated: the function stays; W4A8 comes out close."""
+"""Qwen2.5-VL: rotation keeps the function, and W4A8 logits are close."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_w4a8_is_close() -> None:
 
 @pytest.mark.slow
 def test_outliers_of_the_widened_model() -> None:
-    """Rotation and smoothing take most of the loss away; weights are rounded to nearest in both."""
+    """Rotation and smoothing recover most of the loss, both with round-to-nearest weights."""
     hf = merged(golden(*CASE.split("/"))[0], WIDE[CASE])
     _, config = family_of(hf)
     batch = families.other_content(batch_of(FAMILY, config, CASE), config.language.vocab_size, 2)

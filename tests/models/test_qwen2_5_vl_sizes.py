@@ -1,4 +1,4 @@
-"""Published Qwen2.5-VL models in full size, as shapes: counts, names, W4A8 prefill and decode."""
+"""Published Qwen2.5-VL models, as abstract shapes: parameter counts, names, W4A8 steps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ QWEN2_5_VL_3B = _TOP | {
 
 
 def count(hf) -> int:
-    """Parameters by the book."""
+    """Parameter count from the model's definition."""
     d, inner, kv = hf["hidden_size"], hf["intermediate_size"], 128 * hf["num_key_value_heads"]
     layer = d * (d + 2 * kv) + d + 2 * kv + d * d + 3 * d * inner + 2 * d
     heads = 1 if hf["tie_word_embeddings"] else 2
@@ -64,7 +64,7 @@ def test_full_size_w4a8(hf, tensors, total) -> None:
     config = family.config_from_hf(hf)
     rules = family.weight_rules(config)
     assert len({r.src for r in rules}) == tensors
-    assert sum(math.prod(r.shape) for r in rules) == count(hf) == total  # as the hub shows it
+    assert sum(math.prod(r.shape) for r in rules) == count(hf) == total  # as shown on the hub
     assert config.vision.window == 8 and config.vision.full_layers == (7, 15, 23, 31)
     config, _ = untied(config, {"language/embedding": np.zeros(1)})
     model, held, size = w4a8(family, config)
@@ -91,7 +91,7 @@ def test_names_of_a_block() -> None:
         "visual.merger.ln_q.weight", "visual.merger.mlp.0.weight", "visual.merger.mlp.0.bias",
         "visual.merger.mlp.2.weight", "visual.merger.mlp.2.bias",
     }  # fmt: skip
-    for name in shapes:  # as transformers 5 names them in memory
+    for name in shapes:  # in-memory names of transformers 5
         tail = name.removeprefix("model.")
         memory = {"v": "model.", "m": "model.language_model."}.get(name[0], "")
         assert family.canonical_name(memory + (tail if name[0] == "m" else name)) == name

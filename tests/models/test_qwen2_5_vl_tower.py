@@ -1,6 +1,6 @@
 """The windowed tower against the family's description in plain NumPy, float64.
 
-The goldens hold small pictures alone, which the CPU's attention over rows never sees.
+The goldens only have small pictures, which never reach the CPU's row-wise attention.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ erf = np.vectorize(math.erf)
 
 
 def window_index(h: int, w: int, side: int) -> list[list[int]]:
-    """Merged tokens of an ``h x w`` grid of them, window by window."""
+    """Indices of the merged tokens of an ``h x w`` grid, window by window."""
     return [
         [
             r * w + c
@@ -44,14 +44,14 @@ def rms(x, weight):
 
 
 def turned(x, angles):
-    """``x [P, heads, d]``, half-split."""
+    """Apply half-split rope to ``x [P, heads, d]``."""
     a, b = np.split(x, 2, axis=-1)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def tower(patches, h, w, p, config):
-    """A frame's patches ``[h * w, 1176]`` in merge-block order -> visual tokens, raster order."""
+    """A frame's patches ``[h * w, 1176]`` in merge-block order -> visual tokens in raster order."""
     v, merge = config.vision, config.merge_size
     heads, d = v.num_heads, v.head_dim
 
@@ -93,7 +93,7 @@ def tower(patches, h, w, p, config):
 
 
 def layers(depth: int, full: tuple[int, ...]):
-    """Config, tensors and model, with the published window."""
+    """Config, tensors and model with the published window size."""
     changes = {"depth": depth, "fullatt_block_indexes": list(full), "window_size": 112}
     _, config = family_of(changed_config(CASE, vision_config=changes))
     params = random_params(FAMILY, config, 3)
@@ -168,7 +168,7 @@ def test_a_recomputing_runner_is_the_same_and_has_gradients(made) -> None:
 
 
 def test_depth_does_not_change_the_program(made) -> None:
-    """One body is compiled, whatever the layers see."""
+    """One loop body serves windowed and full layers."""
 
     def steps(config, model) -> dict[str, int]:
         vision = pack_vision(pictures(config), GRIDS, config.merge_size)

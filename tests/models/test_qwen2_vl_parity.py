@@ -1,4 +1,4 @@
-"""The float Qwen2-VL and Qwen2.5-VL against transformers' own numbers (tests/goldens)."""
+"""The float Qwen2-VL and Qwen2.5-VL against outputs of transformers (tests/goldens)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_visual_tokens(case) -> None:
 
 
 def test_a_runner_that_captures_layers_sees_the_same(case) -> None:
-    """Runners with loops of their own give each layer its context, windows for example."""
+    """Runners with their own layer loop pass each layer its context, such as its windows."""
     model, config, inputs, outputs = case
     got = capture(model, reference_batch(config, inputs))
     assert relative(got["vision"], outputs["vision"]) < RTOL
@@ -76,7 +76,7 @@ def test_a_row_alone_equals_the_row_in_the_batch(case) -> None:
 
 
 def test_text_alone(case) -> None:
-    """A row without pictures needs no vision input, and agrees with the cache's last logits."""
+    """A text-only batch needs no vision input, and prefill agrees with the forward pass."""
     model, config, inputs, _ = case
     prompt = next(reference_prompts(inputs, config))
     visual = (config.image_token_id, config.video_token_id)

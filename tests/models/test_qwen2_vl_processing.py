@@ -60,7 +60,7 @@ def images() -> list[np.ndarray]:
 
 
 def text_of(processor: Qwen2VLProcessor, ids: list[int]) -> str:
-    """The prompt's text with runs of placeholders drawn together."""
+    """The prompt's text, with each run of placeholders as one."""
     once = [t for i, t in enumerate(ids) if t not in (IMAGE, VIDEO) or ids[i - 1] != t]
     return processor.tokenizer.decode(once)
 
@@ -102,10 +102,10 @@ def test_a_still_is_a_clip_of_two_equal_frames(processor, images) -> None:
 @pytest.mark.parametrize(
     ("size", "grid"),
     [
-        ((42, 42), (1, 4, 4)),  # 1.5 blocks: half to even is 2
-        ((70, 70), (1, 4, 4)),  # 2.5 blocks: half to even is 2
+        ((42, 42), (1, 4, 4)),  # 1.5 blocks: round half to even gives 2
+        ((70, 70), (1, 4, 4)),  # 2.5 blocks: round half to even gives 2
         ((98, 70), (1, 8, 4)),  # 3.5 -> 4, 2.5 -> 2
-        ((1, 5), (1, 2, 10)),  # rounds to nothing, then grows to min_pixels
+        ((1, 5), (1, 2, 10)),  # rounds to 0, then grows to min_pixels
     ],
 )
 def test_sizes_round_half_to_even(processor, size, grid) -> None:

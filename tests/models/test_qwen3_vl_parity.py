@@ -1,4 +1,4 @@
-"""The float Qwen3-VL against transformers' own numbers (tests/goldens)."""
+"""The float Qwen3-VL against outputs of transformers (tests/goldens)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_layer_of_the_forward_pass(case) -> None:
 
 
 def test_deep_features(case) -> None:
-    """What each tap adds, in the order of the prompt."""
+    """Features that each tap adds, in prompt order."""
     model, config, inputs, outputs = case
     batch, hidden = FAMILY.reference_batch(config, inputs), config.language.hidden_size
     added = model.added(batch, model.parts(model.visual(batch)))
@@ -98,7 +98,7 @@ def test_bfloat16(case) -> None:
 
 
 def test_text_alone_is_qwen3() -> None:
-    """A prompt without pictures, through the family of language models alone."""
+    """A text-only prompt gives the same logits through the language-model family."""
     _, model, config, _, _ = golden_model(CASES[0])
     hf = golden("qwen3_vl", "public")[0]["text_config"]
     family = family_for(hf | {"model_type": "qwen3"})

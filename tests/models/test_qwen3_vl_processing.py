@@ -1,4 +1,4 @@
-"""Qwen3-VL's pictures, clips and prompts; the rest is Qwen2-VL's."""
+"""Qwen3-VL's pictures, clips and prompts; the rest is shared with Qwen2-VL."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(tmp_path) -> Path:
 
 
 def video_settings(folder: Path, **changes) -> None:
-    """The published file for videos, with changes."""
+    """Write the published video_preprocessor_config.json with ``changes``."""
     settings = json.loads((folder / "preprocessor_config.json").read_text()) | {
         "size": {"longest_edge": 25165824, "shortest_edge": 4096},
         "video_processor_type": "Qwen3VLVideoProcessor",
@@ -55,7 +55,7 @@ def video_settings(folder: Path, **changes) -> None:
 
 
 def text_of(processor, ids: list[int]) -> str:
-    """The prompt's text with runs of placeholders drawn together."""
+    """The prompt's text, with each run of placeholders as one."""
     once = [t for i, t in enumerate(ids) if t not in (IMAGE, VIDEO) or ids[i - 1] != t]
     return processor.tokenizer.decode(once)
 
@@ -95,7 +95,8 @@ def test_pictures_are_those_of_transformers(folder, size) -> None:
     ],
 )  # fmt: skip
 def test_every_temporal_patch_has_its_time(folder, template, count, fps, times) -> None:
-    """The mean of its first and last frame, a repeated one being where it was."""
+    """A temporal patch has the mean time of its first and last frame; a repeated last frame keeps
+    its time."""
     if template:
         (folder / "chat_template.jinja").write_text(template)
     if fps is not None:
@@ -116,7 +117,7 @@ def test_every_temporal_patch_has_its_time(folder, template, count, fps, times) 
 
 
 def test_frames_of_a_clip(folder) -> None:
-    """Resized as pictures of that size, two frames in each patch, the last one repeated."""
+    """Frames are resized like pictures; each patch has two frames, and the last one is repeated."""
     video_settings(folder)
     processor = FAMILY.processor(folder, CONFIG)
     prompt = processor.prompt("", videos=[FRAMES])
@@ -139,7 +140,7 @@ def test_frames_of_a_clip(folder) -> None:
     ],
 )
 def test_sizes_of_clips_are_those_of_transformers(frames, size, bounds, expected) -> None:
-    """Recorded from its ``smart_resize`` for clips, which needs torchvision."""
+    """Expected values come from its ``smart_resize`` for clips, which needs torchvision."""
     assert clip_size(frames, *size, 32, 2, *bounds) == expected
 
 
@@ -153,7 +154,7 @@ def test_the_budget_is_for_the_whole_clip(folder) -> None:
 
 
 def test_a_text_is_nothing_but_text(folder) -> None:
-    """Typed placeholders of a chat stand for no clip."""
+    """A placeholder typed in a chat is not replaced by a clip."""
     processor = FAMILY.processor(folder, CONFIG)
     content = [{"type": "video", "video": list(FRAMES[:2])},
                {"type": "text", "text": "a<|video_pad|>b <|vision_start|>"}]  # fmt: skip
@@ -188,7 +189,7 @@ def test_clips_and_places_must_agree(folder) -> None:
 
 @pytest.mark.slow
 def test_a_converted_folder_answers(folder, tmp_path_factory) -> None:
-    """Conversion, W4A8, and answers about a clip and pictures."""
+    """Convert to W4A8, then answer about a clip and pictures."""
     shutil.copy(CASE / "model.safetensors", folder)
     out = tmp_path_factory.mktemp("made")
     mq.convert(folder, out / "dst", str(cheap_w4a8(out)))

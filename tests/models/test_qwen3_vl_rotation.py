@@ -1,4 +1,4 @@
-"""Qwen3-VL rotated: the function stays, deep features included; W4A8 comes out close."""
+"""Qwen3-VL: rotation keeps the function, deep features included, and W4A8 logits are close."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_rotated_model_equals_the_original(case, orthogonal) -> None:
     for i in range(len(config.vision.taps)):
         merger = f"vision/deepstack_{i}"
         assert {f"{merger}/{n}" for n in ("fc1/kernel", "fc2/kernel", "fc2/bias")} <= moved
-        wide = held[f"{merger}/norm/weight"]  # the direction of a mean over four patches
+        wide = held[f"{merger}/norm/weight"]  # the mean direction of four merged patches
         assert wide.shape == (4 * config.vision.hidden_size,)
         assert abs(np.linalg.norm(wide) - 1) < 1e-5
     assert held["vision/merger/norm/weight"].shape == (config.vision.hidden_size,)
@@ -54,7 +54,7 @@ def test_other_towers(vision) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_w4a8_is_close(case) -> None:
-    """Through GPTQ, scales per modality and sinks, part by part."""
+    """The full pipeline: GPTQ, per-modality scales and sinks, part by part."""
     _, config = family_of(changed_config(case))
     error, report = w4a8_error(FAMILY, *untied(config, golden_params(case)), case)
     parts = ("merger/fc1", "deepstack_0/fc1", "deepstack_1/fc2", "patch_embed/proj", "layers/1/fc2")

@@ -1,4 +1,4 @@
-"""Published Qwen3-VL models in full size, as shapes: counts, names, W4A8 prefill and decode."""
+"""Published Qwen3-VL models, as abstract shapes: parameter counts, names, W4A8 steps."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ QWEN3_VL_32B = published(5120, 64, 64, 25600, False, _LARGE)
 
 
 def count(hf) -> int:
-    """Parameters by the book."""
+    """Parameter count from the model's definition."""
     t, v = hf["text_config"], hf["vision_config"]
     d, inner, q = t["hidden_size"], t["intermediate_size"], 128 * t["num_attention_heads"]
     layer = 2 * d * q + 2 * d * 128 * 8 + 3 * d * inner + 2 * d + 2 * 128

@@ -1,4 +1,4 @@
-"""The float Qwen-VL against the published code's own numbers (tests/goldens/qwen_vl)."""
+"""The float Qwen-VL against outputs of the published code (tests/goldens/qwen_vl)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.qwen_vl_cases import (
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_array_and_the_greedy_tokens(case, tmp_path, capsys) -> None:
-    """In one case cached decoding passes the training length."""
+    """One case decodes beyond the training length."""
     arrays = verified(GOLDENS / case, tmp_path / "dst", capsys)
     assert {"vision_pre", "vision", "embeds", "hidden_1", "logits"} <= arrays
 
@@ -65,15 +65,20 @@ def test_what_the_verifier_does_not_look_at(case) -> None:
 
 @nnx.jit
 def pooled(tower, vision):
-    """The resampler's output in front of its last norm."""
+    """The resampler's output before its last norm."""
     kv = tower.keys((run(tower.features(vision)), vision.coords))
     q = tower.queries(tower.query.get_value()[None])
     return tower.merger.pool((jnp.broadcast_to(q, (len(kv), *q.shape[1:])), kv, vision.valid))
 
 
 def plain_decoder(p: dict, x: np.ndarray, first: int, prompt: int, length: int, heads: int):
-    """Logits of one row by the family's description, float64: embeddings ``[T, d]`` of columns
-    ``0 .. T-1``, of which those before ``first`` are padding and ``prompt`` came at once."""
+    """Logits of one row in float64, from the family's description.
+
+    Args:
+        x: embeddings ``[T, d]``; columns before ``first`` are padding.
+        prompt: number of columns in the prompt, which determines the rope base.
+        length: training length.
+    """
 
     def norm(h, name):
         return h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-6) * p[f"{name}/weight"]
@@ -115,7 +120,7 @@ def plain_decoder(p: dict, x: np.ndarray, first: int, prompt: int, length: int, 
 
 @pytest.mark.parametrize("length", mostly_slow([15, 40], 40))
 def test_beyond_the_training_length(length) -> None:
-    """Prompts of 63 columns and 8 further tokens, against a plain reading of the description."""
+    """Prompts of 63 columns and 8 decoded tokens against :func:`plain_decoder`."""
     config = QwenVLConfig.from_hf(changed_config(seq_length=length))
     params = {k: np.asarray(v, np.float64) for k, v in get_params(golden_case(CASES[0])[0]).items()}
     model = model_of(config, {k: v.astype(np.float32) for k, v in params.items()})
@@ -132,7 +137,7 @@ def test_beyond_the_training_length(length) -> None:
 
 
 def test_rows_do_not_depend_on_their_company() -> None:
-    """Not even beyond the training length, unlike in the published code."""
+    """Also beyond the training length, unlike in the published code."""
     config = QwenVLConfig.from_hf(changed_config(**LONG))
     model = model_of(config, random_params(config))
     prompts = [FAMILY.example_prompt(config, n, side) for n, side in ((30, 1), (7, 0), (20, 0))]
@@ -147,9 +152,9 @@ def test_stepped_rope_by_hand() -> None:
         got = multi_axis_angles(places, dim, theta, (0,) * 4, scaling)
         expected = frequencies(dim, theta * alpha ** (dim / (dim - 2))) * (length - 1)
         np.testing.assert_allclose(got[0, -1], expected, rtol=1e-6)
-    # Rows go by their own prompts, and further tokens by the prompt they follow.
+    # Each row's base depends on its own prompt length, also for decoded tokens.
     positions = np.array([[[5], [50]]], np.int32)
-    prompts = jnp.array([30, 9], jnp.int32)
+    prompts = np.array([30, 9], np.int32)
     got = multi_axis_angles(positions, dim, theta, (0,) * 4, scaling, prompts)
     expected = frequencies(dim, theta * 7 ** (dim / (dim - 2))) * 5
     np.testing.assert_allclose(got[0, 0], expected, rtol=1e-6)
@@ -177,7 +182,7 @@ def test_counts_that_do_not_match() -> None:
     ids = inputs["input_ids"].copy()
     with pytest.raises(ValueError, match="placeholders for 3"):
         reference_batch(config, inputs | {"pixel_values": inputs["pixel_values"][:2]})
-    ids[0, 9] = 5  # the first picture's start
+    ids[0, 9] = 5  # overwrites the first picture's start token
     with pytest.raises(ValueError, match="expected 16 slots"):
         reference_batch(config, inputs | {"input_ids": ids})
     prompt = FAMILY.example_prompt(config, 10, 80)
@@ -188,9 +193,9 @@ def test_counts_that_do_not_match() -> None:
 
 
 def test_other_sizes_of_the_published_layout() -> None:
-    """Odd widths, features that need no projection, biases, a tied head, plain rope: in float."""
+    """Odd widths, features without projection, biases, a tied head and plain rope run in float."""
     inputs = golden(*CASES[0].split("/"))[1]
-    small = {"pixel_values": inputs["pixel_values"][:, :, :64, :64]}  # the table's own 16 x 16
+    small = {"pixel_values": inputs["pixel_values"][:, :, :64, :64]}  # the table's 16 x 16 patches
     for changes, other in (
         (ODD, {}),
         ({"no_bias": False, "use_dynamic_ntk": False, "use_logn_attn": False}, {}),

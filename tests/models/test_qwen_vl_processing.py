@@ -1,4 +1,4 @@
-"""Qwen-VL: squares from pictures, prompts from messages, a quantised checkpoint that answers."""
+"""Qwen-VL: square pictures, prompts from messages, a quantised checkpoint that answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PIECES = [*(bytes([b]) for b in range(256)), b"he", b"ll", b"hell", b"hello", b"
 FIRST = len(PIECES)  # id of the first special token
 END, START, STOP, IMG = FIRST, FIRST + 1, FIRST + 2, FIRST + 214
 IMAGE = np.zeros((40, 60, 3), np.uint8)
-# Special tokens as the goldens number them.
+# Special tokens in the goldens' order.
 GOLDEN_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<spare>", "<other spare>", "<ref>", "</ref>",
     "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>",
@@ -35,7 +35,7 @@ GOLDEN_TOKENS = (
 
 
 def make_processor(folder: Path, image_start: int = IMG, **generation) -> QwenVLProcessor:
-    """With a small qwen.tiktoken and room for its ids."""
+    """A processor with a small qwen.tiktoken, and a vocabulary large enough for it."""
     lines = [base64.b64encode(piece) + b" %d" % i for i, piece in enumerate(PIECES)]
     (folder / "qwen.tiktoken").write_bytes(b"\n".join(lines))
     (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -64,7 +64,7 @@ def test_ids_of_the_published_layout(processor) -> None:
     assert processor.tokenizer.get_vocab()["<|extra_204|>"] == IMG - 7
     assert processor.encode("hello hell!") == [259, 32, 258, 33]
     assert processor.encode("<ref>he</ref>") == [IMG - 6, 256, IMG - 5]
-    assert processor.encode("e\u0301") == list("\u00e9".encode())  # composed first
+    assert processor.encode("e\u0301") == list("\u00e9".encode())  # NFC first
     assert processor.stop_ids == (STOP, START, END)
     assert processor.pad_id == END
 
@@ -106,7 +106,7 @@ def test_the_published_template(processor) -> None:
 
 
 def test_the_oldest_turns_make_way(tmp_path) -> None:
-    """System prompt and last question stay, whatever their length; pictures go with their turn."""
+    """The system prompt and the last question always stay; pictures are dropped with their turn."""
     first, second, third = golden_pictures(CASES[0])
     picture = {"type": "image"}
     chat = [
@@ -160,7 +160,7 @@ def test_bad_input_is_named(processor, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_quantised_folder_answers(tmp_path) -> None:
-    """From a folder and a few samples to W4A8 and text, as users go."""
+    """Convert a folder with a few samples to W4A8, then generate."""
     src, dst = tmp_path / "src", tmp_path / "dst"
     shutil.copytree(GOLDENS / CASES[0], src, ignore=shutil.ignore_patterns("*puts.safetensors"))
     write_tokenizer(src, GOLDEN_TOKENS, 290, eos_token="<|endoftext|>")

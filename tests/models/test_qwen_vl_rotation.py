@@ -1,4 +1,4 @@
-"""Qwen-VL rotated: the function stays, input norm and resampler included; W4A8 comes out close."""
+"""Qwen-VL: rotation keeps the function, input norm and resampler included; W4A8 is close."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def test_the_rotated_model_equals_the_original(case) -> None:
     twin = rotated_twin(FAMILY, config, hardened(get_params(model)), case)
     vision = twin.vision
     norms = [m for _, m in nnx.iter_modules(twin) if isinstance(m, LayerNorm)]
-    # No rotated stream runs through these.
+    # These are not on a rotated stream.
     assert norms == [vision.input.norm, vision.keys.norm, vision.queries.norm]
     assert isinstance(vision.layers.attn_norm, ProjectedNorm)
 
@@ -46,7 +46,7 @@ def test_orthogonal_streams_begin_behind_the_input_norm_too() -> None:
 
 
 def test_the_stream_needs_its_mean() -> None:
-    """What reads the tower's stream sees the mean, unlike the norms in the tower."""
+    """The resampler reads the mean of the tower's stream, which the tower's norms remove."""
     model, config, _, _ = golden_case(CASES[0])
     params = hardened(get_params(model))
     expected, _ = float_logits(FAMILY, config, ROTATED, _rotated(config, params), CASES[0])
@@ -61,13 +61,13 @@ def _rotated(config, params):
 
 
 def test_every_part_takes_part() -> None:
-    """Each rotated tensor differs from the original, but for those in front of a stream."""
+    """Rotation changes every tensor except those before a stream's first norm."""
     model, config, _, _ = golden_case(CASES[0])
     params = hardened(get_params(model))
     rotated = _rotated(config, params)
     same = {n for n, x in params.items() if n in rotated and np.array_equal(x, rotated[n])}
     language = {n for n in same if n.startswith("language/") and n.endswith("bias")}
-    assert {n.split("/")[-2] for n in language} == {"q_proj", "k_proj"}  # rope forbids it
+    assert {n.split("/")[-2] for n in language} == {"q_proj", "k_proj"}  # rope prevents it
     kept = {"patch_embed/proj/kernel", "positions", "query", "input/norm/weight",
             "input/norm/bias", "keys/k_proj/bias", "queries/q_proj/bias"}  # fmt: skip
     kept |= {f"{part}/{leaf}" for part in ("keys", "queries")

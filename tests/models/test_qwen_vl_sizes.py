@@ -1,4 +1,4 @@
-"""The published Qwen-VL-Chat in full size, as shapes: its count, and W4A8 prefill and decode."""
+"""The published Qwen-VL-Chat, as abstract shapes: parameter count, W4A8 prefill and decode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PUBLISHED = {
         "mlp_ratio": 4.9231, "output_dim": 4096, "patch_size": 14, "width": 1664,
     },
 }  # fmt: skip
-TENSORS, PARAMETERS = 853, 9_656_935_168  # half the bytes that the published index tells
+TENSORS, PARAMETERS = 853, 9_656_935_168  # half the bytes in the published index
 
 
 def test_full_size_w4a8() -> None:

@@ -1,4 +1,4 @@
-"""YaRN and linear scaling: frequencies by hand, contexts, and every family that reads them."""
+"""YaRN and linear scaling: frequencies, context lengths, and the families that support them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.family_cases import batch_of, changed_config, model_of, random_params
 from tests.helpers import forward, relative
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-# Golden -> where its text model's keys are.
+# Golden -> key of its text config ("" at the top level).
 TEXTS = {
     "qwen2_vl/public": None, "llama/public": None, "qwen2/public": None,
     "minicpmv2_6/public": None, "internvl2/public": "llm_config", "internvl/public": "text_config",
@@ -25,7 +25,7 @@ SECTIONS = {"qwen2_vl/public": [2, 5, 5], "qwen3_vl/public": [6, 5, 5]}
 
 
 def language(case: str = "llama/public", **keys):
-    """The decoder of a golden whose text model has these keys."""
+    """Decoder config of a golden with these text-model keys."""
     hf = with_keys(case, keys)
     return family_for(hf).config_from_hf(hf).language
 
@@ -40,10 +40,10 @@ def with_keys(case: str, keys: dict) -> dict:
 
 
 def yarn_by_the_letter(dim, theta, factor, original, fast=32.0, slow=1.0, truncate=True):
-    """Inverse frequencies slot by slot, in float64, as the paper's appendix has them."""
+    """Inverse frequencies slot by slot in float64, from the paper's appendix."""
     bounds = []
     for turns in (fast, slow):
-        wavelength = original / turns  # of the slot that turns so often
+        wavelength = original / turns  # of the slot with so many turns
         bounds.append(dim / 2 * math.log(wavelength / (2 * math.pi)) / math.log(theta))
     low, high = bounds
     if truncate:
@@ -76,7 +76,7 @@ def test_yarn_frequencies_by_hand(dim, theta, factor, original, more) -> None:
 
 
 def test_published_yarn_of_qwen() -> None:
-    """Slots that turn 32 times and more stay, those that turn once or less are 4 times slower."""
+    """Slots with 32 turns or more are unchanged; those with one turn or less are 4 times slower."""
     plain, scaled = frequencies(128, 1e6), frequencies(128, 1e6, YarnScaling(4.0, 32768))
     ratio, turns = scaled / plain, 32768 * plain / (2 * np.pi)
     assert (ratio[turns > 40] == 1).all() and np.allclose(ratio[turns < 0.8], 0.25)
@@ -141,7 +141,8 @@ def test_the_context_is_what_the_config_means(keys, context) -> None:
 @pytest.mark.parametrize("scaling", [YARN | {"original_max_position_embeddings": 16},
                                      {"rope_type": "linear", "factor": 4.0}])  # fmt: skip
 def test_scaling_changes_the_logits_as_frequencies_and_gain_do(case, scaling) -> None:
-    """The scaled model is the plain one with other frequencies and ``attention^2`` on scores."""
+    """The scaled model equals the plain one with other frequencies and scores times
+    ``attention^2``."""
     hf = with_keys(case, {"rope_scaling": {"type": "default"}, "rope_parameters": None})
     family = family_for(hf)
     config = family.config_from_hf(hf)
@@ -154,7 +155,7 @@ def test_scaling_changes_the_logits_as_frequencies_and_gain_do(case, scaling) ->
     real = np.asarray(batch.token_class) >= 0
     assert relative(scaled[real], plain[real]) > 1e-3
     gain = scaled_config.language.score_gain
-    # Scaled keys and queries, by the weights: the same scores with no gain.
+    # Fold the gain into the weights of queries and keys: the same scores without a gain.
     twin = dict(params)
     for layer in range(config.language.num_layers):
         for part in ("q_proj", "k_proj"):
@@ -203,7 +204,7 @@ def test_two_objects_must_agree() -> None:
 
 
 def test_a_nested_text_model_is_not_contradicted_at_the_top() -> None:
-    """transformers reads ``text_config`` alone; what stands beside it would be ignored."""
+    """transformers only reads ``text_config`` and would ignore keys outside it."""
     hf = changed_config("qwen2_vl/public")
     text = {k: v for k, v in hf.items() if k != "vision_config"} | {"image_token_id": None}
     hf["text_config"] = text | {"model_type": "qwen2_vl_text"}

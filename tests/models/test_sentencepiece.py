@@ -1,4 +1,4 @@
-"""A tokenizer.model without SentencePiece: the file read, text split and put together again."""
+"""Reading tokenizer.model without SentencePiece: file parsing, encoding and decoding."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def varint(n: int) -> bytes:
 
 
 def field(number: int, value: int | bytes) -> bytes:
-    """One protobuf field: a number, or bytes (four of them are a float's)."""
+    """One protobuf field: a varint or length-delimited bytes."""
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 def write_model(path: Path, dummy_prefix: bool = False, model_type: int = 2) -> list[str]:
-    """A small model in SentencePiece's format; its pieces in the order of their ids."""
+    """Write a small SentencePiece model; return its pieces in id order."""
     pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3)]
     pieces += [(f"<0x{i:02X}>", 6) for i in range(256)]
     pieces += [(w, 1) for w in sorted(WORDS, key=len)] + [(c, 1) for c in CHARACTERS]
@@ -52,7 +52,7 @@ def folder(tmp_path) -> Path:
     names = write_model(tmp_path / "tokenizer.model")
     first = len(names)
     added = {t: first + i for i, t in enumerate(("<|im_start|>", "<img>", "</img>"))}
-    added |= {"<IMG_CONTEXT>": first + 5}  # two ids are left out
+    added |= {"<IMG_CONTEXT>": first + 5}  # skips two ids
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     renamed = {"content": "<|im_end|>", "special": True, "lstrip": False}
     config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "</s>",
@@ -83,7 +83,7 @@ def test_ids_and_the_first_token(folder) -> None:
     assert (vocab["<img>"], vocab["<|im_end|>"]) == (first + 1, first - 1)
     assert p.stop_ids == (first - 1,) and p.pad_id == 2
     ids = p.prompt("hello").input_ids
-    assert ids[:2] == [1, vocab["<|im_start|>"]]  # BOS is InternLM2's
+    assert ids[:2] == [1, vocab["<|im_start|>"]]  # InternLM2 prepends BOS
 
 
 def test_a_dummy_prefix_comes_and_goes(folder) -> None:

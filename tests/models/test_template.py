@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (templates)
-"""Chat templates: published ones render as transformers does; hostile ones end soon."""
+"""Chat templates: published ones render as in transformers; hostile ones end quickly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAT = [
     {"role": "user", "content": "Sure?  "},
 ]
 TEXT = [m for m in CHAT if isinstance(m["content"], str)]
-# In the manner of what the families publish.
+# Modelled on the families' published templates.
 PUBLISHED = {
     "qwen2_vl": """{% set image_count = namespace(value=0) %}{% for message in messages %}
 {% if loop.first and message['role'] != 'system' %}<|im_start|>system
@@ -159,7 +159,7 @@ CODE = {
 
 def fails_soon(source: str) -> Exception:
     start = time.monotonic()
-    with pytest.raises(Exception) as found:  # noqa: PT011  (whatever a template raises)
+    with pytest.raises(Exception) as found:  # noqa: PT011  (any exception)
         ChatTemplate(source).render(CHAT)
     assert time.monotonic() - start < sandbox.MOST_SECONDS + 5
     return found.value
@@ -200,7 +200,7 @@ def test_templates_that_are_wrong(name) -> None:
 def test_code_is_out_of_reach(name) -> None:
     try:
         text = ChatTemplate(CODE[name]).render(CHAT)
-    except Exception:  # noqa: BLE001  (whatever a template raises)
+    except Exception:  # noqa: BLE001  (any exception)
         return
     assert "class" not in text and "function" not in text and "module" not in text
 

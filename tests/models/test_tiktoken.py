@@ -1,4 +1,4 @@
-"""Tokenizers from tiktoken files, against a plain reading of what such a file means."""
+"""Tokenizers from tiktoken files against a plain byte-pair encoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECIAL = {"<|end|>": 700, "<|user|>": 600}
 
 
 def random_ranks() -> dict[bytes, int]:
-    """Every byte, then pieces of the text, each made of two earlier ones."""
+    """Ranks of every byte, then of random pieces of the text, each a pair of earlier ones."""
     rng, tokens, text = random.Random(0), [bytes([b]) for b in range(256)], TEXT.encode()
     known = set(tokens)
     while len(tokens) < 380:
@@ -31,7 +31,7 @@ def random_ranks() -> dict[bytes, int]:
 
 
 def encode_word(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """A whole token, or the pair of least rank merged until none is left."""
+    """Encode as a whole token, or merge the pair of lowest rank until none is left."""
     if word in ranks:
         return [ranks[word]]
     parts = [bytes([b]) for b in word]

@@ -1,4 +1,4 @@
-"""CogVLM2's two experts: no double work under AIFS, and weights that know their own tokens only."""
+"""CogVLM2's two experts: no double work under AIFS; each is calibrated on its own tokens only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ W8A8 = Recipe(
     weights=Weights(method="rtn"),
     calibration=Calibration(headroom=1.0),
 )
-FLIPS = 0.02  # a few int8 values round the other way; a wrong expert shows as 1
+FLIPS = 0.02  # a few int8 values round differently; a wrong expert gives about 1
 
 
 def case():
@@ -47,13 +47,13 @@ def case():
 
 
 def expert_size(c) -> int:
-    """Weights in the dense layers of one expert of one layer."""
+    """Number of dense weights in one expert of one layer."""
     q, kv, d = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
     return 2 * q * d + 2 * kv * d + 3 * c.intermediate_size * d
 
 
 def flops(model, batch) -> int:
-    """Of the decoder's layers, on embeddings that are given."""
+    """Matrix-product operations of the decoder's layers."""
     x = jnp.zeros((*batch.input_ids.shape, model.language.cfg.hidden_size))
 
     def run(model, batch, x):
@@ -72,7 +72,7 @@ def test_under_aifs_each_token_costs_one_expert() -> None:
     rows, width = moved.input_ids.shape
     assert 0 < moved.visual_slots < width
     once = 2 * rows * width * expert_size(c) * c.num_layers
-    # Scores, values, and the softmax's sums, which are products on CPU.
+    # Scores, values and the softmax's sums, which are matrix products on CPU.
     attention = (4 * c.head_dim + 2) * rows * c.num_heads * width**2 * c.num_layers
     assert flops(model, moved) == once + attention
     assert flops(model, dataclasses.replace(moved, visual_slots=None)) == 2 * once + attention
@@ -125,7 +125,7 @@ def quantised():
 
 
 def test_quantised_layouts_agree(quantised) -> None:
-    """Static scales of both experts, a sink among them."""
+    """With static scales of both experts and a sink."""
     model, batch, _, _ = quantised
     moved, columns = arrange(batch)
     expected = np.asarray(forward(model, batch))
@@ -136,7 +136,7 @@ def test_quantised_layouts_agree(quantised) -> None:
 
 
 def test_a_visual_sink_stays_with_its_expert(quantised) -> None:
-    """Its class tells its scale; the expert goes by what it is."""
+    """A visual sink uses the sink's scale but the visual expert."""
     model, batch, params, _ = quantised
     marked = dict(params) | {"language/sinks/positions": np.array([0, 1, -1, -1], np.int32)}
     model = abstract_model(FAMILY, model.config, W8A8)
@@ -161,7 +161,7 @@ def test_points_are_calibrated_on_their_own_tokens(quantised) -> None:
 
 
 def test_hessians_count_their_own_tokens(monkeypatch) -> None:
-    """Rows with a weight in the Hessian of each point of the decoder's layers."""
+    """Each Hessian of the decoder's layers sums only the tokens of its expert."""
     config, batch = case()
     counts: dict[str, int] = {}
     watch, add = sequential.Quantiser._watch, sequential.accumulate
@@ -186,7 +186,8 @@ def test_hessians_count_their_own_tokens(monkeypatch) -> None:
 
 
 def test_smoothing_moves_both_experts_together() -> None:
-    """Channels of one stream and of one attention: what one expert divides, both do."""
+    """Both experts share the stream and the attention, so smoothing scales the same channels in
+    both."""
     config, batch = case()
     params = golden_params(CASE)
     recipe = dataclasses.replace(METHODS["smoothquant"], vision=Section(), connector=Section())
@@ -209,7 +210,7 @@ def test_smoothing_moves_both_experts_together() -> None:
 
 
 def test_experts_are_inspected_by_name() -> None:
-    """A dynamic point is dynamic in both experts."""
+    """``dynamic_points`` applies to both experts."""
     section = dataclasses.replace(PRESETS["w4a8"].language, dynamic_points=("mlp_hidden",))
     assert section.mode("visual/mlp_hidden") == "dynamic" and section.mode("mlp_in") == "static"
 

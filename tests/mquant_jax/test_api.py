@@ -1,4 +1,4 @@
-"""Convert and quantise from Python."""
+"""Converting and quantising from Python."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Attention a few queries, or a few heads, at a time is attention."""
+"""Attention computed in parts, over queries or heads, equals attention in one piece."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_keys_behind_a_block_of_queries_are_not_missed(t) -> None:
     got = attend(q, k, v, Visibility(own, keys, after=0))
     np.testing.assert_allclose(got[0], plain[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got[1, 11:], plain[1, 11:], rtol=1e-5, atol=1e-6)
-    assert np.isfinite(got).all()  # those that see nothing as well
+    assert np.isfinite(got).all()  # also queries that see no key
 
 
 def test_int8_keys_and_values_are_what_they_stand_for() -> None:
@@ -65,7 +65,7 @@ def test_int8_keys_and_values_are_what_they_stand_for() -> None:
 @pytest.mark.parametrize("most", [2**21, 60_000, 1000])
 @pytest.mark.parametrize("ordered", [True, False])
 def test_rows_are_attended_to_as_heads_are(ordered, most) -> None:
-    """Heads cut out a few at a time: padding, a part of the channels turned, gains and scales."""
+    """``attend_rows`` equals ``attend`` with padding, partial rope, gains and static scales."""
     rng = np.random.default_rng(3)
     b, t, heads, kv_heads, d = 4, 70, 6, 2, 8
 
@@ -95,7 +95,7 @@ def test_rows_are_attended_to_as_heads_are(ordered, most) -> None:
     q8 = rows(q, k, v, d, seen, angles, gain, scale)
     assert q8.values.dtype == jnp.int8
     step = np.asarray(q8.values, float) - np.asarray(quantize_static(got, scale).values, float)
-    assert np.abs(step).max() <= 1  # where a value lies between two integers
+    assert np.abs(step).max() <= 1  # rounding of values halfway between integers
     slope = jax.grad(lambda x: rows(q, x, v, d, seen)[real].sum())
 
     def by_heads(x):

@@ -1,4 +1,4 @@
-"""The attention kernel for TPU, interpreted, against NumPy in float64."""
+"""The attention kernel for TPU, in interpret mode, against NumPy in float64."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mquant_jax.presets import PRESETS
 from mquant_jax.target import tracing_for
 from tests.helpers import golden, interpreting, mostly_slow, random_quantised, relative
 
-ROUNDING = 0.005  # of bfloat16 results, relative to their size
+ROUNDING = 0.005  # relative, of bfloat16 results
 
 
 def heads(x: jax.Array, d: int, angles: jax.Array | None) -> np.ndarray:
-    """float64 ``[B, heads, T, d]``, turned in float32."""
+    """Split into heads in float64 ``[B, heads, T, d]``, after rope in float32."""
     x = split_heads(x.astype(jnp.float32), d)
     return np.asarray(x if angles is None else apply_rope(x, angles), np.float64)
 
@@ -31,7 +31,7 @@ def heads(x: jax.Array, d: int, angles: jax.Array | None) -> np.ndarray:
 def reference(
     q, k, v, d, visible: Visibility, angles=None, gain=None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What :func:`attend_rows` gives, and which queries see anything."""
+    """Expected result of :func:`attend_rows`, and which queries see any key."""
     q, k, v = heads(q, d, angles), heads(k, d, angles), heads(v, d, None)
     q = q if gain is None else q * np.asarray(gain, np.float64)[:, None, :, None]
     g = q.shape[1] // k.shape[1]
@@ -54,8 +54,8 @@ def operands(b: int, t: int, widths: tuple[int, int], seed: int = 0):
 
 
 def visibility(rng, kind: str, b: int, t: int) -> Visibility:
-    """Tokens in a row behind ragged padding, some of them moved to the front
-    (as AIFS does), or a picture with padding behind it, whose patches all see each other."""
+    """Visibility of a causal prompt after left padding (``row``), of one with tokens moved to the
+    front as in AIFS (``moved``), or of a padded picture whose patches all see each other."""
     if kind == "picture":
         keys = np.where(np.arange(t) < t - 9, 0, NEVER)
         return Visibility(
@@ -91,7 +91,7 @@ def test_kernel(case) -> None:
     expected, sees = reference(q, k, v, cut.d, seen, angles, gain)
     got = attend_rows(q, k, v, seen, cut, angles, gain, interpret=True)
     assert got.shape == expected.shape and got.dtype == jnp.bfloat16
-    assert np.isfinite(got.astype(np.float32)).all()  # of those that see nothing as well
+    assert np.isfinite(got.astype(np.float32)).all()  # also queries that see no key
     assert relative(np.asarray(got, np.float64)[sees], expected[sees]) < ROUNDING
     q8 = attend_rows(q, k, v, seen, cut, angles, gain, scale, interpret=True)
     want = np.clip(np.round(expected / np.asarray(scale)), -128, 127)
@@ -100,7 +100,7 @@ def test_kernel(case) -> None:
 
 
 def test_blocks_that_are_skipped_and_rows_that_see_late_blocks_only() -> None:
-    """The first block is taken even where nothing of it is seen; what it leaves is forgotten."""
+    """The first block is computed even if no key in it is visible; its effect must vanish."""
     t, cut = 384, Plan(1, 1, 128, 128, 128, 3, 3)
     rng, q, k, v = operands(1, t, (128, 128), 3)
     keys = np.full(t, NEVER)
@@ -116,7 +116,7 @@ def test_plans() -> None:
     language, tower = plan(1024, 28, 4, 128, True), plan(1024, 16, 16, 80, False)
     assert (language.n, language.g, language.rows, language.keys) == (1, 7, 1024, 256)
     assert (tower.n, tower.keys, tower.slots) == (8, 512, 1024)
-    assert plan(130, 16, 16, 72, False).n == 16  # nothing less fills whole registers
+    assert plan(130, 16, 16, 72, False).n == 16  # the smallest number that fills whole registers
     assert plan(300, 8, 8, 128, True).rows == 512
     assert plan(1025, 16, 16, 64, False).rows == 1152  # three blocks of 384
     assert plan(40000, 16, 16, 80, False) is None  # keys would not fit on the chip
@@ -138,7 +138,7 @@ def test_the_chosen_form() -> None:
 
 @pytest.mark.parametrize("recipe", mostly_slow(["float", "w4a8"], "w4a8"))
 def test_a_whole_model_takes_the_kernel(recipe) -> None:
-    """Tower and decoder traced for TPU call it; interpreted, they give what XLA's form gives."""
+    """Traced for TPU, tower and decoder call the kernel, and agree with XLA's implementation."""
     hf, inputs, _ = golden("qwen2_vl", "public")
     config = Qwen2VLConfig.from_hf(hf)
     model = random_quantised(config, PRESETS[recipe], dtype=jnp.bfloat16)
@@ -146,12 +146,12 @@ def test_a_whole_model_takes_the_kernel(recipe) -> None:
     fine = {n: np.full_like(v, 0.03) for n, v in params.items() if n.endswith("act_scale")}
     set_params(model, params | fine)
     batch = reference_batch(config, inputs)
-    plain = model(batch)
+    plain = jax.jit(lambda model, batch: model(batch))(model, batch)
     with interpreting("tpu", attention_rows=1) as ran:
-        got = model(batch)  # traced anew
+        got = jax.jit(lambda model, batch: model(batch))(model, batch)
     real = np.asarray(batch.order) >= 0
     assert [c.name for c in ran if c.op == ROWS.name] == ["pallas_tpu"] * 2
-    assert relative(np.asarray(got)[real], np.asarray(plain)[real]) < 0.1  # int8 steps apart
+    assert relative(np.asarray(got)[real], np.asarray(plain)[real]) < 0.1  # int8 steps differ
 
 
 def test_what_a_kernel_quantised_passes_the_point() -> None:

@@ -1,4 +1,4 @@
-"""Balanced channels: the function stays, and what made channels uneven is gone."""
+"""Channel balancing keeps the function and removes the imbalance."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def test_the_function_stays_and_a_second_time_changes_nothing(hard) -> None:
     even, left = balance_params(params, streams, seen(config, params, batch))
     got = np.asarray(float_model(FAMILY, config, Recipe(), even)(batch))[real]
     assert relative(got, expected) < 1e-4
-    # One channel in fifty was made 10 to 100 times larger: that is most of what there was.
+    # One channel in fifty was scaled 10 to 100 times, which is most of the imbalance.
     assert max(left.values()) < 0.15
     assert {name.split("/")[-1] for name in left} == {"o_proj", "down_proj"}
     assert not balance_params(even, streams, seen(config, even, batch))[1]

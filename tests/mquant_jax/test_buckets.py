@@ -1,4 +1,4 @@
-"""Sizes of programs: few, and never far above what is asked."""
+"""Bucket sizes: few, and never much larger than the request."""
 
 import numpy as np
 import pytest

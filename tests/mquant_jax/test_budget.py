@@ -1,4 +1,4 @@
-"""Mixed precision within a budget: costs, the choice, the recipe that comes of it."""
+"""Mixed precision within a budget: costs, allocation, and the resulting recipe."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def total(chosen: dict[str, Cost], sizes) -> tuple[float, float]:
 
 
 def test_the_choice_is_as_good_as_any_of_its_size() -> None:
-    """Against all combinations: none is better and no larger, but for what one step costs."""
+    """No combination of at most the same size has a smaller error."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         some = {
@@ -49,7 +49,7 @@ def test_the_choice_is_as_good_as_any_of_its_size() -> None:
         assert bits <= budget + 1e-9
         every = (dict(zip(some, combo, strict=True)) for combo in itertools.product(*some.values()))
         best = min(e for b, e in (total(c, sizes) for c in every) if b <= bits + 1e-9)
-        assert error <= best + 1e-9  # steps on the hull are best for the bits that they take
+        assert error <= best + 1e-9  # points on the convex hull are optimal for their size
 
 
 def test_the_choice_on_hand_worked_costs() -> None:
@@ -59,9 +59,9 @@ def test_the_choice_on_hand_worked_costs() -> None:
     assert [c.bits for c in allocate(some, sizes, 4.25).values()] == [4.5, 4]
     assert [c.bits for c in allocate(some, sizes, 6.0).values()] == [8, 4]
     assert [c.bits for c in allocate(some, sizes, 8.0).values()] == [8, 8]
-    # Eight bits of a layer without a choice leave less.
+    # A fixed layer with 8 bits uses part of the budget.
     assert [c.bits for c in allocate(some, sizes, 4.25, (20, 160.0)).values()] == [4, 4]
-    worse = {"a": costs((4, 0.5), (4.5, 0.6), (8, 0.4))}  # groups that do not help are not taken
+    worse = {"a": costs((4, 0.5), (4.5, 0.6), (8, 0.4))}  # groups may not help
     assert allocate(worse, {"a": (1, 1)}, 5)["a"].bits == 4
     assert stored_bits(Section(4, 64), 256) == 4.5 and stored_bits(Section(8), 128) == 8.25
 

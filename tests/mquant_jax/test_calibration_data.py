@@ -1,4 +1,4 @@
-"""Warnings about calibration that does not fit the model."""
+"""Warnings about calibration data that is unsuitable for the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_fewer_rows_than_inputs(capsys) -> None:
     assert text.count("warning:") == 1
     assert "100 patches in 10 samples" in few(capsys, w4a8, 10, 5000, 100)
     assert few(capsys, w4a8, 10, 200, 0).count("warning:") == 2
-    # Rounding to nearest needs no Hessian, and float layers none either.
+    # Neither round-to-nearest nor float layers need a Hessian.
     assert few(capsys, PRESETS["w8a8"], 10, 200, 100) == ""
     tower = dataclasses.replace(w4a8, vision=Section(), connector=Section())
     assert "patches" not in few(capsys, tower, 10, 200, 100)

@@ -104,7 +104,7 @@ def test_results_say_what_they_are(model) -> None:
 
 
 def told(place, monkeypatch, capsys, lines: str, *args: str) -> tuple[int, str, str]:
-    """Status, answers and errors of the command with piped input."""
+    """Exit status, stdout and stderr of the command with piped input."""
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     status = cli.main(["chat", str(place), "--max-new-tokens", "5", *args])
     out, err = capsys.readouterr()

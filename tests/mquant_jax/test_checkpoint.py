@@ -1,4 +1,4 @@
-"""Checkpoint folders: exact, atomic, and checked when they are read."""
+"""Checkpoint folders: exact, written atomically, verified when read."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_parts_and_files(tmp_path):
 
 
 def test_tables_delivered_by_rows(tmp_path):
-    """They come back as they would have from one piece."""
+    """Tables written in row blocks are read back as if written in one piece."""
     rng = np.random.default_rng(1)
     table = rng.standard_normal((50, 7)).astype(np.float32)
     weight = quantize_weight(table, 4)
@@ -171,7 +171,7 @@ def test_any_path_is_read_back(tmp_path):
 
 
 def _edit(folder, **changes):
-    """Change mquant.json as somebody would who knows how it is hashed."""
+    """Edit mquant.json and update its hash."""
     path = folder / "mquant.json"
     manifest = json.loads(path.read_text()) | changes
     path.write_text(json.dumps(manifest | {"sha256": content_hash(manifest)}))
@@ -259,7 +259,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 
 
 def _same_content(flipped, data):
-    """Blanks between the items of mquant.json are not part of its content."""
+    """Whether a flipped bit only changed white space in mquant.json."""
     try:
         return json.loads(flipped) == json.loads(data)
     except ValueError:
@@ -267,7 +267,8 @@ def _same_content(flipped, data):
 
 
 def test_edited_json_files(tmp_path):
-    """They are accepted where one asks for it, and mquant.json only where nothing is verified."""
+    """Edited JSON files are accepted with ``verify="tensors"``; an edited mquant.json only without
+    verification."""
     dst = tmp_path / "dst"
     _small(dst)
     for name in ("config.json", "tokenizer.json", "report.json"):
@@ -346,7 +347,7 @@ def test_ten_misfits_are_shown(tmp_path):
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 def test_a_disk_that_fails_at_any_step(tmp_path, monkeypatch, call):
-    """One clear line; DST is there as a whole or not at all, and nothing else is."""
+    """A failing write gives one clear line; DST is complete or absent, and nothing else remains."""
     dst, real = tmp_path / "dst", getattr(os, call)
     side = _made(tmp_path / "side") / "tokenizer.json"
     side.write_text("{}")
@@ -368,7 +369,7 @@ def test_a_disk_that_fails_at_any_step(tmp_path, monkeypatch, call):
             else:
                 break
         names = {p.name for p in tmp_path.iterdir()} - {"side"}
-        if names:  # the folder's own flush failed, after the rename
+        if names:  # fsync of the parent failed, after the rename
             assert names == {"dst"} and call == "fsync"
             load_params(dst)
             _save(dst, files=[side], overwrite=True)

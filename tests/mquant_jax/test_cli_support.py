@@ -1,4 +1,4 @@
-"""What all command lines share, seen from a shell."""
+"""Behaviour shared by all command lines, seen from a shell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ sys.exit(run_cli(main))
 
 @pytest.mark.parametrize("size", [10, 10_000_000])
 def test_a_reader_that_leaves_ends_the_command_quietly(size) -> None:
-    """As in ``| head -1``: no traceback, whether output is written at once or at the end."""
+    """A closed pipe, as with ``| head -1``, gives no traceback, with or without buffering."""
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(size)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -37,7 +37,8 @@ def test_a_reader_that_leaves_ends_the_command_quietly(size) -> None:
 
 
 class Collected:
-    """Is terminated where Python ignores exceptions, as in JAX's callback of the collector."""
+    """Raises the signal in ``__del__``, where Python ignores exceptions, like JAX's garbage
+    collector callback."""
 
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The compilation cache: on by default, out of the way where the user has a say."""
+"""The compilation cache: on by default, unless the user has configured it."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from mquant_jax.compile_cache import default_folder, keep_compiled_programs, sea
 
 @pytest.fixture
 def settings(monkeypatch, tmp_path):
-    """JAX's settings, put back afterwards; the default folder below ``tmp_path``."""
+    """Restore JAX's settings afterwards, and put the default folder into ``tmp_path``."""
     names = (
         "jax_compilation_cache_dir",
         "jax_enable_compilation_cache",
@@ -50,7 +50,7 @@ def test_no_place_no_cache(settings) -> None:
 
 @pytest.fixture
 def entries(settings):
-    """A folder with two sealed entries, ``a`` and ``b``."""
+    """A cache folder with two checksummed entries, ``a`` and ``b``."""
     keep_compiled_programs()
     folder = default_folder()
     for name in ("a", "b"):
@@ -60,7 +60,7 @@ def entries(settings):
 
 
 def restart() -> None:
-    """What a later process does first."""
+    """Do what a later process does at its start."""
     jax.config.update("jax_compilation_cache_dir", None)
     keep_compiled_programs()
 
@@ -111,7 +111,7 @@ def test_only_our_own_folder_is_cleaned(settings) -> None:
 
 
 def test_a_damaged_entry_is_replaced(settings, recwarn) -> None:
-    """JAX itself would warn, compile and leave the entry as it is, at every start."""
+    """JAX alone would warn and recompile at every start, and never replace the entry."""
     from jax.experimental.compilation_cache import compilation_cache as cache
 
     def start() -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Batches cut over devices: eight that XLA makes of one CPU."""
+"""Batches split over devices: eight virtual ones on one CPU."""
 
 import json
 import os
@@ -13,10 +13,8 @@ from mquant_jax.runtime.data_parallel import cut
 from tests.helpers import golden_model
 
 DEVICES = 8
-CASES = {  # pictures in rows of their own; clips, visual experts, towers of one size, text alone
-    "qwen2_vl/public": {},
-}
-MORE = {
+CASES = {"qwen2_vl/public": {}}
+MORE = {  # clips; visual experts; towers of fixed size; text only; taps
     "qwen2_vl/public_video": {"kv_cache": "int8"},
     "cogvlm2/public": {"layout": "aifs"},
     "internvl/public": {},

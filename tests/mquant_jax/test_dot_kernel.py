@@ -1,4 +1,4 @@
-"""Kernels for TPU that end in or begin with int8, interpreted, against NumPy in float64."""
+"""TPU kernels with int8 input or output, in interpret mode, against NumPy in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXACT = 1e-6
 
 
 def draw(rows: int, k: int, out: int, layers: int = 1, per_row: bool = True, seed: int = 0):
-    """int8 rows with their scales and a stack of int4 weights with scales, both with extremes."""
+    """Scaled int8 rows and a stack of scaled int4 weights; both include the extreme values."""
     rng = np.random.default_rng(seed)
     x, w = rng.integers(-128, 128, (rows, k)), rng.integers(-8, 8, (layers, out, k))
     x[0], w[:, 0] = -128, -8
@@ -91,8 +91,8 @@ def test_few_dot(rows, k, out, per_row, extras, dtype) -> None:
 
 
 def test_the_door_leads_to_the_kernel() -> None:
-    """Leading axes, scales and storage as Dense hands them over; equal to XLA's form, bit by bit
-    but for what a product and a sum that are made in one rounding differ by."""
+    """``quantized_dot`` with the axes, scales and storage that Dense passes agrees with XLA's
+    implementation up to fused multiply-add rounding."""
     rng, x, w, x_scale, w_scale = draw(2 * 80, 256, 128)
     q = QTensor(
         jnp.asarray(x.reshape(2, 80, 256), jnp.int8), jnp.asarray(x_scale).reshape(2, 80, 1)
@@ -145,7 +145,7 @@ def test_the_chosen_form() -> None:
 
 
 def test_a_tpu_without_integers(caplog) -> None:
-    """Up to v4: activations are widened, results are the same, and it is said once."""
+    """Up to v4, products run in bf16 with equal results, and one warning says so."""
     _, x, w, x_scale, w_scale = draw(130, 256, 128)
     q = QTensor(jnp.asarray(x, jnp.int8), jnp.asarray(x_scale))
     weight = QWeight(jnp.asarray(w[0], jnp.int8), jnp.asarray(w_scale[0])[:, None], 256, 4, "int8")
@@ -222,13 +222,13 @@ def test_kernels_fetch_their_layer_from_the_stack() -> None:
 
 
 def test_single_numbers_are_cut_out_together() -> None:
-    """Layers of a stack are the same, whatever stands beside each other in it."""
+    """Joining small arrays of a stack, to slice them together, keeps every layer's values."""
     rng = np.random.default_rng(0)
     shapes = {"a": (), "b": (3,), "long": (40,), "c": (2, 2), "w": (8, 16)}
     stacks = {n: jnp.asarray(rng.normal(size=(5, *s)), jnp.float32) for n, s in shapes.items()}
     stacks["i"] = jnp.arange(5)
     fewer, restored = joined(stacks)
-    assert len(jax.tree.leaves(fewer)) == 4  # two long ones, one of each type
+    assert len(jax.tree.leaves(fewer)) == 4  # two long arrays, and one joined array per dtype
     for i in range(5):
         layer = restored(jax.tree.map(lambda x, i=i: x[i], fewer))
         jax.tree.map(np.testing.assert_array_equal, layer, {n: x[i] for n, x in stacks.items()})

@@ -1,4 +1,4 @@
-"""On CPU a row has the same bits in any company, in chunks or whole, by any program."""
+"""On CPU a row's results are bit-identical in any batch, in chunks or whole, in any program."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def model():
 
 
 def read(model, programs: EnginePrograms, prompt):
-    """A prompt in row 0: the slots, its last hidden state, and its columns."""
+    """Prefill a prompt into row 0; return the slots, its last hidden state and its columns."""
     made = plan(model.module, model.processor.collate([prompt]), programs.chunk)
     state = programs.empty()
     for chunk in made.chunks:
@@ -51,7 +51,8 @@ def test_chunks_have_the_bits_of_the_whole(model, tokens) -> None:
 
 @pytest.mark.parametrize("recipe, alone", [("w4a8", [1]), ("float", [])])
 def test_rows_have_the_bits_of_one(model, demo_float, recipe, alone) -> None:
-    """Steps of all rows, of some and of one; XLA sums one row of floats in another order."""
+    """Decode steps of all, some and one of the rows give the same bits. (Float models never decode
+    one row, because XLA sums it in another order.)"""
     generator = model.generator
     if recipe == "float":
         generator = Generator(mq.load(demo_float).module, (-1,), programs=Programs())
@@ -69,7 +70,7 @@ def test_rows_have_the_bits_of_one(model, demo_float, recipe, alone) -> None:
     state = dataclasses.replace(state, cache=cache, start=start, token=token)
 
     def after(rows: list[int]) -> np.ndarray:
-        """The new entries of all layers, which depend on all that came before them."""
+        """New cache entries of all layers; each depends on all operations before it."""
         new, _ = programs.step(jax.tree.map(jnp.asarray, state), rows)
         at = np.asarray(rows), slice(None), slice(None), used[rows]
         return np.asarray(new.cache.k)[:, *at]

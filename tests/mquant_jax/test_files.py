@@ -1,4 +1,4 @@
-"""Files of strange kinds, sizes and names at every reader; messages of one printable line."""
+"""Special files, huge files and odd names are refused by every reader in one printable line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_names_that_no_file_can_have(tmp_path, name) -> None:
 
 
 def test_enormous_files_are_refused_by_their_size(tmp_path) -> None:
-    """Sparse files of 1 TB: nothing of them is read or hashed."""
+    """Sparse files of 1 TB are refused without reading or hashing any of their content."""
     folder = hf_folder(tmp_path / "src")
     checkpoint(tmp_path / "dst", tokenizer="{}")
     samples = tmp_path / "samples.jsonl"

@@ -1,4 +1,4 @@
-"""Folders that are no model to convert, links that lead away, files that never end."""
+"""Folders that cannot be converted, links that leave the folder, endless files."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_a_byte_order_mark_is_no_matter(folder) -> None:
 
 
 def test_cogvlm2_without_stored_frequencies(tmp_path, capsys) -> None:
-    """They are those of base 500000, in float32."""
+    """Missing frequencies are computed in float32 with base 500000."""
     from mquant_jax.checkpoint.reader import load_params
     from tests.helpers import GOLDENS
 

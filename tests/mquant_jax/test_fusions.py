@@ -1,4 +1,4 @@
-"""What static scales make possible: count, in the compiled program, what is written to memory."""
+"""Fusion with static scales: counts the arrays that the compiled program writes to memory."""
 
 import functools
 
@@ -22,7 +22,7 @@ CONFIG = DecoderConfig(
     intermediate_size=HIDDEN, vocab_size=64, norm_eps=1e-6, rope_theta=1e4, rope_streams=(0,) * 32,
     max_positions=512, qkv_bias=True, tied_head=True,
 )  # fmt: skip
-# As users' programs are compiled, and not as tests are (tests/conftest.py).
+# The default compiler options, which tests/conftest.py changes.
 AS_SHIPPED = {"xla_backend_optimization_level": 3}
 if jax.__version_info__ < (0, 11):
     AS_SHIPPED["xla_cpu_use_fusion_emitters"] = True
@@ -31,9 +31,9 @@ FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "while
 
 @functools.cache
 def written(preset: str, unsigned: bool) -> list[Instruction]:
-    """What one layer of a prefill writes: the instructions of the loop over layers.
+    """Instructions of the loop body over layers in a prefill that write an array.
 
-    ``unsigned``: products take unsigned bytes, as they do on some processors.
+    ``unsigned``: products take unsigned bytes, as on some processors.
     """
     recipe = PRESETS[preset]
     place = Placement.of(recipe, "language", jnp.float32)
@@ -60,7 +60,7 @@ def written(preset: str, unsigned: bool) -> list[Instruction]:
     body = module.computations[loop.called["body"][0]]
 
     def fills(i: Instruction) -> bool:
-        """Whether it makes the array that a loop over blocks of rows then writes."""
+        """Whether it only allocates the result of a loop over row blocks."""
         called = [module.computations[name] for names in i.called.values() for name in names]
         return [c.root.opcode for c in called] == ["broadcast"]
 
@@ -68,19 +68,20 @@ def written(preset: str, unsigned: bool) -> list[Instruction]:
 
 
 def sizes(preset: str, *dtypes: str, unsigned: bool = True) -> list[tuple[int, ...]]:
-    """Shapes of the activations that a layer writes in these types, those of a width or more."""
+    """Shapes of activations of at least the stream's size that a layer writes in these dtypes."""
     return [
         a.dims
         for i in written(preset, unsigned)
         for a in i.arrays
         if a.dtype in dtypes and a.size >= TOKENS * WIDTH
-        and "dynamic_slice" not in i.source  # a layer's weights out of the stack
+        and "dynamic_slice" not in i.source  # slices of stacked weights
     ]  # fmt: skip
 
 
 def test_one_array_of_bytes_for_each_point() -> None:
-    """Shared by queries, keys and values, and by gate and up. (What is rotated online becomes
-    bytes inside the loop over blocks, and once more if it has to be unsigned.)"""
+    """Each quantisation point writes one int8 array, which q, k and v, or gate and up, share.
+    (Online rotation quantises inside its loop over row blocks; unsigned products need a second
+    array.)"""
     for preset in ("w4a8", "w4a8-dynamic"):
         for unsigned, last in ((True, [HIDDEN]), (False, [])):
             rows = [shape[-1] for shape in sizes(preset, "s8", "u8", unsigned=unsigned)]
@@ -88,10 +89,9 @@ def test_one_array_of_bytes_for_each_point() -> None:
 
 
 def test_static_scales_write_no_float_where_bytes_will_do() -> None:
-    """Norm, attention, activation and rotation end in bytes at once; scales that are found at run
-    time need the floats in memory. (Not those of the rotation, which goes by blocks of rows that
-    caches hold.)"""
+    """With static scales, norm, attention and activation write int8 directly; dynamic scales need
+    the floats in memory first. (Not so after rotation, whose row blocks stay in cache.)"""
     static, dynamic = sizes("w4a8", "f32"), sizes("w4a8-dynamic", "f32")
     assert len(dynamic) == len(static) + 4
-    # Of the stream's own shape there are its two sums: scales, biases and sums end the products.
+    # Only the two residual sums have the stream's shape: scales and biases fuse into products.
     assert len([shape for shape in static if shape[-2:] == (TOKENS, WIDTH)]) == 2

@@ -1,4 +1,4 @@
-"""The decode loop: greedy like the reference, stops, streams, samples."""
+"""The decode loop: greedy tokens of the reference, stop tokens, streaming, sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def test_an_int8_cache_is_close(case) -> None:
     step, store = jax.jit(decode, donate_argnums=2), state.cache.v
     assert store.values.dtype == jnp.int8 and store.scale.shape == (*store.values.shape[:-1], 1)
     assert state.cache.k.scale.shape == (*store.values.shape[:-2], 1, store.values.shape[-2])
-    assert relative(logits, outputs["greedy_logits"][:, 0]) < 1e-5  # a prompt sees itself in float
+    assert relative(logits, outputs["greedy_logits"][:, 0]) < 1e-5  # prefill attends in float
     for i in range(1, 8):
         logits, state = step(model, jnp.asarray(outputs["greedy"][:, i - 1]), state)
         assert 0 < relative(logits, outputs["greedy_logits"][:, i]) < 0.02

@@ -1,4 +1,4 @@
-"""GPTQ on single layers: the error it leaves, and what it survives."""
+"""GPTQ on single layers: error, and robustness to degenerate inputs."""
 
 import tracemalloc
 
@@ -25,7 +25,7 @@ def gram(x, weight=None, y=None):
 
 
 def layer(out: int, k: int, seed: int = 0):
-    """A random weight and correlated inputs of it."""
+    """A random weight and correlated inputs."""
     rng = np.random.default_rng(seed)
     mix = np.diag(rng.uniform(0.2, 3, k)) + 0.1 * rng.standard_normal((k, k))
     x = (rng.standard_normal((4 * k, k)) @ mix).astype(np.float32)
@@ -65,7 +65,7 @@ def test_gptq_survives_singular_and_dead_inputs() -> None:
     inputs, scale = prepare(hessian), clip_search(weight, 4)
     q = gptq(weight, inputs, scale, 4)
     assert np.isfinite(np.asarray(q.dequantize())).all() and np.isfinite(float(inputs.damping))
-    # A column that calibration never used is rounded to nearest: it may be used later.
+    # A column unused in calibration is rounded to nearest, because it may be used later.
     nearest = quantize_weight(weight, 4, None, scale).values
     assert np.array_equal(q.values[:, 7], nearest[:, 7])
 
@@ -108,7 +108,7 @@ def test_the_shift_makes_up_for_inputs_that_differ() -> None:
 
 
 def test_no_more_than_three_square_arrays_are_alive() -> None:
-    """The Hessian, what the float model differs by, and a copy that is factored in place."""
+    """The Hessian, the correction for the float model, and a copy that is factorised in place."""
     k = 1536
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((300, k), np.float32), rng.standard_normal((32, k), np.float32)
@@ -118,4 +118,4 @@ def test_no_more_than_three_square_arrays_are_alive() -> None:
     gptq(inputs.target(weight), inputs, scale, 4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak / (4 * k * k) < 3.6  # blocks of rows and the inputs themselves come on top
+    assert peak / (4 * k * k) < 3.6  # the rest: row blocks and the inputs

@@ -5,7 +5,7 @@ import pytest
 
 from mquant_jax.hadamard import Rotation, hadamard, has_hadamard, plan_rotation
 
-# Widths of the published models of the paper's families, and the demo model's.
+# Widths of the paper's published models and of the demo model.
 WIDTHS = (192, 256, 512, 576, 1024, 1152, 1280, 1536, 1664, 3584, 4096, 4304, 5120, 8192, 8960,
           11008, 13696, 14336, 15360, 18944, 29568, 3420)  # fmt: skip
 
@@ -61,12 +61,13 @@ def test_odd_widths_are_refused() -> None:
     (14336, 1, 112, 128, 0), (15360, 1, 120, 128, 0), (18944, 1, 148, 128, 0),
 ])  # fmt: skip
 def test_plans_stay(n, blocks, outer, inner, padding) -> None:
-    """Stored weights are rotated so: another plan needs another ``checkpoint.FORMAT_VERSION``."""
+    """Plans are part of the checkpoint format: a change needs a new
+    ``checkpoint.FORMAT_VERSION``."""
     expected = Rotation(n + padding, blocks, outer, inner, 7, padding)
     assert plan_rotation(n, 7, may_pad=True) == expected
 
 
 def test_signs_stay() -> None:
-    """As stored weights have them: see ``test_plans_stay``."""
+    """Signs are part of the checkpoint format as well."""
     signs = Rotation(64, 1, 8, 8, seed=7).signs[:16]
     assert np.flatnonzero(signs < 0).tolist() == [0, 1, 5, 8, 12, 13, 14, 15]

@@ -1,4 +1,4 @@
-"""Models by their hub name: found in the local cache, or an error that says what to do."""
+"""Models by hub name: found in the local cache, or an error that tells how to get them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME, REVISION = "Somebody/Demo-1.5", "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache that holds the demo model as the hub's tools lay it out; nothing may connect."""
+    """A hub cache with the demo model in the hub's layout; network access fails."""
 
     def refuse(*_, **__):
         raise AssertionError("a connection was tried")

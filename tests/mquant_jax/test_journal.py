@@ -1,4 +1,4 @@
-"""The journal of a conversion: nothing recorded is lost, nothing torn is believed."""
+"""The journal of a conversion: complete records survive, torn ones are ignored."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_torn_line_at_any_byte_is_cut_off(tmp_path):
         assert journal.records == records[:-1]
         journal.append(records[-1])
         assert path.read_bytes() == data
-    path.write_bytes(data[:last] + b"\0" * 20 + b"\n")  # what some file systems leave
+    path.write_bytes(data[:last] + b"\0" * 20 + b"\n")  # as some file systems leave after a crash
     assert Journal(path).records == records[:-1]
 
 

@@ -1,4 +1,4 @@
-"""The plan of a conversion: what it says is what a conversion makes, and it costs seconds."""
+"""The plan of a conversion predicts the result, and takes only seconds."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_rotations_are_named() -> None:
     ],
 )
 def test_published_sizes(tmp_path, capsys, hf, before, most) -> None:
-    """config.json alone is enough, and little is computed."""
+    """config.json is enough to plan, without computing tensors."""
     folder = folder_of(tmp_path / "model", hf)
     assert main([str(folder), "--recipe", "w4a8", "--dry-run", "--json", "--device", "v5p"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""From files to the arrays that a model runs with."""
+"""Loading: from files to the arrays that a model runs with."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ QUANTISED = Recipe(
 
 
 def _convert(dst, case, recipe, change=None, **options):
-    """A golden converted without calibration."""
+    """Convert a golden without calibration."""
     folder = GOLDENS / case
     hf = json.loads((folder / "config.json").read_text())
     family = family_for(hf, "config.json")
@@ -68,7 +68,7 @@ def _equal(got, expected):
 def test_every_form_is_that_of_the_stored_tensors(tmp_path, parts, keep_packed):
     _convert(tmp_path / "dst", "qwen2_vl/public", QUANTISED)
     stored, _ = load_params(tmp_path / "dst")
-    short = 60 if parts else 4095  # every layer has more inputs, or none
+    short = 60 if parts else 4095  # below or above every layer's number of inputs
     with tracing_for(cpu_target(short_row=short)):
         loaded = get_params(load_model(tmp_path / "dst", keep_packed=keep_packed).model)
     assert loaded.keys() == stored.keys()
@@ -143,7 +143,7 @@ def test_tensors_that_do_not_fit_are_all_listed(tmp_path):
 
 
 def test_format_2_gives_the_same_model(tmp_path):
-    """tests/goldens/checkpoint_v2 is what 0.1.0 made of the qwen2 golden."""
+    """tests/goldens/checkpoint_v2 was converted from the qwen2 golden by release 0.1.0."""
     old = tmp_path / "[o]l*d?\\"
     shutil.copytree(GOLDENS / "checkpoint_v2", old)
     loaded = load_model(old)
@@ -227,7 +227,7 @@ print(megabytes("VmHWM") - before, held)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_loading_takes_little_more_than_the_model(tmp_path):
-    """Layers of 14 MB, 40 of them: two copies of the model would not fit."""
+    """Peak memory stays within 60 MB of the model's size: there is no second copy of it."""
     hf = json.loads((GOLDENS / "llama/public/config.json").read_text())
     hf |= {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 24,
            "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
@@ -259,7 +259,7 @@ def test_accelerators_get_the_form_of_their_kernels(tmp_path, target, storage):
         _equal(jax.tree.map(np.asarray, value.unpacked()), stored[name].unpacked())
 
 
-@pytest.mark.parametrize("short", [60, 4095])  # every layer has more inputs, or none
+@pytest.mark.parametrize("short", [60, 4095])  # below or above every layer's number of inputs
 def test_an_outline_has_the_shapes_of_what_is_loaded(tmp_path, short) -> None:
     _convert(tmp_path / "dst", "qwen2_vl/public", QUANTISED)
 
@@ -272,13 +272,13 @@ def test_an_outline_has_the_shapes_of_what_is_loaded(tmp_path, short) -> None:
     assert shapes(outlined.model) == shapes(loaded.model)
     for file in tmp_path.glob("dst/params/*"):
         file.write_bytes(bytes(file.stat().st_size))
-    assert outline(tmp_path / "dst").manifest == loaded.manifest  # no tensor is read
+    assert outline(tmp_path / "dst").manifest == loaded.manifest  # reads no tensor
     with pytest.raises(CheckpointError, match="damaged"):
         outline(tmp_path / "dst", verify=True)
 
 
 def test_an_abstract_model_is_the_caller_s_own() -> None:
-    """Its structure is kept for the next call, which must not see what the caller changes."""
+    """The structure is cached between calls; changes by one caller must not affect the next."""
     family, model, config, _, _ = golden_model("qwen2_vl/public")
     first = abstract_model(family, config, Recipe())
     expected = {k: (v.shape, v.dtype) for k, v in abstract_params(first).items()}

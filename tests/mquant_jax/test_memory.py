@@ -1,4 +1,4 @@
-"""What fits on an accelerator, against XLA's own analysis of compiled programs."""
+"""The memory plan for accelerators against XLA's memory analysis of compiled programs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_the_plan_is_what_the_compiler_says(device, target, size):
     result = json.loads((RESULTS / f"aot-{target}-{model}.json").read_text())
     memory = result["variants"]["w4a8-static"]["decode"]["memory"]
     config = FAMILY.config_from_hf(MODELS[model])
-    # As rotated checkpoints have it.
+    # Rotated checkpoints have untied heads.
     language = dataclasses.replace(config.language, tied_head=False)
     config = dataclasses.replace(config, language=language)
-    recipe = dataclasses.replace(PRESETS["w4a8"], embedding=Section())  # as it was compiled
+    recipe = dataclasses.replace(PRESETS["w4a8"], embedding=Section())  # as in the compiled program
     plan = memory_plan(FAMILY, config, recipe, device, context=result["cache_slots"])
-    # Weights, cache and the inputs of one step, on both sides in their layout.
+    # Both include weights, cache and the inputs of one step, in their device layouts.
     assert plan.weights + plan.cache == pytest.approx(memory["arguments"], rel=0.01)
     assert plan.capacity < DEVICES[target].memory == ACCELERATORS[device].memory
 
@@ -65,10 +65,10 @@ def test_the_vision_tower_counts():
 
     few, many = plan(), plan(patches=65536)
     assert few.patches == 8192 == plan(patches=5).patches
-    # Per patch: five widths in bf16, three times the MLP's in 32 bits.
+    # Per patch: five times the width in bf16, and three times the MLP's width in 32 bits.
     assert many.working == 65536 * (5 * 2 * 1280 + 3 * 4 * 5120) == 8 * few.working
     assert plan(patches=180_000).longest_context < few.longest_context
-    assert plan(context=32768).working > few.working  # there prefill takes more
+    assert plan(context=32768).working > few.working  # the prefill dominates
 
 
 def test_the_command(capsys):

@@ -1,4 +1,4 @@
-"""On CPU a normed row has the same bits beside any others."""
+"""On CPU a row's norm is bit-identical in any batch."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Quantised products against NumPy integers, and what the traced programs really compute."""
+"""Quantised products against NumPy integers, and the operations in traced programs."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from tests.helpers import (
     forward,
     golden,
     integer_dots,
+    mostly_slow,
     random_quantised,
     relative,
 )
@@ -100,7 +101,7 @@ def test_lengths_must_agree() -> None:
 
 
 def test_the_byte_form() -> None:
-    """Exact, wherever it runs; its parameter says what it computes."""
+    """``byte_dot`` is exact on every CPU and traces as s8 x s8 -> s32."""
     rng = np.random.default_rng(0)
     for rows, k, out in ((1, 1, 1), (1, 7, 3), (5, 64, 33), (70, 300, 130), (2, 16384, 3)):
         x = jnp.asarray(rng.integers(-128, 128, (rows, k)), jnp.int8)
@@ -122,7 +123,7 @@ def test_the_byte_form() -> None:
 
 
 def test_the_form_for_one_row() -> None:
-    """Exact up to the longest sums that it is chosen for."""
+    """``vector_dot`` is exact up to the longest sums that it is chosen for."""
     rng = np.random.default_rng(0)
     for k, out, bits in ((1, 1, 4), (300, 130, 8), (4095, 3, 4), (1024, 5, 8)):
         x = jnp.asarray(rng.integers(-128, 128, (1, k)), jnp.int8)
@@ -169,7 +170,7 @@ def test_a_head_of_8_bits_is_read_by_halves() -> None:
 
 
 def test_what_ends_a_layer() -> None:
-    """Bias in float32, one rounding, the residual stream last."""
+    """Bias is added in float32, the result is rounded once, and the residual is added last."""
     x, w, expected = operands(3, 5, 1, 20, 4, True)
     rng = np.random.default_rng(1)
     bias, stream = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5,), (3, 5)))
@@ -194,7 +195,7 @@ def test_the_chosen_form() -> None:
         assert form_of(17, held(w)) == "pallas_gpu"
         assert form_of(17, held(w), "float") == "packed_weight_only"
         assert form_of(17, w, "float") == "weight_only"
-        assert form_of(17, w) == "int_dot"  # not held as the kernels want it
+        assert form_of(17, w) == "int_dot"  # not in the kernels' storage
         grouped, wide = operands(1, 6, 4, 5, 4, True)[1], operands(1, 6, 1, 20, 8, True)[1]
         assert form_of(1, grouped) == form_of(17, wide) == "int_dot"
 
@@ -202,7 +203,7 @@ def test_the_chosen_form() -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_int4_arrays(rows, groups) -> None:
-    """What accelerators hold; on CPU the products take them as int8."""
+    """Accelerators hold int4 arrays; on CPU products use them as int8."""
     x, w, expected = operands(rows, 5, groups, 6, 4, True)
     native = w.packed().native()
     assert native.storage == "int4" and native.values.dtype == jnp.int4
@@ -279,7 +280,10 @@ def test_the_helper_sees_floats() -> None:
     assert not integer_dots(lambda x: x @ x.T, jnp.ones((3, 24))).integer_only
 
 
-@pytest.fixture(scope="module", params=["w4a8", "w4a8-v8", "w8a8", "w4a8-dynamic", "groups"])
+RECIPES = ["w4a8", "w4a8-v8", "w8a8", "w4a8-dynamic", "groups"]
+
+
+@pytest.fixture(scope="module", params=mostly_slow(RECIPES, "w4a8", "w4a8-dynamic", "groups"))
 def quantised(request):
     hf, inputs, _ = golden("qwen2_vl", "public")
     config = Qwen2VLConfig.from_hf(hf)
@@ -290,7 +294,7 @@ def quantised(request):
     return random_quantised(config, recipe), reference_batch(config, inputs)
 
 
-# patch embedding, 6 in a vision block, 2 in the merger; 7 in a decoder block and the head.
+# Patch embedding, 6 in a vision block, 2 in the merger; 7 in a decoder block and the head.
 VISION, DECODER = 1 + 6 + 2, 7 + 1
 
 

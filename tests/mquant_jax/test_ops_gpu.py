@@ -1,5 +1,5 @@
-"""The GPU's kernels against NumPy, interpreted where there is no GPU; which of them runs, and how
-weights are held."""
+"""GPU kernels against NumPy (in interpret mode without a GPU), their selection, and the storage of
+weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL = pallas_gpu.Blocks(64, 16, 32, 4, 2, 3)
 
 
 def operands(rows: int, k: int, out: int, layers: int = 1, seed: int = 0):
-    """int8 rows, int4 weights with both ends of their range, float32 scales: all NumPy."""
+    """NumPy arrays: int8 rows, int4 weights that include both extremes, float32 scales."""
     rng = np.random.default_rng(seed)
     x = rng.integers(-128, 128, (rows, k)).astype(np.int8)
     w = rng.integers(-8, 8, (layers, out, k)).astype(np.int8)
@@ -110,7 +110,7 @@ def test_the_longest_sums() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [2, 18])
 def test_the_door(rows, bias) -> None:
-    """What a dense layer comes to on GPU: both kernels, leading axes, ends, types."""
+    """Both kernels through ``quantized_dot``: leading axes, epilogues, dtypes."""
     k, out = 40, 24
     x, w, x_scale, w_scale = operands(rows, k, out)
     q = QTensor(jnp.asarray(x).reshape(2, -1, k), jnp.asarray(x_scale).reshape(2, -1, 1))
@@ -132,7 +132,7 @@ def test_the_door(rows, bias) -> None:
 
 @pytest.mark.parametrize(("rows", "k"), [(3, 7), (3, 64), (1, 7)])
 def test_forms_of_packed_weights(rows, k) -> None:
-    """What XLA runs on packed weights, which stay as they are."""
+    """XLA's implementations for packed weights, which are not unpacked in memory."""
     x, w, x_scale, w_scale = operands(rows, k, 5)
     weight = QWeight(jnp.asarray(pack_int4(w[0])), jnp.asarray(w_scale[0]), k, 4, "packed")
     q = QTensor(jnp.asarray(x), jnp.asarray(x_scale))
@@ -155,15 +155,15 @@ def test_what_stays_with_xla() -> None:
     with tracing_for("gpu"):
         assert held(grouped).storage == "int4" and not reads_stacks(held(grouped))
         assert relative(quantized_dot(q, held(grouped)), expected) < EXACT
-        assert relative(quantized_dot(q, weight.native()), expected) < EXACT  # not held so
-    old = dataclasses.replace(Target.named("gpu"), capability=7)  # or another maker's
+        assert relative(quantized_dot(q, weight.native()), expected) < EXACT  # other storage
+    old = dataclasses.replace(Target.named("gpu"), capability=7)  # too old, or not NVIDIA's
     with tracing_for(old):
         assert form_of(3, held(weight)) == "packed_int_dot" and not reads_stacks(held(weight))
         assert relative(quantized_dot(q, held(weight)), expected) < EXACT
 
 
 class Block(nnx.Module):
-    """A dense layer behind dynamic scales, added to its input."""
+    """A dense layer with dynamic scales and a residual connection."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.dense = Dense(32, 32, section=Section(4, None, "static"), rngs=rngs)
@@ -192,7 +192,7 @@ def test_layers_are_read_in_their_stack() -> None:
 
 
 def test_a_decode_step() -> None:
-    """A whole decoder on its cache, as a GPU runs it, against the CPU's."""
+    """A decode step of a whole decoder, traced for GPU, agrees with the CPU's."""
     hf, inputs, _ = golden("qwen2_vl", "public")
     config = Qwen2VLConfig.from_hf(hf)
     batch = reference_batch(config, inputs)
@@ -205,7 +205,7 @@ def test_a_decode_step() -> None:
     ids, at = jnp.zeros((rows,), jnp.int32), jnp.full((rows,), length, jnp.int32)
 
     def step():
-        def fresh(model, cache):  # traces are kept by function, whatever the platform
+        def fresh(model, cache):  # traces are cached by function, not by platform
             return model.decode(ids, at, at, cache)[0]
 
         text = str(jax.make_jaxpr(fresh)(model, cache))
@@ -229,7 +229,7 @@ def test_of_layer() -> None:
 
 
 def test_the_table() -> None:
-    """Every entry can be run by any chip that the kernels are for."""
+    """Every entry fits the limits of all supported GPUs."""
     table = gpu.table()
     assert "No device" in table["origin"] or "Timed on" in table["origin"]
     for entry in [*table["shapes"], *table["classes"]]:
@@ -275,7 +275,7 @@ def test_attention(shape, in_order) -> None:
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("shape", [(2, 6, 2, 200, 48), (1, 2, 2, 64, 16), (3, 32, 1, 150, 80)])
 def test_attention_to_a_cache(shape, narrow) -> None:
-    """One query per prompt, to some of a middle layer's slots."""
+    """One query per prompt attends to some slots of a middle layer."""
     b, heads, kv, s, d = shape
     rng = np.random.default_rng(0)
     q, k, v = (
@@ -303,7 +303,7 @@ def test_attention_to_a_cache(shape, narrow) -> None:
     assert relative(got, exact) < 0.01
     assert np.isfinite(np.asarray(unseen, np.float32)).all()
     np.testing.assert_array_equal(unseen[1:], got[1:])
-    # The stack goes into the kernel whole.
+    # The kernel takes the whole stack.
     assert text.count("pallas_call[") == 1 and "dynamic_slice" not in text
 
 
@@ -322,7 +322,7 @@ def test_the_chosen_attention() -> None:
         return attention.CACHE.choose(attention.Heads.of(q, v, prefix)).name
 
     def kernel(*args) -> bool:
-        def fresh(*args):  # traces are kept by function, whatever the platform
+        def fresh(*args):  # traces are cached by function, not by platform
             return attention.attend(*args)
 
         return "pallas_call" in str(jax.make_jaxpr(fresh)(*args))

@@ -1,5 +1,5 @@
-"""The rotation kernels of TPU and GPU, interpreted where their device is not here, and the CPU's
-blocks of rows, against the plain form; the choice of one."""
+"""Rotation: TPU and GPU kernels (in interpret mode without their device) and the CPU's row blocks
+against the plain implementation, and the selection among them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def form_of(rotation: Rotation, rows: int, dtype) -> str:
 
 
 def interpreted(kernels) -> bool:
-    """Whether a kernel's device is not here."""
+    """Whether kernels run in interpret mode, because their device is absent."""
     return jax.default_backend() != BACKENDS[kernels]
 
 
@@ -42,11 +42,11 @@ def test_kernel(kernels, rows, outer) -> None:
     matrix = np.kron(hadamard(outer), hadamard(128)) * n**-0.5
     exact = np.asarray(x, np.float64) @ matrix
     got = np.asarray(kernels.rotate(x, outer, **how), np.float64)
-    assert np.abs(got - exact).max() < 0.02 * np.abs(exact).max()  # bfloat16 on the way
+    assert np.abs(got - exact).max() < 0.02 * np.abs(exact).max()  # bfloat16 intermediates
     q = kernels.rotate(x, outer, scale, **how)
     assert q.dtype == jnp.int8 and q.shape == (rows, n)
     expected = np.clip(exact / np.asarray(scale), -128, 127)
-    # Half a step of rounding, and bfloat16's error in front of it.
+    # Half a step for rounding, plus bfloat16's error before it.
     assert np.abs(np.asarray(q) - expected).max() < 0.5 + 0.02 * 128
 
 
@@ -69,7 +69,7 @@ def test_plans_fill_the_lanes_where_that_is_cheap() -> None:
     for n, outer in ((18944, 148), (5120, 40), (14336, 112)):
         assert (plan_rotation(n).outer, plan_rotation(n).inner) == (outer, 128)
     assert plan_rotation(1536).inner == 48  # 12 x 128 costs 1.75 times as much
-    assert plan_rotation(8960).inner == 112  # there is no order 70
+    assert plan_rotation(8960).inner == 112  # no Hadamard matrix of order 70
     padded = plan_rotation(8960, may_pad=True)
     assert (padded.n, padded.padding, padded.outer, padded.inner) == (9216, 256, 72, 128)
 
@@ -110,7 +110,7 @@ def test_a_row_on_cpu_has_the_same_bits_beside_any_others(n) -> None:
     [("tpu", None, 12), ("tpu", 3, 12), ("tpu", 3, 128), ("gpu", None, 12), ("gpu", 3, 128)],
 )
 def test_forms_agree(platform, seed, padding) -> None:
-    """The whole path that an accelerator takes."""
+    """The accelerator's full path agrees with the plain one."""
     rotation = Rotation(512, 1, 4, 128, seed, padding)
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(2, 40, rotation.inputs)), jnp.bfloat16)
@@ -125,7 +125,7 @@ def test_forms_agree(platform, seed, padding) -> None:
     assert [choice.name for choice in ran] == [f"pallas_{platform}"] * 3
     assert theirs.dtype == plain.dtype and theirs.shape == (2, 40, 512)
     np.testing.assert_allclose(theirs.astype(float), plain.astype(float), atol=0.05)
-    # Against float32: what rounds to bfloat16 on the way may be off by as much itself.
+    # Compared with float32, because the plain bfloat16 result has an error of the same size.
     off = np.abs(per_row.values.astype(int) - exact.values.astype(int))
     assert off.max() <= 1 and per_row.scale is scale
     assert shared.values.dtype == jnp.int8

@@ -1,4 +1,4 @@
-"""Options of the API and of the command lines, and what ``generate`` is given."""
+"""Options of the API and of the command lines, and arguments of ``generate``."""
 
 import io
 
@@ -29,7 +29,7 @@ NO_NUMBER = ["0.5", None, True, np.False_, [0.5], 1j, float("nan"), float("inf")
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """The bundled model without weights: everything before it runs."""
+    """The bundled model without weights: enough for every check before it runs."""
     folder = DEMO_ASSETS / "model"
     config = Qwen2VLConfig.from_hf(load_json(folder / "config.json"))
     return Model(None, config, {}, Qwen2VLProcessor(folder, config))
@@ -91,7 +91,7 @@ def test_names() -> None:
             Options(**options)
     for options in ({"dtype": "int8"}, {"layout": "row"}, {"kv_cache": "int4"}):
         with pytest.raises(mq.UserError, match="expected one of"):
-            mq.load("no such folder", **options)  # options come first: loading takes time
+            mq.load("no such folder", **options)  # options are checked before loading
 
 
 @pytest.mark.parametrize("folder", [None, 3, b"x", "a\0b", ["x"]])

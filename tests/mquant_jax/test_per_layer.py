@@ -1,4 +1,4 @@
-"""Products with a layer out of arrays of their own: the bits of those with the layer's slice."""
+"""Products with separate arrays per layer are bit-identical to products with slices of a stack."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ LAYERS, OUT, IN = 3, 32, 64
 
 
 def layer_products(kernels: list, split, x) -> None:
-    """Each layer's product by both ways."""
+    """Each layer's product, from separate arrays and from the stack."""
 
     @jax.jit
     def product(kernel, layer, x):
@@ -65,7 +65,7 @@ def test_float_products() -> None:
 
 
 def test_steps_do_not_grow_with_the_layers() -> None:
-    """Depth adds a branch for each product, and no code that is compiled."""
+    """Each further layer adds one branch per product, and no compiled code."""
 
     def kernels(layers: int) -> int:
         config = random_weights("demo", 4).config

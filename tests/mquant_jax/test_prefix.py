@@ -1,4 +1,4 @@
-"""Sinks in front of every prompt: the same as a longer prompt, with nothing to run for it."""
+"""Prefix sinks equal sink tokens before every prompt, without prefill cost."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def keys_of(family, config, params, ids):
 
 @pytest.fixture(scope="module", params=["llama/public", "qwen2_vl/public"])
 def models(request):
-    """Family, config, the float model without and with a prefix."""
+    """Family, config, and the float model without and with a prefix."""
     family, plain, config, _, _ = golden_model(request.param)
     params = get_params(plain)
     extra = keys_of(family, config, params, PREFIX)

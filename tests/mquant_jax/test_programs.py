@@ -1,4 +1,4 @@
-"""Compiled programs: bounded in number, and what is padded or alongside does not show."""
+"""Compiled programs: bounded in number; padding and other rows change no answer."""
 
 import gc
 
@@ -25,7 +25,7 @@ def case():
 
 @pytest.fixture(scope="module")
 def prompts(case):
-    """Texts and pictures of several sizes."""
+    """Text-only prompts and pictures of several sizes."""
     config = case[1]
     sizes = [(9, 0), (40, 56), (20, 112), (3, 84), (70, 28)]
     return [FAMILY.example_prompt(config, tokens, side) for tokens, side in sizes]
@@ -53,9 +53,9 @@ def test_dropped_programs_are_freed(case) -> None:
     client = jax.devices()[0].client
     generator = Generator(model, NEVER_STOP, programs=Programs(limit=4))
     alive = []
-    for tokens in (10, 40, 100, 150, 200, 300):
+    for tokens in (10, 100, 200, 300):
         prompt = FAMILY.example_prompt(config, tokens, 0)
-        generator.generate(FAMILY.collate(config, [prompt] * (1 + tokens % 3)), 2)
+        generator.generate(FAMILY.collate(config, [prompt]), 2)
         gc.collect()
         alive.append(len(client.live_executables()))
     assert len(generator.programs) == 4 < generator.programs.compiled

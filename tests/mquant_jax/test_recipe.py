@@ -1,4 +1,4 @@
-"""Recipes: JSON both ways, and errors that name the key."""
+"""Recipes: JSON round trips, and errors that name the key."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_files_that_are_no_recipes(tmp_path) -> None:
 
 def test_what_needs_calibration() -> None:
     needing = {name for name, recipe in PRESETS.items() if recipe.needs_calibration}
-    assert needing == set(PRESETS) - {"float"}  # static scales, or GPTQ
+    assert needing == set(PRESETS) - {"float"}  # for static scales or GPTQ
     assert Recipe(balance=True).needs_calibration and Recipe(balance=True).changes_weights
     dynamic = dataclasses.replace(PRESETS["w4a8-dynamic"], weights=Weights(), balance=False)
     assert not dynamic.needs_calibration and dynamic.changes_weights

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and the record of it."""
+"""The registry of implementations: selection, and the record of choices."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_the_first_form_that_takes_a_call_runs() -> None:
         assert OP.pick(3)(jnp.int32(5)) == 10
     assert made == [Choice("double", 3, "add", (("shift", "not a TPU"),))]
     with tracing_for("tpu"), recording() as made:
-        OP.pick(3), OP.pick(9), OP.choose(4)  # the last is only asked about
+        OP.pick(3), OP.pick(9), OP.choose(4)  # choose() alone records nothing
     assert [(c.name, c.refused) for c in made] == [
         ("shift", ()), ("add", (("shift", "9 values; the most is 7"),)),
     ]  # fmt: skip
-    assert OP.pick(3)(2) == 4  # without a record
+    assert OP.pick(3)(2) == 4  # works without recording
 
 
 def test_an_op_needs_a_last_resort() -> None:
@@ -60,7 +60,7 @@ def test_targets() -> None:
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_the_record_of_a_whole_model(platform) -> None:
-    """Every op of prefill and decode is in it, for any target; nothing runs."""
+    """Tracing prefill and decode records every op, for any target, without running it."""
     config = Qwen2VLConfig.from_hf(golden("qwen2_vl", "public")[0])
     model = random_quantised(config, PRESETS["w4a8"], dtype=jnp.bfloat16)
     batch = FAMILY.collate(config, [FAMILY.example_prompt(config, 100, 56)])
@@ -70,7 +70,7 @@ def test_the_record_of_a_whole_model(platform) -> None:
     everywhere = {DENSE.name, NORM.name, ROTATE.name}
     assert ops >= {(phase, op) for phase in ("prefill", "decode") for op in everywhere}
     assert {("prefill", ROWS.name), ("decode", CACHE.name)} <= ops
-    assert ("decode", HEADS.name) in ops or platform == "gpu"  # a kernel of its own reads the cache
+    assert ("decode", HEADS.name) in ops or platform == "gpu"  # a separate kernel reads the cache
     dense = [r for r in rows if r["op"] == DENSE.name and r["phase"] == "decode"]
     assert sum(r["calls"] for r in dense) == 7 + 1
     assert all(r["spec"]["activations"] == "int8" for r in dense)

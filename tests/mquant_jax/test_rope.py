@@ -1,4 +1,4 @@
-"""The TPU's form of rotary positions against the plain one."""
+"""The TPU's implementation of rope against the plain one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_tpu_form(width) -> None:
         got = apply_rope(x, angles)
         wide = apply_rope(x.astype(jnp.float32), angles)
     assert got.dtype == jnp.bfloat16
-    # The exchange is exact; sums may be rounded once more or less.
+    # The swap of halves is exact; sums may round differently.
     np.testing.assert_allclose(got.astype(float), plain.astype(float), atol=2e-2)
     np.testing.assert_allclose(wide, apply_rope(x.astype(jnp.float32), angles), atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Rotation leaves the function alone: float models before and after agree."""
+"""Rotation keeps the function: float models before and after agree."""
 
 import dataclasses
 
@@ -81,7 +81,7 @@ def test_weights_and_activations_get_the_same_matrix(n) -> None:
 
 def test_rotation_helps_static_quantisation_of_a_hardened_model(case) -> None:
     config, params, batch, real = case
-    # Channel outliers that static per-tensor scales cannot serve, the function unchanged.
+    # Channel outliers too large for static per-tensor scales, without changing the function.
     rng = np.random.default_rng(1)
     hard = dict(params)
     for i in range(config.language.num_layers):

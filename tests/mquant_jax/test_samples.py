@@ -26,7 +26,7 @@ def folder(tmp_path) -> Path:
 
 
 def read(folder: Path, *rows, **options) -> list[Sample]:
-    """Rows (objects, or lines as they are) through a file."""
+    """Write rows (objects, or raw lines) to a file and read it."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "s.jsonl").write_text("\n".join(lines) + "\n", "utf-8", newline="")
     return read_samples(folder / "s.jsonl", **options)
@@ -102,7 +102,7 @@ def test_bad_lines_are_named(folder, line, words) -> None:
 def test_all_bad_lines_are_listed_ten_at_most(folder) -> None:
     bad = [{"image": f"{i}.png", "question": "?"} for i in range(13)]
     with pytest.raises(UserError, match="13 bad samples.*s.jsonl:2: no such.*; and 3 more") as e:
-        read(folder, {"question": "good"}, *bad, limit=1)  # read to its end, whatever the limit
+        read(folder, {"question": "good"}, *bad, limit=1)  # read to the end in spite of the limit
     assert "s.jsonl:11:" in str(e.value) and "s.jsonl:12:" not in str(e.value)
 
 

@@ -1,4 +1,4 @@
-"""Towers whose layers are quantised differently: runs of equal layers, one stack each."""
+"""Towers whose layers are quantised differently: one stack per run of equal layers."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def ruled(*rules, base: Recipe = W4A8) -> Recipe:
 
 
 def widths(name: str, hidden: int) -> tuple[str, dict[str, int]]:
-    """A rule that splits a tower and changes nothing: one group of all columns is no group."""
+    """A rule that splits a tower without changing results: one group spans all columns."""
     return name, {"group_size": hidden}
 
 
 def split_like(model: nnx.Module, family: str, recipe: Recipe) -> nnx.Module:
-    """The same tensors in a model whose towers are cut: behind layer 0, and before the last."""
+    """The same tensors in a model whose towers are split after layer 0 and before the last."""
     brand = family_for(golden(family, "public")[0])
     params, rules = get_params(model), []
     for tower in ("language", "vision"):
@@ -56,11 +56,11 @@ def split_like(model: nnx.Module, family: str, recipe: Recipe) -> nnx.Module:
 
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, "qwen2_vl", "qwen3_vl", "cogvlm2"))
 def test_segments_compute_what_one_stack_computes(family) -> None:
-    """Tower, taps, experts, windows, prefill, cache, decoding. (Loops of one turn are fused
-    otherwise.)"""
+    """Tower, taps, experts, windows, prefill, cache and decoding agree, up to rounding: XLA fuses
+    loops of one iteration differently."""
     _, model, config, inputs, _ = golden_model(f"{family}/public")
     brand = family_for(golden(family, "public")[0])
-    # Float activations: an int8 step apart would be far more than rounding.
+    # Float activations, because one int8 step would be far more than rounding.
     recipe = dataclasses.replace(PRESETS["w4a16"], weights=PRESETS["w4a8-rtn"].weights)
     made, _ = quantize_params(brand, config, recipe, get_params(model))
     whole = abstract_model(brand, config, recipe)
@@ -93,7 +93,7 @@ def test_a_rule_may_name_one_layer() -> None:
     model = abstract_model(brand, config, recipe)
     assert [first for first, _ in segments(model.language.layers)] == [0, 1, 2]
     assert [first for first, _ in segments(model.vision.layers)] == [0, 1]
-    same = ruled(("language/layers/1/down_proj", {"w_bits": 4}))  # as all of them have
+    same = ruled(("language/layers/1/down_proj", {"w_bits": 4}))  # the preset's bits
     assert not isinstance(abstract_model(brand, config, same).language.layers, Segments)
     plan = {layer.path: layer for layer in layer_plan(brand, config, recipe).layers}
     found = [plan[f"language/layers/{i}/down_proj"] for i in range(3)]
@@ -133,7 +133,7 @@ def test_quantising_such_a_model(tune) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_of_such_a_model(tmp_path) -> None:
-    """Converted, read back, loaded, answered from, also by the engine."""
+    """Such a checkpoint can be converted, loaded, and used by ``generate`` and the engine."""
     recipe = ruled(
         ("language/layers/0/*", {"w_bits": 8}), ("vision/layers/[23]/*", {"w_bits": 8}),
         base=PRESETS["w4a8-rtn"],

@@ -1,4 +1,4 @@
-"""Sinks: found where tokens stand out, and given a class of their own."""
+"""Sink tokens: detection by magnitude, and their token class."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from tests.helpers import golden_qwen2_vl
 
 
 def sequences(rows: int = 12, length: int = 40):
-    """Ordinary magnitudes of left-padded sequences, ids, places and classes."""
+    """Magnitudes of left-padded sequences without sinks, with ids, order and classes."""
     rng = np.random.default_rng(0)
     order = np.maximum(np.arange(length)[None] - np.arange(rows)[:, None], -1)
     classes = np.where(order >= 0, 0, -1)
@@ -34,7 +34,7 @@ def test_loud_positions_and_ids_are_found() -> None:
     loud[order == 3] = 200.0
     ids[:, 20:22] = 7
     loud[(ids == 7) & (order >= 0)] = 50.0
-    loud[classes == 1] *= 1.5  # visual tokens are never sinks by id
+    loud[classes == 1] *= 1.5  # ids never make visual tokens sinks
     quiet = {"calm": magnitudes, "loud": loud}
     assert find_sinks(quiet, ids, order, classes, 4, 8) == ([0, 3], [7])
     assert find_sinks(quiet, ids, order, classes, 1, 8)[0] == [0]
@@ -56,7 +56,7 @@ def test_a_sink_of_its_own_lowers_the_scale_of_the_others() -> None:
     params = get_params(model)
     first = np.asarray(batch.input_ids)[np.asarray(batch.order) == 0]
     table = np.array(params["language/embedding"])
-    table[first] *= 50  # a massive first token, in a stream that has no norm before attn_out
+    table[first] *= 50  # a massive first token; attn_out has no norm before it
     params["language/embedding"] = table
     recipe = dataclasses.replace(PRESETS["w8a8"], rotate=False)
     out, report = quantize_params(FAMILY, config, recipe, params, batch)

@@ -1,4 +1,4 @@
-"""SmoothQuant: the function stays, outliers move, strength is chosen by the error."""
+"""SmoothQuant keeps the function, moves outliers, and chooses its strength by the error."""
 
 import dataclasses
 

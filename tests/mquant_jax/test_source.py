@@ -1,4 +1,4 @@
-"""The reader of Hugging Face folders, and the plan that matches names."""
+"""The reader of Hugging Face folders, and the matching of tensor names."""
 
 from __future__ import annotations
 

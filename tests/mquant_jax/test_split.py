@@ -1,4 +1,4 @@
-"""RMS: the channel that a plain Hadamard makes, split off where it pays."""
+"""RMS: splitting off the outlier channel that a plain Hadamard transform makes."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def nearest(weight, hessian) -> QWeight:
 
 
 def spiked(seed: int | None) -> jnp.ndarray:
-    """Weights with a mean, ``[32, 128]``, behind a Hadamard with or without signs."""
+    """Weights ``[32, 128]`` with a mean, after a Hadamard transform with or without signs."""
     rng = np.random.default_rng(0)
     weight = rng.normal(0, 0.02, (32, 128)) + rng.normal(0.01, 0.01, (32, 1))
     return jnp.asarray(times(weight, plan_rotation(128, seed)), jnp.float32)
@@ -68,7 +68,7 @@ def test_the_model_runs_with_split_channels(activations) -> None:
     layers = config.vision.num_layers + config.language.num_layers
     assert len(report["split"]) == layers
     got = quantised(FAMILY, config, recipe, params, batch)[real]
-    # Noise weights at four bits: the mechanism, not the gain.
+    # Random weights at 4 bits: this tests the mechanism, not the gain.
     assert relative(got, outputs["logits"][real]) < 0.6
     for name, found in report["split"].items():
         column = np.asarray(params[f"{name}/split/column"].values)

@@ -1,4 +1,4 @@
-"""Stages of a long run: what a listener hears, and what is logged."""
+"""Stages of a long run: events for listeners, and log lines."""
 
 from __future__ import annotations
 

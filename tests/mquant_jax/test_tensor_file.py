@@ -1,4 +1,4 @@
-"""Safetensors files: what is read is what the format's own library wrote, and the reverse."""
+"""Safetensors files: compatible with the format's own library in both directions."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, nth):
         calls.append(1)
         if len(calls) > nth:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(fd, data[:100])  # short writes are gone on with
+        return write(fd, data[:100])  # a short write, which must be continued
 
     monkeypatch.setattr(tensor_file.os, "write", full)
     with pytest.raises(OSError, match="No space"):

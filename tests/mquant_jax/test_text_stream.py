@@ -1,4 +1,4 @@
-"""Text as it comes: whole characters, stop texts, and no more work for long answers."""
+"""Streamed text: whole characters, stop texts, and bounded work per token."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from mquant_jax.runtime.text_stream import TextStream
 
 
 def decode(ids) -> str:
-    """Bytes as tokens."""
+    """Each token is a byte."""
     return bytes(ids).decode("utf-8", errors="replace")
 
 
@@ -67,7 +67,7 @@ def test_long_answers_are_not_decoded_again_and_again() -> None:
 
 
 def test_decoders_that_look_back() -> None:
-    """SentencePiece drops a text's first space: tokens may not be decoded in parts everywhere."""
+    """SentencePiece drops a text's first space, so tokens cannot be decoded in arbitrary parts."""
 
     def dropping(ids) -> str:
         return decode(ids).removeprefix(" ")

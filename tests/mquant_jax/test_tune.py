@@ -1,4 +1,4 @@
-"""Learned scales: what moves, what stays, and that the divergence falls."""
+"""Learned scales: only scales and gains move, and the divergence falls."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from mquant_jax.ptq.states import States
 from mquant_jax.ptq.tune import Recomputing, _shown
 from mquant_jax.ptq.tune_block import relative_error
 from mquant_jax.recipe import Tuning
-from tests.helpers import forward, golden_model, golden_qwen2_vl, relative
+from tests.helpers import forward, golden_model, golden_qwen2_vl, mostly_slow, relative
 
 PLAIN = PRESETS["w4a8"]
 TUNED = dataclasses.replace(PLAIN, tune=Tuning(epochs=6, rate=3e-3))
@@ -33,7 +33,7 @@ BLOCKS = dataclasses.replace(PLAIN, tune=Tuning(epochs=6, rate=3e-3, form="block
 
 @pytest.fixture(scope="module")
 def source():
-    """The float model, its config and tensors with a head of its own, and the batch."""
+    """The float model, its config and tensors with an untied head, and the batch."""
     model, config, inputs, _ = golden_qwen2_vl("public")
     batch = FAMILY.reference_batch(config, inputs)
     return model, *untied(config, get_params(model)), batch
@@ -41,7 +41,7 @@ def source():
 
 @pytest.fixture(scope="module")
 def made(source):
-    """The batch, and for both recipes tensors, report and model."""
+    """The batch; then tensors, report and model of both recipes."""
     _, config, params, batch = source
     out = [batch]
     for recipe in (PLAIN, TUNED):
@@ -91,7 +91,7 @@ def test_gradients_pass_the_rounding_and_stop_at_the_clip() -> None:
 
 @pytest.fixture(scope="module")
 def blocks(source):
-    """What learning block by block makes: tensors and report. No whole model is ever built."""
+    """Tensors and report of block-wise learning, which never builds a whole model."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("set_params", "float_model", "tune"):
             patch.delattr(pipeline, name)
@@ -115,7 +115,7 @@ def test_blocks_come_closer_to_the_float_model(source, made, blocks) -> None:
     real, expected = batch.order >= 0, forward(model, batch)
     errors = [relative(forward(m, batch)[real], expected[real]) for m in (before, after)]
     assert errors[1] < 0.9 * errors[0]
-    # Later blocks are rounded for inputs that have changed; before them only scales and gains move.
+    # Later blocks are rounded for changed inputs; in the first one only scales and gains move.
     for name, value in tensors.items():
         if not name.startswith("language/"):
             jax.tree.map(np.testing.assert_array_equal, value, plain[name])
@@ -125,14 +125,14 @@ def test_blocks_come_closer_to_the_float_model(source, made, blocks) -> None:
 
 
 class Stopped(Exception):
-    """In the place of a kill."""
+    """Simulates a kill."""
 
 
 def test_an_interrupted_conversion_learns_the_same(source, blocks, tmp_path) -> None:
     kept: dict[str, Any] = {}
 
     def convert(stop: str | None) -> list[str]:
-        """The parts that were made until ``stop`` was to be written."""
+        """Convert until the part ``stop``; return the parts written before it."""
         parts: list[str] = []
 
         def sink(part, tensors):
@@ -157,7 +157,7 @@ def test_an_interrupted_conversion_learns_the_same(source, blocks, tmp_path) -> 
         jax.tree.map(np.testing.assert_array_equal, kept[name], value)
 
 
-@pytest.mark.parametrize("form", ["model", "block"])
+@pytest.mark.parametrize("form", mostly_slow(["model", "block"], "block"))
 def test_bfloat16_weights_learn_and_stay(source, form) -> None:
     model, config, params, batch = source
     narrow = {k: np.asarray(v).astype(jnp.bfloat16) for k, v in params.items()}
@@ -177,7 +177,8 @@ def test_the_error_is_relative_and_leaves_out_padding() -> None:
 
 
 def test_deep_features_reach_the_student() -> None:
-    """What a tapped tower adds behind the first layers, of chunks with and without pictures."""
+    """The student gets the features that a tapped tower adds after the first layers, for chunks
+    with and without pictures."""
     family, model, config, inputs, _ = golden_model("qwen3_vl/public")
     batch = family.reference_batch(config, inputs)
     text = family.collate(config, [family.example_prompt(config, 9, 0)])

@@ -1,7 +1,8 @@
-"""Intervals of orders against masks that say what they mean, in every form of attention."""
+"""Visibility intervals against explicit masks, in every implementation of attention."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -21,11 +22,11 @@ from mquant_jax.target import tracing_for
 from tests.helpers import cpu_target, interpreting, mostly_slow, relative
 
 B, T, HEADS_KV, D = 2, 330, (2, 1), 64
-PADDING = np.array([0, 11])  # of the rows, before the text or after the picture
+PADDING = np.array([0, 11])  # per row, before the text or after the picture
 
 
 class Case(NamedTuple):
-    """What is seen, and the same as bool ``[B, T, T]``; padding as a query may see anything."""
+    """A visibility and its mask, bool ``[B, T, T]``; rows of padding queries are undefined."""
 
     seen: Visibility
     mask: np.ndarray
@@ -40,7 +41,7 @@ def ints(x) -> jax.Array:
 
 
 def text(window: int | None = None, moved: bool = False, hints: bool = True) -> Case:
-    """A causal prompt behind padding; with ``moved``, tokens are anywhere, as AIFS moves them."""
+    """A causal prompt after left padding; ``moved`` shuffles the tokens, like AIFS."""
     place = np.arange(T) - PADDING[:, None]
     if moved:
         place = np.random.default_rng(5).permuted(place, axis=1)
@@ -55,7 +56,7 @@ def text(window: int | None = None, moved: bool = False, hints: bool = True) -> 
 
 
 def picture_in_text() -> Case:
-    """Tokens 100 to 179 of a prompt see each other."""
+    """Tokens 100 to 179 of a causal prompt see each other."""
     plain = text(hints=False)
     place = np.arange(T) - PADDING[:, None]
     inside = (100 <= place) & (place < 180)
@@ -78,7 +79,7 @@ def windows() -> Case:
 
 
 def one_of_a_loop(full: bool) -> Case:
-    """The windows in a loop of layers that may see whole pictures."""
+    """The windows inside a layer loop in which ``full`` layers see whole pictures."""
     seen, mask = windows()
     valid = np.asarray(seen.keys != NEVER)
     ctx = VisionContext(None, ints(np.where(valid, 0, -1)), seen, jnp.asarray([full]))
@@ -120,13 +121,13 @@ def rows_of(rng) -> list[jax.Array]:
 
 
 def split(q, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Heads of rows, keys channel by channel."""
+    """Split rows into heads; keys get the layout ``[B, heads, d, S]``."""
     q, k, v = (x.reshape(B, -1, x.shape[-1] // D, D) for x in (q, k, v))
     return q.swapaxes(1, 2), jnp.moveaxis(k, 1, 3), v.swapaxes(1, 2)
 
 
 def dense(q, k, v, mask) -> np.ndarray:
-    """float64, of rows ``[B, T or S, heads * d]`` and bool ``[B, T, S]``."""
+    """Reference attention in float64: rows ``[B, T or S, heads * d]``, mask bool ``[B, T, S]``."""
     q, k, v = (np.asarray(x, np.float64) for x in split(q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
@@ -165,7 +166,7 @@ def test_no_key_that_is_skipped_is_seen(case, size) -> None:
 
 
 def test_blocks_of_a_window_are_found() -> None:
-    """The skips are real: of 330 patches a block of 64 looks at what is near."""
+    """Skipping is effective: of 330 patches, a block of 64 only reads those nearby."""
     first, end = case_of("windows").seen.key_range(64)
     assert (np.asarray(end - first) <= 64 + 15 + 15).all()
     first, end = case_of("sliding, unknown").seen.key_range(64)
@@ -176,7 +177,7 @@ def test_blocks_of_a_window_are_found() -> None:
 
 
 def test_on_cpu(case) -> None:
-    """Rows and heads; few logits at a time and many."""
+    """Row-wise and head-wise attention, in few and in many parts."""
     q, k, v = rows_of(np.random.default_rng(0))
     expected = dense(q, k, v, case.mask)
 
@@ -222,11 +223,15 @@ def test_on_accelerators(case, platform, op, form) -> None:
     assert np.isfinite(got).all() and relative(got[case.real], expected[case.real]) < 0.01
 
 
-@pytest.mark.parametrize("tokens", [1, 70])
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("window", [None, 40])
-def test_a_cache(window, narrow, tokens) -> None:
-    """The last tokens of a prompt against slots of which some hold nothing yet."""
+# Sliding window, int8 entries, number of queries.
+CACHES = [*itertools.product((None, 40), (False, True), (1, 70))]
+PAIRS = [(None, False, 1), (None, True, 70), (40, False, 70), (40, True, 1)]
+
+
+@pytest.mark.parametrize("options", mostly_slow(CACHES, *PAIRS), ids=str)
+def test_a_cache(options) -> None:
+    """The last tokens of a prompt attend to a cache with some empty slots."""
+    window, narrow, tokens = options
     whole, rng, slots = text(window), np.random.default_rng(3), T + 20
     q, k, v = rows_of(rng)
     q, mask = q[:, -tokens:], whole.mask[:, -tokens:]

@@ -1,4 +1,4 @@
-"""A walk over a model whose tower is tapped: the same numbers, part by part, and after a stop."""
+"""A part-by-part walk over a model with a tapped tower equals the forward pass, also resumed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mquant_jax.ptq.walk import LAST, Walk, outputs
 from mquant_jax.recipe import Recipe
 from tests.helpers import golden_model, relative
 
-CASE = "qwen3_vl/public_video"  # the last layer of the tower is tapped as well
-GAIN = 1.03  # on what every part gives, as if rounding had changed it
+CASE = "qwen3_vl/public_video"  # the tower's last layer is tapped as well
+GAIN = 1.03  # applied to every part's output, as if rounding had changed it
 
 
 class Stopped(Exception):
@@ -24,11 +24,11 @@ class Stopped(Exception):
 
 
 class Louder:
-    """Makes every output a little larger; the twin's stay.
+    """A visitor that scales every output by ``GAIN``, except the twin's.
 
     Attributes:
-        visited: names of parts.
-        last: what enters the last part, of the walk and of the twin, chunk by chunk.
+        visited: names of the visited parts.
+        last: inputs of the last part, for the walk and for the twin, chunk by chunk.
     """
 
     def __init__(self, stop: str = ""):
@@ -74,7 +74,7 @@ def walked(case, states: States, ledger: Ledger, visitor: Louder) -> Louder:
         batch.input_ids[:1], batch.order[:1], batch.positions[:, :1], batch.token_class[:1] * 0,
         np.full_like(batch.visual_index[:1], -1), None,
     )  # fmt: skip
-    chunks = [batch, text, batch]  # one of them without pictures
+    chunks = [batch, text, batch]  # one without pictures
     Walk("walk", model, params, chunks, states, ledger, twin=True).run(visitor)
     return visitor
 

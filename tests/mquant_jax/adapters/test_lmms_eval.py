@@ -1,4 +1,4 @@
-"""lmms-eval's requests; run by .ci/lmms_eval, where the package is."""
+"""The adapter for lmms-eval; .ci/lmms_eval installs the package and runs these tests."""
 
 import types
 from importlib.metadata import entry_points

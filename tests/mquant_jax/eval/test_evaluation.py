@@ -16,10 +16,8 @@ from mquant_jax.commands import evaluate as command
 from mquant_jax.errors import UserError
 from mquant_jax.eval import evaluation, perplexity
 from mquant_jax.eval.answers import Answer, AnswerFile
-from mquant_jax.eval.compare import compare, interval, mcnemar
 from mquant_jax.eval.evaluation import Checks, evaluate
 from mquant_jax.eval.runner import ask
-from mquant_jax.eval.scoring import Table, Verdict, table_of
 from mquant_jax.eval.swap import with_swapped_pictures
 from mquant_jax.eval.table import text, write_flips
 from mquant_jax.eval.tasks import TASKS
@@ -33,7 +31,7 @@ VOCABULARY = 129
 
 
 class Processor:
-    """Characters are tokens."""
+    """Each character is a token."""
 
     def prompt(self, text, images=(), videos=()):
         if text == "bad":
@@ -49,7 +47,7 @@ class Processor:
 
 @dataclasses.dataclass
 class Parrot:
-    """Says what its table has for a question; stops after some batches."""
+    """Replies from a table; raises KeyboardInterrupt after ``stops_after`` batches."""
 
     replies: dict
     stops_after: int = 10**9
@@ -70,7 +68,8 @@ class Parrot:
         return prompts
 
     def force(self, prompts, answers):
-        """Expects its own reply's character with probability 1/2, of ``VOCABULARY``."""
+        """Gives its own reply's next character probability 1/2; the rest of ``VOCABULARY`` shares
+        the other half."""
         said = [self.replies["".join(map(chr, p.input_ids))] for p in prompts]
         for i in range(max(map(len, answers)) + 1):
             rows = np.full((len(said), VOCABULARY), np.log(0.5 / (VOCABULARY - 1)), np.float32)
@@ -119,7 +118,7 @@ def test_batches_are_cut_from_the_full_list() -> None:
     assert [a.text for a in answers] == [s.answer for s in samples()]
     assert sorted(len(b) for b in model.batches) == [1, 2, 2, 2, 2, 2]
     first = [len(q) for b in model.batches[:4] for q in b]
-    assert first == sorted(first)  # the eight questions of the first window, by length
+    assert first == sorted(first)  # the first window's eight questions are sorted by length
     fails("no samples", lambda: ask(model, [], Options()))
     fails("f.jsonl:3: no prompt", lambda: ask(
         model, questions_from([Sample((), "bad", where="f.jsonl:3")]), Options()))  # fmt: skip
@@ -137,7 +136,7 @@ def test_a_run_that_goes_on_makes_the_same_batches(models, data, tmp_path, stop)
     models["a/float"].stops_after = 10**9
     (folder,) = (tmp_path / "parts").iterdir()
     with (folder / "answers.jsonl").open("ab") as file:
-        file.write(b'{"id": "3", "text": "ans')  # the line that a kill cut
+        file.write(b'{"id": "3", "text": "ans')  # a line truncated by a kill
     again = evaluate(["a/float"], task, data, options, tmp_path / "parts")
     assert models["a/float"].batches == batches and again.to_json() == whole.to_json()
     results = [json.loads((tmp_path / p / folder.name / "result.json").read_text())
@@ -147,7 +146,7 @@ def test_a_run_that_goes_on_makes_the_same_batches(models, data, tmp_path, stop)
     assert results[0] == results[1]
     asked = len(models["a/float"].batches)
     evaluate(["a/float"], task, data, options, tmp_path / "parts")
-    assert len(models["a/float"].batches) == asked  # nothing is left to ask
+    assert len(models["a/float"].batches) == asked  # all questions are answered
 
 
 def test_the_record_of_a_run(models, data, tmp_path) -> None:
@@ -280,36 +279,6 @@ def test_a_model_that_looks_at_pictures_fails_on_others(models, tmp_path) -> Non
     asked = len(model.batches)
     assert run().to_json()["models"] == [result] and len(model.batches) == asked == 4
     assert "pictures swapped" in text(run())
-
-
-def test_mcnemar_and_bootstrap_by_hand() -> None:
-    assert mcnemar(0, 0) == 1 and mcnemar(3, 3) == 1
-    assert mcnemar(0, 5) == mcnemar(5, 0) == pytest.approx(2 / 32)
-    assert mcnemar(1, 7) == pytest.approx(2 * (1 + 8) / 256)
-    a = _table([1, 1, 1, 1]), _table([1, 1, 1, 1])
-    assert interval(TASKS["jsonl"], *a) == (0, 0)
-    first, other = _table([1] * 50 + [0] * 50), _table([1] * 40 + [0] * 60)
-    low, high = interval(TASKS["jsonl"], first, other)
-    spread = 1.96 * 100 * (0.1 * 0.9 / 100) ** 0.5  # of a mean of -1 (10 %) and 0
-    assert low == pytest.approx(-10 - spread, abs=1) and high == pytest.approx(-10 + spread, abs=1)
-    assert interval(TASKS["jsonl"], first, other) == (low, high)  # seeded
-    assert compare(TASKS["jsonl"], first, other).right_to_wrong == tuple(range(40, 50))
-
-
-def test_mme_is_resampled_by_picture_within_categories() -> None:
-    questions = [
-        dataclasses.replace(q, category=c, group=f"{c}/{i // 2}", answers=("yes",))
-        for c in ("color", "OCR")
-        for i, q in enumerate(questions_from([Sample((), "?")] * 4))
-    ]
-    table = table_of([Verdict(1.0)] * 8, questions)
-    wrong = table_of([Verdict(0.0)] * 8, questions)
-    assert interval(TASKS["mme"], wrong, table) == (400, 400)
-
-
-def _table(scores) -> Table:
-    questions = questions_from([Sample((), "?")] * len(scores))
-    return table_of([Verdict(float(s)) for s in scores], questions)
 
 
 def test_perplexity_of_windows(monkeypatch, models, tmp_path) -> None:

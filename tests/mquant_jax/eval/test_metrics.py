@@ -1,4 +1,4 @@
-"""Official metrics on cases worked by hand."""
+"""Official metrics on hand-computed cases."""
 
 import pytest
 
@@ -65,9 +65,9 @@ def test_vqa_accuracy(answer, truths, wanted) -> None:
 @pytest.mark.parametrize(
     ("answer", "truths", "wanted"),
     [
-        ("Invoice 12", ["invoice  12"], 1.0),  # blanks and case
+        ("Invoice 12", ["invoice  12"], 1.0),  # white space and case
         ("abcd", ["abce"], 0.75),
-        ("ab", ["ac"], 0.5),  # the threshold itself counts
+        ("ab", ["ac"], 0.5),  # exactly at the threshold
         ("abc", ["axy"], 0.0),  # 1/3 is below
         ("", ["abc"], 0.0),
         ("", [""], 1.0),
@@ -96,7 +96,7 @@ def test_levenshtein() -> None:
         ("a b", ["ab"], False, 0),
         ("", ["x"], False, 0),
         ("x ^ { 2 } + 1", ["x^{2}"], True, 1),
-        ("X^2", ["x^2"], True, 0),  # case counts in formulas
+        ("X^2", ["x^2"], True, 0),  # formulas are case-sensitive
         ("Größe 5", ["GRÖSSE"], False, 0),
         ("ÉTÉ", ["été"], False, 1),
     ],

@@ -1,4 +1,4 @@
-"""Pictures and questions that calibration and evaluation share."""
+"""Overlap of calibration and evaluation data, in pictures and questions."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from mquant_jax.samples import BUNDLED_CALIBRATION, BUNDLED_HELDOUT, Sample, rea
 
 
 def again(image, scale=1.5) -> bytes:
-    """The picture resized and as a JPEG."""
+    """The picture, resized and JPEG-encoded."""
     picture, out = load_image(image, "x"), io.BytesIO()
     size = [round(side * scale) for side in picture.size]
     picture.resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=80)

@@ -1,4 +1,4 @@
-"""The command as processes: over hosts and devices, killed and gone on with."""
+"""The eval command in processes: several hosts and devices, killed and resumed."""
 
 import json
 import os
@@ -45,7 +45,8 @@ def finished(process):
 
 
 def kept(out):
-    """Of the one checkpoint: its answers by id, and its result but for times and devices."""
+    """Sorted answers of the only checkpoint, its result without times and devices, and the
+    devices."""
     (folder,) = [path for path in out.iterdir() if path.is_dir()]
     lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))

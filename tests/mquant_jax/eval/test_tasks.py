@@ -1,4 +1,4 @@
-"""Published files to questions, answers to published scores."""
+"""Published data files are read into questions, and answers get the published scores."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def write_tsv(path, names, *rows):
 
 
 def scored(name, cases):
-    """The score and details of ``(question's fields, answer)`` pairs."""
+    """Score and details of ``(question fields, answer)`` pairs."""
     task = TASKS[name]
     questions = [
         Question(str(i), Sample((), ""), **({"group": str(i)} | q))

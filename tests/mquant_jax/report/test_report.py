@@ -1,4 +1,4 @@
-"""The report of a checkpoint: its numbers against direct computation, its page, its pictures."""
+"""The report of a checkpoint: numbers against direct computation, page, figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from mquant_jax.checkpoint.reader import Checkpoint, load_params
 from mquant_jax.checkpoint.writer import save
 from mquant_jax.cli import main
-from mquant_jax.layer_plan import layer_plan
+from mquant_jax.layer_plan import layer_plan, stored_bytes
 from mquant_jax.models.registry import family_for
 from mquant_jax.numerics import quantize_weight
 from mquant_jax.presets import PRESETS
@@ -31,12 +31,13 @@ from mquant_jax.report.findings import by_stack, collect
 from mquant_jax.report.page import write_report
 from mquant_jax.report.plots import Series
 from mquant_jax.report.summary import decibels, sensitive, summary, text
-from mquant_jax.samples import DEMO_ASSETS
-from tests.helpers import GOLDENS, fails
+from tests.chat_cases import folder_of
+from tests.helpers import GOLDENS, fails, golden
 
-SOURCE = DEMO_ASSETS / "model"
+CONFIG_JSON = golden("qwen2_vl", "public")[0]
+FAMILY = family_for(CONFIG_JSON)
 SAMPLES = 4
-# Half of the range is cut off, so that some values saturate for certain.
+# Clip half of the range, so that some values saturate.
 HALVED = dataclasses.replace(
     PRESETS["w4a8"],
     name="halved",
@@ -47,11 +48,17 @@ PLAIN = Recipe(name="plain", language=Section(4), weights=Weights(clip=False))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, demo_float):
+def source(tmp_path_factory):
+    """A tiny Qwen2-VL with random weights."""
+    return folder_of("qwen2_vl/public", tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, source, random_float):
     root = tmp_path_factory.mktemp("report")
-    (root / "float").symlink_to(demo_float)
+    (root / "float").symlink_to(random_float)
     for recipe in (PLAIN, HALVED):
-        convert(SOURCE, root / recipe.name, recipe)
+        convert(source, root / recipe.name, recipe)
     return root
 
 
@@ -61,10 +68,8 @@ def halved(folders):
 
 
 @pytest.fixture(scope="module")
-def prompts():
-    config_json = json.loads((SOURCE / "config.json").read_text())
-    family = family_for(config_json, "config.json")
-    processor = family.processor(SOURCE, family.config_from_hf(config_json))
+def prompts(source):
+    processor = FAMILY.processor(source, FAMILY.config_from_hf(CONFIG_JSON))
     return load_calibration(None, processor, SAMPLES)
 
 
@@ -91,7 +96,7 @@ def test_output_error_is_that_of_the_layers_outputs() -> None:
 
 
 def test_saturation_is_the_share_of_values_beyond_the_clip(halved, prompts) -> None:
-    """The first point's inputs are the pictures' patches, which need no model to know."""
+    """The first point's inputs are the patches, which are known without running a model."""
     values = np.abs(np.concatenate([np.ravel(p.patches) for p in prompts]))
     seen = halved.record["points"]["vision/patch_embed/patch_in"]["text"]
     assert seen["amax"] == pytest.approx(values.max(), rel=1e-6)
@@ -131,13 +136,11 @@ def test_candidates_come_by_error_and_their_rules_fit(halved) -> None:
     assert [r.error for r in rows] == sorted((r.error for r in rows), reverse=True)
     assert {r.measure for r in rows} == {"output"}
     kinds = {r.kind for r in rows}
-    assert "language/layers/*/v_proj" not in kinds  # it has 8 bits by a rule
+    assert "language/layers/*/v_proj" not in kinds  # a rule gives it 8 bits
     assert "language/head" not in kinds and "language/layers/*/down_proj" in kinds
-    config_json = json.loads((SOURCE / "config.json").read_text())
-    family = family_for(config_json, "config.json")
     row = rows[0]
     kept = dataclasses.replace(HALVED, rules=(*HALVED.rules, row.rule))
-    plan = layer_plan(family, family.config_from_hf(config_json), kept)
+    plan = layer_plan(FAMILY, halved.plan.config, kept, stored_bytes(CONFIG_JSON))
     assert plan.bytes_after - halved.plan.bytes_after == row.added_bytes
     assert row.worst[1] == max(e for p, e in halved.output_errors.items() if row.kind == _kind(p))
 
@@ -191,7 +194,7 @@ def test_a_float_checkpoint_has_sizes_alone(folders, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_record_of_before_says_what_it_lacks(halved, tmp_path) -> None:
-    """The first report.json had errors and points, and nothing of the rest."""
+    """report.json first had only errors and points; a page made from one names what is missing."""
     record = {k: halved.record[k] for k in ("weights", "points", "balance", "sinks")}
     found = dataclasses.replace(halved, record=record)
     page, *drawn = write_report(found, tmp_path)
@@ -229,8 +232,7 @@ def test_format_2_is_read() -> None:
 )
 def test_a_damaged_record_is_named(folders, tmp_path, table, value) -> None:
     params, manifest = load_params(folders / "float")
-    config = json.loads((SOURCE / "config.json").read_text())
-    save(tmp_path / "dst", params, family="qwen2_vl", hf_config=config, recipe=Recipe(),
+    save(tmp_path / "dst", params, family="qwen2_vl", hf_config=CONFIG_JSON, recipe=Recipe(),
          tied_head=manifest["tied_head"], report={table: value})  # fmt: skip
     fails(f"report.json: damaged: {table}: .*convert the model again",
           lambda: collect(tmp_path / "dst"))  # fmt: skip
@@ -245,7 +247,7 @@ def test_without_matplotlib(halved, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("depth", [1, 28, 80])
 def test_pictures_of_any_depth_fit_a_page(depth) -> None:
     rng = np.random.default_rng(0)
-    by_name = sorted(range(depth), key=str)  # as a manifest has them
+    by_name = sorted(range(depth), key=str)  # the order in a manifest
     values = {f"language/layers/{i}/{n}": float(rng.uniform(1, 9)) for i in by_name
               for n in ("attn_in", "attn_out", "mlp_in", "mlp_hidden")}  # fmt: skip
     stacks = by_stack(values)
@@ -258,7 +260,7 @@ def test_pictures_of_any_depth_fit_a_page(depth) -> None:
 
 
 def test_coverage_without_pictures(prompts) -> None:
-    """Text-only prompts have no patches."""
+    """Text-only prompts count no patches."""
 
     class Text:
         token_class = np.asarray([[0, 0, -1], [0, 0, 0]])

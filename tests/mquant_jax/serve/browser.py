@@ -1,4 +1,4 @@
-"""A headless Chromium over the pipe of its DevTools protocol: nothing else is needed."""
+"""A headless Chromium, driven through its DevTools pipe without further dependencies."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pip
 
 
 def find_browser() -> str | None:
-    """The program: ``$MQUANT_BROWSER``, or one of the usual names."""
+    """Path of the browser: ``$MQUANT_BROWSER``, or the first of the usual names found."""
     named = os.environ.get(VARIABLE)
     return named or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Page:
-    """One tab; commands go out and answers come in as JSON that ends with a NUL."""
+    """One tab. Commands and replies are JSON messages that end with a NUL byte."""
 
     def __init__(self, out: int, into: Any):
         self._out, self._in = out, into
         self._ids = itertools.count(1)
         self._session: str | None = None
-        self.errors: list[str] = []  # that the page's scripts have raised
+        self.errors: list[str] = []  # uncaught exceptions of the page's scripts
 
     def attach(self) -> None:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -43,7 +43,7 @@ class Page:
         self.call("Runtime.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The answer to a command."""
+        """Send a command; return its result."""
         number = next(self._ids)
         command: dict[str, Any] = {"id": number, "method": method, "params": params}
         if self._session:
@@ -58,14 +58,14 @@ class Page:
                 return message["result"]
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, once its promise is kept."""
+        """Evaluate a JavaScript expression; promises are awaited."""
         found = self.call("Runtime.evaluate", expression=script, awaitPromise=True,
                           returnByValue=True)  # fmt: skip
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def wait(self, script: str, seconds: float = 120) -> Any:
-        """The expression's value, once it is true."""
+        """Poll an expression until it is true; return its value."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):
             assert time.monotonic() < end, f"{script}\n{self.run('document.body.innerText')}"
@@ -85,11 +85,11 @@ class Page:
 
 @contextmanager
 def page(browser: str, folder: Path) -> Iterator[Page]:
-    """A fresh browser's tab; ``folder`` holds its profile."""
+    """A tab of a new browser with its profile in ``folder``."""
     command_in, command_out = os.pipe()
     answer_in, answer_out = os.pipe()
 
-    # The protocol's descriptors are 3 and 4.
+    # The protocol uses file descriptors 3 and 4.
     wired = f'exec "$0" "$@" 3</dev/fd/{command_in} 4>/dev/fd/{answer_out}'
     command = ["sh", "-c", wired, browser, *_FLAGS, f"--user-data-dir={folder}"]
     with subprocess.Popen(

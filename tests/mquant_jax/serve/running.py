@@ -1,4 +1,4 @@
-"""A server in a thread of the test's process, on a real socket."""
+"""A server in a thread of the test process, on a real socket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def served(
     name: str = NAME,
     **limits: int,
 ) -> Iterator[tuple[str, Server]]:
-    """A server in a thread: its URL, and itself."""
+    """Run a server in a thread; yield its URL and the server."""
     with open_socket("127.0.0.1", 0) as listening:
         ready = threading.Event()
         service = Service(model, engine, name, Limits(**limits))

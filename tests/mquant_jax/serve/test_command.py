@@ -1,4 +1,4 @@
-"""``python -m mquant_jax serve`` as a process of its own."""
+"""``python -m mquant_jax serve`` in a separate process."""
 
 from __future__ import annotations
 

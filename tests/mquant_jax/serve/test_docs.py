@@ -1,4 +1,4 @@
-"""What docs/serving.md shows works as it stands there."""
+"""The examples in docs/serving.md work unchanged."""
 
 from __future__ import annotations
 

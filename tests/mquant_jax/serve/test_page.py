@@ -1,4 +1,4 @@
-"""The server's page in a real browser: drop a picture, ask, watch the answer come.
+"""The server's page in a real browser: drop a picture, ask, read the streamed answer.
 
 ``.ci/extended`` runs this; it needs Chromium (Debian: the package chromium), or its path in
 ``MQUANT_BROWSER``.

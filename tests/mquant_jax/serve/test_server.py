@@ -1,4 +1,4 @@
-"""The server over a real socket: OpenAI's client, many at once, limits, errors, the end."""
+"""The server over a real socket: OpenAI's client, concurrency, limits, errors, shutdown."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ def test_sampling_and_stops(server) -> None:
 
 
 def test_64_at_once(server, model) -> None:
-    """Texts and pictures, whole and streamed, short and long: none lost, each its own answer."""
+    """Mixed requests (text and pictures, streamed or not, short and long) all get the answers that
+    they get alone."""
     client = client_of(server)
     kinds = [(f"Question {i % 4}" * (1 + i % 3), PICTURES[: i % 4], 4 + 6 * (i % 3))
              for i in range(12)]  # fmt: skip
@@ -230,7 +231,7 @@ def test_more_than_the_queue_holds(model, engine) -> None:
             client.chat.completions.create(model=NAME, messages=user("x"))
         assert info.value.response.headers["retry-after"] == "1"
         for stream in streams:
-            stream.close()  # the client goes away
+            stream.close()  # the client disconnects
         eventually(lambda: engine.stats().running == 0)
         eventually(lambda: 'mquant_responses_total{status="499"} 2.0' in get(f"{url}/metrics"))
         done = client.chat.completions.create(model=NAME, messages=user("x"), max_tokens=1)

@@ -1,4 +1,4 @@
-"""The body of a request: what is read, what is ignored, what is refused and how."""
+"""The request body: fields that are read, ignored, or refused with an error."""
 
 import base64
 import io
