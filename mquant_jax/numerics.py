@@ -24,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mquant_jax.per_layer import PerLayer
+from mquant_jax.shapes import Array, Float32
 
 AnyArray = jax.Array | np.ndarray  # NumPy on the host, jax.Array inside a program
+Scale = Float32[Array, ""] | Float32[Array, "*batch 1"]  # of a QTensor's values
 Storage = Literal["packed", "int8", "parts", "int4"]
 INT_MAX = {4: 7, 8: 127}
 _ALIGNED = 64

@@ -12,7 +12,7 @@ USERS = [p for top in ("benchmarks", "examples", "tests") for p in (ROOT / top).
 
 # Lowest floor first; a module may import from its own floor and those below it.
 FLOORS = (
-    ("mquant_jax.per_layer", "mquant_jax.numerics", "mquant_jax.hadamard",
+    ("mquant_jax.shapes", "mquant_jax.per_layer", "mquant_jax.numerics", "mquant_jax.hadamard",
      "mquant_jax.recipe", "mquant_jax.recipe_fields",
      "mquant_jax.sections", "mquant_jax.presets",
      "mquant_jax.errors", "mquant_jax.samples", "mquant_jax.sample_rows", "mquant_jax.schema",

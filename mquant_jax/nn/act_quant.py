@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.hadamard import Rotation
-from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static, simulate_static
+from mquant_jax.numerics import QTensor, Scale, quantize_dynamic, quantize_static, simulate_static
 from mquant_jax.ops.rotate import rotate, rotate_quantize
 from mquant_jax.recipe import Section
+from mquant_jax.shapes import Array, Float, Int32
 
 # Token classes of the language model's input; -1 is padding. A sink is one of the few tokens (the
 # first, mostly) whose activations are massive.
@@ -51,11 +52,11 @@ class ActQuant(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array | QTensor,
-        token_class: jax.Array | None = None,
+        x: Float[Array, "*tokens K"] | QTensor,
+        token_class: Int32[Array, "*tokens"] | None = None,
         tap: Tap | None = None,
-    ) -> jax.Array | QTensor:
-        """float ``[..., T, K]`` and int32 classes ``[..., T]`` -> the input of the Dense layers.
+    ) -> Float[Array, "*tokens n"] | QTensor:
+        """The input of the Dense layers.
 
         Padding carries class -1 and may get any scale: nothing real ever reads it. What a kernel
         has quantised already, by :meth:`known_scale`, passes.
@@ -79,14 +80,15 @@ class ActQuant(nnx.Module):
         scale = self._scale(token_class)
         return (simulate_static if self.simulated else quantize_static)(x, scale)
 
-    def known_scale(self, token_class: jax.Array | None, tap: Tap | None) -> jax.Array | None:
-        """The scale with which the preceding kernel may quantise in place of this point, one number
-        or ``[..., T, 1]``; ``None``: it may not."""
+    def known_scale(
+        self, token_class: Int32[Array, "*batch"] | None, tap: Tap | None
+    ) -> Scale | None:
+        """The scale with which the preceding kernel may quantise in place of this point; ``None``:
+        it may not."""
         free = self.mode == "static" and self.rotation is None
         return self._scale(token_class) if free and tap is None and not self.simulated else None
 
-    def _scale(self, token_class: jax.Array | None) -> jax.Array:
-        """float32, one number or ``[..., T, 1]``."""
+    def _scale(self, token_class: Int32[Array, "*batch"] | None) -> Scale:
         scale = self.act_scale.get_value()
         if self.n_classes == 1 or token_class is None:
             return scale[TEXT]

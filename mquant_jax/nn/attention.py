@@ -14,12 +14,19 @@ from mquant_jax.hadamard import Rotation
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.rope import apply_rope
-from mquant_jax.numerics import QTensor
+from mquant_jax.numerics import QTensor, Scale
 from mquant_jax.ops.attention import Rows, attend, attend_rows, fused, split_heads
+from mquant_jax.ops.attention_xla import Keys, Prefix, Values
 from mquant_jax.ops.visibility import Visibility
+from mquant_jax.shapes import Array, Float, Float32, Int32
 
-Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values
-Prefix = tuple[jax.Array, jax.Array]  # keys and values ``[kv_heads, P, d]``
+QRows = Float[Array, "B T q_width"]  # queries as projections give them
+KVRows = Float[Array, "B T kv_width"]  # keys or values as projections give them
+# Queries, keys and values, as rows and as heads.
+Projected = tuple[QRows, KVRows, KVRows]
+Heads = tuple[
+    Float[Array, "B heads T d"], Float[Array, "B kv_heads d T"], Float[Array, "B kv_heads T d"]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,30 +97,34 @@ class Attention(nnx.Module):
         self.attn_out = place.point("attn_out", Attention.POINTS, None, prefix)
         self.o_proj = dense("o_proj", q * heads.width, width, bias=o_bias)
 
-    def project(self, h: jax.Array | QTensor, token_class: jax.Array, tap: Tap | None) -> Heads:
-        """Queries, keys and values ``[B, T, heads * d]`` of the stream as the half reads it."""
+    def project(
+        self,
+        h: Float[Array, "B T width"] | QTensor,
+        token_class: Int32[Array, "B T"],
+        tap: Tap | None,
+    ) -> Projected:
+        """Queries, keys and values of the stream as the half reads it."""
         x = self.attn_in(h, token_class, tap)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def normed(self, x: jax.Array, norm: str) -> jax.Array:
-        """Queries or keys ``[..., heads, d]`` after their norm, if each head has one."""
+    def normed(self, x: Float[Array, "*heads d"], norm: str) -> Float[Array, "*heads d"]:
+        """Queries or keys after their norm, if each head has one."""
         return getattr(self, norm)(x) if self.norms_heads else x
 
-    def angles(self, ctx: AttentionContext) -> jax.Array | None:
-        """Rotary angles float32 ``[B, T, rotary slots]``."""
+    def angles(self, ctx: AttentionContext) -> Float32[Array, "B T slots"] | None:
+        """Rotary angles."""
         return ctx.angles
 
     def prefix(self) -> Prefix | None:
         """Keys and values that every token sees."""
         return None
 
-    def known_scale(self, ctx: AttentionContext, tap: Tap | None) -> jax.Array | None:
+    def known_scale(self, ctx: AttentionContext, tap: Tap | None) -> Scale | None:
         """See :meth:`~mquant_jax.nn.act_quant.ActQuant.known_scale` of ``attn_out``."""
         return self.attn_out.known_scale(ctx.token_class, tap)
 
-    def heads(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: AttentionContext) -> Heads:
-        """Normed and rotated ``q [B, heads, T, d]``, ``k [B, kv, d, T]``; and ``v [B, kv, T, d]``,
-        of rows."""
+    def heads(self, q: QRows, k: KVRows, v: KVRows, ctx: AttentionContext) -> Heads:
+        """Heads of rows, queries and keys normed and rotated."""
         q, k, v = (split_heads(y, self.head_dim) for y in (q, k, v))
         q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
         angles = self.angles(ctx)
@@ -123,13 +134,13 @@ class Attention(nnx.Module):
             q = q * ctx.query_gain[:, None, :, None].astype(q.dtype)
         return q, jnp.swapaxes(k, 2, 3), v
 
-    def fuses(self, q: jax.Array, k: jax.Array, ctx: AttentionContext) -> bool:
+    def fuses(self, q: QRows, k: KVRows, ctx: AttentionContext) -> bool:
         """Whether :meth:`attend_rows` runs for such rows."""
         return fused(Rows.of(q, k, self.head_dim, ctx.seen, self.attn_out.simulated))
 
     def attend_rows(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: AttentionContext, tap: Tap | None
-    ) -> jax.Array | QTensor:
+        self, q: QRows, k: KVRows, v: KVRows, ctx: AttentionContext, tap: Tap | None
+    ) -> QRows | QTensor:
         """Attention of rows; quantised if one scale per token is known for all of them."""
         if self.norms_heads:
             q, k = (
@@ -141,13 +152,15 @@ class Attention(nnx.Module):
             q, k, v, self.head_dim, ctx.seen, self.angles(ctx), ctx.query_gain, scale
         )
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: AttentionContext) -> jax.Array:
+    def attend(
+        self, q: Float[Array, "B heads T d"], k: Keys, v: Values, ctx: AttentionContext
+    ) -> Float[Array, "B T heads*d"]:
         """Attention of heads to the keys given and to the prefix, if there is one."""
         return attend(q, k, v, ctx.seen, self.prefix())
 
     def among(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: AttentionContext, tap: Tap | None
-    ) -> jax.Array | QTensor:
+        self, q: QRows, k: KVRows, v: KVRows, ctx: AttentionContext, tap: Tap | None
+    ) -> QRows | QTensor:
         """Attention of rows in whichever form runs: the input of ``attn_out``."""
         if self.fuses(q, k, ctx):
             return self.attend_rows(q, k, v, ctx, tap)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mquant_jax.numerics import QTensor, quantize_dynamic
+from mquant_jax.numerics import AnyArray, QTensor, quantize_dynamic
 from mquant_jax.ops.visibility import NEVER
+from mquant_jax.shapes import Array, Float, Int32, Shaped
 
-Store = jax.Array | QTensor
+Store = Float[Array, "layers rows kv_heads _ _"] | QTensor
+Cursor = Int32[Array, ""] | Int32[Array, " B"]
 
 
 @partial(
@@ -52,10 +55,16 @@ class KVCache:
         return self.order.shape[-1]
 
 
-def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor, rows=None):
-    """The keys and values of a :class:`KVCache` with new ones, ``[B, kv_heads, d, T]`` and
-    ``[B, kv_heads, T, d]``, from slot ``cursor`` of a layer on; int8 if the cache is. ``T`` is 1
-    where each row has its own cursor; ``rows`` as there."""
+def write(
+    cache: tuple[Store, Store],
+    k: Float[Array, "B kv_heads d T"],
+    v: Float[Array, "B kv_heads T d"],
+    layer: Int32[Array, ""],
+    cursor: Cursor,
+    rows: Int32[Array, " B"] | None = None,
+) -> tuple[Store, Store]:
+    """The keys and values of a :class:`KVCache` with new ones, from slot ``cursor`` of a layer on;
+    int8 if the cache is. ``T`` is 1 where each row has its own cursor; ``rows`` as there."""
     new: tuple[Store, Store] = k, v
     if isinstance(cache[0], QTensor):
         new = quantize_dynamic(k, axis=-2), quantize_dynamic(v)
@@ -79,8 +88,13 @@ def write(cache: tuple[Store, Store], k: jax.Array, v: jax.Array, layer, cursor,
     return keys, jax.tree.map(lambda old, new: put(old, new, (cursor, 0)), cache[1], new[1])
 
 
-def write_order(slots: jax.Array, new: jax.Array, cursor: jax.Array, rows=None) -> jax.Array:
-    """``order`` of a :class:`KVCache` with that of new keys, int32 ``[B, T]``."""
+def write_order(
+    slots: Int32[Array, "rows slots"],
+    new: Int32[Array, "B T"],
+    cursor: Cursor,
+    rows: Int32[Array, " B"] | None = None,
+) -> Int32[Array, "rows slots"]:
+    """``order`` of a :class:`KVCache` with that of new keys."""
     if cursor.ndim:
         return slots.at[_rows(cursor) if rows is None else rows, cursor].set(new[:, 0])
     return put_at(slots, new, (0, cursor))
@@ -90,7 +104,9 @@ def _rows(cursor: jax.Array) -> jax.Array:
     return jnp.arange(cursor.shape[0], dtype=jnp.int32)
 
 
-def put_at(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
+def put_at(
+    old: Shaped[Array, "*shape"], new: Shaped[Array, "*part"], at: tuple[Any, ...]
+) -> Shaped[Array, "*shape"]:
     """``old`` with ``new`` from index ``at`` on, in the type of ``old``."""
     # One index type, whatever JAX makes of a Python number.
     at = tuple(jnp.asarray(i, jnp.int32) for i in at)
@@ -98,7 +114,7 @@ def put_at(old: jax.Array, new: jax.Array, at: tuple) -> jax.Array:
 
 
 def empty_cache(
-    layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype
+    layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: Any
 ) -> KVCache:
     """A cache with no token in it; ``dtype`` int8 makes it a quantised one."""
 
@@ -118,7 +134,9 @@ def empty_cache(
     )
 
 
-def key_order(order: jax.Array, token_class: jax.Array) -> jax.Array:
+def key_order(
+    order: Int32[AnyArray, "B T"], token_class: Int32[AnyArray, "B T"]
+) -> Int32[Array, "B T"]:
     """Order of keys from the order and class of tokens: padding (class -1) can never be seen.
 
     Padding that has an order still sees the keys up to it.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import ClassVar
 
-import jax
 from flax import nnx
 
 from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.mlp import ACTIVATIONS
 from mquant_jax.nn.placement import Placement
+from mquant_jax.shapes import Array, Float
 
 
 class Connector(nnx.Module):
@@ -40,7 +40,9 @@ class Connector(nnx.Module):
         self.merger_hidden = place.point("merger_hidden", self.POINTS, rotation)
         self.fc2 = dense("fc2", rotation.n if rotation else inner, out)
 
-    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
-        """Features ``[N, M, into]`` -> tokens ``[N, M, out]``."""
+    def __call__(
+        self, x: Float[Array, "N M into"], tap: Tap | None = None
+    ) -> Float[Array, "N M out"]:
+        """Features -> tokens."""
         x = ACTIVATIONS[self.activation](self.fc1(self.merger_in(x, None, tap)))
         return self.fc2(self.merger_hidden(x, None, tap))

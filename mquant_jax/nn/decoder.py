@@ -29,6 +29,11 @@ from mquant_jax.nn.stack import (
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.ops.visibility import Visibility
+from mquant_jax.shapes import Array, Bool, Float, Float32, Int32
+
+Stream = Float[Array, "B T hidden"]
+Tokens = Int32[AnyArray, "B T"]  # what there is one of per token
+Positions = Int32[AnyArray, "streams B T"]
 
 
 class SinkRule(nnx.Module):
@@ -43,8 +48,10 @@ class SinkRule(nnx.Module):
         self.positions = nnx.Param(jnp.full((self.POSITIONS,), -1, jnp.int32))
         self.ids = nnx.Param(jnp.full((self.IDS,), -1, jnp.int32))
 
-    def __call__(self, input_ids: jax.Array, order: jax.Array, token_class: jax.Array) -> jax.Array:
-        """int32 ``[B, T]`` each -> token classes with sinks marked; padding stays -1."""
+    def __call__(
+        self, input_ids: Tokens, order: Tokens, token_class: Tokens
+    ) -> Int32[Array, "B T"]:
+        """Token classes with sinks marked; padding stays -1."""
         sink = jnp.isin(order, self.positions.get_value())
         sink |= (token_class == TEXT) & jnp.isin(input_ids, self.ids.get_value())
         return jnp.where(sink & (token_class >= 0), SINK, token_class)
@@ -77,25 +84,27 @@ class Decoder(nnx.Module):
         """Whether visual tokens have dense layers of their own."""
         return len(self.cfg.block.EXPERTS) > 1
 
-    def embed(self, ids: AnyArray) -> jax.Array:
-        """int32 ``[B, T]`` -> ``[B, T, hidden]``."""
+    def embed(self, ids: Tokens) -> Stream:
+        """The rows of tokens."""
         table = self.embedding.get_value()
         if isinstance(table, QWeight):
             rows = table.rows(ids.ravel()).dequantize()
             return rows.reshape(*ids.shape, -1).astype(self.dtype)
         return table[ids]
 
-    def classes(self, input_ids, order, token_class) -> jax.Array:
-        """Classes of a prompt's tokens, int32 ``[B, T]``, with sinks marked."""
+    def classes(self, input_ids: Tokens, order: Tokens, token_class: Tokens) -> Tokens:
+        """Classes of a prompt's tokens, with sinks marked."""
         if not hasattr(self, "sinks"):
             return token_class
         return self.sinks(input_ids, order, token_class)
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Residual stream ``[..., hidden]`` -> float32 ``[..., vocab]``."""
+    def logits(self, x: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens vocab"]:
+        """Of the residual stream."""
         return run(self.logits_flow(x))
 
-    def logits_flow(self, x: jax.Array, classes: AnyArray | None = None) -> Flow[jax.Array]:
+    def logits_flow(
+        self, x: Float[Array, "*tokens hidden"], classes: Int32[AnyArray, "*tokens"] | None = None
+    ) -> Flow[Float32[Array, "*tokens vocab"]]:
         """The same as a flow.
 
         A quantised tied table is one array, used for lookup and head.
@@ -107,23 +116,24 @@ class Decoder(nnx.Module):
 
     def context(
         self,
-        positions,
-        order,
-        token_class,
-        keys=None,
+        positions: Positions,
+        order: Tokens,
+        token_class: Tokens,
+        keys: Int32[Array, "B S"] | None = None,
         visual_slots: int | None = None,
-        visual: jax.Array | None = None,
-        span: jax.Array | None = None,
-        added: DeepFeatures | jax.Array | None = None,
+        visual: Bool[AnyArray, "B T"] | None = None,
+        span: Int32[Array, " B"] | None = None,
+        added: DeepFeatures | Float[Array, "layers B T hidden"] | None = None,
     ) -> DecoderContext:
-        """Angles and visibility of tokens at ``positions [streams, B, T]`` and ``order [B, T]``.
+        """Angles and visibility of tokens.
 
         Args:
-            keys: order of the keys, int32 ``[B, S]``; by default those of the same tokens.
+            keys: order of the keys; by default those of the same tokens.
             visual_slots, visual, added: see :class:`DecoderContext`.
             span: as in the cache; by default, of the same tokens.
         """
         cfg = self.cfg
+        order, token_class = jnp.asarray(order), jnp.asarray(token_class)
         angles = multi_axis_angles(
             positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_streams, cfg.rope_scaling, span
         )
@@ -133,7 +143,7 @@ class Decoder(nnx.Module):
             seen = Visibility(order, own, after=None if visual_slots else 0)
         else:
             seen = Visibility(order, keys).bounded()
-        visual = visual if self.has_experts else None
+        visual = jnp.asarray(visual) if self.has_experts and visual is not None else None
         gain = self._query_gain(positions, order)
         return DecoderContext(angles, seen, token_class, gain, visual, visual_slots, added=added)
 
@@ -148,15 +158,23 @@ class Decoder(nnx.Module):
         return gain
 
     def __call__(
-        self, x, positions, order, token_class, runner: Runner = SCAN, **layout: Any
-    ) -> jax.Array:
-        """Embeddings ``[B, T, hidden]`` -> residual stream before the final norm; no cache.
+        self,
+        x: Stream,
+        positions: Positions,
+        order: Tokens,
+        token_class: Tokens,
+        runner: Runner = SCAN,
+        **layout: Any,
+    ) -> Stream:
+        """Embeddings -> residual stream before the final norm; no cache.
 
         ``layout``: as in :meth:`flow`.
         """
         return run(self.flow(x, positions, order, token_class, **layout), runner)
 
-    def flow(self, x, positions, order, token_class, **layout: Any) -> Flow[jax.Array]:
+    def flow(
+        self, x: Stream, positions: Positions, order: Tokens, token_class: Tokens, **layout: Any
+    ) -> Flow[Stream]:
         """The same as a flow.
 
         ``layout``: ``visual_slots``, ``visual`` and ``added`` of :class:`DecoderContext`.
@@ -174,19 +192,18 @@ class Decoder(nnx.Module):
 
     def step(
         self,
-        x,
-        positions,
-        order,
-        token_class,
+        x: Stream,
+        positions: Positions,
+        order: Tokens,
+        token_class: Tokens,
         cache: KVCache,
         *,
         fresh: bool = False,
         **layout: Any,
-    ):
+    ) -> tuple[Stream, KVCache]:
         """Run ``T`` new tokens against the cache.
 
         Args:
-            x: ``[B, T, hidden]``.
             fresh: the cache holds nothing yet (a first prefill).
             layout: as in :meth:`flow`.
 

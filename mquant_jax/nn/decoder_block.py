@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.attention import Attention, AttentionContext, Heads, HeadShape, Prefix
-from mquant_jax.nn.cache import Store, write
+from mquant_jax.nn.attention import (
+    Attention,
+    AttentionContext,
+    HeadShape,
+    KVRows,
+    Projected,
+    QRows,
+)
+from mquant_jax.nn.cache import Cursor, Store, write
 from mquant_jax.nn.deepstack import DeepFeatures
 from mquant_jax.nn.mlp import GatedMLP
 from mquant_jax.nn.norm import RMSNorm
@@ -22,7 +29,11 @@ from mquant_jax.nn.rope import LogGain, Scaling, StoredFrequencies, YarnScaling
 from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.attention import attend_cache
+from mquant_jax.ops.attention_xla import Prefix
+from mquant_jax.shapes import Array, Float, Float32, Int32
 
+Stream = Float[Array, "B T hidden"]
+Classes = Int32[Array, "B T"]
 # One of the methods of Projections; its second argument is one or several arrays ``[B, T, ...]``.
 Phase = Callable[["Projections", Any, jax.Array, Tap | None], Any]
 
@@ -147,13 +158,18 @@ class Projections(Attention, GatedMLP):
             rngs=rngs,
         )  # fmt: skip
 
-    def output(self, parts: tuple[jax.Array, jax.Array], cls: jax.Array, tap: Tap | None):
+    def output(
+        self,
+        parts: tuple[Float[Array, "B T attended"] | QTensor, Stream],
+        cls: Classes,
+        tap: Tap | None,
+    ) -> Stream:
         """The stream with what attention adds to it; ``parts`` are the heads' results and the
         stream."""
         attended, x = parts
         return self.o_proj(self.attn_out(attended, cls, tap), x)
 
-    def mlp(self, parts: tuple[jax.Array, jax.Array], cls: jax.Array, tap: Tap | None):
+    def mlp(self, parts: tuple[Stream | QTensor, Stream], cls: Classes, tap: Tap | None) -> Stream:
         """The stream with what the MLP adds to it; ``parts`` are the normed stream and the
         stream."""
         normed, x = parts
@@ -191,29 +207,35 @@ class DecoderBlock(Projections):
         """One of the :class:`Projections`' methods, on all tokens."""
         return phase(self, h, ctx.token_class, tap)
 
-    def qkv(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None) -> Heads:
-        """Queries, keys and values ``[B, T, heads * d]``, not turned yet."""
+    def qkv(self, x: Stream, ctx: DecoderContext, tap: Tap | None) -> Projected:
+        """Queries, keys and values, not turned yet."""
         h = self.into(self.attn_norm, self.attn_in, x, ctx, tap)
         return self.run(Projections.project, h, ctx, tap)
 
-    def into(self, norm: RMSNorm, point: ActQuant, x: jax.Array, ctx: DecoderContext, tap):
+    def into(
+        self, norm: RMSNorm, point: ActQuant, x: Stream, ctx: DecoderContext, tap: Tap | None
+    ) -> Stream | QTensor:
         """The normed stream, quantised if one scale per token is known."""
         return norm.into(point, x, ctx.token_class, tap)
 
-    def angles(self, ctx: AttentionContext) -> jax.Array | None:
+    def angles(self, ctx: AttentionContext) -> Float32[Array, "B T slots"] | None:
         if ctx.angles is None or not self.stores_rope:
             return ctx.angles
         return ctx.angles * along_last(self.frequencies.get_value(), ctx.angles)
 
-    def fuses(self, q: jax.Array, k: jax.Array, ctx: AttentionContext) -> bool:
+    def fuses(self, q: QRows, k: KVRows, ctx: AttentionContext) -> bool:
         return not self.prefixed and super().fuses(q, k, ctx)  # no such form knows of a prefix
 
     def prefix(self) -> Prefix | None:
         return (self.prefix_k.get_value(), self.prefix_v.get_value()) if self.prefixed else None
 
     def rest(
-        self, x: jax.Array, attended: jax.Array | QTensor, ctx: DecoderContext, tap: Tap | None
-    ):
+        self,
+        x: Stream,
+        attended: Float[Array, "B T attended"] | QTensor,
+        ctx: DecoderContext,
+        tap: Tap | None,
+    ) -> Stream:
         """Output projection and MLP, each added to the residual stream ``x``, and what the context
         adds."""
         x = self.run(Projections.output, (attended, x), ctx, tap)
@@ -224,13 +246,19 @@ class DecoderBlock(Projections):
         assert not isinstance(ctx.added, DeepFeatures), "a block is given the context of its layer"
         return x + ctx.added.astype(x.dtype)
 
-    def __call__(self, x: jax.Array, ctx: DecoderContext, tap: Tap | None = None) -> jax.Array:
+    def __call__(self, x: Stream, ctx: DecoderContext, tap: Tap | None = None) -> Stream:
         """Without a cache: queries see the keys of the same call only."""
         return self.rest(x, self.among(*self.qkv(x, ctx, tap), ctx, tap), ctx, tap)
 
     def cached(
-        self, x, ctx: DecoderContext, cache: tuple[Store, Store], layer, cursor, fresh: bool
-    ):
+        self,
+        x: Stream,
+        ctx: DecoderContext,
+        cache: tuple[Store, Store],
+        layer: Int32[Array, ""],
+        cursor: Cursor,
+        fresh: bool,
+    ) -> tuple[Stream, tuple[Store, Store]]:
         """With a cache: writes this call's keys and values at ``cursor`` of ``layer``.
 
         Args:
@@ -276,7 +304,9 @@ class ExpertBlock(DecoderBlock):
         super().__init__(cfg, place, rngs=rngs)
         self.visual = Projections(cfg, place.within("visual"), True, "visual/", rngs=rngs)
 
-    def into(self, norm: RMSNorm, point: ActQuant, x: jax.Array, ctx: DecoderContext, tap):
+    def into(
+        self, norm: RMSNorm, point: ActQuant, x: Stream, ctx: DecoderContext, tap: Tap | None
+    ) -> Stream:
         return norm(x)  # the experts' scales differ
 
     def known_scale(self, ctx: AttentionContext, tap: Tap | None) -> None:
@@ -287,8 +317,8 @@ class ExpertBlock(DecoderBlock):
         assert ctx.visual is not None, "a decoder with experts is told which tokens are visual"
         return ctx.visual
 
-    def classes_at(self, point: str, ctx: DecoderContext) -> jax.Array:
-        """int32 ``[B, T]``: token classes, -1 for tokens that are not of the point's expert."""
+    def classes_at(self, point: str, ctx: DecoderContext) -> Classes:
+        """Token classes, -1 for tokens that are not of the point's expert."""
         visual = self._visual(ctx)
         own = visual if point.startswith("visual/") else ~visual
         return jnp.where(own, ctx.token_class, -1)

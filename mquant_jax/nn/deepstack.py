@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import AnyArray
+from mquant_jax.shapes import Array, Float, Int32
 
 
-def rows_of(features: Any, index: AnyArray) -> jax.Array:
-    """The row of some features for each token, float ``[B, T, hidden]``, and zeros without one.
+def rows_of(features: Any, index: Int32[AnyArray, "B T"]) -> Float[Array, "B T hidden"]:
+    """The row of some features for each token, and zeros without one.
 
     Args:
         features: ``[..., hidden]``, rows counted over all axes but the last.
-        index: int32 ``[B, T]``; -1: none.
+        index: -1: none.
     """
     features, index = jnp.asarray(features), jnp.asarray(index)
     rows = features.reshape(-1, features.shape[-1])[index]
@@ -37,11 +38,11 @@ class DeepFeatures:
     features: tuple[Any, ...]
     index: AnyArray
 
-    def at_layer(self, layer: int) -> jax.Array | None:
-        """float ``[B, T, hidden]`` of one layer; ``None`` after the last one."""
+    def at_layer(self, layer: int) -> Float[Array, "B T hidden"] | None:
+        """What is added after one layer; ``None`` after the last one."""
         return rows_of(self.features[layer], self.index) if layer < len(self.features) else None
 
-    def stacked(self) -> jax.Array:
-        """float ``[layers + 1, B, T, hidden]``: each layer's, then zeros for the rest."""
+    def stacked(self) -> Float[Array, "layers B T hidden"]:
+        """Each layer's, then one of zeros for the rest."""
         found = [rows_of(f, self.index) for f in self.features]
         return jnp.stack([*found, jnp.zeros_like(found[0])])

@@ -13,6 +13,7 @@ from mquant_jax.ops.dense import float_dot, quantized_dot
 from mquant_jax.ops.epilogue import PLAIN, Epilogue
 from mquant_jax.per_layer import PerLayer
 from mquant_jax.recipe import Section, Split
+from mquant_jax.shapes import Array, Float, Float32
 
 FLOAT = Section()
 WHOLE = Split()
@@ -27,8 +28,10 @@ def empty_qweight(out_features: int, in_features: int, section: Section) -> QWei
 
 
 def linear(
-    x: jax.Array | QTensor, kernel: jax.Array | PerLayer | QWeight, end: Epilogue
-) -> jax.Array:
+    x: Float[Array, "*batch in"] | QTensor,
+    kernel: Float[Array, "out in"] | PerLayer | QWeight,
+    end: Epilogue,
+) -> Float[Array, "*batch out"]:
     """``x @ kernel.T`` with its epilogue; products of float kernels have its dtype before anything
     is added."""
     if isinstance(kernel, QWeight):
@@ -51,8 +54,8 @@ class SplitColumn(nnx.Module):
             column = empty_qweight(1, out_features, Section(bits))
         self.column = nnx.Param(column)
 
-    def __call__(self, x: jax.Array | QTensor) -> jax.Array:
-        """float32 ``[..., out]``: the channel of ``x [..., in]`` times its weights."""
+    def __call__(self, x: Float[Array, "*batch in"] | QTensor) -> Float32[Array, "*batch out"]:
+        """The channel of ``x`` times its weights."""
         values = x.values if isinstance(x, QTensor) else x
         channel = jnp.take(values, self.index.get_value(), axis=-1)[..., None]
         column = self.column.get_value()
@@ -82,7 +85,7 @@ class Dense(nnx.Module):
         bias: bool = True,
         section: Section = FLOAT,
         split: Split = WHOLE,
-        dtype=jnp.float32,
+        dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
@@ -98,12 +101,11 @@ class Dense(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array | QTensor,
-        residual: jax.Array | None = None,
-        gate: jax.Array | None = None,
-    ) -> jax.Array:
-        """``[..., in]`` -> ``[..., out]``, times the SiLU of ``gate [..., out]``, added to
-        ``residual [..., out]``, if there is one."""
+        x: Float[Array, "*batch in"] | QTensor,
+        residual: Float[Array, "*batch out"] | None = None,
+        gate: Float[Array, "*batch out"] | None = None,
+    ) -> Float[Array, "*batch out"]:
+        """The product, times the SiLU of ``gate``, added to ``residual``, if there is one."""
         kernel = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         end = Epilogue(bias, residual, gate, self.dtype)

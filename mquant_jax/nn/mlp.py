@@ -18,19 +18,20 @@ from mquant_jax.nn.act_quant import Points, Tap
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.placement import Placement
 from mquant_jax.numerics import QTensor
+from mquant_jax.shapes import Array, Float, Int32
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """``x * sigmoid(1.702 x)``."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Exact (erf) GELU."""
     return jax.nn.gelu(x, approximate=False)
 
 
-def gelu_tanh(x: jax.Array) -> jax.Array:
+def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """GELU by its tanh approximation."""
     return jax.nn.gelu(x, approximate=True)
 
@@ -90,15 +91,17 @@ class MLP(nnx.Module):
         return getattr(self, last)
 
     def hidden(
-        self, h: jax.Array | QTensor, token_class: jax.Array, tap: Tap | None
-    ) -> jax.Array | QTensor:
-        """The stream as the half reads it ``[B, T, width]`` and int32 ``[B, T]`` -> the input of
-        :attr:`mlp_last`."""
+        self,
+        h: Float[Array, "B T width"] | QTensor,
+        token_class: Int32[Array, "B T"],
+        tap: Tap | None,
+    ) -> Float[Array, "B T hidden"] | QTensor:
+        """The stream as the half reads it -> the input of :attr:`mlp_last`."""
         inner = self.inner(self.mlp_in(h, token_class, tap))
         return self.mlp_hidden(inner, token_class, tap)
 
-    def inner(self, h: jax.Array | QTensor) -> jax.Array:
-        """``[B, T, width]`` -> the hidden activation ``[B, T, inner]``."""
+    def inner(self, h: Float[Array, "B T width"] | QTensor) -> Float[Array, "B T inner"]:
+        """The hidden activation."""
         raise NotImplementedError
 
 
@@ -113,7 +116,7 @@ class PlainMLP(MLP):
     activation: str
     fc1: Dense
 
-    def inner(self, h: jax.Array | QTensor) -> jax.Array:
+    def inner(self, h: Float[Array, "B T width"] | QTensor) -> Float[Array, "B T inner"]:
         return ACTIVATIONS[self.activation](self.fc1(h))
 
 
@@ -125,5 +128,5 @@ class GatedMLP(MLP):
     gate_proj: Dense
     up_proj: Dense
 
-    def inner(self, h: jax.Array | QTensor) -> jax.Array:
+    def inner(self, h: Float[Array, "B T width"] | QTensor) -> Float[Array, "B T inner"]:
         return self.up_proj(h, gate=self.gate_proj(h))

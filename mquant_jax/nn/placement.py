@@ -54,7 +54,7 @@ class Placement:
     orthogonal: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe, path: str, dtype) -> Placement:
+    def of(cls, recipe: Recipe, path: str, dtype: Any) -> Placement:
         """The placement of a part of the model, ``vision/merger``; ``language`` alone has token
         classes."""
         language = path == "language"

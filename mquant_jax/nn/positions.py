@@ -6,11 +6,15 @@ import dataclasses
 from math import isqrt
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from mquant_jax.nn.resample import bilinear_cells, resample_grid
 from mquant_jax.numerics import AnyArray
+from mquant_jax.shapes import Array, Float, Int32
+
+Table = Float[Array, "entries hidden"]
+Coords = Int32[AnyArray, "N {patches} 2"]  # row and column of each patch
+Chosen = Int32[AnyArray, "N {patches}"]  # entries of the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +32,15 @@ class PositionTable:
     any_size: ClassVar[bool] = False
 
     def at(
-        self, table: jax.Array, patches: int, coords: AnyArray, rows: AnyArray | None
-    ) -> jax.Array:
+        self, table: Table, patches: int, coords: Coords, rows: Chosen | None
+    ) -> Float[Array, "*N tokens hidden"]:
         """The positions of pictures.
 
         Args:
             table: ``[side^2, hidden]``; a class token's row may precede the others.
             patches: of each picture.
-            coords: int32 ``[N, patches, 2]``, row and column of each patch.
-            rows: int32 ``[N, patches]``, see :class:`ChosenRows`.
+            coords: row and column of each patch.
+            rows: see :class:`ChosenRows`.
 
         Returns:
             ``[patches, hidden]``, a class token's row in front; of tables for any size
@@ -62,8 +66,8 @@ class ChosenRows(PositionTable):
     any_size: ClassVar[bool] = True
 
     def at(
-        self, table: jax.Array, patches: int, coords: AnyArray, rows: AnyArray | None
-    ) -> jax.Array:
+        self, table: Table, patches: int, coords: Coords, rows: Chosen | None
+    ) -> Float[Array, "N {patches} hidden"]:
         assert rows is not None, "the family names the rows of each picture"
         return table[rows]
 
@@ -76,8 +80,8 @@ class StretchedTable(PositionTable):
     any_size: ClassVar[bool] = True
 
     def at(
-        self, table: jax.Array, patches: int, coords: AnyArray, rows: AnyArray | None
-    ) -> jax.Array:
+        self, table: Table, patches: int, coords: Coords, rows: Chosen | None
+    ) -> Float[Array, "N {patches} hidden"]:
         cells, weights = bilinear_cells(coords, self.side)
         parts = (
             table[cells[..., i]].astype(jnp.float32) * weights[..., i : i + 1] for i in range(4)

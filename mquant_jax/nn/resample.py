@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mquant_jax.numerics import AnyArray
+from mquant_jax.shapes import Array, Float, Float32, Float64, Int32
 
 A = -0.75  # the kernel's free parameter, as in PyTorch's bicubic interpolation
 
 
-def cubic_weights(old: int, new: int) -> np.ndarray:
-    """Row i holds the weights of the old points in the new point i: float64 ``[new, old]``.
+def cubic_weights(old: int, new: int) -> Float64[np.ndarray, "{new} {old}"]:
+    """Row i holds the weights of the old points in the new point i.
 
     Keys' cubic convolution, pixel centres at half steps, the border repeated, no antialiasing.
     """
@@ -28,24 +28,28 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
     return out
 
 
-def resample_grid(table: jax.Array, old: int, new: int) -> jax.Array:
-    """A square grid of vectors on another square: ``[old * old, d]`` -> ``[new * new, d]``."""
+def resample_grid(
+    table: Float[AnyArray, "{old**2} d"], old: int, new: int
+) -> Float[Array, "{new**2} d"]:
+    """A square grid of vectors on another square."""
     weights = jnp.asarray(cubic_weights(old, new), table.dtype)
     grid = table.reshape(old, old, -1)
     return jnp.einsum("ai,bj,ijd->abd", weights, weights, grid).reshape(new * new, -1)
 
 
-def bilinear_cells(coords: AnyArray, side: int) -> tuple[jax.Array, jax.Array]:
+def bilinear_cells(
+    coords: Int32[AnyArray, "N P 2"], side: int
+) -> tuple[Int32[Array, "N P 4"], Float32[Array, "N P 4"]]:
     """The cells of a square grid between which the patches of pictures lie.
 
     The first row and column of a picture are those of the grid, and so are the last.
 
     Args:
-        coords: int32 ``[N, P, 2]``, row and column of each patch; 0 for padding.
+        coords: row and column of each patch; 0 for padding.
         side: of the grid.
 
     Returns:
-        int32 ``[N, P, 4]``, numbers of cells in row-major order, and their float32 weights.
+        Numbers of cells in row-major order, and their weights.
     """
     coords = jnp.asarray(coords)
     span = jnp.maximum(jnp.max(coords, axis=1, keepdims=True), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from math import isqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,14 @@ from mquant_jax.nn.placement import Placement
 from mquant_jax.nn.resample import resample_grid
 from mquant_jax.nn.vit import VisionInput, ViT
 from mquant_jax.nn.vit_block import TowerNorm, ViTConfig, tower_norm
-from mquant_jax.numerics import along_last
+from mquant_jax.numerics import AnyArray, along_last
 from mquant_jax.ops.attention import attend
 from mquant_jax.ops.visibility import Visibility
 from mquant_jax.recipe import Recipe
+from mquant_jax.shapes import Array, Bool, Float, Float32, Int32
+
+# Queries; keys and values, concatenated; which of these are real.
+Pooled = tuple[Float[Array, "N Q width"], Float[Array, "N P 2*width"], Bool[AnyArray, "N P"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +57,8 @@ class ResamplerConfig:
         return self.features != self.width
 
 
-def sincos(coords: jax.Array, width: int) -> jax.Array:
-    """Fixed positions: int32 ``[N, P, 2]`` (row, column) -> float32 ``[N, P, width]``.
+def sincos(coords: Int32[AnyArray, "N P 2"], width: int) -> Float32[Array, "N P {width}"]:
+    """Fixed positions of patches by row and column.
 
     The first half encodes the column, the second the row; each holds sines, then cosines.
     """
@@ -98,8 +102,12 @@ class Keys(nnx.Module):
         self.k_proj = place.dense("k_proj", inner, out, rngs=rngs)
         self.v_proj = place.dense("v_proj", inner, out, rngs=rngs)
 
-    def __call__(self, x: tuple[jax.Array, jax.Array], tap: Tap | None = None) -> jax.Array:
-        """Features ``[N, P, features]`` and int32 ``[N, P, 2]`` -> ``[N, P, 2 * width]``."""
+    def __call__(
+        self,
+        x: tuple[Float[Array, "N P features"], Int32[AnyArray, "N P 2"]],
+        tap: Tap | None = None,
+    ) -> Float[Array, "N P {2*self.cfg.width}"]:
+        """Features and their rows and columns -> keys and values."""
         features, coords = x
         if self.cfg.projects:
             features = self.kv_proj(self.kv_in(features, None, tap))
@@ -108,7 +116,7 @@ class Keys(nnx.Module):
         k = self.k_proj(self.k_in(placed, None, tap))
         return jnp.concatenate([k, self.v_proj(self.v_in(h, None, tap))], axis=-1)
 
-    def _places(self, coords: jax.Array) -> jax.Array:
+    def _places(self, coords: AnyArray) -> jax.Array:
         """float32 ``[N, P, width]``; or ``[P, width]``, of a square of patches row by row."""
         if not self.cfg.stored_positions:
             return sincos(coords, self.cfg.width)
@@ -136,8 +144,9 @@ class Queries(nnx.Module):
         inner = rotation.n if rotation else width
         self.q_proj = place.dense("q_proj", inner, width, rngs=rngs)
 
-    def __call__(self, query: jax.Array, tap: Tap | None = None) -> jax.Array:
-        """``[1, Q, width]``, and so is what comes out."""
+    def __call__(
+        self, query: Float[Array, "1 Q width"], tap: Tap | None = None
+    ) -> Float[Array, "1 Q width"]:
         h = self.norm(query)
         if self.placed:
             h = h + self.positions.get_value()[None]
@@ -159,23 +168,16 @@ class Resampler(nnx.Module):
         # Published without a bias; a rotated model's comes from the folded norm.
         self.proj = place.dense("proj", width, width, bias=place.rotated, rngs=rngs)
 
-    def pool(self, x: tuple[jax.Array, jax.Array, jax.Array], tap: Tap | None = None) -> jax.Array:
-        """The attention output for each picture, ``[N, Q, width]``, before the norm.
-
-        Args:
-            x: queries ``[N, Q, width]``; keys and values ``[N, P, 2 * width]``; bool ``[N, P]``,
-                which keys are real.
-        """
+    def pool(self, x: Pooled, tap: Tap | None = None) -> Float[Array, "N Q width"]:
+        """The attention output for each picture, before the norm."""
         q, kv, valid = x
         k, v = jnp.split(kv, 2, axis=-1)
         q, k, v = (_heads(y, self.heads) for y in (q, k, v))
         h = attend(q, jnp.swapaxes(k, 2, 3), v, Visibility.of_keys(valid, q.shape[2]))
         return self.out_proj(self.attn_out(h, None, tap))
 
-    def __call__(
-        self, x: tuple[jax.Array, jax.Array, jax.Array], tap: Tap | None = None
-    ) -> jax.Array:
-        """Visual tokens of each picture, ``[N, Q, width]``; ``x`` as in :meth:`pool`."""
+    def __call__(self, x: Pooled, tap: Tap | None = None) -> Float[Array, "N Q width"]:
+        """Visual tokens of each picture."""
         return self.proj(self.proj_in(self.norm(self.pool(x, tap)), None, tap))
 
 
@@ -187,7 +189,7 @@ class ResampledViT(ViT):
     """
 
     def __init__(
-        self, tower: ViTConfig, cfg: ResamplerConfig, recipe: Recipe, dtype, *, rngs: nnx.Rngs
+        self, tower: ViTConfig, cfg: ResamplerConfig, recipe: Recipe, dtype: Any, *, rngs: nnx.Rngs
     ):
         super().__init__(tower, Placement.of(recipe, "vision", dtype), rngs=rngs)
 
@@ -202,8 +204,8 @@ class ResampledViT(ViT):
     def tokens(self, patches: int) -> int:
         return self.query.get_value().shape[0]
 
-    def flow(self, vision: VisionInput) -> Flow[jax.Array]:
-        """Pictures -> visual tokens ``[N, Q, width]`` of the decoder."""
+    def flow(self, vision: VisionInput) -> Flow[Float[Array, "N Q width"]]:
+        """Pictures -> visual tokens of the decoder."""
         x = yield from self.features(vision)
         kv = yield ModuleCall("vision/keys", self.keys, (x, vision.coords), vision.token_class)
         query = self.query.get_value()[None]

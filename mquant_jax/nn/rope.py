@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mquant_jax.numerics import AnyArray, along_last
 from mquant_jax.ops.attention_xla import turned
+from mquant_jax.shapes import Array, Float, Float32, Float64, Int32
 from mquant_jax.target import target
 
 
@@ -32,8 +32,10 @@ class Llama3Scaling:
     high: float
     original: int
 
-    def __call__(self, freq: np.ndarray, theta: float) -> np.ndarray:
-        """float64 frequencies, scaled."""
+    def __call__(
+        self, freq: Float64[np.ndarray, " slots"], theta: float
+    ) -> Float64[np.ndarray, " slots"]:
+        """Frequencies, scaled."""
         turns = self.original * freq / (2 * np.pi)  # of one slot over the original context
         kept = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
         return kept * freq + (1 - kept) * freq / self.factor
@@ -45,8 +47,10 @@ class LinearScaling:
 
     factor: float
 
-    def __call__(self, freq: np.ndarray, theta: float) -> np.ndarray:
-        """float64 frequencies, scaled."""
+    def __call__(
+        self, freq: Float64[np.ndarray, " slots"], theta: float
+    ) -> Float64[np.ndarray, " slots"]:
+        """Frequencies, scaled."""
         return freq / self.factor
 
 
@@ -72,8 +76,10 @@ class YarnScaling:
     truncate: bool = True
     attention: float = 1.0
 
-    def __call__(self, freq: np.ndarray, theta: float) -> np.ndarray:
-        """float64 frequencies ``[dim/2]`` of base ``theta``, scaled."""
+    def __call__(
+        self, freq: Float64[np.ndarray, " slots"], theta: float
+    ) -> Float64[np.ndarray, " slots"]:
+        """Frequencies of base ``theta``, scaled."""
         dim = 2 * len(freq)
         low, high = (self._slot(turns, dim, theta) for turns in (self.fast, self.slow))
         if self.truncate:
@@ -102,8 +108,10 @@ class DynamicScaling:
     factor: float
     original: int
 
-    def __call__(self, length: jax.Array, dim: int, theta: float) -> jax.Array:
-        """Frequencies of sequences of ``length`` (int32 ``[B]``): float32 ``[B, dim/2]``."""
+    def __call__(
+        self, length: Int32[AnyArray, " B"], dim: int, theta: float
+    ) -> Float32[Array, "B {dim//2}"]:
+        """Frequencies of sequences of ``length``."""
         growth = self.factor * length.astype(jnp.float32) / self.original - (self.factor - 1)
         growth = (jnp.maximum(growth, 1.0) ** (dim / (dim - 2)))[:, None]
         slots = np.arange(0, dim, 2, dtype=np.float32)[None] / dim
@@ -123,8 +131,10 @@ class SteppedScaling:
 
     original: int
 
-    def __call__(self, length: jax.Array, dim: int, theta: float) -> jax.Array:
-        """Frequencies for prompts of ``length`` (int32 ``[B]``): float32 ``[B, dim/2]``."""
+    def __call__(
+        self, length: Int32[AnyArray, " B"], dim: int, theta: float
+    ) -> Float32[Array, "B {dim//2}"]:
+        """Frequencies for prompts of ``length``."""
         doublings = 31 - self.original.bit_length()  # as many as int32 can count
         bounds = self.original * 2 ** np.arange(doublings, dtype=np.int64)
         bases = (theta * (2.0 ** (k + 1) - 1) ** (dim / (dim - 2)) for k in range(doublings + 1))
@@ -148,39 +158,40 @@ class LogGain:
 
     length: int
 
-    def __call__(self, positions: jax.Array) -> jax.Array:
-        """int32 ``[streams, B, T]`` -> factors float32 ``[B, T]``."""
+    def __call__(self, positions: Int32[AnyArray, "streams B T"]) -> Float32[Array, "B T"]:
+        """Factors of queries at these positions."""
         count = jnp.maximum(jnp.max(positions, axis=0), 0).astype(jnp.float32) + 1
         return jnp.maximum(jnp.log(count) / math.log(self.length), 1.0)
 
 
-def frequencies(dim: int, theta: float, scaling: FixedScaling | None = None) -> np.ndarray:
-    """``theta ** (-2j / dim)`` for ``j < dim/2``, then scaled; float32 ``[dim/2]``."""
+def frequencies(
+    dim: int, theta: float, scaling: FixedScaling | None = None
+) -> Float32[np.ndarray, " {dim//2}"]:
+    """``theta ** (-2j / dim)`` for ``j < dim/2``, then scaled."""
     freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     return (freq if scaling is None else scaling(freq, theta)).astype(np.float32)
 
 
 def multi_axis_angles(
-    positions: jax.Array,
+    positions: Int32[AnyArray, "streams B T"],
     dim: int,
     theta: float,
     streams: tuple[int, ...],
     scaling: Scaling | None = None,
-    length: jax.Array | None = None,
-) -> jax.Array:
+    length: Int32[AnyArray, " B"] | None = None,
+) -> Float32[Array, "B T {dim//2}"]:
     """Angles of M-RoPE: each frequency slot follows one of several position streams.
 
     Args:
-        positions: int32 ``[streams, B, T]``.
         dim: channels that turn.
         theta: base.
         streams: the stream of each slot, ``dim / 2`` numbers.
         scaling: of the frequencies.
-        length: int32 ``[B]``, positions of the rows' prompts, for scaling that depends on them; by
-            default those of ``positions``.
+        length: positions of the rows' prompts, for scaling that depends on them; by default those
+            of ``positions``.
 
     Returns:
-        float32 ``[B, T, dim/2]``; the positions themselves for :class:`StoredFrequencies`.
+        The angles; the positions themselves for :class:`StoredFrequencies`.
     """
     per_slot = slot_positions(positions, streams)
     if isinstance(scaling, StoredFrequencies):
@@ -197,8 +208,10 @@ def multi_axis_angles(
     return per_slot * along_last(freq, per_slot)
 
 
-def slot_positions(positions: jax.Array, streams: tuple[int, ...]) -> jax.Array:
-    """The position that each frequency slot follows: float32 ``[B, T, len(streams)]``."""
+def slot_positions(
+    positions: Int32[AnyArray, "streams B T"], streams: tuple[int, ...]
+) -> Float32[Array, "B T {len(streams)}"]:
+    """The position that each frequency slot follows."""
     return jnp.moveaxis(positions.astype(jnp.float32)[np.asarray(streams)], 0, -1)
 
 
@@ -222,26 +235,30 @@ def interleaved(sections: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(out)
 
 
-def grid_angles(coords: AnyArray, dim: int, theta: float) -> jax.Array:
+def grid_angles(
+    coords: Int32[AnyArray, "N P 2"], dim: int, theta: float
+) -> Float32[Array, "N P {dim//2}"]:
     """Angles of a vision tower's 2-D rope.
 
     Args:
-        coords: int32 ``[N, P, 2]``, row and column of each patch.
+        coords: row and column of each patch.
         dim: head width; each axis takes ``dim/4`` slots of base ``theta`` over ``dim/2``.
 
     Returns:
-        float32 ``[N, P, dim/2]``: row angles, then column angles.
+        Row angles, then column angles.
     """
     freq = frequencies(dim // 2, theta)
-    places = coords.astype(jnp.float32)[..., None]
+    places = jnp.asarray(coords, jnp.float32)[..., None]
     angles = places * along_last(freq, places)  # [N, P, 2, dim/4]
     return angles.reshape(*coords.shape[:-1], dim // 2)
 
 
-def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate ``x [B, heads, T, d]`` by ``angles [B, T, r/2]``, in float32; keeps ``x.dtype``.
+def apply_rope(
+    x: Float[Array, "B heads T d"], angles: Float32[Array, "B T slots"]
+) -> Float[Array, "B heads T d"]:
+    """Rotate heads by angles, in float32; keeps ``x.dtype``.
 
-    Only the first ``r`` channels of a head turn, as two halves; the others (``r < d``) pass.
+    Only the first ``2 * slots`` channels of a head turn, as two halves; the others pass.
     """
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     half, whole = angles.shape[-1], x.shape[-1] == 2 * angles.shape[-1]

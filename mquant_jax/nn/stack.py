@@ -25,7 +25,10 @@ from mquant_jax.nn.side_by_side import joined
 from mquant_jax.numerics import AnyArray, QWeight
 from mquant_jax.ops.dense import reads_stacks
 from mquant_jax.per_layer import PerLayer
+from mquant_jax.shapes import Array, Float, Int32
 from mquant_jax.target import target
+
+Stream = Float[Array, "*tokens width"]
 
 
 def stack_layers(
@@ -114,18 +117,18 @@ def scanned(context: Any) -> Any:
 Step = Callable[[Any, Any], tuple[Any, None]]
 
 
-def scan_blocks(stack: nnx.Module, x: jax.Array, context: Any) -> jax.Array:
+def scan_blocks(stack: nnx.Module, x: Stream, context: Any) -> Stream:
     """``x = block(x, context)`` for each block of a stack, by ``lax.scan``."""
     return scan_tapped(stack, x, context)[0]
 
 
 def scan_tapped(
     stack: nnx.Module,
-    x: jax.Array,
+    x: Stream,
     context: Any,
     taps: Sequence[int] = (),
     wrap: Callable[[Step], Step] = lambda step: step,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[Stream, tuple[Stream, ...]]:
     """:func:`scan_blocks`, and outputs of single blocks.
 
     Args:
@@ -203,7 +206,7 @@ def _scan(
 class Runner:
     """Runs blocks by scan and single modules directly."""
 
-    def layers(self, name: str, stack: nnx.Module, x: jax.Array, context: Any) -> jax.Array:
+    def layers(self, name: str, stack: nnx.Module, x: Stream, context: Any) -> Stream:
         """Feed ``x`` through every block: ``x = block(x, context)``.
 
         ``context.token_class`` holds the class of each token of ``x``; -1 marks padding. A
@@ -212,16 +215,18 @@ class Runner:
         return self.tapped(name, stack, x, context)[0]
 
     def tapped(
-        self, name: str, stack: nnx.Module, x: jax.Array, context: Any, taps: tuple[int, ...] = ()
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        self, name: str, stack: nnx.Module, x: Stream, context: Any, taps: tuple[int, ...] = ()
+    ) -> tuple[Stream, tuple[Stream, ...]]:
         """:meth:`layers`, and the outputs of the blocks ``taps``."""
         return scan_tapped(stack, x, context, taps)
 
-    def module(self, name: str, module: nnx.Module, x: Any, classes: AnyArray | None) -> Any:
+    def module(
+        self, name: str, module: nnx.Module, x: Any, classes: Int32[AnyArray, "*rows"] | None
+    ) -> Any:
         """Call one module outside the stacks (patch embedding, merger).
 
         ``x``: an array, or a tuple of arrays with the same leading axis.
-        ``classes``: int32, the token class of each row that its first quantisation point sees;
+        ``classes``: the token class of each row that its first quantisation point sees;
         -1 marks padding; ``None`` where there is no such point. Only calibration uses it.
         """
         return module(x)

@@ -23,9 +23,10 @@ from mquant_jax.nn.vit_block import (
 )
 from mquant_jax.nn.windows import Windows
 from mquant_jax.numerics import AnyArray, along_last
+from mquant_jax.shapes import Array, Float, Int32, Shaped
 
 STREAM = "vision"  # the name under which families declare a tower's residual stream
-Features = jax.Array | tuple[Any, ...]
+Features = Float[Array, "N M hidden"] | tuple[Any, ...]
 
 
 def parts_of(features: Features) -> tuple[Any, ...]:
@@ -58,8 +59,8 @@ class VisionInput:
     position_rows: AnyArray | None = None
 
     @property
-    def token_class(self) -> jax.Array:
-        """int32 ``[N, P]``: 0, or -1 for padding."""
+    def token_class(self) -> Int32[Array, "N P"]:
+        """0, or -1 for padding."""
         return jnp.where(self.valid, 0, -1)
 
 
@@ -74,8 +75,10 @@ class PatchEmbed(nnx.Module):
             "proj", cfg.patch_dim, cfg.hidden_size, bias=cfg.patch_bias, rngs=rngs
         )
 
-    def __call__(self, patches: jax.Array, tap: Tap | None = None) -> jax.Array:
-        return self.proj(self.patch_in(patches, None, tap))
+    def __call__(
+        self, patches: Float[AnyArray, "N P patch_dim"], tap: Tap | None = None
+    ) -> Float[Array, "N P hidden"]:
+        return self.proj(self.patch_in(jnp.asarray(patches), None, tap))
 
 
 class InputNorm(nnx.Module):
@@ -92,7 +95,9 @@ class InputNorm(nnx.Module):
         self.norm = LayerNorm(cfg.hidden_size, cfg.norm_eps, place.dtype)
         self.rotation = place.entry_rotation(STREAM, cfg.hidden_size)
 
-    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "N P hidden"], tap: Tap | None = None
+    ) -> Float[Array, "N P hidden"]:
         x = self.norm(x)
         return x if self.rotation is None else self.rotation(x)
 
@@ -105,7 +110,9 @@ class FinalNorm(nnx.Module):
     def __init__(self, cfg: ViTConfig, place: Placement):
         self.norm = tower_norm(cfg.hidden_size, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
 
-    def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "N P hidden"], tap: Tap | None = None
+    ) -> Float[Array, "N P hidden"]:
         return self.norm(x)
 
 
@@ -141,9 +148,9 @@ class ViT(nnx.Module):
         """Whether a row may be padded with patches; else its number of patches is its size."""
         return self.cfg.positions is None or self.cfg.positions.any_size
 
-    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> jax.Array:
+    def __call__(self, vision: VisionInput, runner: Runner = SCAN) -> Float[Array, "N M width"]:
         """What the vision module hands to the decoder: all parts of its :meth:`flow`, next to each
-        other, ``[N, M, parts * hidden]``."""
+        other."""
         return jnp.concatenate(parts_of(run(self.flow(vision), runner)), axis=-1)
 
     def flow(self, vision: VisionInput) -> Flow[Features]:
@@ -155,12 +162,14 @@ class ViT(nnx.Module):
         """
         return self.features(vision)
 
-    def features(self, vision: VisionInput) -> Flow[jax.Array]:
+    def features(self, vision: VisionInput) -> Flow[Float[Array, "N P hidden"]]:
         """:meth:`tapped` without the taps."""
         return (yield from self.tapped(vision))[0]
 
-    def tapped(self, vision: VisionInput) -> Flow[tuple[jax.Array, tuple[Any, ...]]]:
-        """Patches -> features ``[N, P, hidden]``; the class token, if there is one, is the first
+    def tapped(
+        self, vision: VisionInput
+    ) -> Flow[tuple[Float[Array, "N P hidden"], tuple[Any, ...]]]:
+        """Patches -> features; the class token, if there is one, is the first
         (:attr:`ViTConfig.drops_first`). And a tuple of what the layers ``taps`` give.
 
         Raises:
@@ -192,6 +201,6 @@ class ViT(nnx.Module):
             x = yield ModuleCall("vision/final", self.final, x, classes)
         return self.selected(x), tuple(tapped)
 
-    def selected(self, x: jax.Array) -> jax.Array:
-        """Of each row's tokens ``[N, P, ...]`` those that are features."""
+    def selected(self, x: Shaped[Any, "N P *rest"]) -> Shaped[Any, "N _ *rest"]:
+        """Of each row's tokens those that are features."""
         return x[:, int(self.cfg.drops_first) :]

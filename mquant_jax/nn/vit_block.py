@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mquant_jax.nn.act_quant import ActQuant, Points, Tap
-from mquant_jax.nn.attention import Attention, AttentionContext, Heads, HeadShape
+from mquant_jax.nn.attention import Attention, AttentionContext, HeadShape, Projected
 from mquant_jax.nn.dense import Dense
 from mquant_jax.nn.mlp import MLP, GatedMLP, PlainMLP
 from mquant_jax.nn.norm import LayerNorm, ProjectedNorm, RMSNorm
@@ -20,6 +20,10 @@ from mquant_jax.nn.positions import PositionTable
 from mquant_jax.nn.stack import LayeredContext
 from mquant_jax.numerics import QTensor, along_last
 from mquant_jax.ops.visibility import Visibility
+from mquant_jax.shapes import Array, Float, Int32
+
+Stream = Float[Array, "N P hidden"]
+Classes = Int32[Array, "N P"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +190,11 @@ class _Wiring(Attention, MLP):
         """A norm of the block."""
         return tower_norm(cfg.hidden_size, cfg.norm_eps, place, cfg.rms_norm, cfg.keeps_mean)
 
-    def project(self, h: jax.Array | QTensor, token_class: jax.Array, tap: Tap | None) -> Heads:
+    def project(self, h: Stream | QTensor, token_class: Classes, tap: Tap | None) -> Projected:
         q, k, v = super().project(h, token_class, tap)
         return (self.q_norm(q), self.k_norm(k), v) if self.norms_rows else (q, k, v)
 
-    def __call__(self, x: jax.Array, ctx: VisionContext, tap: Tap | None = None) -> jax.Array:
+    def __call__(self, x: Stream, ctx: VisionContext, tap: Tap | None = None) -> Stream:
         cls = ctx.token_class
         rows = self.project(self.read(self.attn_norm, self.attn_in, x, cls, tap), cls, tap)
         seen = AttentionContext(ctx.angles, ctx.seen, cls)
@@ -200,12 +204,12 @@ class _Wiring(Attention, MLP):
         return self.add(x, self.mlp_last, h, "mlp")
 
     def read(
-        self, norm: TowerNorm, point: ActQuant, x: jax.Array, cls: jax.Array, tap: Tap | None
-    ) -> jax.Array | QTensor:
+        self, norm: TowerNorm, point: ActQuant, x: Stream, cls: Classes, tap: Tap | None
+    ) -> Stream | QTensor:
         """The stream as a half reads it."""
         return norm.into(point, x, cls, tap) if isinstance(norm, RMSNorm) else norm(x)
 
-    def add(self, x: jax.Array, dense: Dense, h: jax.Array | QTensor, half: str) -> jax.Array:
+    def add(self, x: Stream, dense: Dense, h: Float[Array, "N P K"] | QTensor, half: str) -> Stream:
         """The stream with what a half adds to it."""
         if not self.has_gains:
             return dense(h, x)
@@ -235,9 +239,9 @@ class PostNormViTBlock(ViTBlock):
         return (RMSNorm if cfg.rms_norm else LayerNorm)(cfg.hidden_size, cfg.norm_eps, place.dtype)
 
     def read(
-        self, norm: TowerNorm, point: ActQuant, x: jax.Array, cls: jax.Array, tap: Tap | None
-    ) -> jax.Array | QTensor:
+        self, norm: TowerNorm, point: ActQuant, x: Stream, cls: Classes, tap: Tap | None
+    ) -> Stream:
         return x
 
-    def add(self, x: jax.Array, dense: Dense, h: jax.Array | QTensor, half: str) -> jax.Array:
+    def add(self, x: Stream, dense: Dense, h: Float[Array, "N P K"] | QTensor, half: str) -> Stream:
         return x + getattr(self, f"{half}_norm")(dense(h))

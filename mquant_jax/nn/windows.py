@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import AnyArray
 from mquant_jax.ops.visibility import NEVER, Visibility
+from mquant_jax.shapes import Array, Int32, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Windows:
     inside: Visibility
 
     @classmethod
-    def of(cls, coords: AnyArray, token_class: jax.Array, side: int) -> Windows:
+    def of(
+        cls, coords: Int32[AnyArray, "N P 2"], token_class: Int32[Array, "N P"], side: int
+    ) -> Windows:
         """Windows of ``side`` by ``side`` patches.
 
         Args:
-            coords: int32 ``[N, P, 2]``, row and column of each patch.
-            token_class: int32 ``[N, P]``, -1 for padding.
+            coords: row and column of each patch.
+            token_class: -1 for padding.
         """
         cells = jnp.asarray(coords) // side
         columns = jnp.max(cells[..., 1], axis=1, keepdims=True) + 1
@@ -43,15 +47,15 @@ class Windows:
         keys, near = jnp.where(ids < ids.shape[1], ids, NEVER), side**2 - 1
         return cls(order, Visibility(ids, keys, ids, near, near))
 
-    def sort(self, x: jax.Array) -> jax.Array:
-        """Patches ``[N, P, ...]`` window by window."""
+    def sort(self, x: Shaped[AnyArray, "N P *rest"]) -> Shaped[Array, "N P *rest"]:
+        """Patches window by window."""
         return _taken(x, self.order)
 
-    def restore(self, x: AnyArray) -> jax.Array:
+    def restore(self, x: Any) -> Shaped[Array, "N P *rest"]:
         """The inverse of :meth:`sort`; ``x`` may be a handle that loads an array."""
         return _taken(jnp.asarray(x), jnp.argsort(self.order, axis=1))
 
 
-def _taken(x: jax.Array, order: jax.Array) -> jax.Array:
+def _taken(x: AnyArray, order: jax.Array) -> jax.Array:
     """Rows of ``x [N, P, ...]`` in an order ``[N, P]``."""
     return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)

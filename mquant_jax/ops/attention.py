@@ -16,8 +16,10 @@ import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor
 from mquant_jax.ops import attention_cpu, attention_xla
+from mquant_jax.ops.attention_xla import Keys, Prefix, Values
 from mquant_jax.ops.registry import Form, Op, unless
 from mquant_jax.ops.visibility import Visibility
+from mquant_jax.shapes import Array, Float, Float32, Int32
 from mquant_jax.target import Target, target
 
 # Slots of a cache that a row attends to, where it needs no more: the least that holds its own.
@@ -48,7 +50,12 @@ class Rows:
 
     @classmethod
     def of(
-        cls, q: jax.Array, k: jax.Array, head_dim: int, seen: Visibility, gradient: bool = False
+        cls,
+        q: Float[Array, "B T q_width"],
+        k: Float[Array, "B T kv_width"],
+        head_dim: int,
+        seen: Visibility,
+        gradient: bool = False,
     ) -> Rows:
         """For queries ``[B, T, heads * d]`` and keys ``[B, T, kv_heads * d]``."""
         heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
@@ -85,16 +92,24 @@ class Heads:
     by_row: bool = False
 
     @classmethod
-    def of(cls, q: jax.Array, v: jax.Array | QTensor, prefix: Any, by_row: bool = False) -> Heads:
-        """For values ``[..., B, kv_heads, S, d]``."""
+    def of(
+        cls,
+        q: Float[Array, "B heads T d"],
+        v: Float[Array, "*layers rows kv_heads S d"] | QTensor,
+        prefix: Any,
+        by_row: bool = False,
+    ) -> Heads:
+        """For a call's values, or those of a cache."""
         values = v.values if isinstance(v, QTensor) else v
         (b, heads, t, d), (kv, s) = q.shape, values.shape[-3:-1]
         narrow, more = isinstance(v, QTensor), prefix is not None
         return cls(b, heads, kv, t, s, d, q.dtype, narrow, more, values.size, by_row)
 
 
-def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
-    """``[B, T, heads * d]`` -> ``[B, heads, T, d]``."""
+def split_heads(
+    x: Float[Array, "B T width"], head_dim: int
+) -> Float[Array, "B heads T {head_dim}"]:
+    """Heads out of rows."""
     if target().platform == "tpu" and x.shape[1] > 1:
         # Else XLA moves the transposition up, to where the values still are float32.
         x = jax.lax.optimization_barrier(x)
@@ -155,26 +170,26 @@ def fused(spec: Rows) -> bool:
 
 
 def attend_rows(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T q_width"],
+    k: Float[Array, "B T kv_width"],
+    v: Float[Array, "B T kv_width"],
     head_dim: int,
     seen: Visibility,
-    angles: jax.Array | None = None,
-    gain: jax.Array | None = None,
-    scale: jax.Array | None = None,
-) -> jax.Array | QTensor:
+    angles: Float32[Array, "B T slots"] | None = None,
+    gain: Float32[Array, "B T"] | None = None,
+    scale: Float32[Array, ""] | Float32[Array, "B T 1"] | None = None,
+) -> Float[Array, "B T q_width"] | QTensor:
     """Rotary positions, attention and quantisation in one.
 
     Args:
-        q, k, v: float ``[B, T, heads * d]``, as the projections give them; bfloat16 on TPU.
+        q, k, v: ``[B, T, heads * d]``, as the projections give them; bfloat16 on TPU.
         seen: which tokens each sees.
-        angles: float32 ``[B, T, r/2]``, by which queries and keys are turned.
-        gain: float32 ``[B, T]``, factor on queries.
-        scale: float32, one number or ``[B, T, 1]``, to quantise the result by.
+        angles: by which queries and keys are turned.
+        gain: factor on queries.
+        scale: to quantise the result by.
 
     Returns:
-        ``[B, T, heads * d]``: in their type, or with ``scale`` int8.
+        What rows see, in their type; with ``scale`` int8.
     """
     run = ROWS.pick(Rows.of(q, k, head_dim, seen))
     y = run(q, k, v, head_dim, seen, angles, gain, scale)
@@ -221,23 +236,22 @@ HEADS: Op[Heads] = Op(
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array | QTensor,
-    v: jax.Array | QTensor,
+    q: Float[Array, "B heads T d"],
+    k: Keys,
+    v: Values,
     seen: Visibility,
-    prefix: tuple[jax.Array, jax.Array] | None = None,
-) -> jax.Array:
+    prefix: Prefix | None = None,
+) -> Float[Array, "B T heads*d"]:
     """Scaled dot-product attention, for a few heads or queries at a time where there are many.
 
     Args:
-        q: ``[B, heads, T, d]``.
-        k: ``[B, kv_heads, d, S]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
-        v: ``[B, kv_heads, S, d]``; both may be int8 with a scale per key.
+        k: query heads ``g*i .. g*i+g-1`` share kv head ``i``.
+        v: as ``k``, these may be int8 with a scale per key.
         seen: which keys each query sees.
-        prefix: more keys and values, ``[kv_heads, P, d]`` each, which every query sees.
+        prefix: more keys and values, which every query sees.
 
     Returns:
-        ``[B, T, heads * d]`` in ``q.dtype``.
+        What queries see, in their type.
     """
     return HEADS.pick(Heads.of(q, v, prefix))(q, k, v, seen, prefix)
 
@@ -304,21 +318,23 @@ CACHE: Op[Heads] = Op(
 
 
 def attend_cache(
-    q: jax.Array,
-    cache: tuple[jax.Array | QTensor, jax.Array | QTensor],
-    layer: jax.Array,
+    q: Float[Array, "B heads T d"],
+    cache: tuple[
+        Float[Array, "layers rows kv_heads d S"] | QTensor,
+        Float[Array, "layers rows kv_heads S d"] | QTensor,
+    ],
+    layer: Int32[Array, ""],
     seen: Visibility,
-    prefix: tuple[jax.Array, jax.Array] | None = None,
-    used: jax.Array | None = None,
-    rows: jax.Array | None = None,
-) -> jax.Array:
+    prefix: Prefix | None = None,
+    used: Int32[Array, " B"] | None = None,
+    rows: Int32[Array, " B"] | None = None,
+) -> Float[Array, "B T heads*d"]:
     """:func:`attend` to one layer of a cache, which a kernel for single queries reads in its place.
 
     Args:
-        cache: keys ``[layers, B, kv_heads, d, S]`` and values ``[layers, B, kv_heads, S, d]``.
-        layer: int32 ``[]``.
-        used: int32 ``[B]``, how many slots may be seen, where rows differ in it.
-        rows: int32 ``[B]``, the cache's row of each query, on CPU alone; ``None``: the same.
+        cache: keys and values.
+        used: how many slots may be seen, where rows differ in it.
+        rows: the cache's row of each query, on CPU alone; ``None``: the same.
     """
     spec = Heads.of(q, cache[1], prefix, by_row=used is not None)
     return CACHE.pick(spec)(q, cache, layer, seen, prefix, used, rows)

@@ -11,19 +11,20 @@ from mquant_jax.numerics import quantize_static
 from mquant_jax.ops.attention_xla import attend_heads, in_parts, most_dividing, turned
 from mquant_jax.ops.band import Band, block_in_order
 from mquant_jax.ops.visibility import NEVER, Visibility
+from mquant_jax.shapes import Array, Float, Float32, Int8
 from mquant_jax.target import target
 
 
 def attend_rows(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T q_width"],
+    k: Float[Array, "B T kv_width"],
+    v: Float[Array, "B T kv_width"],
     head_dim: int,
     seen: Visibility,
-    angles: jax.Array | None,
-    gain: jax.Array | None,
-    scale: jax.Array | None,
-) -> jax.Array:
+    angles: Float32[Array, "B T slots"] | None,
+    gain: Float32[Array, "B T"] | None,
+    scale: Float32[Array, ""] | Float32[Array, "B T 1"] | None,
+) -> Float[Array, "B T q_width"] | Int8[Array, "B T q_width"]:
     """:func:`mquant_jax.ops.attention.attend_rows`, its values alone.
 
     Heads are sliced out of the rows, rotated, and written back as int8 a few at a time, while they

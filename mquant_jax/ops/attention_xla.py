@@ -10,13 +10,19 @@ import jax.numpy as jnp
 from mquant_jax.numerics import QTensor
 from mquant_jax.ops.band import LEAST_QUERIES, Band, block_in_order
 from mquant_jax.ops.visibility import NEVER, Visibility
+from mquant_jax.shapes import Array, Float, Float32
 from mquant_jax.target import target
 
-Keys = jax.Array | QTensor
+Queries = Float[Array, "B kv_heads g T d"]
+Keys = Float[Array, "B kv_heads d S"] | QTensor
+Values = Float[Array, "B kv_heads S d"] | QTensor
+Prefix = tuple[Float[Array, "kv_heads P d"], Float[Array, "kv_heads P d"]]  # keys and values
 
 
-def attend_heads(q: jax.Array, k: Keys, v: Keys, seen: Visibility | None, prefix) -> jax.Array:
-    """Queries ``[B, kv_heads, g, T, d]`` -> what each sees, in the same shape.
+def attend_heads(
+    q: Queries, k: Keys, v: Values, seen: Visibility | None, prefix: Prefix | None
+) -> Queries:
+    """What each query sees.
 
     Args:
         k, v, prefix: see :func:`mquant_jax.ops.attention.attend`.
@@ -61,21 +67,27 @@ def most_dividing(count: int, limit: int) -> int:
     return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, limit))
 
 
-def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """``x [..., T, d]`` with its first ``r`` channels, as two halves, turned by angles of ``cos``
-    and ``sin [..., T, r/2]``; in float32, keeps ``x.dtype``."""
+def turned(
+    x: Float[Array, "*rows d"],
+    cos: Float32[Array, "*#rows slots"],
+    sin: Float32[Array, "*#rows slots"],
+) -> Float[Array, "*rows d"]:
+    """``x`` with its first ``2 * slots`` channels, as two halves, turned by angles of ``cos`` and
+    ``sin``; in float32, keeps ``x.dtype``."""
     half = cos.shape[-1]
     a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
     pair = [a * cos - b * sin, b * cos + a * sin]
     return jnp.concatenate([*pair, rest], axis=-1).astype(x.dtype)
 
 
-def _keys(k: Keys) -> int:
+def _keys(k: jax.Array | QTensor) -> int:
     """How many there are."""
     return (k.values if isinstance(k, QTensor) else k).shape[-1]
 
 
-def in_parts(q, k, v, seen: Visibility | None, prefix) -> jax.Array:
+def in_parts(
+    q: Queries, k: Keys, v: Values, seen: Visibility | None, prefix: Prefix | None
+) -> Queries:
     """:func:`attend_heads` with keys of any order: row by row, then by groups of kv heads, then by
     queries, as long as there are too many logits."""
     b, kv_heads, g, t, d = q.shape

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from mquant_jax.ops.visibility import Visibility
+from mquant_jax.shapes import Array, Num
 
 LEAST_QUERIES = 64  # of a part: fewer make the products too small
 ORDERED_BLOCKS = 8  # of queries in sequence order; each block skips the keys after it
@@ -47,10 +47,11 @@ class Band:
         others = (tokens + block_in_order(tokens)) // 2 if seen.after == 0 else tokens
         return band if band.keys < others else None
 
-    def blocks(self, x: jax.Array, axis: int, before: int = 0, after: int = 0, fill: int = 0):
-        """``x [B, ...]`` with its tokens along ``axis``, a negative number, as rows
-        ``[B * blocks, ...]`` of a block each and as many more as asked for; ``fill`` beyond the
-        ends."""
+    def blocks(
+        self, x: Num[Array, " B *rest"], axis: int, before: int = 0, after: int = 0, fill: int = 0
+    ) -> Num[Array, "rows ..."]:
+        """``x`` with its tokens along ``axis``, a negative number, as rows of a block each and as
+        many more as asked for; ``fill`` beyond the ends."""
         axis, size = x.ndim + axis, self.size
         count = -(-x.shape[axis] // size)
         pad = [(0, 0)] * x.ndim

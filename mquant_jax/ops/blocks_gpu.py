@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from mquant_jax.shapes import Array, Bool, Num
 
 LEAST = 16  # rows of a matrix unit's operand, and channels that it can sum over
 
@@ -28,13 +29,15 @@ def block_of(start: int, size: int) -> Any:
     return pl.ds(jnp.int32(start), size)
 
 
-def within(start, count: int, end: int) -> jax.Array | None:
+def within(start: Any, count: int, end: int) -> Bool[Array, " {count}"] | None:
     """Which of ``count`` indices from ``start``, a multiple of it, on are below ``end``; ``None``:
     all of them, in every block."""
     return None if end % count == 0 else start + jnp.arange(count, dtype=jnp.int32) < end
 
 
-def sides(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int]):
+def sides(
+    row: Bool[Array, " rows"] | None, column: Bool[Array, " columns"] | None, shape: tuple[int, int]
+) -> Bool[Array, "{shape[0]} {shape[1]}"] | None:
     """Mask of a block from those of its sides; ``None``: all of it."""
     by_row = None if row is None else jnp.broadcast_to(row[:, None], shape)
     by_column = None if column is None else jnp.broadcast_to(column[None, :], shape)
@@ -43,14 +46,14 @@ def sides(row: jax.Array | None, column: jax.Array | None, shape: tuple[int, int
     return by_column & by_row
 
 
-def load(ref, mask: jax.Array | None) -> jax.Array:
+def load(ref: Any, mask: Bool[Array, "*block"] | None) -> Num[Array, "*block"]:
     """A block, zero where the mask says no."""
     if mask is None:
         return plgpu.load(ref)
     return plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def store(ref, value: jax.Array, mask: jax.Array | None) -> None:
+def store(ref: Any, value: Num[Array, "*block"], mask: Bool[Array, "*block"] | None) -> None:
     """Write a block where the mask does not say no."""
     if mask is None:
         plgpu.store(ref, value)

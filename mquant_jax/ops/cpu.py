@@ -28,6 +28,7 @@ from jax.interpreters import mlir
 
 from mquant_jax.ops.xla import s8_dot
 from mquant_jax.per_layer import PerLayer, by_layer
+from mquant_jax.shapes import Array, Int8, Int32
 from mquant_jax.target import Target
 
 _OFFSET = 128
@@ -90,22 +91,24 @@ mlir.register_lowering(_vector_dot, mlir.lower_fun(_as_float, multiple_results=F
 
 
 @jax.jit
-def byte_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
-    """:func:`~mquant_jax.ops.xla.s8_dot` of int8 ``[rows, in]`` by int8 ``[out, in]``, exact."""
+def byte_dot(
+    x: Int8[Array, "rows in"], w: Int8[Array, "out in"] | PerLayer
+) -> Int32[Array, "rows out"]:
+    """:func:`~mquant_jax.ops.xla.s8_dot`, exact."""
     if isinstance(w, PerLayer):
         return _moved(x, w)  # the branches hold the inner product alone
     return _byte_dot.bind(x, w, jaxpr=jax.make_jaxpr(s8_dot)(x, w))
 
 
 @jax.jit
-def vector_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """:func:`~mquant_jax.ops.xla.s8_dot` of int8 ``[1, in]`` by 4-bit values in int8 ``[out, in]``,
-    exact for rows that :meth:`~mquant_jax.target.Target.reads_in_place` takes."""
+def vector_dot(x: Int8[Array, "1 in"], w: Int8[Array, "out in"]) -> Int32[Array, "1 out"]:
+    """:func:`~mquant_jax.ops.xla.s8_dot` by 4-bit values, exact for rows that
+    :meth:`~mquant_jax.target.Target.reads_in_place` takes."""
     return _vector_dot.bind(x, w, jaxpr=jax.make_jaxpr(s8_dot)(x, w))
 
 
 @jax.jit
-def halves_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def halves_dot(x: Int8[Array, "1 in"], w: Int8[Array, "out in"]) -> Int32[Array, "1 out"]:
     """:func:`vector_dot` by the halves of ``w``'s rows: 8-bit weights, which heads have.
 
     A head is not in a stack: XLA would convert all of it before the decode loop, to four times its

@@ -20,6 +20,7 @@ from mquant_jax.ops.blocks_gpu import LEAST, block_of, load, parts, sides, withi
 from mquant_jax.ops.flash_gpu import LEAST_LOGIT
 from mquant_jax.ops.loops import blocks_of, int32_loop
 from mquant_jax.ops.visibility import NEVER, Visibility, in_blocks
+from mquant_jax.shapes import Array, Float, Int32
 
 KEYS = 64  # of a block's step
 _BLOCKS = 264  # that fill the chip: two for each multiprocessor of an H100
@@ -27,28 +28,26 @@ _WARPS, _STAGES = 4, 3
 
 
 def attend_one(
-    q: jax.Array,
-    k: jax.Array | QTensor,
-    v: jax.Array | QTensor,
-    layer: jax.Array,
+    q: Float[Array, "B heads d"],
+    k: Float[Array, "layers B kv_heads d S"] | QTensor,
+    v: Float[Array, "layers B kv_heads S d"] | QTensor,
+    layer: Int32[Array, ""],
     seen: Visibility,
     *,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B heads*d"]:
     """Softmax attention, logits and sums in float32.
 
     Args:
-        q: ``[B, heads, d]``, bfloat16 or float16; query heads ``g*i .. g*i+g-1`` share kv head
-            ``i``.
-        k: ``[layers, B, kv_heads, d, S]`` of the same type, or int8 with float32 scales
-            ``[layers, B, kv_heads, 1, S]``; ``d`` a multiple of 16.
-        v: ``[layers, B, kv_heads, S, d]``, scales ``[layers, B, kv_heads, S, 1]``.
-        layer: int32 ``[]``.
+        q: bfloat16 or float16; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
+        k: of the same type, or int8 with float32 scales ``[layers, B, kv_heads, 1, S]``; ``d`` a
+            multiple of 16.
+        v: as ``k``, scales ``[layers, B, kv_heads, S, 1]``.
         seen: which keys each prompt's query sees.
         interpret: run without a GPU.
 
     Returns:
-        ``[B, heads * d]`` in ``q.dtype``.
+        What queries see, in their type.
     """
     stores = (k, v)
     operands = [x.values if isinstance(x, QTensor) else x for x in stores]

@@ -18,6 +18,7 @@ from mquant_jax.ops import cpu, gpu, xla
 from mquant_jax.ops.epilogue import PLAIN, Epilogue
 from mquant_jax.ops.registry import Form, Op, unless
 from mquant_jax.per_layer import PerLayer
+from mquant_jax.shapes import Array, Float
 from mquant_jax.target import Target, target
 
 _log = logging.getLogger(__name__)
@@ -216,8 +217,10 @@ def reads_stacks(w: QWeight | PerLayer) -> bool:
     return w.storage in ("int4", "int8") and _tpu(product, to, few=True) is None
 
 
-def float_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
-    """``x @ w.T``: float ``[..., in]`` by ``[out, in]`` -> ``[..., out]`` in their type."""
+def float_dot(
+    x: Float[Array, "*batch in"], w: Float[Array, "out in"] | PerLayer
+) -> Float[Array, "*batch out"]:
+    """``x @ w.T`` in the operands' type."""
     # Rows are flattened: the gradient of a product with several leading axes is twice as slow.
     flat, to = x.reshape(-1, x.shape[-1]), target()
     on_cpu = to.platform == "cpu" and not to.reads_in_place(x.shape[-1])
@@ -226,15 +229,14 @@ def float_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
     return form(flat, w).reshape(*x.shape[:-1], w.shape[0])
 
 
-def quantized_dot(x: QTensor | jax.Array, w: QWeight, end: Epilogue = PLAIN) -> jax.Array:
-    """``x @ w.T`` with the scales applied, and what ends a dense layer.
+def quantized_dot(
+    x: QTensor | Float[Array, "*batch in"], w: QWeight, end: Epilogue = PLAIN
+) -> Float[Array, "*batch out"]:
+    """``x @ w.T`` with the scales applied, and what ends a dense layer, in ``end.dtype``.
 
     Args:
-        x: a :class:`QTensor` ``[..., in]``, or float ``[..., in]`` for weight-only layers.
+        x: float for weight-only layers.
         w: one layer's weight, ``[out, in]``, in any storage.
-
-    Returns:
-        ``end.dtype`` ``[..., out]``.
 
     Raises:
         ValueError: contraction lengths differ.

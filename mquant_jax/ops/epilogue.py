@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import along_last
+from mquant_jax.shapes import Array, Float
 
 
 @partial(
@@ -33,8 +34,8 @@ class Epilogue:
     gate: jax.Array | None = None
     dtype: Any = jnp.float32
 
-    def __call__(self, y: jax.Array) -> jax.Array:
-        """Of products ``[..., out]``."""
+    def __call__(self, y: Float[Array, "*batch out"]) -> Float[Array, "*batch out"]:
+        """Of products."""
         y = y if self.bias is None else y + along_last(self.bias, y)
         y = y.astype(self.dtype)
         y = y if self.gate is None else jax.nn.silu(self.gate) * y

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 from mquant_jax.ops.blocks_gpu import LEAST, block_of, load, parts, sides, store, within
 from mquant_jax.ops.loops import blocks_of, int32_loop
 from mquant_jax.ops.visibility import NEVER, Visibility, in_blocks
+from mquant_jax.shapes import Array, Float
 
 QUERIES, KEYS = 128, 64  # of a block
 _WARPS, _STAGES = 8, 2
@@ -20,26 +21,25 @@ LEAST_LOGIT = float(jnp.finfo(jnp.float32).min)
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B heads T d"],
+    k: Float[Array, "B kv_heads d S"],
+    v: Float[Array, "B kv_heads S d"],
     seen: Visibility,
     *,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B T heads*d"]:
     """Softmax attention with the running maximum and sum of Milakov and Gimelshein, as in
     FlashAttention (Dao et al.).
 
     Args:
-        q: ``[B, heads, T, d]``, bfloat16 or float16.
-        k: ``[B, kv_heads, d, S]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
-        v: ``[B, kv_heads, S, d]``.
+        q: bfloat16 or float16.
+        k: query heads ``g*i .. g*i+g-1`` share kv head ``i``.
         seen: which keys each query sees. Blocks of keys before the first and after the last that
             a block of queries sees something of are skipped.
         interpret: run without a GPU.
 
     Returns:
-        ``[B, T, heads * d]`` in ``q.dtype``.
+        What queries see, in their type.
     """
     (b, heads, t, d), kv_heads = q.shape, v.shape[1]
     missing, gain = -d % LEAST, d**-0.5

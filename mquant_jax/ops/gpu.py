@@ -12,12 +12,12 @@ import json
 from importlib.resources import files
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.ops.registry import unless
+from mquant_jax.shapes import Array, Float
 from mquant_jax.target import Target, target
 
 MANY, FEW, XLA = "pallas_gpu", "pallas_gpu_gemv", "int_dot"
@@ -81,7 +81,7 @@ def _blocks(x: QTensor, w: QWeight) -> Any:
     return pallas_gpu.Blocks(*blocks)
 
 
-def many(x: QTensor, w: QWeight, end: Epilogue) -> jax.Array:
+def many(x: QTensor, w: QWeight, end: Epilogue) -> Float[Array, "rows out"]:
     """A whole dense layer in one kernel.
 
     Args:
@@ -95,7 +95,7 @@ def many(x: QTensor, w: QWeight, end: Epilogue) -> jax.Array:
     return pallas_gpu.matmul(x, w.values, w.scale, blocks, end, layer=w.layer, interpret=interpret)
 
 
-def few(x: QTensor, w: QWeight, end: Epilogue) -> jax.Array:
+def few(x: QTensor, w: QWeight, end: Epilogue) -> Float[Array, "rows out"]:
     """:func:`many` for few rows: partial sums in a kernel, the rest in XLA."""
     from mquant_jax.ops import pallas_gpu
 

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mquant_jax.numerics import QTensor, along_last, quantize_static
+from mquant_jax.numerics import QTensor, Scale, along_last, quantize_static
 from mquant_jax.ops.registry import Form, Op, unless
+from mquant_jax.shapes import Array, Float, Float32
 from mquant_jax.target import Target, target
 
 
@@ -23,15 +24,16 @@ class Normed:
     dtype: Any
 
 
-def mean_square(x: jax.Array) -> jax.Array:
-    """float32 ``[..., features]`` -> ``[..., 1]``."""
+def mean_square(x: Float32[Array, "*batch features"]) -> Float32[Array, "*batch 1"]:
+    """Of each row."""
     return of_rows(lambda x: jnp.mean(x * x, axis=-1, keepdims=True), x)
 
 
-def of_rows(sums: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """``sums`` of each row of ``x [..., features]``, ``[..., 1]``, with one order of addition for
-    any number of rows: XLA's CPU backend adds up few values in another order than many, so rows of
-    zeros make them many."""
+def of_rows(
+    sums: Callable[[jax.Array], jax.Array], x: Float32[Array, "*batch features"]
+) -> Float32[Array, "*batch 1"]:
+    """``sums`` of each row, with one order of addition for any number of rows: XLA's CPU backend
+    adds up few values in another order than many, so rows of zeros make them many."""
     rows, least = x.size // x.shape[-1], -(-target().limits.summed // x.shape[-1])
     if target().platform != "cpu" or rows >= least:
         return sums(x)
@@ -39,9 +41,10 @@ def of_rows(sums: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     return sums(flat)[:rows].reshape(*x.shape[:-1], 1)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, dtype) -> jax.Array:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in float32; ``dtype`` ``[...,
-    features]``."""
+def rms_norm(
+    x: Float[Array, "*batch features"], weight: Float[Array, " features"], eps: float, dtype: Any
+) -> Float[Array, "*batch features"]:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in float32, then ``dtype``."""
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(mean_square(x) + eps)
     return (x * along_last(weight, x)).astype(dtype)
@@ -72,12 +75,16 @@ def _no_kernel(n: Normed, to: Target) -> str | None:
 NORM: Op[Normed] = Op("norm", Form("pallas_tpu", _by_kernel, _no_kernel), Form("xla", _by_xla))
 
 
-def rms_quantize(x: jax.Array, weight: jax.Array, eps: float, scale: jax.Array, dtype) -> QTensor:
-    """:func:`rms_norm`, then int8.
+def rms_quantize(
+    x: Float[Array, "*batch features"],
+    weight: Float[Array, " features"],
+    eps: float,
+    scale: Scale,
+    dtype: Any,
+) -> QTensor:
+    """:func:`rms_norm`, then int8 by ``scale``.
 
     Args:
-        x: float ``[..., features]``.
-        scale: float32, one number or ``[..., 1]``.
         dtype: that the normed values are rounded to first, where no kernel joins the steps.
     """
     spec = Normed(x.size // x.shape[-1], x.shape[-1], x.dtype)

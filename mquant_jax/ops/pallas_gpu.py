@@ -26,6 +26,7 @@ from mquant_jax.numerics import QTensor
 from mquant_jax.ops.blocks_gpu import load, sides, store, within
 from mquant_jax.ops.epilogue import Epilogue
 from mquant_jax.ops.loops import int32_loop
+from mquant_jax.shapes import Array, Float, Float32, Int8, Int32, UInt8
 
 _TWO_OPERATIONS = "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xf0f0f0f0;"  # on four bytes
 
@@ -53,26 +54,22 @@ class Blocks:
 
 def matmul(
     x: QTensor,
-    w: jax.Array,
-    w_scale: jax.Array,
+    w: UInt8[Array, "*layers out bytes"],
+    w_scale: Float32[Array, "*layers out 1"],
     blocks: Blocks,
     end: Epilogue,
     *,
-    layer: jax.Array | None = None,
+    layer: Int32[Array, ""] | None = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "rows out"]:
     """``x @ w.T`` with scales and epilogue applied before anything is written.
 
     Args:
         x: int8 ``[rows, in]``, ``in`` up to 2**17 - 1; its scale is one number or ``[rows, 1]``.
-        w: uint8 ``[out, ceil(in/2)]`` or, with ``layer``, ``[layers, out, ceil(in/2)]``.
-        w_scale: float32 ``[out, 1]`` or ``[layers, out, 1]``.
-        layer: int32 ``[]``, which one of a stack to read; the stack is not copied.
+        w: ``ceil(in/2)`` bytes a row; a stack with ``layer`` alone.
+        layer: which one of a stack to read; the stack is not copied.
         end: its SiLU is computed in float32.
         interpret: run without a GPU.
-
-    Returns:
-        ``[rows, out]``.
     """
     (rows, k), out, dtype = x.values.shape, w.shape[-2], end.dtype
     operands = {
@@ -100,21 +97,18 @@ def matmul(
 
 
 def partial_sums(
-    x: jax.Array,
-    w: jax.Array,
+    x: Int8[Array, "rows in"],
+    w: UInt8[Array, "*layers out bytes"],
     blocks: Blocks,
     *,
-    layer: jax.Array | None = None,
+    layer: Int32[Array, ""] | None = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> Int32[Array, "{blocks.splits} rows out"]:
     """``x @ w.T`` for few rows, which want more blocks than there are outputs for.
 
     Arguments are those of :func:`matmul`. The sums over :attr:`Blocks.splits` parts of the inputs
     are kept separate, and so are the scales: the reader of the result applies them in passing,
     which costs no kernel of its own.
-
-    Returns:
-        int32 ``[splits, rows, out]``.
     """
     (rows, k), out = x.shape, w.shape[-2]
     shape = blocks.splits, rows, out

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mquant_jax.hadamard import LANES, hadamard
 from mquant_jax.ops.loops import repeat
+from mquant_jax.shapes import Array, BFloat16, Float32, Int8
 
 _SUBLANES = 8
 BLOCK = 64  # rows at a time; the int8 tile wants a multiple of 32
@@ -19,26 +20,25 @@ _TILE = 128  # of the matrix unit: what its operands are padded to
 
 
 def rotate(
-    x: jax.Array,
+    x: BFloat16[Array, "rows inputs"],
     outer: int,
-    scale: jax.Array | None = None,
+    scale: Float32[Array, "rows 1"] | None = None,
     *,
     interpret: bool = False,
-) -> jax.Array:
+) -> Int8[Array, "rows {128*outer}"] | BFloat16[Array, "rows {128*outer}"]:
     """``x @ (H_outer (x) H_128) / sqrt(n)``, then int8 by ``scale`` if there is one.
 
     XLA changes the layout before, between and after the two small products. On rows of a block, the
     change between them is a strided read, and the others are not needed.
 
     Args:
-        x: bfloat16 ``[rows, inputs]``, ``inputs`` a multiple of 128 up to ``n = 128 * outer``; what
-            is missing counts as zeros.
+        x: ``inputs`` is a multiple of 128 up to ``n = 128 * outer``; what is missing counts as
+            zeros.
         outer: order of a Hadamard matrix that :func:`hadamard` can build.
-        scale: float32 ``[rows, 1]``.
         interpret: run without a TPU.
 
     Returns:
-        int8 ``[rows, n]``, saturated and rounded half to even; without ``scale`` bfloat16.
+        int8, saturated and rounded half to even; without ``scale`` bfloat16.
     """
     rows, inputs = x.shape
     n = outer * LANES

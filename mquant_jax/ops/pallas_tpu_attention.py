@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mquant_jax.hadamard import LANES
 from mquant_jax.ops.loops import repeat
 from mquant_jax.ops.visibility import NEVER, Visibility, in_blocks
+from mquant_jax.shapes import Array, BFloat16, Float32, Int8
 
 NAME = "attend_rows"
 _reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # it moved in jax 0.11
@@ -87,32 +88,32 @@ def plan(tokens: int, heads: int, kv_heads: int, d: int, ordered: bool) -> Plan 
 
 
 def attend_rows(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: BFloat16[Array, "B T q_width"],
+    k: BFloat16[Array, "B T kv_width"],
+    v: BFloat16[Array, "B T kv_width"],
     seen: Visibility,
     cut: Plan,
-    angles: jax.Array | None = None,
-    gain: jax.Array | None = None,
-    scale: jax.Array | None = None,
+    angles: Float32[Array, "B T slots"] | None = None,
+    gain: Float32[Array, "B T"] | None = None,
+    scale: Float32[Array, ""] | Float32[Array, "B T 1"] | None = None,
     *,
     interpret: bool = False,
-) -> jax.Array:
+) -> BFloat16[Array, "B T q_width"] | Int8[Array, "B T q_width"]:
     """Softmax attention of ``T`` tokens to each other, logits and sums in float32.
 
     Args:
-        q: bfloat16 ``[B, T, heads * d]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
-        k, v: bfloat16 ``[B, T, kv_heads * d]``.
+        q: ``[B, T, heads * d]``; query heads ``g*i .. g*i+g-1`` share kv head ``i``.
+        k, v: ``[B, T, kv_heads * d]``.
         seen: which tokens each sees. Blocks of which a block of queries sees nothing are skipped.
         cut: of :func:`plan`.
-        angles: float32 ``[B, T, r/2]``, by which the first ``r`` channels of each head of ``q`` and
-            ``k`` are turned, as two halves.
-        gain: float32 ``[B, T]``, factor on the turned queries.
-        scale: float32, one number or ``[B, T, 1]``; the result becomes int8 by it.
+        angles: by which the first ``2 * slots`` channels of each head of ``q`` and ``k`` are
+            turned, as two halves.
+        gain: factor on the turned queries.
+        scale: the result becomes int8 by it.
         interpret: run without a TPU.
 
     Returns:
-        ``[B, T, heads * d]``: bfloat16, or int8, rounded half to even and saturated.
+        bfloat16, or int8, rounded half to even and saturated.
     """
     b, t, width = q.shape
     q, k, v = (jnp.pad(x, ((0, 0), (0, cut.rows - t), (0, 0))) for x in (q, k, v))

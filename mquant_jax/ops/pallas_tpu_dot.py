@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mquant_jax.hadamard import LANES
 from mquant_jax.numerics import QTensor
 from mquant_jax.ops.epilogue import Epilogue
+from mquant_jax.shapes import Array, Float, Float32, Int, Int32
 
 NAME, NAME_FEW = "int4_dot", "few_dot"
 LONGEST = 10240  # input channels: so many rows' worth of them stay on the chip, twice
@@ -48,25 +49,21 @@ def suits_few(in_features: int, out_features: int) -> bool:
 
 def int4_dot(
     x: QTensor,
-    stack: jax.Array,
-    layer: jax.Array,
-    w_scale: jax.Array,
+    stack: Int[Array, "layers out in"],
+    layer: Int32[Array, ""],
+    w_scale: Float32[Array, "layers out"],
     end: Epilogue,
     *,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "rows out"]:
     """``x @ stack[layer].T`` in int32, times scales, and the epilogue.
 
     Args:
         x: int8 ``[rows, in]``; its scale is one number or ``[rows, 1]``.
-        stack: int4 ``[layers, out, in]``, ``out`` and ``in`` multiples of 128.
-        layer: int32 ``[]``. Slicing the layer out before the kernel would copy it.
-        w_scale: float32 ``[layers, out]``.
+        stack: of 4-bit values; ``out`` and ``in`` are multiples of 128.
+        layer: slicing it out before the kernel would copy it.
         end: without a gate: layers with one widen, and those are left to XLA where there are many
             rows.
-
-    Returns:
-        ``[rows, out]``.
     """
     assert end.gate is None
     (rows, k), x_scale = x.values.shape, x.scale
@@ -105,13 +102,13 @@ def int4_dot(
 
 def few_dot(
     x: QTensor,
-    stack: jax.Array,
-    layer: jax.Array,
-    w_scale: jax.Array,
+    stack: Int[Array, "layers out in"],
+    layer: Int32[Array, ""],
+    w_scale: Float32[Array, "layers out"],
     end: Epilogue,
     *,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "rows out"]:
     """:func:`int4_dot` of up to 128 rows, by a stack of int4 or int8, with any epilogue."""
     (rows, k), x_scale = x.values.shape, x.scale
     out = stack.shape[1]

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mquant_jax.ops.loops import repeat
+from mquant_jax.shapes import Array, BFloat16, Float, Float32, Int8
 
 NAME = "rms_quantize"
 _BLOCK, _CHUNK = 128, 32  # rows that stream in, and that are worked on, together
@@ -17,18 +18,16 @@ _OPERATIONS = 8  # per number
 
 
 def rms_quantize(
-    x: jax.Array, weight: jax.Array, eps: float, scale: jax.Array, *, interpret: bool = False
-) -> jax.Array:
+    x: BFloat16[Array, "rows n"],
+    weight: Float[Array, " n"],
+    eps: float,
+    scale: Float32[Array, ""] | Float32[Array, "rows 1"],
+    *,
+    interpret: bool = False,
+) -> Int8[Array, "rows n"]:
     """``round(x / sqrt(mean(x^2) + eps) * weight / scale)``, saturated.
 
-    Args:
-        x: bfloat16 ``[rows, n]``.
-        weight: float ``[n]``.
-        scale: float32, one number or ``[rows, 1]``.
-        interpret: run without a TPU.
-
-    Returns:
-        int8 ``[rows, n]``; what is rounded is float32, and was not bfloat16 before.
+    What is rounded is float32, and was not bfloat16 before; ``interpret``: run without a TPU.
     """
     rows, n = x.shape
     pad = -rows % _BLOCK

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from mquant_jax.hadamard import LANES, Rotation
-from mquant_jax.numerics import QTensor, quantize_dynamic, quantize_static
+from mquant_jax.numerics import QTensor, Scale, quantize_dynamic, quantize_static
 from mquant_jax.ops.registry import Form, Op, unless
+from mquant_jax.shapes import Array, Float
 from mquant_jax.target import Target, target
 
 # Rows that a core's cache holds from the first product to the last; fewer where they do not divide.
@@ -147,16 +148,13 @@ ROTATE: Op[Rotated] = Op(
 )
 
 
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """float ``[..., inputs]`` -> ``[..., n]`` in the same type."""
+def rotate(x: Float[Array, "*batch inputs"], rotation: Rotation) -> Float[Array, "*batch n"]:
+    """Rotated rows, in the same type."""
     return ROTATE.pick(Rotated(_rows(x), rotation, x.dtype))(x, rotation, False, None)
 
 
-def rotate_quantize(x: jax.Array, rotation: Rotation, scale: jax.Array | None) -> QTensor:
-    """:func:`rotate`, then int8.
-
-    Args:
-        x: float ``[..., inputs]``.
-        scale: float32, one number or ``[..., 1]``, per row; ``None``: found from each row.
-    """
+def rotate_quantize(
+    x: Float[Array, "*batch inputs"], rotation: Rotation, scale: Scale | None
+) -> QTensor:
+    """:func:`rotate`, then int8 by ``scale``; ``None``: found from each row."""
     return ROTATE.pick(Rotated(_rows(x), rotation, x.dtype))(x, rotation, True, scale)

@@ -12,27 +12,31 @@ from jax.experimental.pallas import triton as plgpu
 
 from mquant_jax.hadamard import LANES, hadamard
 from mquant_jax.ops.blocks_gpu import LEAST, block_of, parts
+from mquant_jax.shapes import Array, BFloat16, Float32, Int8
 
 _WARPS = 8
 _ROUNDER = 1.5 * 2**23  # a float32 beside it has no fraction, and adding rounds half to even
 
 
 def rotate(
-    x: jax.Array, outer: int, scale: jax.Array | None = None, *, interpret: bool = False
-) -> jax.Array:
+    x: BFloat16[Array, "rows inputs"],
+    outer: int,
+    scale: Float32[Array, ""] | Float32[Array, "rows 1"] | None = None,
+    *,
+    interpret: bool = False,
+) -> Int8[Array, "rows {128*outer}"] | BFloat16[Array, "rows {128*outer}"]:
     """``x @ (H_outer (x) H_128) / sqrt(n)``, then int8 by ``scale`` if there is one.
 
     A row is a small matrix ``[outer, 128]``, and its rotation two products that stay on the chip.
 
     Args:
-        x: bfloat16 ``[rows, inputs]``, ``inputs`` a multiple of 128 up to ``n = 128 * outer``; what
-            is missing counts as zeros.
+        x: ``inputs`` is a multiple of 128 up to ``n = 128 * outer``; what is missing counts as
+            zeros.
         outer: order of a Hadamard matrix that :func:`hadamard` can build.
-        scale: float32, one number or ``[rows, 1]``.
         interpret: run without a GPU.
 
     Returns:
-        int8 ``[rows, n]``, saturated and rounded half to even; without ``scale`` bfloat16.
+        int8, saturated and rounded half to even; without ``scale`` bfloat16.
     """
     rows, inputs = x.shape
     n, tall = outer * LANES, -(-outer // LEAST) * LEAST

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mquant_jax.numerics import AnyArray
+from mquant_jax.shapes import Array, Bool, Int32, Shaped
+
 NEVER = int(np.iinfo(np.int32).max)  # the order of a key that no query sees
 
 
@@ -51,25 +54,25 @@ class Visibility:
     bounds: tuple[jax.Array, jax.Array] | None = None
 
     @classmethod
-    def of_keys(cls, valid: jax.Array, queries: int) -> Visibility:
-        """Each of a row's ``queries`` sees all of its ``valid`` keys, bool ``[B, S]``."""
+    def of_keys(cls, valid: Bool[AnyArray, "B S"], queries: int) -> Visibility:
+        """Each of a row's ``queries`` sees all of its ``valid`` keys."""
         top = jnp.zeros((len(valid), queries), jnp.int32)
         return cls(top, jnp.where(valid, 0, NEVER))
 
     @property
-    def mask(self) -> jax.Array:
-        """bool ``[B, T, S]``; for few queries or keys at a time."""
+    def mask(self) -> Bool[Array, "B T S"]:
+        """Which keys queries see; for few of either at a time."""
         keys = self.keys[:, None, :]
         seen = keys <= self.top[:, :, None]
         return seen if self.low is None else seen & (self.low[:, :, None] <= keys)
 
     @property
-    def sees_all(self) -> jax.Array:
-        """bool ``[]``: every query sees every key of its row."""
+    def sees_all(self) -> Bool[Array, ""]:
+        """Every query sees every key of its row."""
         seen = jnp.max(self.keys) <= jnp.min(self.top)
         return seen if self.low is None else seen & (jnp.max(self.low) <= jnp.min(self.keys))
 
-    def settled(self, run: Callable[[Visibility], jax.Array]) -> jax.Array:
+    def settled(self, run: Callable[[Visibility], jax.Array]) -> Shaped[Array, "*shape"]:
         """``run`` of this visibility, where :attr:`lifted` decides on a branch."""
         if self.lifted is None:
             return run(self)
@@ -99,11 +102,10 @@ class Visibility:
         """The first ``end`` keys."""
         return Visibility(self.top, self.keys[:, :end], self.low)
 
-    def extremes(self, queries: int, keys: int) -> tuple[jax.Array, ...]:
+    def extremes(self, queries: int, keys: int) -> tuple[Int32[Array, "B _"], ...]:
         """What blocks of so many queries and keys are compared by: the highest ``top`` of each
         block of queries; the lowest order of each block of keys; and with ``low`` its lowest of
-        each block of queries, and the highest order of each block of keys. int32 ``[B, blocks]``.
-        """
+        each block of queries, and the highest order of each block of keys."""
         found = [
             jnp.max(in_blocks(self.top, queries, -1), axis=-1),
             jnp.min(in_blocks(self.keys, keys, NEVER), axis=-1),
@@ -116,9 +118,9 @@ class Visibility:
             ]
         return tuple(found)
 
-    def key_range(self, queries: int) -> tuple[jax.Array, jax.Array]:
+    def key_range(self, queries: int) -> tuple[Int32[Array, "B blocks"], Int32[Array, "B blocks"]]:
         """For each block of so many queries the first key that it may see and the one after the
-        last, int32 ``[B, blocks]`` each; there is always one between them."""
+        last; there is always one between them."""
         if self.bounds is not None and queries >= self.top.shape[1]:
             return self.bounds
         top = jnp.max(in_blocks(self.top, queries, -1), axis=-1, keepdims=True)
@@ -138,7 +140,7 @@ class Visibility:
         return jnp.minimum(first, end - 1), end
 
 
-def in_blocks(x: jax.Array, size: int, fill: int) -> jax.Array:
-    """``[B, n]`` -> ``[B, blocks, size]``, with ``fill`` at the end."""
+def in_blocks(x: Int32[Array, "B n"], size: int, fill: int) -> Int32[Array, "B blocks {size}"]:
+    """Rows in blocks, with ``fill`` at the end."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=fill)
     return x.reshape(len(x), -1, size)

@@ -11,19 +11,23 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mquant_jax.numerics import QTensor, QWeight
 from mquant_jax.per_layer import PerLayer, by_layer
+from mquant_jax.shapes import Array, Float, Float32, Int, Int4, Int8, Int32, Num
 
 MANY_ROWS = 64
 _LAST_ON_LAST = (((1,), (1,)), ((), ()))
 
 
-def s8_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
-    """int8 ``[rows, in]`` by int8 or int4 ``[out, in]`` -> int32 ``[rows, out]``."""
+def s8_dot(
+    x: Int8[Array, "rows in"], w: Int[Array, "out in"] | PerLayer
+) -> Int32[Array, "rows out"]:
+    """By int8 or int4."""
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.dot_general(x, w, _LAST_ON_LAST, preferred_element_type=jnp.int32)
@@ -31,7 +35,7 @@ def s8_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
     return by_layer(product, x, w)
 
 
-def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, jax.Array]]:
+def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, Any]]:
     """The operands whose products add up to that of ``x [rows, in]``: one pair, or a pair for each
     of the weight's parts."""
     if w.storage != "parts":
@@ -41,8 +45,8 @@ def _runs(x: jax.Array, w: QWeight) -> list[tuple[jax.Array, jax.Array]]:
 
 def int_dot(
     x: QTensor, w: QWeight, product: Callable[[jax.Array, jax.Array], jax.Array] = s8_dot
-) -> jax.Array:
-    """s8 x s8 with s32 accumulation: int8 ``[rows, in]`` by int8 ``[out, in]`` -> float32.
+) -> Float32[Array, "rows out"]:
+    """s8 x s8 with s32 accumulation: int8 ``[rows, in]`` by int8 ``[out, in]``.
 
     Per-channel scales cost one multiply per output. Group scales run one integer product per
     group and add the scaled partial sums in float32: one after the other when there are many rows
@@ -84,7 +88,7 @@ def _grouped_sums(
     return jnp.einsum("gro,og->ro", acc.astype(jnp.float32), scale)
 
 
-def padded_int_dot(x: QTensor, w: QWeight) -> jax.Array:
+def padded_int_dot(x: QTensor, w: QWeight) -> Float32[Array, "1 out"]:
     """:func:`int_dot` for one row on CPU and TPU, by way of two.
 
     XLA's CPU backend hands integer products of two rows or more to its tuned kernels, and a single
@@ -97,20 +101,18 @@ def padded_int_dot(x: QTensor, w: QWeight) -> jax.Array:
     return int_dot(QTensor(values, scale), w)[:1]
 
 
-def paired(x: jax.Array, w: QWeight) -> tuple[jax.Array, jax.Array]:
-    """``x [rows, in]`` and packed weights as int4, both with columns ``j`` and ``j + half``
-    adjacent: the order within a byte, so that the weights need no rearrangement.
-
-    Returns:
-        ``[rows, 2 * half]`` and int4 ``[out, 2 * half]``.
-    """
+def paired(
+    x: Num[Array, "rows in"], w: QWeight
+) -> tuple[Num[Array, "rows columns"], Int4[Array, "out columns"]]:
+    """``x`` and packed weights, both with columns ``j`` and ``j + half`` adjacent: the order within
+    a byte, so that the weights need no rearrangement."""
     out, half = w.values.shape
     x = jnp.pad(x, ((0, 0), (0, 2 * half - w.in_features)))
     values = jax.lax.bitcast_convert_type(w.values, jnp.int4).reshape(out, 2 * half)
     return jnp.swapaxes(x.reshape(-1, 2, half), 1, 2).reshape(-1, 2 * half), values
 
 
-def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
+def packed_int_dot(x: QTensor, w: QWeight) -> Float32[Array, "rows out"]:
     """:func:`int_dot` of packed weights with one scale per channel, which XLA's GPU backend
     converts inside the product. For a single row it does so only when each half is a product."""
     if x.values.shape[0] == 1:
@@ -124,7 +126,7 @@ def packed_int_dot(x: QTensor, w: QWeight) -> jax.Array:
     return acc.astype(jnp.float32) * (x.scale * w.scale[:, 0][None])
 
 
-def packed_weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
+def packed_weight_only_dot(x: Float[Array, "rows in"], w: QWeight) -> Float32[Array, "rows out"]:
     """:func:`weight_only_dot` of packed weights with one scale per channel."""
     x, weights = paired(x, w)
     y = jax.lax.dot_general(
@@ -133,12 +135,16 @@ def packed_weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     return y * w.scale[:, 0]
 
 
-def float_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
-    """Float ``[rows, in]`` by float ``[out, in]``, in their type."""
+def float_dot(
+    x: Float[Array, "rows in"], w: Float[Array, "out in"] | PerLayer
+) -> Float[Array, "rows out"]:
+    """In the operands' type."""
     return by_layer(lambda x, w: jax.lax.dot_general(x, w, _LAST_ON_LAST), x, w)
 
 
-def padded_float_dot(x: jax.Array, w: jax.Array | PerLayer) -> jax.Array:
+def padded_float_dot(
+    x: Float[Array, "1 in"], w: Float[Array, "out in"] | PerLayer
+) -> Float[Array, "1 out"]:
     """:func:`float_dot` for one row by way of two, see :func:`padded_int_dot`; with long rows three
     times as fast on CPU."""
     return float_dot(jnp.pad(x, ((0, 1), (0, 0))), w)[:1]
@@ -158,8 +164,8 @@ def _widened_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     )
 
 
-def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
-    """Float activations by quantised weights (W4A16): float ``[rows, in]`` -> float32."""
+def weight_only_dot(x: Float[Array, "rows in"], w: QWeight) -> Float32[Array, "rows out"]:
+    """Float activations by quantised weights (W4A16)."""
     if w.groups == 1:
         return _float_sums(x, w) * w.scale[:, 0][None]
 
@@ -169,7 +175,7 @@ def weight_only_dot(x: jax.Array, w: QWeight) -> jax.Array:
     return by_layer(product, x, w.values)
 
 
-def simulated_dot(x: QTensor, w: QWeight) -> jax.Array:
+def simulated_dot(x: QTensor, w: QWeight) -> Float32[Array, "rows out"]:
     """:func:`int_dot` of integers that are held as float32, with gradients: with one scale per
     channel the same to the bit, as float32 holds sums below 2^24."""
     if w.groups == 1:
@@ -177,7 +183,7 @@ def simulated_dot(x: QTensor, w: QWeight) -> jax.Array:
     return weight_only_dot(x.values, w) * x.scale
 
 
-def bf16_dot(x: QTensor, w: QWeight) -> jax.Array:
+def bf16_dot(x: QTensor, w: QWeight) -> Float32[Array, "rows out"]:
     """:func:`int_dot` without a matrix unit for integers: bfloat16 holds the values of both as they
     are, and sums are float32."""
     y = weight_only_dot(x.values.astype(jnp.bfloat16), w)

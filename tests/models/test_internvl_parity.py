@@ -125,11 +125,11 @@ def test_the_big_tower_norms_queries_over_all_heads(case) -> None:
 
 def test_dynamic_rope_by_hand() -> None:
     dim, theta, scaling = 8, 100.0, DynamicScaling(2.0, 16)
-    short = np.arange(16)[None, None]
+    short = np.arange(16, dtype=np.int32)[None, None]
     plain = multi_axis_angles(short, dim, theta, (0,) * 4)
     got = multi_axis_angles(short, dim, theta, (0,) * 4, scaling)
     np.testing.assert_allclose(got, plain, rtol=1e-6)
-    long = np.arange(24)[None, None]
+    long = np.arange(24, dtype=np.int32)[None, None]
     base = theta * (2.0 * 24 / 16 - 1.0) ** (dim / (dim - 2))
     got = multi_axis_angles(long, dim, theta, (0,) * 4, scaling)
     np.testing.assert_allclose(got[0, 1], frequencies(dim, base), rtol=1e-5)

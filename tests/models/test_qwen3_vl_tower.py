@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,7 +43,7 @@ def test_positions_are_stretched_over_each_picture(side) -> None:
     merge = 1  # patches in raster order, for any numbers of rows and columns
     size = sum(t * h * w for t, h, w in grids)
     vision = pack_vision(np.zeros((size, 3), np.float32), grids, merge)
-    flat = table.reshape(-1, 3)
+    flat = jnp.asarray(table.reshape(-1, 3))
     got = StretchedTable(side).at(flat, vision.patches.shape[1], vision.coords, None)
     frames = [(h, w) for t, h, w in grids for _ in range(t)]
     for row, (h, w) in enumerate(frames):
@@ -54,7 +55,7 @@ def test_positions_are_stretched_over_each_picture(side) -> None:
 
 def test_cells_are_inside_and_weights_add_up() -> None:
     for n in (1, 2, 6, 7, 8, 99):
-        coords = np.stack([np.arange(n), np.arange(n)[::-1]], -1)[None]
+        coords = np.stack([np.arange(n), np.arange(n)[::-1]], -1)[None].astype(np.int32)
         cells, weights = map(np.asarray, bilinear_cells(coords, 7))
         assert cells.min() >= 0 and cells.max() < 49 and weights.min() >= 0
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
@@ -86,8 +87,8 @@ def made():
 @pytest.mark.parametrize("taps", [(), (1,), (3,), (0, 2, 3), (0, 1, 2, 3)])
 def test_taps_are_outputs_of_their_layers(made, taps) -> None:
     config, model, vision = made
-    rng, stack = np.random.default_rng(1), model.vision.layers
-    x = rng.standard_normal((*vision.valid.shape, config.vision.hidden_size)).astype(np.float32)
+    shape, stack = (*vision.valid.shape, config.vision.hidden_size), model.vision.layers
+    x = jax.random.normal(jax.random.key(1), shape)
     context, real = VisionContext(None, vision.token_class), np.asarray(vision.valid)
     every = [scan_blocks(_first(stack, i + 1), x, context) for i in range(4)]
     for loop in (scan_tapped, partial(Recomputing().tapped, "vision/layers")):

@@ -148,12 +148,14 @@ def test_stepped_rope_by_hand() -> None:
     dim, theta, scaling = 8, 100.0, SteppedScaling(10)
     for length, alpha in ((1, 1), (10, 1), (11, 3), (20, 3), (21, 7), (40, 7), (41, 15)):
         assert alpha == max(2 ** math.ceil(math.log2(length / 10) + 1) - 1, 1)
-        got = multi_axis_angles(np.arange(length)[None, None], dim, theta, (0,) * 4, scaling)
+        places = np.arange(length, dtype=np.int32)[None, None]
+        got = multi_axis_angles(places, dim, theta, (0,) * 4, scaling)
         expected = frequencies(dim, theta * alpha ** (dim / (dim - 2))) * (length - 1)
         np.testing.assert_allclose(got[0, -1], expected, rtol=1e-6)
     # Each row's base depends on its own prompt length, also for decoded tokens.
-    positions = np.array([[[5], [50]]])
-    got = multi_axis_angles(positions, dim, theta, (0,) * 4, scaling, np.array([30, 9]))
+    positions = np.array([[[5], [50]]], np.int32)
+    prompts = np.array([30, 9], np.int32)
+    got = multi_axis_angles(positions, dim, theta, (0,) * 4, scaling, prompts)
     expected = frequencies(dim, theta * 7 ** (dim / (dim - 2))) * 5
     np.testing.assert_allclose(got[0, 0], expected, rtol=1e-6)
     np.testing.assert_allclose(got[1, 0], frequencies(dim, theta) * 50, rtol=1e-6)

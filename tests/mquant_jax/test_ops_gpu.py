@@ -345,9 +345,9 @@ def test_the_chosen_attention() -> None:
         assert decoding(heads(1)[0], v) == "decode_gpu"
         assert decoding(heads(1)[0], v, (prefix, prefix)) == "whole_layer"
         for other in (heads(2), heads(1, 24), heads(1, 256), heads(1, dtype=jnp.float32)):
-            assert decoding(other[0], v) == "whole_layer"
+            assert decoding(other[0], other[2]) == "whole_layer"
         vast = jax.ShapeDtypeStruct((28, 32, 4, 8192, 128), jnp.int8)
-        assert decoding(heads(1)[0], vast) == "whole_layer"
+        assert decoding(heads(1)[0], QTensor(vast, prefix)) == "whole_layer"
     assert relative(got, plain) < 0.01
 
 

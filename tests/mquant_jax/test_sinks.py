@@ -44,9 +44,9 @@ def test_the_rule_marks_real_tokens_only() -> None:
     rule = SinkRule()
     for name, value in sink_rule([0, 2], [9]).items():
         getattr(rule, name.split("/")[-1]).set_value(value)
-    ids = np.array([[9, 5, 6, 9, 9]])
-    order = np.array([[-1, 0, 1, 2, 3]])
-    classes = np.array([[-1, 0, 1, 1, 0]])
+    ids = np.array([[9, 5, 6, 9, 9]], np.int32)
+    order = np.array([[-1, 0, 1, 2, 3]], np.int32)
+    classes = np.array([[-1, 0, 1, 1, 0]], np.int32)
     assert np.asarray(rule(ids, order, classes)).tolist() == [[-1, 2, 1, 2, 2]]
 
 

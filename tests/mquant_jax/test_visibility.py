@@ -67,7 +67,7 @@ def picture_in_text() -> Case:
 
 def windows() -> Case:
     """Pictures of 22 x 15 and 29 x 11 patches in windows of 4 x 4."""
-    coords = np.zeros((B, T, 2), int)
+    coords = np.zeros((B, T, 2), np.int32)
     valid = np.zeros((B, T), bool)
     for row, (h, w) in enumerate(((22, 15), (29, 11))):
         coords[row, : h * w] = np.indices((h, w)).reshape(2, -1).T
