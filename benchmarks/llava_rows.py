@@ -52,7 +52,8 @@ class Row:
     def name(self) -> str:
         """The row in a few words."""
         group = f", groups of {self.group_size}" if self.group_size else ""
-        return f"{self.method}, {self.activations}{group}"
+        activations = "float activations" if self.weights == "w4a16" else self.activations
+        return f"{self.method}, {activations}{group}"
 
     def rounded_as(self) -> Row:
         """The row whose weights and scales this one takes over: dynamic activations need no others
@@ -132,6 +133,7 @@ def pairs() -> list[tuple[Row, Row]]:
         (Row(m, MODALITY), Row(m, SHARED)),
         (Row(m), Row(m, MODALITY)),
         (Row(m), Row(m, DYNAMIC)),
+        (Row(m), Row(m, weights="w4a16")),
         (Row("quarot", MODALITY), Row("quarot", SHARED)),
         (Row("quarot", SINK), Row("quarot", MODALITY)),
         (Row("quarot", SINK), Row("quarot", DYNAMIC)),

@@ -52,7 +52,9 @@ def test_a_row_changes_scales_and_sections_alone() -> None:
     language = llava.Row("rtn", "shared", scope="language", group_size=64).plan()
     assert not language.vision.quantised and language.language == Section(4, 64, "static")
     assert llava.Row("mquant", weights="w4a8-v8").plan().vision.w_bits == 8
-    assert llava.Row("mquant", weights="w4a16").plan().language == Section(4, None, "none")
+    floats = llava.Row("mquant", weights="w4a16")
+    assert floats.plan().language == Section(4, None, "none")
+    assert floats.name == "mquant, float activations"
 
 
 def test_dynamic_rows_take_over_the_static_weights() -> None:
