@@ -13,6 +13,7 @@ import json
 import math
 import os
 import stat
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,6 +87,8 @@ class TensorFile:
         """
         self.path = Path(path)
         self._fd = _open_regular(self.path)
+        # Unlike __del__, it still runs properly when the interpreter shuts down.
+        self._closed = weakref.finalize(self, os.close, self._fd)
         try:
             self.size = os.fstat(self._fd).st_size
             raw = self._header()
@@ -101,14 +104,10 @@ class TensorFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the file; a no-op if it is closed."""
-        fd, self._fd = getattr(self, "_fd", -1), -1
-        if fd >= 0:
-            os.close(fd)
+        self._closed()
+        self._fd = -1
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
         """Read a tensor, or its rows ``start:stop`` along the first axis, into new memory.

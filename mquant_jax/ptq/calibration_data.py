@@ -15,6 +15,7 @@ from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
 from mquant_jax.files import read_json
 from mquant_jax.models.base import Batch, Processor, Prompt
+from mquant_jax.nn.act_quant import TEXT
 from mquant_jax.numerics import QWeight
 from mquant_jax.ptq.fingerprints import REPORTED, calibration_fingerprints
 from mquant_jax.ptq.states import States, loaded
@@ -24,6 +25,7 @@ from mquant_jax.samples import BUNDLED_CALIBRATION, DEMO_ASSETS, Sample, each, r
 from mquant_jax.sections import kind_of
 
 CHUNK_TOKENS = 4096  # tokens or patches per batch
+LEARNING_TOKENS = 4096  # text tokens to learn scales from; fewer are warned of
 
 
 def load_calibration(
@@ -148,6 +150,22 @@ def warn_of_few(chunks: Chunks, layers: Mapping[str, Any], recipe: Recipe) -> No
                 f"{widths[widest]} inputs of {kind_of(widest)}; {more} samples like these suffice",
                 "calibration",
             )
+
+
+def warn_of_little_text(chunks: Chunks, recipe: Recipe) -> None:
+    """Warn where scales are learned from few predictions.
+
+    A language model of 135M parameters gained from 8192 text tokens. From 1101, in groups of 64, it
+    lost (docs/accuracy.md).
+    """
+    text = sum(int((np.asarray(b.token_class) == TEXT).sum()) for b in chunks.batches)
+    if recipe.learns_whole and text < LEARNING_TOKENS:
+        warn(
+            f"recipe {recipe.name!r} learns scales from text, and calibration has {text} text "
+            f"tokens in {chunks.samples} samples; below {LEARNING_TOKENS} they may fit the samples "
+            "and nothing else: give more or longer ones, or take w4a8, which does not learn",
+            "calibration",
+        )
 
 
 def warn_of_bundled(folder: Path, hf_config: Mapping[str, Any]) -> None:

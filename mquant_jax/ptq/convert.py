@@ -32,6 +32,7 @@ from mquant_jax.ptq.calibration_data import (
     calibration_chunks,
     warn_of_bundled,
     warn_of_few,
+    warn_of_little_text,
 )
 from mquant_jax.ptq.ledger import LEARNED, JournalLedger
 from mquant_jax.ptq.pipeline import Conversion, untied
@@ -89,6 +90,7 @@ def convert(
             chunks = _calibration(family, todo, recipe, reader, calibration, states)
         if chunks is not None:
             warn_of_few(chunks, layers, recipe)
+            warn_of_little_text(chunks, recipe)
         with stage("hash source"):
             source = hash_files(source_files(reader))
         header = _header(source, recipe, chunks)

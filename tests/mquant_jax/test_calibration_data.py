@@ -7,9 +7,15 @@ import dataclasses
 from mquant_jax.files import read_json
 from mquant_jax.models.base import abstract_model
 from mquant_jax.models.qwen2_vl import FAMILY
+from mquant_jax.models.text import collate, text_prompt
 from mquant_jax.nn.params import dense_layers
 from mquant_jax.presets import PRESETS
-from mquant_jax.ptq.calibration_data import Chunks, warn_of_bundled, warn_of_few
+from mquant_jax.ptq.calibration_data import (
+    Chunks,
+    warn_of_bundled,
+    warn_of_few,
+    warn_of_little_text,
+)
 from mquant_jax.recipe import Section
 from mquant_jax.samples import DEMO_ASSETS
 
@@ -35,6 +41,17 @@ def test_fewer_rows_than_inputs(capsys) -> None:
     assert few(capsys, PRESETS["w8a8"], 10, 200, 100) == ""
     tower = dataclasses.replace(w4a8, vision=Section(), connector=Section())
     assert "patches" not in few(capsys, tower, 10, 200, 100)
+
+
+def test_little_text_to_learn_from(capsys) -> None:
+    batch = collate([text_prompt(range(40)), text_prompt(range(60))])
+    chunks = Chunks([batch, batch], "", 4, 200, 0)
+    warn_of_little_text(chunks, PRESETS["w4a8-tuned"])
+    assert "200 text tokens in 4 samples; below 4096" in capsys.readouterr().err
+    warn_of_little_text(chunks, PRESETS["w4a8"])
+    enough = dataclasses.replace(chunks, batches=[batch] * 41)
+    warn_of_little_text(enough, PRESETS["w4a8-tuned"])
+    assert capsys.readouterr().err == ""
 
 
 def test_the_bundled_set_for_another_model(capsys, tmp_path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -189,6 +192,24 @@ def test_a_file_that_shrinks_is_noticed(tmp_path):
     fails("truncated: it ends at byte", lambda: file.read("a"))
     with pytest.raises(UserError):
         TensorFile(tmp_path / "f")
+
+
+def test_files_are_closed(tmp_path):
+    """When asked to, when forgotten, and without a word when the interpreter ends."""
+    path = tmp_path / "t.safetensors"
+    save_file({"a": np.zeros(3, np.float32)}, path)
+    before = os.listdir("/dev/fd")
+    file = TensorFile(path)
+    file.close()
+    file.close()
+    file = TensorFile(path)
+    del file
+    gc.collect()
+    assert os.listdir("/dev/fd") == before
+    code = "from mquant_jax.checkpoint.tensor_file import TensorFile; kept = TensorFile({!r})"
+    run = [sys.executable, "-c", code.format(str(path))]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_dtype_of_the_format_that_numpy_has():
