@@ -34,6 +34,8 @@ def _stack_split(path: tuple, leaf: Any) -> Any:
         return leaf
     if not isinstance(leaf, QWeight):
         return _split(leaf)
+    if leaf.storage not in ("int8", "parts"):  # the product unpacks it into an array of its own
+        return leaf
     return dataclasses.replace(leaf, values=_split(leaf.values, leaf.storage == "parts"))
 
 

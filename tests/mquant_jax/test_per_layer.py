@@ -11,13 +11,14 @@ from benchmarks.soak import random_weights
 from benchmarks.speed import random_model
 from mquant_jax.models.qwen2_vl import FAMILY
 from mquant_jax.nn.dense import linear
-from mquant_jax.numerics import QTensor, QWeight, quantize_weight
+from mquant_jax.numerics import QTensor, QWeight, pack_int4, quantize_weight
 from mquant_jax.ops.epilogue import PLAIN
 from mquant_jax.per_layer import PerLayer
 from mquant_jax.presets import PRESETS
 from mquant_jax.runtime.engine_programs import EnginePrograms
 from mquant_jax.runtime.generate import Generator
 from mquant_jax.runtime.programs import Programs
+from mquant_jax.runtime.split_layers import split_layers
 from mquant_jax.target import tracing_for
 from tests.helpers import cpu_target
 
@@ -78,3 +79,13 @@ def test_steps_do_not_grow_with_the_layers() -> None:
     if jax.default_backend() != "cpu":
         pytest.skip("says what CPUs do")
     assert 10 < kernels(8) <= kernels(4)
+
+
+def test_packed_weights_stay_stacked() -> None:
+    """As quantisation in memory leaves them: products unpack them."""
+    whole = quantize_weight(np.ones((2, 256, 512), np.float32), 4)
+    packed = dataclasses.replace(whole, values=pack_int4(whole.values), storage="packed")
+    for weight in (packed, whole):
+        split = split_layers({"vision": {"layers": {"fc1": {"kernel": weight}}}})
+        values = split["vision"]["layers"]["fc1"]["kernel"].values
+        assert isinstance(values, PerLayer) == (weight is whole)
