@@ -149,8 +149,7 @@ def measured(bed: Any, rows: list[Row], float_head: bool) -> Iterator[dict[str, 
         if row.activations == "static" or last[0] != same:
             last = same, *quantised_params(bed, recipe, row.budget)
         seconds = time.monotonic() - began
-        rules = last[1].rules if row.budget else recipe.rules
-        module = built(bed, last[2], replace(recipe, rules=rules), last[3])
+        module = built(bed, last[2], replace(recipe, rules=last[1].rules), last[3])
         head = {k: getattr(row, k) for k in ("method", "group_size", "activations")}
         head["bits"] = mean_bits(bed.family, last[2], last[1])
         yield head | bed.evaluate(module) | {"quantise_seconds": round(seconds, 1)}
@@ -340,13 +339,15 @@ def _named(rows: list[Any], methods: list[str] | None) -> list[Any]:
 
 
 def _llava_rows(args: Any) -> list[llava.Row]:
-    if args.ablation:
-        return [llava.Row(r.method, _scales(r.recipe), recipe=r.recipe) for r in ablation_rows()]
-    if args.budget:
+    if args.ablation or args.budget:
+        rows = ablation_rows() if args.ablation else budget_rows(args.budget)
         return [
-            llava.Row(r.method, group_size=r.group_size, recipe=r.recipe, budget=r.budget)
-            for r in budget_rows(args.budget)
-        ]
+            llava.Row(
+                r.method, _scales(r.recipe), group_size=r.group_size, recipe=r.recipe,
+                budget=r.budget,
+            )
+            for r in rows
+        ]  # fmt: skip
     return llava.quick_rows() if args.quick else llava.rows()
 
 

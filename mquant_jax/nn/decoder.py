@@ -11,7 +11,7 @@ from flax import nnx
 
 from mquant_jax.nn.act_quant import SINK, TEXT, ActQuant
 from mquant_jax.nn.cache import KVCache, empty_cache, key_order, write_order
-from mquant_jax.nn.decoder_block import DecoderConfig, DecoderContext
+from mquant_jax.nn.decoder_block import DecoderConfig, DecoderContext, ExpertBlock
 from mquant_jax.nn.deepstack import DeepFeatures
 from mquant_jax.nn.dense import empty_qweight, linear
 from mquant_jax.nn.flow import Flow, ModuleCall, StackCall, run
@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
     @property
     def has_experts(self) -> bool:
         """Whether visual tokens have dense layers of their own."""
-        return len(self.cfg.block.EXPERTS) > 1
+        return issubclass(self.cfg.block, ExpertBlock)
 
     def embed(self, ids: Tokens) -> Stream:
         """The rows of tokens."""

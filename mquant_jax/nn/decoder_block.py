@@ -177,13 +177,7 @@ class Projections(Attention, GatedMLP):
 
 
 class DecoderBlock(Projections):
-    """Pre-norm attention, then a gated MLP, each added to the residual stream.
-
-    Attributes:
-        EXPERTS: what precedes the names of the dense layers, of every set that there is.
-    """
-
-    EXPERTS: ClassVar[tuple[str, ...]] = ("",)
+    """Pre-norm attention, then a gated MLP, each added to the residual stream."""
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -282,9 +276,6 @@ class DecoderBlock(Projections):
         return self.rest(x, attended, ctx, None), cache
 
 
-_EXPERTS = ("", "visual/")
-
-
 class ExpertBlock(DecoderBlock):
     """A block whose visual tokens have dense layers of their own; all tokens share the attention.
 
@@ -296,9 +287,8 @@ class ExpertBlock(DecoderBlock):
     POINTS: ClassVar[Points] = {
         f"{expert}{point}": tuple(f"{expert}{reader}" for reader in readers)
         for point, readers in Projections.POINTS.items()
-        for expert in _EXPERTS
+        for expert in ("", "visual/")
     }
-    EXPERTS = _EXPERTS
 
     def __init__(self, cfg: DecoderConfig, place: Placement, *, rngs: nnx.Rngs):
         super().__init__(cfg, place, rngs=rngs)

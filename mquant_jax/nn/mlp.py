@@ -1,7 +1,7 @@
 """The MLP half of a block, plain or gated.
 
 ``POINTS`` and ``SIGNS`` are all that others must know of one: building it, calibrating it, and the
-declaration of residual streams (:mod:`mquant_jax.models.streams`) read them.
+declaration of residual streams (:mod:`mquant_jax.models.stack_streams`) read them.
 """
 
 from __future__ import annotations

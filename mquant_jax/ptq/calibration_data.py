@@ -158,8 +158,10 @@ def warn_of_little_text(chunks: Chunks, recipe: Recipe) -> None:
     A language model of 135M parameters gained from 8192 text tokens. From 1101, in groups of 64, it
     lost (docs/accuracy.md).
     """
+    if not recipe.learns_whole:
+        return
     text = sum(int((np.asarray(b.token_class) == TEXT).sum()) for b in chunks.batches)
-    if recipe.learns_whole and text < LEARNING_TOKENS:
+    if text < LEARNING_TOKENS:
         warn(
             f"recipe {recipe.name!r} learns scales from text, and calibration has {text} text "
             f"tokens in {chunks.samples} samples; below {LEARNING_TOKENS} they may fit the samples "

@@ -16,7 +16,7 @@ from mquant_jax.nn.act_quant import VISUAL
 from mquant_jax.nn.vit import VisionInput
 from mquant_jax.runtime import buckets, steps
 from mquant_jax.runtime.generate import Generator
-from mquant_jax.runtime.input_shapes import prompt_shapes, vision_shapes
+from mquant_jax.runtime.input_shapes import prompt_shapes, shape_of, vision_shapes
 from mquant_jax.runtime.programs import PROGRAMS, Programs
 from mquant_jax.runtime.prompts import padded
 from mquant_jax.runtime.steps import Answers
@@ -197,7 +197,7 @@ class DataParallel(Generator):
 
         def arguments(n: int) -> tuple:
             found = [(s[0] * n // rows, *s[1:]) for s in features]
-            held = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in found)
+            held = tuple(shape_of(shape, dtype) for shape in found)
             return prompt_shapes(self.model, n, width, visual_slots), held
 
         def begin(model: VLM, batch: Batch, features: tuple) -> Answers:

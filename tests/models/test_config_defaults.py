@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,39 +33,55 @@ def assert_defaults(values: dict[str, Any], published: Any) -> None:
             assert value == getattr(published, key), key
 
 
+def config_of_defaults(published: Any, width: tuple[str, int], text: str) -> Any:
+    """Our config of transformers' default one, which is that of a file without defaults.
+
+    Args:
+        width: a key of vision_config and a value that fits; the default sub-configs do not match.
+        text: the table that holds the text model's keys.
+    """
+    key, value = width
+    saved = json.loads(published.to_json_string(use_diff=False))
+    saved["vision_config"][key] = value
+    config = config_of(saved)
+    assert family_for(saved).unknown_keys(saved) == []
+    bare = {"model_type": published.model_type, "vision_config": {key: value}}
+    assert config_of(bare) == config
+    tables = read_tables(family_for(bare).config_tables(bare))
+    assert_defaults(tables[text], published.text_config)
+    tables["vision_config"].pop(key)
+    assert_defaults(tables["vision_config"], published.vision_config)
+    return config
+
+
 def test_defaults_of_qwen2_vl_are_those_of_transformers() -> None:
     import transformers
 
     published = transformers.Qwen2VLConfig()
     assert published.text_config.rope_parameters["rope_theta"] == 1e6
-    saved = json.loads(published.to_json_string(use_diff=False))
-    saved["vision_config"]["hidden_size"] = 8192  # the default sub-configs do not match
-    config = config_of(saved)
-    assert family_for(saved).unknown_keys(saved) == []
+    config = config_of_defaults(published, ("hidden_size", 8192), "")
     assert config.language.rope_theta == 1e6 and config.vision.rope_theta == 10000.0
-    bare = {"model_type": "qwen2_vl", "vision_config": {"hidden_size": 8192}}
-    assert config_of(bare) == config
-    tables = read_tables(family_for(bare).config_tables(bare))
-    assert_defaults(tables[""], published.text_config)
-    tables["vision_config"].pop("hidden_size")
-    assert_defaults(tables["vision_config"], published.vision_config)
 
 
 def test_defaults_of_qwen2_5_vl_are_those_of_transformers() -> None:
     import transformers
 
-    published = transformers.Qwen2_5_VLConfig()
-    saved = json.loads(published.to_json_string(use_diff=False))
-    saved["vision_config"]["out_hidden_size"] = 8192  # the default sub-configs do not match
-    config = config_of(saved)
-    assert family_for(saved).unknown_keys(saved) == []
+    config = config_of_defaults(transformers.Qwen2_5_VLConfig(), ("out_hidden_size", 8192), "")
     assert config.tokens_per_second == 4 and config.vision.full_layers == (7, 15, 23, 31)
-    bare = {"model_type": "qwen2_5_vl", "vision_config": {"out_hidden_size": 8192}}
-    assert config_of(bare) == config
-    tables = read_tables(family_for(bare).config_tables(bare))
-    assert_defaults(tables[""], published.text_config)
-    tables["vision_config"].pop("out_hidden_size")
-    assert_defaults(tables["vision_config"], published.vision_config)
+
+
+def test_defaults_of_qwen3_vl_are_those_of_transformers() -> None:
+    import transformers
+
+    published = transformers.Qwen3VLConfig()
+    config = config_of_defaults(published, ("out_hidden_size", 4096), "text_config")
+    assert config.vision.taps == (8, 16, 24) and config.vision.position_grid == 48
+
+
+def resaved(published: Any) -> Iterator[dict[str, Any]]:
+    """What ``save_pretrained`` writes: differences from the defaults, or everything."""
+    for diff in (False, True):
+        yield json.loads(published.to_json_string(use_diff=diff))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl/public", "qwen2.5-vl-7b", "qwen2.5-vl-3b"])
@@ -73,28 +90,9 @@ def test_qwen2_5_vl_saved_again_by_transformers(name) -> None:
     import transformers
 
     hf = (GOLDEN | FULL)[name]
-    published = transformers.Qwen2_5_VLConfig.from_dict(copy.deepcopy(hf))
-    for diff in (False, True):
-        saved = json.loads(published.to_json_string(use_diff=diff))
+    for saved in resaved(transformers.Qwen2_5_VLConfig.from_dict(copy.deepcopy(hf))):
         assert "text_config" in saved and family_for(saved).unknown_keys(saved) == []
         assert config_of(saved) == config_of(hf)
-
-
-def test_defaults_of_qwen3_vl_are_those_of_transformers() -> None:
-    import transformers
-
-    published = transformers.Qwen3VLConfig()
-    saved = json.loads(published.to_json_string(use_diff=False))
-    saved["vision_config"]["out_hidden_size"] = 4096  # the default sub-configs do not match
-    config = config_of(saved)
-    assert family_for(saved).unknown_keys(saved) == []
-    assert config.vision.taps == (8, 16, 24) and config.vision.position_grid == 48
-    bare = {"model_type": "qwen3_vl", "vision_config": {"out_hidden_size": 4096}}
-    assert config_of(bare) == config
-    tables = read_tables(family_for(bare).config_tables(bare))
-    assert_defaults(tables["text_config"], published.text_config)
-    tables["vision_config"].pop("out_hidden_size")
-    assert_defaults(tables["vision_config"], published.vision_config)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl/public", "qwen3-vl-2b", "qwen3-vl-8b"])
@@ -102,9 +100,7 @@ def test_qwen3_vl_saved_again_by_transformers(name) -> None:
     import transformers
 
     hf = (GOLDEN | FULL)[name]
-    published = transformers.Qwen3VLConfig.from_dict(copy.deepcopy(hf))
-    for diff in (False, True):
-        saved = json.loads(published.to_json_string(use_diff=diff))
+    for saved in resaved(transformers.Qwen3VLConfig.from_dict(copy.deepcopy(hf))):
         assert "rope_parameters" in saved["text_config"]
         assert family_for(saved).unknown_keys(saved) == []
         assert config_of(saved) == config_of(hf)
