@@ -332,6 +332,7 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
     restart: bool = False,
+    budget: float | None = None,
 ) -> dict[str, Any]:
     """Convert a Hugging Face model folder to a checkpoint folder, part by part.
 
@@ -343,6 +344,8 @@ def convert(
         overwrite: replace the checkpoint at ``dst``.
         resume, restart: whether to continue from or remove ``DST.work``, which an interrupted
             conversion leaves.
+        budget: mean stored bits per weight; bits and groups are first chosen for each layer that
+            ``recipe`` gives 4 bits (docs/recipes.md).
 
     Returns:
         The manifest.
@@ -361,6 +364,7 @@ def convert(
         overwrite,
         resume=resume,
         restart=restart,
+        budget=budget,
     )
 
 

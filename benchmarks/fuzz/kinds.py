@@ -21,7 +21,7 @@ from benchmarks.fuzz.pool import case_random
 from benchmarks.fuzz.templates import hostile_template
 from mquant_jax.checkpoint.check import examine
 from mquant_jax.checkpoint.manifest import MANIFEST, Verify, content_hash
-from mquant_jax.checkpoint.plan import plan
+from mquant_jax.checkpoint.plan import plan, read_config
 from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.checkpoint.source import INDEX, SINGLE, Reader
 from mquant_jax.layer_plan import target_model
@@ -29,7 +29,7 @@ from mquant_jax.models.images import load_image
 from mquant_jax.models.registry import family_for
 from mquant_jax.presets import RECIPES, resolve_recipe
 from mquant_jax.ptq.calibration_data import with_answer
-from mquant_jax.ptq.convert import check_ties, read_config
+from mquant_jax.ptq.convert import check_ties
 from mquant_jax.samples import each, read_samples
 
 # Keys known to readers that the files do not have.

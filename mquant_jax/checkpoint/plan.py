@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from mquant_jax.checkpoint.source import FLOAT_DTYPES, Reader
 from mquant_jax.checkpoint.tensor_file import DTYPES
+from mquant_jax.cli_support import warn
 from mquant_jax.errors import UserError
 from mquant_jax.lazy import Lazy
 from mquant_jax.models.base import Config, Family, with_head
@@ -89,6 +92,21 @@ def count_not_finite(values: np.ndarray) -> int:
         exponent = values.view(np.uint16) & 0x7F80
         return int(np.count_nonzero(exponent == 0x7F80))
     return values.size - int(np.count_nonzero(np.isfinite(values)))
+
+
+def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Config:
+    """Return the family's config object; warn of unknown keys.
+
+    Raises:
+        UserError: a key of config.json is missing or has an impossible value.
+    """
+    config = family.config_from_hf(hf_config)
+    if unknown := family.unknown_keys(hf_config):
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        names = ", ".join(map(shown, unknown[:_SHOWN])) + more
+        warn(f"{folder / 'config.json'}: ignored, because no {family.name} model is known "
+             f"to have such keys: {names}", "config")  # fmt: skip
+    return config
 
 
 def plan(family: Family, config: Config, reader: Reader) -> Plan:

@@ -2,6 +2,7 @@
 
     DST.work/lock            held by the running conversion
     DST.work/journal.jsonl   finished steps
+    DST.work/recipe.json     bits chosen within a budget, if one was given
     DST.work/states/         hidden states that do not fit in memory
     DST.work/result/         becomes DST by one rename
 
@@ -54,6 +55,7 @@ class Workspace:
         folder: the work folder.
         result, states: its folders to fill.
         journal: path of its journal.
+        choice: path of a recipe that was chosen within a budget.
         published: whether DST is the result.
         resumed: whether the work folder is that of an earlier run.
     """
@@ -63,6 +65,7 @@ class Workspace:
         self.folder = work_folder(dst)
         self.result, self.states = self.folder / "result", self.folder / "states"
         self.journal = self.folder / "journal.jsonl"
+        self.choice = self.folder / "recipe.json"
         self.published = self.resumed = False
         self.before: Identity | None = None  # what was at DST at the start
         self.lock = -1  # a descriptor, while the lock is held

@@ -18,6 +18,8 @@ from mquant_jax.runtime.memory import ACCELERATORS
 from mquant_jax.stages import listening
 from mquant_jax.validate import choice
 
+AUTO = "auto"  # of --recipe: the bits are chosen
+
 
 def presets_table() -> str:
     """One line per preset: bits and activation mode of every section."""
@@ -40,6 +42,7 @@ def _parser() -> Parser:
 examples:
   python -m mquant_jax convert Qwen2-VL-2B-Instruct out/float
   python -m mquant_jax convert Qwen2-VL-2B-Instruct out/w4a8 --recipe w4a8 --calibration my.jsonl
+  python -m mquant_jax convert Qwen2-VL-2B-Instruct out/mixed --recipe auto --budget 4.5
   python -m mquant_jax convert Qwen/Qwen2-VL-2B-Instruct --recipe w4a8 --dry-run --device v5e
   python -m convert.verify out/float --reference goldens/qwen2_vl/public
 
@@ -56,7 +59,11 @@ exit status: 0 success, 2 bad usage or input
     parser.add_argument("dst", metavar="DST", type=Path, nargs="?",
                         help="checkpoint folder to write")  # fmt: skip
     parser.add_argument("--recipe", default="float", metavar="PRESET|FILE.json",
-                        help="what is quantised and how (default: float)")  # fmt: skip
+                        help="what is quantised and how (default: float); auto: w4a8 with "
+                        "--budget")  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="BITS", help="choose bits and groups for "
+                        "each layer first, so many stored bits per weight in the mean, scales and "
+                        "head included; see also `allocate`")  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE.jsonl",
                         help="calibration samples for static activation scales "
                         "(default: the bundled set)")  # fmt: skip
@@ -102,8 +109,13 @@ def _cost(stages: dict[str, float]) -> str:
 def main(argv: list[str]) -> int:
     """Convert, and print a summary or with ``--json`` one object."""
     args: argparse.Namespace = _parser().parse_args(argv)
-    recipe = resolve_recipe(args.recipe)
+    if args.recipe == AUTO and args.budget is None:
+        raise UserError("--recipe auto: chooses bits within a budget; add --budget 4.5")
+    recipe = resolve_recipe("w4a8" if args.recipe == AUTO else args.recipe)
     if args.dry_run:
+        if args.budget is not None:
+            raise UserError("--budget: needs the weights, which --dry-run does not read; plan with "
+                            "--recipe FILE.json that `allocate` wrote")  # fmt: skip
         show(dry_run(args.src, recipe, args.calibration, args.device), args.json)
         return OK
     if args.dst is None:
@@ -119,7 +131,7 @@ def main(argv: list[str]) -> int:
     with strict(_strict_kinds(args.strict)), listening(note):
         manifest = convert(
             args.src, args.dst, recipe, args.calibration, args.overwrite,
-            resume=args.resume, restart=args.restart,
+            resume=args.resume, restart=args.restart, budget=args.budget,
         )  # fmt: skip
     if args.json:
         keys = ("family", "tied_head", "recipe", "total_bytes", "dtype_counts")

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from mquant_jax.checkpoint.check import available_memory, run_bytes
 from mquant_jax.checkpoint.foreign import refuse_quantised
 from mquant_jax.checkpoint.hub import model_folder
+from mquant_jax.checkpoint.plan import read_config
 from mquant_jax.errors import UserError
 from mquant_jax.files import read_json
 from mquant_jax.layer_plan import LayerPlan, layer_plan, stored_bytes
 from mquant_jax.loading import model_bytes
 from mquant_jax.models.base import Family, abstract_model
 from mquant_jax.models.registry import family_for
-from mquant_jax.ptq.convert import read_config
 from mquant_jax.ptq.cost import Cost, Data, base_bytes, cost, measured_gflops
 from mquant_jax.recipe import Recipe
 from mquant_jax.report.plan import summary, table

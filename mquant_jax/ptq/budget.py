@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mquant_jax.checkpoint.hub import model_folder
-from mquant_jax.checkpoint.plan import plan
+from mquant_jax.checkpoint.plan import plan, read_config
 from mquant_jax.checkpoint.source import Reader
+from mquant_jax.checkpoint.tensor_file import PARTIAL
 from mquant_jax.cli_support import progress
 from mquant_jax.errors import UserError
+from mquant_jax.files import read_json
 from mquant_jax.layer_plan import layer_plan
 from mquant_jax.models.base import Config, Family
 from mquant_jax.models.registry import family_for
 from mquant_jax.ptq.calibration_data import calibration_chunks
-from mquant_jax.ptq.convert import read_config
 from mquant_jax.ptq.pipeline import Batches, Conversion, untied
 from mquant_jax.ptq.sensitivity import Cost, Sensitivity, stored_bits
 from mquant_jax.ptq.states import States
@@ -82,6 +84,33 @@ def choose_for(
         return choose(family, config, recipe, budget, params, chunks.batches, progress)
     finally:
         states.close()
+
+
+def choose_once(file: Path, recipe: Recipe, budget: float, make: Callable[[], Choice]) -> Recipe:
+    """The recipe that ``make`` chooses, or the one that an earlier run left in ``file``.
+
+    Args:
+        file: where it is kept for a run that is continued; appears when it is complete.
+        recipe: what the rules are added to.
+
+    Raises:
+        UserError: ``file`` holds the choice for another recipe or budget.
+    """
+    asked = {"budget": budget, "from": recipe.to_json()}
+    if file.exists():
+        found = read_json(file)
+        if any(found.get(key) != value for key, value in asked.items()):
+            raise UserError(
+                f"{file}: was chosen for another recipe or budget; use the same --recipe and "
+                "--budget with --resume, or --restart"
+            )
+        return Recipe.from_json(found["recipe"], str(file))
+    chosen = make().recipe
+    partial = file.with_name(file.name + PARTIAL)
+    text = json.dumps(asked | {"recipe": chosen.to_json()}, indent=1) + "\n"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+    return chosen
 
 
 def choose(

@@ -14,7 +14,7 @@ from mquant_jax.checkpoint.destination import check_destination
 from mquant_jax.checkpoint.hub import model_folder
 from mquant_jax.checkpoint.journal import Journal, differences
 from mquant_jax.checkpoint.manifest import MANIFEST, load_manifest
-from mquant_jax.checkpoint.plan import Plan, plan
+from mquant_jax.checkpoint.plan import Plan, plan, read_config
 from mquant_jax.checkpoint.provenance import hash_files, source_files
 from mquant_jax.checkpoint.reader import load_params
 from mquant_jax.checkpoint.source import Reader
@@ -27,6 +27,7 @@ from mquant_jax.layer_plan import target_model
 from mquant_jax.models.base import Config, Family
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import dense_layers
+from mquant_jax.ptq.budget import check_budget, choose, choose_once
 from mquant_jax.ptq.calibration_data import (
     Chunks,
     calibration_chunks,
@@ -39,9 +40,6 @@ from mquant_jax.ptq.pipeline import Conversion, untied
 from mquant_jax.ptq.states import States
 from mquant_jax.recipe import Recipe
 from mquant_jax.stages import stage
-from mquant_jax.validate import shown
-
-_SHOWN = 10  # unknown keys listed in a warning
 
 
 def convert(
@@ -53,6 +51,7 @@ def convert(
     *,
     resume: bool = False,
     restart: bool = False,
+    budget: float | None = None,
 ) -> dict[str, Any]:
     """Convert ``src`` into the checkpoint ``dst``; cheap checks run first.
 
@@ -61,6 +60,8 @@ def convert(
         overwrite: replace the checkpoint at ``dst``.
         resume: continue from what a stopped conversion of the same inputs left in ``DST.work``.
         restart: remove that, and start again.
+        budget: mean stored bits per weight; bits and groups are first chosen for each layer, as by
+            ``mquant_jax allocate``.
 
     Returns:
         The manifest, as written to mquant.json.
@@ -78,19 +79,31 @@ def convert(
     todo = plan(family, config, reader)
     layers = dense_layers(target_model(family, todo.config, recipe))  # checks groups and rules
     check_ties(config, todo, reader)
+    if budget is not None:
+        check_budget(family, todo.config, recipe, budget)
     family.check_processor(reader.folder, todo.config)
     ledger: JournalLedger | None = None
+    base = recipe
 
     def worth_keeping() -> bool:
-        return recipe.needs_calibration and ledger is not None and bool(ledger.records)
+        if ledger is None:
+            return recipe is not base
+        return recipe.needs_calibration and bool(ledger.records)
 
     with workspace(dst, MANIFEST, **options, keep=worth_keeping) as work:
         states = States(work.states)
         with stage("read calibration"):
-            chunks = _calibration(family, todo, recipe, reader, calibration, states)
+            used = recipe.needs_calibration or budget is not None
+            chunks = _calibration(family, todo, recipe, reader, calibration, states, used)
         if chunks is not None:
             warn_of_few(chunks, layers, recipe)
             warn_of_little_text(chunks, recipe)
+        if budget is not None and chunks is not None:
+            tensors, batches, limit = todo.tensors(reader), chunks.batches, budget
+            with stage("choose bits"):
+                recipe = choose_once(work.choice, base, limit, lambda: choose(
+                    family, todo.config, base, limit, tensors, batches, progress
+                ))  # fmt: skip
         with stage("hash source"):
             source = hash_files(source_files(reader))
         header = _header(source, recipe, chunks)
@@ -180,21 +193,6 @@ def _learn(
     ledger.commit(f"{LEARNED}/all", {"tuning": report})
 
 
-def read_config(family: Family, hf_config: dict[str, Any], folder: Path) -> Config:
-    """Return the family's config object; warn of unknown keys.
-
-    Raises:
-        UserError: a key of config.json is missing or has an impossible value.
-    """
-    config = family.config_from_hf(hf_config)
-    if unknown := family.unknown_keys(hf_config):
-        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-        names = ", ".join(map(shown, unknown[:_SHOWN])) + more
-        warn(f"{folder / 'config.json'}: ignored, because no {family.name} model is known "
-             f"to have such keys: {names}", "config")  # fmt: skip
-    return config
-
-
 def check_ties(config: Config, todo: Plan, reader: Reader) -> None:
     """Check that config and checkpoint agree on whether the head is the embedding.
 
@@ -229,9 +227,10 @@ def _calibration(
     reader: Reader,
     path: Path | None,
     states: States,
+    used: bool,
 ) -> Chunks | None:
     """Read calibration data, before the weights, so that bad data fails early."""
-    if not recipe.needs_calibration:
+    if not used:
         if path is not None:
             warn(f"--calibration is not used: recipe {recipe.name!r} needs no data", "calibration")
         return None
