@@ -60,27 +60,17 @@ def _rows(x: jax.Array) -> int:
 def _row_by_row(x: jax.Array, rotation: Rotation) -> jax.Array:
     """A rotation of ``[rows, inputs]``, without signs; a row has the same bits beside any others.
 
-    The outer factor is one small product for each row: as one product for all, XLA would transpose
-    them to it and back. So is the inner one, unless a row alone makes it a large product.
+    The inner factor is one product for all rows. The outer one is a small product for each row: as
+    one for all, XLA would transpose them to it and back.
     """
     x = rotation.padded(x)
     outer, inner = rotation.factors(x.dtype)
-    of_row = rotation.blocks * rotation.outer
-    if of_row < _LEAST_TOGETHER:
-        y = _each(x.reshape(-1, of_row, rotation.inner), _repeated(inner, len(x)))
-    else:
-        y = x.reshape(-1, rotation.inner) @ inner
-    y = y.reshape(-1, rotation.outer, rotation.inner)
-    return _each(_repeated(outer.T, len(y)), y).reshape(x.shape)
-
-
-def _repeated(factor: jax.Array, times: int) -> jax.Array:
-    return jnp.broadcast_to(factor, (times, *factor.shape))
-
-
-def _each(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``[n, rows, k]`` by ``[n, k, columns]``."""
-    return jax.lax.dot_general(x, y, (((2,), (1,)), ((0,), (0,))))
+    rows = x.reshape(-1, rotation.inner)
+    missing = max(_LEAST_TOGETHER - len(rows), 0)
+    y = jnp.pad(rows, ((0, missing), (0, 0))) @ inner
+    y = y[: len(rows)].reshape(-1, rotation.outer, rotation.inner)
+    each = jnp.broadcast_to(outer.T, (len(y), *outer.shape))
+    return jax.lax.dot_general(each, y, (((2,), (1,)), ((0,), (0,)))).reshape(x.shape)
 
 
 def _by_blocks(x: jax.Array, rotation: Rotation, end: Callable[..., Any], *more: jax.Array) -> Any:
