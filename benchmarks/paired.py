@@ -29,6 +29,7 @@ from benchmarks.speed import AIFS, SUITES, recipes
 from mquant_jax.cli_support import OK, Parser, progress, run_cli
 from mquant_jax.commands.bench import machine
 from mquant_jax.errors import UserError
+from mquant_jax.validate import choice, count
 
 HERE = Path(__file__).resolve().parents[1]
 PARTS = ("vision", "prefill", "decode")
@@ -156,13 +157,12 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     for name in ("layers", "new_tokens", "repeats"):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
+        if value is not None:
+            count(value, f"--{name.replace('_', '-')}")
     suite = SUITES[args.suite]
     known = [n for n in (*recipes(suite.float_type), AIFS) if n not in suite.leaves_out]
     for name in args.variant or ():
-        if name not in known:
-            raise UserError(f"--variant {name}: expected one of {', '.join(known)}")
+        choice(name, "--variant", known)
     layers = args.layers or suite.layers
     other = args.other.resolve()
     python = args.python or other / ".venv" / "bin" / "python"

@@ -27,7 +27,7 @@ from mquant_jax.layer_plan import target_model
 from mquant_jax.models.base import Config, Family
 from mquant_jax.models.registry import family_for
 from mquant_jax.nn.params import dense_layers
-from mquant_jax.ptq.budget import check_budget, choose, choose_once
+from mquant_jax.ptq.budget import Choice, check_budget, choose, choose_once
 from mquant_jax.ptq.calibration_data import (
     Chunks,
     calibration_chunks,
@@ -99,11 +99,7 @@ def convert(
             warn_of_few(chunks, layers, recipe)
             warn_of_little_text(chunks, recipe)
         if budget is not None and chunks is not None:
-            tensors, batches, limit = todo.tensors(reader), chunks.batches, budget
-            with stage("choose bits"):
-                recipe = choose_once(work.choice, base, limit, lambda: choose(
-                    family, todo.config, base, limit, tensors, batches, progress
-                ))  # fmt: skip
+            recipe = _chosen(work, family, todo, recipe, budget, reader, chunks)
         with stage("hash source"):
             source = hash_files(source_files(reader))
         header = _header(source, recipe, chunks)
@@ -115,6 +111,25 @@ def convert(
             check_result(work.result, family, todo.config)
         work.publish()
     return manifest
+
+
+def _chosen(
+    work: Workspace,
+    family: Family,
+    todo: Plan,
+    recipe: Recipe,
+    budget: float,
+    reader: Reader,
+    chunks: Chunks,
+) -> Recipe:
+    """Choose bits and groups for each layer within a budget, or take what a stopped run chose."""
+
+    def make() -> Choice:
+        params = todo.tensors(reader)
+        return choose(family, todo.config, recipe, budget, params, chunks.batches, progress)
+
+    with stage("choose bits"):
+        return choose_once(work.choice, recipe, budget, make)
 
 
 def _header(source: dict[str, Any], recipe: Recipe, chunks: Chunks | None) -> dict[str, Any]:

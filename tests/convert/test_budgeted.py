@@ -29,10 +29,6 @@ def source(tmp_path_factory):
     return folder_of("qwen2_vl/public", tmp_path_factory.mktemp("source"))
 
 
-class Killed(BaseException):
-    """Simulates a kill."""
-
-
 def test_the_choice_is_that_of_allocate_and_is_made_once(source, tmp_path, monkeypatch) -> None:
     dst, counted = tmp_path / "dst", []
     choose = conversion.choose
@@ -42,9 +38,13 @@ def test_the_choice_is_that_of_allocate_and_is_made_once(source, tmp_path, monke
         return choose(*args)
 
     monkeypatch.setattr(conversion, "choose", counting)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_header", lambda *args: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
+        patch.setattr(conversion, "_header", interrupted)
+        with pytest.raises(KeyboardInterrupt):
             convert(source, dst, RECIPE, budget=BUDGET)
     kept = json.loads((tmp_path / "dst.work" / "recipe.json").read_text())
     fails("chosen for another recipe or budget",
@@ -70,8 +70,7 @@ def test_options_that_do_not_go_together(source, tmp_path, capsys) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_budget_of_a_recipe_without_data(source, tmp_path) -> None:
-    """Measuring needs calibration data where converting does not."""
+def test_measuring_needs_data_where_converting_does_not(source, tmp_path) -> None:
     recipe = dataclasses.replace(PRESETS["w4a8-rtn"], calibration=RECIPE.calibration)
     dynamic = dataclasses.replace(
         recipe, **{p: dataclasses.replace(recipe.section(p), activations="dynamic")
